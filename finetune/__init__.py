@@ -1,0 +1,82 @@
+"""Fine-tune the UNet of a Stable Diffusion, or train a pixel-space DDPM, on a folder of pictures.
+
+The names below are imported when they are first used, so that `import finetune` is quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finetune.batch import Batch
+    from finetune.cache.encode import Encoded, as_batch, encode
+    from finetune.config import TrainConfig, load_config
+    from finetune.data.datasets import Example, HuggingFaceDataset, ImageFolder, open_dataset
+    from finetune.data.loader import batches
+    from finetune.data.transforms import Preprocess
+    from finetune.errors import FinetuneError
+    from finetune.models.loading import DiffusionModel, load_model
+    from finetune.models.lora import add_lora, trainable
+    from finetune.recipe import fine_tune
+    from finetune.results.export import export
+    from finetune.results.sampling import draw_pictures, grid
+    from finetune.training.ema import Ema
+    from finetune.training.objective import Noised, NoisePrediction
+    from finetune.training.trainer import StepMetrics, Trainer
+
+_HOMES = {
+    "batch": ("Batch",),
+    "cache.encode": ("Encoded", "as_batch", "encode"),
+    "config": ("TrainConfig", "load_config"),
+    "data.datasets": ("Example", "HuggingFaceDataset", "ImageFolder", "open_dataset"),
+    "data.loader": ("batches",),
+    "data.transforms": ("Preprocess",),
+    "errors": ("FinetuneError",),
+    "models.loading": ("DiffusionModel", "load_model"),
+    "models.lora": ("add_lora", "trainable"),
+    "recipe": ("fine_tune",),
+    "results.export": ("export",),
+    "results.sampling": ("draw_pictures", "grid"),
+    "training.ema": ("Ema",),
+    "training.objective": ("NoisePrediction", "Noised"),
+    "training.trainer": ("StepMetrics", "Trainer"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Batch",
+    "DiffusionModel",
+    "Ema",
+    "Encoded",
+    "Example",
+    "FinetuneError",
+    "HuggingFaceDataset",
+    "ImageFolder",
+    "NoisePrediction",
+    "Noised",
+    "Preprocess",
+    "StepMetrics",
+    "TrainConfig",
+    "Trainer",
+    "add_lora",
+    "as_batch",
+    "batches",
+    "draw_pictures",
+    "encode",
+    "export",
+    "fine_tune",
+    "grid",
+    "load_config",
+    "load_model",
+    "open_dataset",
+    "trainable",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'finetune' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"finetune.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

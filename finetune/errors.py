@@ -1,0 +1,33 @@
+"""What can go wrong, said in one line: what is wrong, where, and what to do. The command makes them exit codes."""
+
+
+class FinetuneError(Exception):
+    """Base of every error that is told to the user in one line."""
+
+    exit_code = 1
+
+
+class UsageError(FinetuneError):
+    """An option, a value or a path that cannot work; nothing has been started."""
+
+    exit_code = 2
+
+
+class DataError(FinetuneError):
+    """The pictures or captions cannot be trained on."""
+
+
+class ModelError(FinetuneError):
+    """A model folder is incomplete, unknown or out of reach."""
+
+
+class RunError(FinetuneError):
+    """Training or export failed; what was saved before is still there."""
+
+
+class Interrupted(FinetuneError):
+    """A signal stopped the run after a checkpoint was written; `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,112 @@
+"""The house rules: imports go down only, and every function and file can be read at a glance."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "finetune"
+FILES = sorted(
+    path
+    for folder in (PACKAGE, ROOT / "tests", ROOT / "examples", ROOT / "benchmarks")
+    for path in folder.rglob("*.py")
+)
+
+LAYERS = [
+    {"__main__"},
+    {"cli"},
+    {"commands"},
+    {"recipe"},
+    {"summary"},
+    {"plan", "runs"},
+    {"results"},
+    {"training"},
+    {"cache"},
+    {"data", "models"},
+    {"batch", "seeding", "precision", "interrupts", "config", "files"},
+    {"errors"},
+]
+"""From the top down; a part imports only from layers below it, or from itself."""
+
+SEE_THE_CONFIG = {"cli", "commands", "recipe", "plan", "runs", "summary", "config", "__init__"}
+SEE_THE_ACCELERATOR = {"recipe.py", "results/tracking.py"}
+
+
+def part(module: str) -> str:
+    """finetune.models.lora -> models"""
+    names = module.split(".")
+    return names[1] if len(names) > 1 else "__init__"
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of this package and `accelerate` that a file imports, at any depth of it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "finetune" else [node.module]
+            )
+            found.update(names)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return {name for name in found if name.split(".")[0] in ("finetune", "accelerate")}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_only(path: Path) -> None:
+    relative = path.relative_to(PACKAGE)
+    if relative.name == "__init__.py":
+        return
+    depth = {name: level for level, names in enumerate(LAYERS) for name in names}
+    mine = relative.parts[0].removesuffix(".py")
+    for module in imported(path):
+        if module.startswith("accelerate"):
+            assert relative.as_posix() in SEE_THE_ACCELERATOR, f"{relative} imports {module}"
+            continue
+        theirs = part(module)
+        assert theirs == mine or depth[theirs] > depth[mine], f"{relative} imports {module} from above or beside it"
+        if theirs == "config":
+            assert mine in SEE_THE_CONFIG, f"{relative} takes plain values, not the run's config"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_stay_under_60_lines_and_files_under_400(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) < 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno + 1 < 60, f"{node.name} is too long"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_pickle_no_remote_code_and_nothing_swallowed(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            assert not {"everything", "Exception", "BaseException"} & set(re.findall(r"\w+", caught)), caught
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("torch.load", "torch.save", "pickle.load", "pickle.loads", "eval", "exec"), called
+            assert all(keyword.arg != "trust_remote_code" for keyword in node.keywords)
+
+
+@pytest.mark.parametrize("module", ["finetune", "finetune.config", "finetune.models.families", "finetune.cli"])
+def test_light_modules_import_neither_torch_nor_diffusers(module: str) -> None:
+    check = f"import sys, {module}; sys.exit(bool({{'torch', 'diffusers', 'transformers'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+
+
+def test_every_public_name_exists() -> None:
+    import finetune
+
+    source = ast.parse((PACKAGE / "__init__.py").read_text())
+    typed = {alias.name for node in ast.walk(source) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert set(finetune.__all__) == typed - {"Any", "TYPE_CHECKING"}
+    for name in finetune.__all__:
+        assert getattr(finetune, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        finetune.nothing  # noqa: B018
