@@ -1,0 +1,40 @@
+"""Whatever is written is whole or absent: temporary sibling, fsync, rename."""
+
+import os
+import shutil
+from pathlib import Path
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file so that a reader, or a crash, never sees a part of it. Text is written as UTF-8."""
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    flush_to_disk(scratch)
+    os.replace(scratch, path)
+    flush_to_disk(path.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file or folder, so that a rename after it cannot become visible before its content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """fsync a folder and everything in it, at any depth."""
+    for path in [*folder.rglob("*"), folder]:
+        flush_to_disk(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder; a folder is renamed first, so that a crash leaves no half of it under its name."""
+    if path.is_dir() and not path.is_symlink():
+        doomed = path.with_name(f".{path.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+    else:
+        path.unlink(missing_ok=True)

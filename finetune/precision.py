@@ -1,0 +1,34 @@
+"""Which number format a run computes in."""
+
+import torch
+
+from finetune.errors import UsageError
+
+DTYPES: dict[str, torch.dtype | None] = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""The mixed_precision option -> dtype of autocast (None: none)."""
+
+
+def resolve_precision(wanted: str, device: torch.device, *, small: bool) -> str:
+    """ "no", "fp16" or "bf16".
+
+    Args:
+        wanted: also "auto": bf16 where the hardware multiplies it natively, else no.
+        device: where the UNet runs.
+        small: a network that gains nothing from bf16 on a CPU; "auto" then means no there.
+
+    Raises:
+        UsageError: fp16 on a CPU.
+    """
+    if wanted == "fp16" and device.type == "cpu":
+        raise UsageError("mixed_precision = fp16: a CPU cannot compute in fp16; allowed here is bf16, no or auto")
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if (
+        device.type == "cpu"
+        and not small
+        and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    ):
+        return "bf16"
+    return "no"
