@@ -1,0 +1,86 @@
+"""Encoders: raw pixels <-> x0. Encoding is costly, deterministic and done once; sampling is cheap, at every step."""
+
+# diffusers annotates its own methods narrower than what they take and give.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
+
+from typing import Protocol, Self
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from finetune import seeding
+
+
+class Encoder(Protocol):
+    """The frozen way from pixels in [-1, 1] to what the UNet denoises, and back."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> what is stored of each picture."""
+        ...
+
+    def sample(self, stored: Tensor, keys: Tensor) -> Tensor:
+        """Stored tensors and the visits' keys (B,) -> x0, fp32."""
+        ...
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """x0 -> (B, 3, H, W) in [-1, 1]."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self: ...
+
+
+class VaeEncoder:
+    """A frozen AutoencoderKL. Scaling and shift factors come from its config.
+
+    What is stored is the posterior's mean and std, (B, 2C, H/f, W/f), so that every visit can sample it anew
+    (Kingma & Welling 2013, eq. 10), as live encoding would.
+    """
+
+    def __init__(self, vae: AutoencoderKL):
+        self.vae = vae.requires_grad_(False).eval()
+        self.scaling_factor: float = vae.config["scaling_factor"]
+        self.shift_factor: float = vae.config.get("shift_factor") or 0.0
+
+    def to(self, device: torch.device | str) -> Self:
+        self.vae.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> posterior mean and std along the channels, (B, 2C, H/f, W/f) fp32.
+
+        One picture at a time: a picture's bits then do not depend on its neighbours.
+        """
+        posteriors = [self.vae.encode(p[None].to(self.vae.device, self.vae.dtype)).latent_dist for p in pixels]
+        return torch.cat([torch.cat([p.mean, p.std], dim=1).float() for p in posteriors])
+
+    def sample(self, stored: Tensor, keys: Tensor) -> Tensor:
+        """Posterior (B, 2C, h, w), keys (B,) -> scaled latents x0 (B, C, h, w): (mean + std eps - shift) scale."""
+        mean, std = stored.chunk(2, dim=1)
+        eps = seeding.normal(keys, "latent sample", mean.shape[1:]).to(mean.device)
+        return (mean + std * eps - self.shift_factor) * self.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1]."""
+        latents = x0 / self.scaling_factor + self.shift_factor
+        return self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample.float()
+
+
+class PixelEncoder:
+    """x0 is the picture itself; stored as bytes, (B, 3, H, W) uint8."""
+
+    def to(self, device: torch.device | str) -> Self:
+        return self
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> uint8; exact for pixels that came from bytes."""
+        return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def sample(self, stored: Tensor, keys: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> x0 in [-1, 1]; nothing is random, so the keys go unused."""
+        return stored.float() / 127.5 - 1
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return x0

@@ -1,0 +1,202 @@
+"""load_model: from a name or folder to a DiffusionModel with everything frozen but the UNet."""
+
+# diffusers annotates its own methods narrower than what they take and give.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from finetune.errors import ModelError, UsageError
+from finetune.models.conditioners import ClipConditioner, Conditioner, NoCondition
+from finetune.models.encoders import Encoder, PixelEncoder, VaeEncoder
+from finetune.models.families import Family
+from finetune.models.locate import Location, locate, read_json, scratch_multiple
+from finetune.models.weights import load_unet
+
+
+@dataclass
+class DiffusionModel:
+    """A UNet that learns, and the frozen parts around it."""
+
+    unet: UNet2DConditionModel | UNet2DModel
+    encoder: Encoder
+    conditioner: Conditioner
+    scheduler: DDPMScheduler
+    """The training schedule; a DDPMScheduler made from the folder's config, whatever sampler that names."""
+    family: Family
+    assemble: Callable[[Any], DiffusionPipeline]
+    """A UNet -> the pipeline around it, with the folder's own sampler."""
+
+    def pipeline(self) -> DiffusionPipeline:
+        """A diffusers pipeline over the live UNet (no copy of any weight)."""
+        return self.assemble(self.unet)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the UNet and the frozen parts."""
+        self.unet.to(device)  # pyright: ignore[reportCallIssue, reportArgumentType] # diffusers wraps nn.Module.to
+        self.encoder.to(device)
+        self.conditioner.to(device)
+        return self
+
+
+def load_model(
+    name_or_path: str | Path | Location,
+    *,
+    resolution: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    prediction_type: str | None = None,
+    max_token_length: int = 77,
+    clip_skip: int | None = None,
+    seed: int = 0,
+) -> DiffusionModel:
+    """Load a model for training, on the CPU. VAE and text encoder are frozen, in eval mode and in fp32.
+
+    Args:
+        name_or_path: sd15, sd21, ddpm, tiny, a hub id, a local diffusers folder, or what `locate` returned.
+        resolution: pixels per side of a `ddpm` from scratch; what a DDPM draws at; otherwise only checked. Default: the
+            model's own.
+        dtype: of the UNet's weights; fp32 to train them all, bf16 or fp16 halve the memory under a LoRA.
+        prediction_type: "epsilon", "v_prediction" or "sample"; default: as the scheduler config says.
+        max_token_length: 77, 150 or 225.
+        clip_skip: hidden state of the text encoder to take, counted from the end, 1 = the last.
+        seed: of a from-scratch UNet's initial weights.
+
+    Raises:
+        UsageError: unknown name, or a resolution that the model cannot take.
+        ModelError: a part is missing or damaged, or the hub is out of reach.
+    """
+    found = name_or_path if isinstance(name_or_path, Location) else locate(str(name_or_path))
+    resolution = resolution or found.resolution
+    check_resolution(found, resolution)
+    changes = {"prediction_type": prediction_type} if prediction_type else {}
+    if found.folder is None:
+        return _from_scratch(found, resolution, changes, seed)
+    scheduler = DDPMScheduler.from_config(read_json(found.folder / "scheduler/scheduler_config.json"), **changes)
+    if not found.family.latent:
+        unet = UNet2DModel.from_pretrained(
+            found.folder / "unet", dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+        # Pipelines draw in the size of the config; the folder's own name would be the user's, in every export.
+        unet.register_to_config(sample_size=resolution, _name_or_path="")
+        return _pixel_model(found, unet, scheduler)
+    sampler = _sampler(found.folder / "scheduler/scheduler_config.json", changes)
+    unet = load_unet(found.folder / "unet", dtype)
+    return _latent_model(found, found.folder, unet, scheduler, sampler, max_token_length, clip_skip)
+
+
+def quiet_libraries() -> None:
+    """Turn off the bars that transformers and diffusers draw for loading files; ours say what matters."""
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+
+
+def check_resolution(found: Location, resolution: int) -> None:
+    """Raise UsageError, naming the nearest that fit, unless the model can take pictures of this size."""
+    multiple = scratch_multiple(resolution) if found.folder is None else found.multiple
+    if resolution % multiple:
+        below, above = resolution // multiple * multiple, -(-resolution // multiple) * multiple
+        fitting = f"{below} and {above}" if below else str(above)
+        raise UsageError(
+            f"resolution = {resolution}: {found.name} takes multiples of {multiple} pixels; the nearest: {fitting}"
+        )
+
+
+def _latent_model(
+    found: Location,
+    folder: Path,
+    unet: UNet2DConditionModel,
+    scheduler: DDPMScheduler,
+    sampler: Any,
+    max_token_length: int,
+    clip_skip: int | None,
+) -> DiffusionModel:
+    try:
+        vae = AutoencoderKL.from_pretrained(
+            folder / "vae", dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+        text_encoder = CLIPTextModel.from_pretrained(
+            folder / "text_encoder", dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+    vae.register_to_config(_name_or_path="")  # or an export would name the user's folder
+    layers = text_encoder.config.num_hidden_layers
+    if clip_skip is not None and clip_skip > layers:
+        raise UsageError(f"clip_skip = {clip_skip}: allowed is 1 to {layers}, the layers of the text encoder")
+
+    def assemble(unet: UNet2DConditionModel) -> DiffusionPipeline:
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=sampler.from_config(sampler.config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    conditioner = ClipConditioner(tokenizer, text_encoder, max_token_length, clip_skip)
+    return DiffusionModel(unet, VaeEncoder(vae), conditioner, scheduler, found.family, assemble)
+
+
+def _from_scratch(found: Location, resolution: int, changes: dict[str, str], seed: int) -> DiffusionModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        unet = UNet2DModel(sample_size=resolution, layers_per_block=2, **_architecture(resolution))
+    scheduler = DDPMScheduler(num_train_timesteps=1000, **changes)
+    return _pixel_model(found, unet, scheduler)
+
+
+def _architecture(resolution: int) -> dict[str, Any]:
+    """Block layout of a from-scratch UNet2DModel.
+
+    Above 64 px: that of the Hugging Face tutorial "Train a diffusion model" (113.7 M parameters). Up to 64 px:
+    the same idea at half the width and four levels.
+    """
+    if resolution <= 64:
+        return {
+            "block_out_channels": (64, 128, 128, 256),
+            "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        }
+    return {
+        "block_out_channels": (128, 128, 256, 256, 512, 512),
+        "down_block_types": (*("DownBlock2D",) * 4, "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *("UpBlock2D",) * 4),
+    }
+
+
+def _pixel_model(found: Location, unet: UNet2DModel, scheduler: DDPMScheduler) -> DiffusionModel:
+    def assemble(unet: UNet2DModel) -> DiffusionPipeline:
+        return DDPMPipeline(unet=unet, scheduler=scheduler)
+
+    return DiffusionModel(unet.eval(), PixelEncoder(), NoCondition(), scheduler, found.family, assemble)
+
+
+def _sampler(path: Path, changes: dict[str, str]) -> Any:
+    """The folder's own sampler. Only schedulers that diffusers itself ships are made; nothing else is imported."""
+    config = read_json(path)
+    kind = getattr(diffusers, config.get("_class_name", ""), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise ModelError(f"{path}: {config.get('_class_name')!r} is no scheduler of diffusers")
+    return kind.from_config(config, **changes)

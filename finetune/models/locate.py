@@ -1,0 +1,164 @@
+"""Where a model is and what kind it is, read from its JSON files alone. Free of torch and diffusers."""
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ModelError, UsageError
+from finetune.models.families import FAMILIES, Family
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""The name under which diffusers looks for a LoRA in a folder."""
+
+HUB_FILES = [
+    "model_index.json",
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/*.json",
+    "tokenizer/merges.txt",
+    "*/diffusion_pytorch_model.safetensors",
+    "*/diffusion_pytorch_model.safetensors.index.json",
+    "*/diffusion_pytorch_model-?????-of-?????.safetensors",
+    "text_encoder/model.safetensors",
+]
+"""What a download takes of a repository: the parts that are used, in full precision, safetensors only."""
+
+_LATENT_PARTS = (
+    "unet/config.json",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/tokenizer_config.json",
+    "scheduler/scheduler_config.json",
+)
+_PIXEL_PARTS = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json")
+
+
+@dataclass(frozen=True)
+class Location:
+    """A model that can be loaded."""
+
+    name: str
+    """As the user named it."""
+    family: Family
+    folder: Path | None
+    """None: a DDPM to be built from scratch."""
+    resolution: int
+    """Pixels per side that it was made for."""
+    multiple: int
+    """Height and width must be multiples of this many pixels."""
+
+
+def locate(name: str) -> Location:
+    """Find a model by family name, local folder or hub id (downloaded if it is not in the hub cache yet).
+
+    Raises:
+        UsageError: nothing has that name.
+        ModelError: a part is missing, the kind is not supported, or the hub is out of reach.
+    """
+    if name == "ddpm":
+        family = FAMILIES["ddpm"]
+        return Location(name, family, None, family.resolution, multiple=8)
+    if name == "tiny":
+        from finetune.models.tiny import tiny_folder  # imports torch
+
+        return _inspect(name, tiny_folder())
+    if name in FAMILIES:
+        return _from_hub(name, FAMILIES[name].hub_id or "")
+    if Path(name).expanduser().is_dir():
+        return _inspect(name, Path(name).expanduser())
+    if name.count("/") == 1 and not name.startswith((".", "~", "/")):
+        return _from_hub(name, name)
+    near = difflib.get_close_matches(name, FAMILIES, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UsageError(f"--model {name}: no such folder, and not one of {', '.join(FAMILIES)} or a hub id{hint}")
+
+
+def scratch_multiple(resolution: int) -> int:
+    """What a from-scratch DDPM's resolution must be a multiple of: 2 ** (number of halvings)."""
+    return 8 if resolution <= 64 else 32
+
+
+def _from_hub(name: str, hub_id: str) -> Location:
+    _kind(name, _download(hub_id, ["unet/config.json"]))  # before gigabytes are fetched in vain
+    return _inspect(name, _download(hub_id, HUB_FILES))
+
+
+def _download(hub_id: str, files: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=files))
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UsageError(
+            f"--model {hub_id}: no such folder here and no such repository on the hub "
+            "(for a private one: hf auth login)"
+        ) from error
+    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: a download that broke off
+        raise ModelError(
+            f"--model {hub_id}: the Hugging Face hub was not reachable and the model is not in its local cache; "
+            "give a local diffusers folder instead: --model /path/to/folder"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a model folder. Raises ModelError when it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not readable: {error}") from error
+
+
+def _kind(name: str, folder: Path) -> dict[str, Any]:
+    """The UNet's config. Raises ModelError unless it is of a kind that can be trained."""
+    if not (folder / "unet/config.json").is_file():
+        what = "a LoRA, give its base model" if list(folder.glob("*lora*.safetensors")) else "not a diffusers folder"
+        raise ModelError(f"--model {name}: part missing: unet/config.json ({what})")
+    unet = read_json(folder / "unet/config.json")
+    kind = unet.get("_class_name")
+    if (folder / "text_encoder_2").exists() or unet.get("addition_embed_type") == "text_time":
+        kind = "Stable Diffusion XL"
+    if kind not in ("UNet2DModel", "UNet2DConditionModel"):
+        raise ModelError(f"--model {name}: only Stable Diffusion 1 and 2 and DDPM folders can be trained, not {kind}")
+    return unet
+
+
+def _inspect(name: str, folder: Path) -> Location:
+    unet = _kind(name, folder)
+    latent = unet["_class_name"] == "UNet2DConditionModel"
+    # Without either, transformers makes a tokenizer of two words, and says nothing.
+    words = () if (folder / "tokenizer/tokenizer.json").is_file() else ("tokenizer/vocab.json", "tokenizer/merges.txt")
+    for part in (*_LATENT_PARTS, *words) if latent else _PIXEL_PARTS:
+        if not (folder / part).is_file():
+            raise ModelError(f"--model {name}: part missing: {part}")
+    blocks = len(_listed(unet, "block_out_channels", folder / "unet/config.json"))
+    if not latent:
+        family = FAMILIES["ddpm"]
+        return Location(name, family, folder, _side(unet, family.resolution), multiple=2 ** (blocks - 1))
+    vae = read_json(folder / "vae/config.json")
+    if unet.get("in_channels") != vae.get("latent_channels"):
+        raise ModelError(
+            f"--model {name}: its UNet takes {unet.get('in_channels')} channels and its VAE gives "
+            f"{vae.get('latent_channels')}; inpainting and other UNets with extra inputs cannot be trained"
+        )
+    factor = 2 ** (len(_listed(vae, "block_out_channels", folder / "vae/config.json")) - 1)
+    kin = FAMILIES["sd21" if unet.get("use_linear_projection") else "sd15"]
+    family = FAMILIES.get(name, kin)
+    return Location(name, family, folder, _side(unet, family.resolution // factor) * factor, factor)
+
+
+def _listed(config: dict[str, Any], key: str, path: Path) -> list[Any]:
+    if not isinstance(config.get(key), list) or not config[key]:
+        raise ModelError(f"{path}: {key} is {config.get(key)!r}, a list is needed")
+    return config[key]
+
+
+def _side(unet: dict[str, Any], default: int) -> int:
+    size = unet.get("sample_size")
+    return min(size) if isinstance(size, list) else size or default

@@ -1,0 +1,75 @@
+"""Reading safetensors into a module with no more memory than the module itself needs."""
+
+# diffusers annotates its own methods narrower than what they take and give.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from finetune.errors import ModelError
+
+STEM = "diffusion_pytorch_model"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a diffusers component, full precision before the fp16 variant, shards in order.
+
+    Raises:
+        ModelError: the folder holds none (pickled `.bin` weights are not read), or a shard is missing.
+    """
+    for variant in ("", ".fp16"):
+        index = folder / f"{STEM}.safetensors.index{variant}.json"
+        single = folder / f"{STEM}{variant}.safetensors"
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [name for name in shards if not (folder / name).is_file()]
+            if missing:
+                raise ModelError(f"{folder}: part missing: {missing[0]} (named by {index.name})")
+            return [folder / name for name in shards]
+    raise ModelError(f"{folder}: part missing: {STEM}.safetensors")
+
+
+def load_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A UNet2DConditionModel from a diffusers `unet` folder, on the CPU, in eval mode.
+
+    The module is made without storage and filled tensor by tensor, each converted as it is read. Opening the file
+    anew for each tensor lets the system drop the pages already read: loading SD1.5's fp32 file as bf16 peaks at
+    the size of the bf16 weights, where `from_pretrained` holds the file as well.
+
+    Raises:
+        ModelError: no safetensors, damaged file, or keys that do not fit the config.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+    state: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                names = list(file.keys())
+            for name in names:
+                with safe_open(path, "pt") as file:
+                    state[name] = file.get_tensor(name).to(dtype, copy=True)
+        except SafetensorError as error:
+            raise ModelError(f"{path} is damaged: {error}") from error
+    _assign(unet, state, folder)
+    return unet.eval()
+
+
+def _assign(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ModelError(
+            f"{folder}: weights do not fit config.json: {name} is {found.get(name, 'missing')}, "
+            f"expected {expected.get(name, 'none')} ({len(wrong)} such)"
+        )
+    module.load_state_dict(state, strict=True, assign=True)

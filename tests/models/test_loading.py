@@ -1,0 +1,138 @@
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+from finetune.errors import ModelError, UsageError
+from finetune.models.loading import load_model
+from finetune.models.tiny import build_tiny, tiny_folder
+
+
+@pytest.fixture(scope="module")
+def v_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "v"
+    build_tiny(folder, prediction_type="v_prediction")
+    return folder
+
+
+def test_frozen_parts_are_frozen_and_in_eval_mode() -> None:
+    model = load_model("tiny")
+    for module in (model.encoder.vae, model.conditioner.text_encoder):
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+        assert not module.training
+
+
+def test_the_prediction_type_comes_from_the_scheduler_unless_overridden(v_model: Path) -> None:
+    assert load_model(v_model).scheduler.config["prediction_type"] == "v_prediction"
+    overridden = load_model(v_model, prediction_type="sample")
+    assert overridden.scheduler.config["prediction_type"] == "sample"
+    assert overridden.pipeline().scheduler.config["prediction_type"] == "sample"
+
+
+def test_the_training_schedule_is_a_ddpm_scheduler_and_the_pipeline_keeps_its_own(v_model: Path) -> None:
+    model = load_model(v_model)
+    assert type(model.scheduler) is DDPMScheduler
+    own = model.pipeline().scheduler
+    assert type(own).__name__ == "DDIMScheduler"
+    assert torch.equal(own.alphas_cumprod, model.scheduler.alphas_cumprod)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_unet_holds_what_diffusers_loads(dtype: torch.dtype) -> None:
+    ours = load_model("tiny", dtype=dtype).unet.state_dict()
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_folder(), dtype=dtype).unet.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) and tensor.dtype == dtype for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize(("resolution", "millions"), [(128, 113.673219), (64, 17.217923), (32, 17.217923)])
+def test_ddpm_from_scratch_has_the_tutorials_architecture_at_128_and_a_small_one_below(
+    resolution: int, millions: float
+) -> None:
+    with torch.device("meta"):
+        unet = load_model("ddpm", resolution=resolution).unet
+    assert sum(parameter.numel() for parameter in unet.parameters()) / 1e6 == millions
+    assert unet.config["sample_size"] == resolution
+    if resolution == 128:
+        assert unet.config["block_out_channels"] == (128, 128, 256, 256, 512, 512)
+        assert unet.config["down_block_types"].index("AttnDownBlock2D") == 4
+        assert unet.config["up_block_types"].index("AttnUpBlock2D") == 1
+
+
+def test_a_seed_decides_the_initial_weights() -> None:
+    def first(seed: int) -> torch.Tensor:
+        return next(load_model("ddpm", resolution=32, seed=seed).unet.parameters())
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+
+
+def test_a_ddpm_folder_is_continued(tmp_path: Path) -> None:
+    model = load_model("ddpm", resolution=32)
+    model.pipeline().save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert again.family.name == "ddpm"
+    assert all(torch.equal(t, again.unet.state_dict()[n]) for n, t in model.unet.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("model", "resolution", "message"),
+    [
+        ("tiny", 65, "takes multiples of 4 pixels; the nearest: 64 and 68"),
+        ("ddpm", 60, "takes multiples of 8 pixels; the nearest: 56 and 64"),
+        ("ddpm", 100, "takes multiples of 32 pixels; the nearest: 96 and 128"),
+        ("ddpm", 4, "the nearest: 8"),
+    ],
+)
+def test_a_resolution_that_does_not_fit_names_the_nearest(model: str, resolution: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_model(model, resolution=resolution)
+
+
+def test_damaged_weights_and_weights_of_another_shape_are_named(tmp_path: Path) -> None:
+    build_tiny(tmp_path)
+    path = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(ModelError, match="is damaged"):
+        load_model(tmp_path)
+    path.write_bytes(whole)
+    config = tmp_path / "unet/config.json"
+    config.write_text(config.read_text().replace('"cross_attention_dim": 64', '"cross_attention_dim": 96'))
+    with pytest.raises(ModelError, match=r"weights do not fit config.json: .*attn2.to_k.weight is \(\d+, 64\)"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["vae/diffusion_pytorch_model", "text_encoder/model"])
+def test_damaged_frozen_parts_are_one_line(tmp_path: Path, part: str) -> None:
+    build_tiny(tmp_path)
+    path = tmp_path / f"{part}.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="cannot be loaded: ") as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_inpainting_unet_is_refused(tmp_path: Path) -> None:
+    build_tiny(tmp_path)
+    config = tmp_path / "unet/config.json"
+    config.write_text(config.read_text().replace('"in_channels": 4', '"in_channels": 9'))
+    with pytest.raises(ModelError, match="its UNet takes 9 channels and its VAE gives 4; inpainting"):
+        load_model(tmp_path)
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    build_tiny(tmp_path)
+    path = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    path.rename(path.with_suffix(".bin"))
+    with pytest.raises(ModelError, match=r"part missing: diffusion_pytorch_model.safetensors"):
+        load_model(tmp_path)
+
+
+def test_a_scheduler_class_of_ones_own_is_refused_and_not_imported(tmp_path: Path) -> None:
+    build_tiny(tmp_path)
+    path = tmp_path / "scheduler/scheduler_config.json"
+    path.write_text(path.read_text().replace("DDIMScheduler", "MyScheduler"))
+    with pytest.raises(ModelError, match="'MyScheduler' is no scheduler of diffusers"):
+        load_model(tmp_path)
