@@ -1,0 +1,340 @@
+"""Pictures with captions as torch Datasets: a folder of files, or a Hugging Face dataset."""
+
+import glob
+import io
+import os
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from finetune.data.captions import TRIGGER, Caption, find_captions, first_caption, with_trigger
+from finetune.data.images import PICTURE_SUFFIXES, Skipped, Source, check_images, find_images, list_files, open_image
+from finetune.data.transforms import Preprocess
+from finetune.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import datasets
+
+IMAGE_COLUMN = "image"
+CAPTION_COLUMN = "text"
+
+_TABLE_SUFFIXES = (".parquet", ".arrow")
+
+
+class Example(NamedTuple):
+    """One picture to learn from."""
+
+    image: Image.Image
+    """RGB, 8 bit, upright, in its original size."""
+    caption: str
+    id: str
+    """Unique within the dataset and the same wherever the dataset lies; randomness is drawn from it."""
+
+
+class PictureDataset(Dataset[Example], ABC):
+    """What the layouts share: pictures checked once, captions, and how the pictures become squares.
+
+    `where`, for messages, is what they are in; `names`, `captions` and `_source` speak of all pictures found, the
+    attributes of those that can be read.
+
+    Raises:
+        DataError: there are no pictures, or none that can be read.
+    """
+
+    transform: Preprocess
+    ids: list[str]
+    captions: list[str]
+    """With the trigger word; empty where there is neither a caption nor a prompt."""
+    sources: Counter[str]
+    """How many captions came from where: txt, caption, metadata, column, prompt, none."""
+    skipped: list[Skipped]
+    """Pictures that cannot be read."""
+    orphans: list[str]
+    """Caption files without a picture, relative to the folder."""
+    triggerless: int
+    """How many captions say [trigger] although no trigger word was given."""
+    small: int
+    """How many pictures have a side below the resolution, and will be enlarged."""
+
+    def __init__(
+        self,
+        where: str,
+        names: Sequence[str],
+        captions: Sequence[Caption],
+        *,
+        trigger: str | None,
+        transform: Preprocess,
+        orphans: Sequence[str] = (),
+    ) -> None:
+        checked = check_images(names, self._source)
+        sizes = {place: size for place, size in enumerate(checked) if not isinstance(size, Skipped)}
+        self.skipped = [problem for problem in checked if isinstance(problem, Skipped)]
+        if not sizes:
+            raise DataError(f"{where}: none of {len(names)} pictures can be read; the first: {self.skipped[0]}")
+        kept = [captions[place] for place in sizes]
+        self._places = list(sizes)
+        self.transform = transform
+        self.ids = [names[place] for place in sizes]
+        self.captions = [with_trigger(caption.text, trigger) for caption in kept]
+        self.sources = Counter(caption.source for caption in kept)
+        self.orphans = list(orphans)
+        self.triggerless = 0 if trigger else sum(TRIGGER in caption.text for caption in kept)
+        self.small = sum(min(size) < transform.resolution for size in sizes.values())
+
+    @abstractmethod
+    def _source(self, place: int) -> Source:
+        """Where the picture at this place of `names` is. Raises ValueError with the reason that there is none."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Example:
+        """Raises DataError if the picture can be read no longer."""
+        image = open_image(self._source(self._places[index]), self.ids[index])
+        return Example(image, self.captions[index], self.ids[index])
+
+
+class ImageFolder(PictureDataset):
+    """The pictures in a folder, at any depth, with the captions beside them (see `find_captions`).
+
+    Args:
+        folder: where the pictures are; hidden files and folders are left out.
+        prompt: caption of the pictures that have none of their own.
+        trigger: word put in place of every [trigger], or in front of each caption.
+        resolution, resize_mode, center_crop, random_flip: see `Preprocess`.
+
+    An id is a path relative to the folder, with forward slashes.
+
+    Raises:
+        UsageError: `folder` is none, or an option is out of range.
+        DataError: no picture in it that can be read, or a malformed caption file.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        prompt: str | None = None,
+        *,
+        trigger: str | None = None,
+        resolution: int = 512,
+        resize_mode: Literal["crop", "squash"] = "crop",
+        center_crop: bool = True,
+        random_flip: bool = False,
+    ) -> None:
+        transform = Preprocess(resolution, resize_mode, center_crop, random_flip)
+        root = Path(folder)
+        if not root.is_dir():
+            raise UsageError(f"{folder}: {'not a folder' if root.exists() else 'no such folder'}")
+        self._files = find_images(root)
+        if not self._files:
+            raise DataError(f"{folder}: no picture found; allowed are {' '.join(PICTURE_SUFFIXES)}")
+        captions, orphans = find_captions(root, self._files, prompt)
+        super().__init__(
+            str(folder),
+            [file.relative_to(root).as_posix() for file in self._files],
+            captions,
+            trigger=trigger,
+            transform=transform,
+            orphans=[file.relative_to(root).as_posix() for file in orphans],
+        )
+
+    def _source(self, place: int) -> Source:
+        return self._files[place]
+
+
+class HuggingFaceDataset(PictureDataset):
+    """The rows of a `datasets.Dataset` with a column of pictures, and perhaps one of captions.
+
+    Args:
+        rows: one split. It is not changed; a format set on it is not used.
+        prompt: caption of the rows that have none.
+        trigger: word put in place of every [trigger], or in front of each caption.
+        resolution, resize_mode, center_crop, random_flip: see `Preprocess`.
+        image_column: a column of pictures: `datasets.Image`, encoded bytes, or paths.
+        caption_column: a column of strings, or of lists whose first string is taken. The default one may be absent.
+
+    An id is the number of the row from 0: "row 12".
+
+    Raises:
+        UsageError: an option is out of range.
+        DataError: a column is absent or holds something else, or no row has a picture that can be read.
+    """
+
+    def __init__(
+        self,
+        rows: "datasets.Dataset",
+        prompt: str | None = None,
+        *,
+        trigger: str | None = None,
+        resolution: int = 512,
+        resize_mode: Literal["crop", "squash"] = "crop",
+        center_crop: bool = True,
+        random_flip: bool = False,
+        image_column: str = IMAGE_COLUMN,
+        caption_column: str = CAPTION_COLUMN,
+    ) -> None:
+        transform = Preprocess(resolution, resize_mode, center_crop, random_flip)
+        if not len(rows):
+            raise DataError("the dataset has no rows")
+        self._pictures = _picture_column(rows, image_column)
+        captions = [
+            first_caption((("column", text), ("prompt", prompt))) for text in _caption_texts(rows, caption_column)
+        ]
+        names = [f"row {number}" for number in range(len(rows))]
+        super().__init__("the dataset", names, captions, trigger=trigger, transform=transform)
+
+    def _source(self, place: int) -> Source:
+        picture = self._pictures[place]["picture"]
+        if picture is not None and picture["bytes"] is not None:
+            return io.BytesIO(picture["bytes"])
+        if picture is not None and picture["path"]:
+            return Path(picture["path"])
+        raise ValueError("no picture in this row")
+
+
+def _picture_column(rows: "datasets.Dataset", column: str) -> "datasets.Dataset":
+    """The one column as undecoded pictures, {"bytes", "path"}, under the name "picture"."""
+    import datasets
+
+    if not isinstance(rows, datasets.Dataset):
+        raise DataError(f"a {type(rows).__name__} is no datasets.Dataset; give one split, such as data['train']")
+    if column not in rows.column_names:
+        raise DataError(f"--image_column {column}: no such column; there are {', '.join(rows.column_names)}")
+    try:
+        pictures = rows.with_format(None).select_columns([column])
+        return pictures.cast_column(column, datasets.Image(decode=False)).rename_column(column, "picture")
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise DataError(f"--image_column {column}: holds {rows.features[column]}, not pictures") from error
+
+
+def _caption_texts(rows: "datasets.Dataset", column: str) -> list[str | None]:
+    """The caption of each row, without decoding its picture."""
+    if column not in rows.column_names:
+        if column == CAPTION_COLUMN:
+            return [None] * len(rows)
+        raise DataError(f"--caption_column {column}: no such column; there are {', '.join(rows.column_names)}")
+    values = rows.with_format(None).select_columns([column])[:][column]
+    texts = [next(iter(value), None) if isinstance(value, list) else value for value in values]
+    for number, text in enumerate(texts):
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"--caption_column {column}: row {number} holds {text!r}, allowed is text")
+    return texts
+
+
+def open_dataset(
+    source: str,
+    prompt: str | None = None,
+    *,
+    image_column: str = IMAGE_COLUMN,
+    caption_column: str = CAPTION_COLUMN,
+    **options: Any,
+) -> ImageFolder | HuggingFaceDataset:
+    """Open what --data names.
+
+    Args:
+        source: a folder of pictures; a folder written by `Dataset.save_to_disk`; a folder of parquet or arrow files,
+            or one such file; or the id of a dataset on the Hugging Face hub (its split "train"). Only a source that
+            does not exist on this machine is looked for on the hub.
+        prompt, image_column, caption_column, options: as for `ImageFolder` and `HuggingFaceDataset`.
+
+    Raises:
+        UsageError: `source` is empty or neither a path nor an id, or a column is named for a folder of pictures.
+        DataError: there is nothing to train on, or the hub cannot be reached.
+    """
+    check_source(source)
+    path = Path(os.path.expanduser(source))
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    if not os.path.exists(path):
+        return HuggingFaceDataset(_load_from_hub(source), prompt, **columns, **options)
+    if _holds_tables(path):
+        return HuggingFaceDataset(_load_tables(path), prompt, **columns, **options)
+    if (image_column, caption_column) != (IMAGE_COLUMN, CAPTION_COLUMN):
+        raise UsageError(f"--image_column and --caption_column are for Hugging Face datasets; {source} holds pictures")
+    return ImageFolder(path, prompt, **options)
+
+
+def check_source(source: str) -> None:
+    """Raise UsageError for what `open_dataset` could not find; opens nothing and asks nobody."""
+    if not source:
+        raise UsageError("--data is empty; give a folder of pictures or a dataset id")
+    if not os.path.exists(os.path.expanduser(source)) and "/" not in source:
+        # A plain word is a misspelt folder sooner than one of the hub's few datasets without an owner.
+        raise UsageError(f"--data {source}: no such folder, nor an id as on the Hugging Face hub (owner/name)")
+
+
+def _holds_tables(path: Path) -> bool:
+    """Whether what lies there is for `datasets` to read, not a folder of pictures."""
+    if not path.is_dir():
+        if path.suffix.lower() in _TABLE_SUFFIXES:
+            return True
+        raise UsageError(f"--data {path}: not a folder; allowed are folders and {' '.join(_TABLE_SUFFIXES)} files")
+    if _was_saved(path):
+        return True
+    suffixes = {file.suffix.lower() for file in list_files(path)}
+    tables = suffixes.intersection(_TABLE_SUFFIXES)
+    if tables and suffixes.intersection(PICTURE_SUFFIXES):
+        raise DataError(f"--data {path}: holds pictures and {' '.join(sorted(tables))} files; name one of them")
+    return bool(tables)
+
+
+def _was_saved(path: Path) -> bool:
+    """Whether `save_to_disk` of a Dataset or of a DatasetDict wrote this folder."""
+    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+
+
+def _load_tables(path: Path) -> "datasets.Dataset":
+    """The rows of one file or of a folder. Never touches the network."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    # Not load_dataset("parquet", data_files=...): it counts its use on a server of Hugging Face.
+    try:
+        if path.is_file() and path.suffix.lower() == ".parquet":
+            loaded = datasets.Dataset.from_parquet(glob.escape(str(path)))
+        elif path.is_file():
+            loaded = datasets.Dataset.from_file(str(path))
+        elif _was_saved(path):
+            loaded = datasets.load_from_disk(path)
+        else:
+            loaded = datasets.load_dataset(os.path.abspath(path))
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise DataError(f"--data {path}: {_first_line(error)}") from error
+    if not isinstance(loaded, dict):
+        return loaded
+    if "train" not in loaded and len(loaded) != 1:
+        raise DataError(f"--data {path}: no split called train; there are {', '.join(map(str, loaded))}")
+    return loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+
+
+def _load_from_hub(name: str) -> "datasets.Dataset":
+    """Split "train" of a dataset on the hub, or in the cache if HF_HUB_OFFLINE is set."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import HfApi, errors
+
+    missing = f"--data {name}: no such folder"
+    try:
+        # load_dataset would try an unreachable hub for half a minute; this asks once.
+        HfApi().dataset_info(name, timeout=10)
+    except errors.HFValidationError as error:
+        raise UsageError(missing) from error
+    except errors.OfflineModeIsEnabled:
+        pass
+    except errors.RepositoryNotFoundError as error:
+        raise DataError(f"{missing}, and no such dataset on the hub (for a private one: hf auth login)") from error
+    except (OSError, errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
+        reason = f"the hub was not reachable ({_first_line(error)})"
+        raise DataError(f"{missing}, and {reason}; give a local folder of pictures") from error
+    try:
+        return datasets.load_dataset(name, split="train")
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise DataError(f"--data {name}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,197 @@
+"""Find pictures in a folder and open them, whatever they are, as upright 8 bit RGB."""
+
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from finetune.errors import DataError
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+"""Endings (in any case) of the files that are read as pictures."""
+
+_FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl")
+"""Pictures that Pillow cannot read by itself: found all the same, so that they are named as skipped."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+"""What a file may hold, whatever its name. Not all that Pillow knows: it hands EPS, for one, to Ghostscript to run."""
+
+_LONGEST_STRIP = 50
+"""A longer side of more than this many times the shorter would, scaled to the resolution, fill the memory."""
+
+_READ_ERRORS = (
+    OSError,  # UnidentifiedImageError among them
+    ValueError,
+    TypeError,  # TIFF tags of the wrong type
+    SyntaxError,
+    RuntimeError,  # the AVIF decoder
+    EOFError,
+    LookupError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises for broken files of the various kinds."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what turns the stored pixels upright."""
+
+Source = Path | IO[bytes]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A picture that is left out, and why."""
+
+    path: str
+    """Relative to the folder of pictures, or the row ("row 12")."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def list_files(folder: Path) -> list[Path]:
+    """Every file below `folder`, at any depth, sorted by its relative POSIX path; hidden ones (leading dot) left out.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    return sorted(_walk(folder, frozenset()), key=lambda path: path.relative_to(folder).as_posix())
+
+
+def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    real = folder.resolve()
+    if real in above:  # a link back to where we came from
+        return
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}") from error
+    for path in paths:
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _walk(path, above | {real})
+        else:
+            yield path
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The pictures below `folder`, known by their suffix, in the order of `list_files`. Raises DataError as it does."""
+    known = PICTURE_SUFFIXES + _FOREIGN_SUFFIXES
+    return [path for path in list_files(folder) if path.suffix.lower() in known]
+
+
+def open_image(source: Source, name: str | None = None) -> Image.Image:
+    """The picture in a file, fully decoded: RGB, 8 bit, upright (see `to_rgb`); the first frame of an animation.
+
+    Args:
+        source: a path, or a binary file that can seek.
+        name: what error messages call it; the path unless given.
+
+    Raises:
+        DataError: "NAME: reason", for what is no picture, truncated, empty, or a decompression bomb.
+    """
+    try:
+        return _decode(source)
+    except _READ_ERRORS as error:
+        raise DataError(f"{name or source}: {_reason(error)}") from error
+
+
+def _decode(source: Source) -> Image.Image:
+    Image.init()  # all formats, before threads race to register them
+    formats = [name for name in Image.ID if name in _FORMATS]
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+        if not file.read(1):
+            raise ValueError("the file is empty")
+        with Image.open(file, formats=formats) as image:
+            image.load()
+            return to_rgb(image)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, in one line that does not repeat the path."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture of a kind that can be read"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """`image` as 8 bit RGB: turned as its EXIF says, alpha and palette transparency over white, 16 bit grey scaled.
+
+    Raises:
+        ValueError: the pixels have no known range (floats, or whole numbers beyond 16 bits).
+    """
+    image = _upright(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        return _deep_grey_to_rgb(image)
+    if image.has_transparency_data:
+        opaque = image.convert("RGBA")
+        white = Image.new("RGBA", opaque.size, "white")
+        return Image.alpha_composite(white, opaque).convert("RGB")
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it writes the EXIF block anew, and fails on blocks that can be read but not written.
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, struct.error):  # a broken EXIF block does not spoil the pixels
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
+    """16 bit grey -> RGB. Pillow's own convert() would clip everything above 255 to white."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"pixels of mode {image.mode} with no known range; save it with 8 or 16 bits per channel")
+    grey = ((values.astype(np.int32) + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257, rounded to nearest
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def check_images(names: Sequence[str], source: Callable[[int], Source]) -> list[tuple[int, int] | Skipped]:
+    """Decode every picture in full, in threads: its upright (width, height) in pixels, or why it must be left out.
+
+    Args:
+        names: what each picture is called in the result.
+        source: position in `names` -> where the picture is; may raise ValueError with the reason that there is none.
+    """
+
+    def check(position: int) -> tuple[int, int] | Skipped:
+        try:
+            size = _decode(source(position)).size
+        except _READ_ERRORS as error:
+            return Skipped(names[position], _reason(error))
+        if max(size) > _LONGEST_STRIP * min(size):
+            shape = f"{size[0]} x {size[1]} pixels"
+            return Skipped(names[position], f"{shape}: one side is over {_LONGEST_STRIP} times the other")
+        return size
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(check, range(len(names)))
+        return list(tqdm(results, "checking pictures", len(names), unit="", delay=3, leave=False, disable=None))

@@ -1,0 +1,111 @@
+"""Batches of tensors for the steps of a run, prepared by workers if asked."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from finetune.batch import Batch
+from finetune.data.sampler import step_visits
+from finetune.errors import UsageError
+from finetune.seeding import example_key
+
+
+class Source(Protocol):
+    """Examples that can be visited: what `finetune.encode` returns."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+
+    @property
+    def visits(self) -> "Visits": ...
+
+    def assemble(self, indices: Sequence[int], keys: torch.Tensor, loaded: Sequence[Any]) -> Batch:
+        """Loaded visits -> a Batch; runs in the training process."""
+        ...
+
+
+class Visits(Protocol):
+    """The part of a source that worker processes run."""
+
+    def load(self, index: int, key: int) -> Any:
+        """What one visit needs, on the CPU."""
+        ...
+
+
+class _Loads(Dataset):
+    """Visits as DataLoader wants them: (index, key) -> index, key and what was loaded."""
+
+    def __init__(self, visits: Visits):
+        self.visits = visits
+
+    def __getitem__(self, visit: tuple[int, int]) -> tuple[int, int, Any]:
+        index, key = visit
+        return index, key, self.visits.load(index, key)
+
+
+def _keep(items: list[Any]) -> list[Any]:
+    return items
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the process group is for the training process; workers that died of it would break its last step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def batches(
+    source: Source,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int = 0,
+    start: int = 0,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """The batches of optimizer steps `start` to `steps` (not included), each `batch_size` examples or an epoch's rest.
+
+    Args:
+        source: from `encode`.
+        batch_size: examples per optimizer step.
+        steps: length of the whole run, in optimizer steps.
+        seed: decides order and every draw at every visit.
+        start: the first step wanted; a resumed run gets the very batches it would have had.
+        num_workers: processes that load visits; changes nothing but speed.
+        device: where the tensors go (the keys stay on the CPU).
+
+    Raises:
+        UsageError: the source is empty, or a size is below 1.
+    """
+    if batch_size < 1 or not source.ids:
+        raise UsageError(f"batches: batch_size {batch_size} and {len(source.ids)} examples; at least 1 of each needed")
+    plan = (
+        [(v.example, example_key(seed, source.ids[v.example], v.number)) for v in visits]
+        for visits in (
+            step_visits(step, size=len(source.ids), batch_size=batch_size, seed=seed) for step in range(start, steps)
+        )
+    )
+    loader = DataLoader(
+        _Loads(source.visits),
+        batch_sampler=_Plan(plan),
+        num_workers=num_workers,
+        collate_fn=_keep,
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # DataLoader draws a seed for its workers; not from the global one
+    )
+    for items in loader:
+        indices, keys, loaded = zip(*items, strict=True)
+        yield source.assemble(indices, torch.tensor(keys), loaded).to(device)
+
+
+class _Plan:
+    """DataLoader reads a batch sampler once; it only needs to be iterable."""
+
+    def __init__(self, plan: Iterator[list[tuple[int, int]]]):
+        self.plan = plan
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.plan

@@ -1,0 +1,184 @@
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.data.captions import TRIGGER, Caption, find_captions, first_caption, with_trigger
+from finetune.data.images import find_images
+from finetune.errors import DataError
+
+
+def make(folder: Path, **files: str) -> list[Path]:
+    """Write files by name (__ for a slash, _DOT_ for a dot) and return the pictures among them."""
+    for name, text in files.items():
+        path = folder / name.replace("__", "/").replace("_DOT_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return find_images(folder)
+
+
+def captions(folder: Path, prompt: str | None = None) -> dict[str, Caption]:
+    pictures = find_images(folder)
+    found, _ = find_captions(folder, pictures, prompt)
+    return {picture.relative_to(folder).as_posix(): caption for picture, caption in zip(pictures, found, strict=True)}
+
+
+def write_rows(path: Path, *rows: Mapping[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_precedence_is_txt_then_caption_then_metadata_then_prompt(tmp_path: Path):
+    make(tmp_path, a_DOT_png="", b_DOT_png="", c_DOT_png="", d_DOT_png="")
+    make(tmp_path, a_DOT_txt="from txt", a_DOT_caption="no", b_DOT_caption="from caption")
+    write_rows(tmp_path / "metadata.jsonl", *({"file_name": f"{x}.png", "text": "from metadata"} for x in "abc"))
+    assert captions(tmp_path, "the prompt") == {
+        "a.png": Caption("from txt", "txt"),
+        "b.png": Caption("from caption", "caption"),
+        "c.png": Caption("from metadata", "metadata"),
+        "d.png": Caption("the prompt", "prompt"),
+    }
+
+
+def test_without_caption_or_prompt_the_text_is_empty(tmp_path: Path):
+    make(tmp_path, a_DOT_png="")
+    assert captions(tmp_path) == {"a.png": Caption("", "none")}
+
+
+def test_empty_files_and_rows_count_as_no_caption(tmp_path: Path):
+    make(tmp_path, a_DOT_png="", a_DOT_txt=" \n ", a_DOT_caption="own", b_DOT_png="", b_DOT_txt="", c_DOT_png="")
+    write_rows(tmp_path / "metadata.jsonl", {"file_name": "b.png", "text": ""}, {"file_name": "c.png"})
+    assert captions(tmp_path, "p") == {
+        "a.png": Caption("own", "caption"),
+        "b.png": Caption("p", "prompt"),
+        "c.png": Caption("p", "prompt"),
+    }
+
+
+def test_line_breaks_become_single_spaces():
+    assert first_caption([("txt", "a dog,\r\n  on  grass \n\n")]).text == "a dog, on  grass"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_caption(tmp_path: Path):
+    make(tmp_path, a_DOT_png="")
+    (tmp_path / "a.TXT").write_bytes(b"\xef\xbb\xbfa dog")
+    assert captions(tmp_path)["a.png"] == Caption("a dog", "txt")
+
+
+def test_pictures_with_the_same_stem_share_it_only_in_the_same_folder(tmp_path: Path):
+    make(tmp_path, a_DOT_b_DOT_png="", a_DOT_b_DOT_jpg="", sub__a_DOT_b_DOT_jpg="", a_DOT_b_DOT_txt="dog")
+    assert {name: caption.text for name, caption in captions(tmp_path).items()} == {
+        "a.b.jpg": "dog",
+        "a.b.png": "dog",
+        "sub/a.b.jpg": "",
+    }
+
+
+def test_caption_files_without_a_picture_are_listed(tmp_path: Path):
+    pictures = make(tmp_path, a_DOT_png="", a_DOT_txt="dog", README_DOT_txt="", sub__old_DOT_caption="cat")
+    assert find_captions(tmp_path, pictures)[1] == [tmp_path / "README.txt", tmp_path / "sub" / "old.caption"]
+
+
+@pytest.mark.parametrize("given", ["sub/../sub", "."], ids=["dots", "plain"])
+def test_metadata_names_files_relative_to_itself_and_the_nearest_wins(tmp_path: Path, given: str):
+    make(tmp_path, sub__a_DOT_png="", sub__b_DOT_png="")
+    write_rows(tmp_path / "metadata.jsonl", *({"file_name": f"./sub/{x}.png", "text": "far"} for x in "ab"))
+    (tmp_path / "sub" / "metadata.csv").write_text('text,file_name\n"near, and quoted\nin two lines",a.png\n')
+    folder = tmp_path / given / ".." if given != "." else tmp_path
+    found = captions(folder)
+    assert [caption.text for caption in found.values()] == ["near, and quoted in two lines", "far"]
+
+
+def test_an_empty_row_leaves_the_caption_of_the_metadata_further_up(tmp_path: Path):
+    make(tmp_path, sub__a_DOT_png="")
+    write_rows(tmp_path / "metadata.jsonl", {"file_name": "sub/a.png", "text": "far"})
+    write_rows(tmp_path / "sub" / "metadata.jsonl", {"file_name": "a.png", "text": ""})
+    assert captions(tmp_path)["sub/a.png"] == Caption("far", "metadata")
+
+
+def test_jsonl_wins_over_csv_in_the_same_folder(tmp_path: Path):
+    make(tmp_path, a_DOT_png="", metadata_DOT_csv="file_name,text\na.png,from csv\n")
+    write_rows(tmp_path / "metadata.jsonl", {"file_name": "a.png", "text": "from jsonl"})
+    assert captions(tmp_path)["a.png"].text == "from jsonl"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metadata.jsonl", '{"file_name": "a.png"}\n\n{"file_name": "b.png"}', "line 3: b.png does not exist"),
+        ("metadata.jsonl", '{"file_name": "notes.md"}', "line 1: notes.md is no picture that is read"),
+        ("metadata.jsonl", '{"file_name": "a.png"}\n{"file_name": "./a.png"}', "line 2: ./a.png was named before"),
+        ("metadata.jsonl", '{"file_name": "a.png"}\n{"file', "line 2: not JSON"),
+        ("metadata.jsonl", '["a.png"]', "line 1: no file_name"),
+        ("metadata.jsonl", '{"image": "a.png"}', "line 1: no file_name"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": 3}', "line 1: text is 3"),
+        ("metadata.csv", "file_name,text\na.png,x\nb.png,y\n", "line 3: b.png does not exist"),
+        ("metadata.csv", "image,text\na.png,x\n", "line 1: no column file_name among: image, text"),
+        ("metadata.csv", "", "line 1: no column file_name"),
+        ("metadata.csv", "file_name,text\na.png,a dog, on grass\n", "line 2: more fields than columns"),
+        ("metadata.csv", "file_name,text\n,a dog\n", "line 2: file_name is empty"),
+        ("metadata.csv", 'file_name,text\na.png,"a dog\n', "line 2: not CSV"),
+    ],
+)
+def test_malformed_metadata_names_file_and_line(tmp_path: Path, name: str, content: str, message: str):
+    make(tmp_path, a_DOT_png="", notes_DOT_md="")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError) as caught:
+        captions(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / name}, {message}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.caption", "metadata.csv", "metadata.jsonl"])
+def test_what_is_not_utf8_is_an_error_that_names_the_file(tmp_path: Path, name: str):
+    make(tmp_path, a_DOT_png="")
+    (tmp_path / name).write_bytes("un café".encode("latin-1"))
+    with pytest.raises(DataError, match=r"not UTF-8 at byte 6; save it as UTF-8$") as caught:
+        captions(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a photo of [trigger]", "a photo of sks"),
+        ("[trigger] and [trigger]", "sks and sks"),
+        ("a photo", "sks a photo"),
+        ("", "sks"),
+    ],
+)
+def test_trigger_replaces_or_leads(caption: str, expected: str):
+    assert with_trigger(caption, "sks") == expected
+
+
+@pytest.mark.parametrize("trigger", [None, ""])
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a photo", "a photo"),
+        ("- as it is, ", "- as it is, "),
+        ("[trigger], a photo", "a photo"),
+        ("[trigger] dog", "dog"),
+        ("[trigger]: a dog", "a dog"),
+        ("a [trigger] dog", "a dog"),
+        ("a photo of [trigger], outside", "a photo of, outside"),
+        ("tall, [trigger], red", "tall, red"),
+        ("tall, [trigger]", "tall"),
+        ("a photo of [trigger]", "a photo of"),
+        ("[trigger]", ""),
+    ],
+)
+def test_without_a_trigger_word_its_place_closes(caption: str, expected: str, trigger: str | None):
+    assert with_trigger(caption, trigger) == expected
+
+
+@given(st.text(alphabet="ab ,;.[]", max_size=8), st.text(alphabet="ab ,;.[]", max_size=8))
+def test_without_a_trigger_word_no_placeholder_is_left(before: str, after: str):
+    result = with_trigger(f"{before}{TRIGGER}{after}", None)
+    assert TRIGGER not in result
+    assert not result.startswith((" ", ","))
+    letters = [letter for letter in before + after if letter in "ab"]
+    assert [letter for letter in result if letter in "ab"] == letters

@@ -1,0 +1,215 @@
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from finetune.data.images import Skipped, check_images, find_images, list_files, open_image, to_rgb
+from finetune.errors import DataError
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+UPRIGHT = np.array([[RED, GREEN, BLUE], [WHITE, (0, 0, 0), (9, 8, 7)]], dtype=np.uint8)
+
+
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def pixels(image: Image.Image) -> list:
+    assert image.mode == "RGB"
+    return np.asarray(image).tolist()
+
+
+def test_finds_pictures_at_any_depth_in_the_order_of_relative_posix_paths(tmp_path: Path):
+    names = ["b.PNG", "a/z.jpeg", "a.jpg", "a/b/c.webp", "a-b/x.tif", "x.bmp", "y.gif", "z.avif", "q.tiff", "r.jpg"]
+    others = [".hidden.png", ".git/x.png", "a/.thumbs/x.png", "notes.txt", "a/jpg", "model.safetensors"]
+    for name in names + others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == sorted(names)
+
+
+def test_pictures_that_cannot_be_read_here_are_found_so_that_they_are_reported(tmp_path: Path):
+    (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    found = find_images(tmp_path)
+    assert found == [tmp_path / "phone.HEIC"]
+    assert check_images(["phone.HEIC"], lambda _: found[0]) == [
+        Skipped("phone.HEIC", "not a picture of a kind that can be read")
+    ]
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "folder"
+    elsewhere.mkdir()
+    folder.mkdir()
+    (elsewhere / "a.png").touch()
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "circle").symlink_to(folder)
+    (folder / "dangling.png").symlink_to(tmp_path / "nothing")
+    assert list_files(folder) == [folder / "dangling.png", folder / "linked" / "a.png"]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path):
+    with pytest.raises(DataError, match=r"nowhere: No such file or directory$"):
+        list_files(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_turned_exactly(orientation: int, tmp_path: Path):
+    stored = {  # what a camera held that way writes: the inverse of what the viewer has to do
+        1: UPRIGHT,
+        2: UPRIGHT[:, ::-1],
+        3: UPRIGHT[::-1, ::-1],
+        4: UPRIGHT[::-1],
+        5: UPRIGHT.transpose(1, 0, 2),
+        6: np.rot90(UPRIGHT, 1),
+        7: UPRIGHT[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(UPRIGHT, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
+    assert pixels(open_image(tmp_path / "a.png")) == UPRIGHT.tolist()
+
+
+def test_a_broken_exif_block_leaves_the_pixels_as_stored():
+    data = encoded(Image.fromarray(UPRIGHT), "PNG", exif=b"Exif\0\0garbage")
+    assert pixels(open_image(io.BytesIO(data))) == UPRIGHT.tolist()
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled_not_clipped(format: str):
+    grey = np.array([[0, 128, 129, 257, 256 * 128, 65535]], dtype=np.uint16)
+    data = encoded(Image.fromarray(grey), format)
+    assert pixels(open_image(io.BytesIO(data))) == [[[v] * 3 for v in (0, 0, 1, 1, 128, 255)]]
+
+
+def test_16_bit_grey_with_a_transparent_value_is_white_there():
+    image = Image.fromarray(np.array([[0, 257, 512]], dtype=np.uint16))
+    data = encoded(image, "PNG", transparency=257)
+    assert pixels(open_image(io.BytesIO(data))) == [[[0] * 3, [255] * 3, [2] * 3]]
+
+
+@pytest.mark.parametrize(
+    "values", [np.array([[0.5, 1.0]], dtype=np.float32), np.array([[0, 70000]], dtype=np.int32)], ids=["F", "I"]
+)
+def test_pixels_of_unknown_range_are_refused(values: np.ndarray):
+    with pytest.raises(ValueError, match="with no known range"):
+        to_rgb(Image.fromarray(values))
+
+
+def test_alpha_is_composed_over_white():
+    image = Image.new("RGBA", (3, 1))
+    for x, alpha in enumerate((0, 128, 255)):
+        image.putpixel((x, 0), (255, 0, 0, alpha))
+    opened = open_image(io.BytesIO(encoded(image, "PNG")))
+    assert pixels(opened) == [[[255, 255, 255], [255, 127, 127], [255, 0, 0]]]
+
+
+def test_grey_with_alpha_is_composed_over_white():
+    image = Image.new("LA", (2, 1), (0, 0))
+    image.putpixel((1, 0), (40, 255))
+    assert pixels(open_image(io.BytesIO(encoded(image, "PNG")))) == [[[255] * 3, [40] * 3]]
+
+
+@pytest.mark.parametrize("transparency", [1, bytes([255, 0])], ids=["one colour", "alpha per colour"])
+def test_palette_transparency_is_composed_over_white(transparency: int | bytes):
+    image = Image.new("P", (2, 1))
+    image.putpalette([*RED, *GREEN])
+    image.putpixel((1, 0), 1)
+    data = encoded(image, "PNG", transparency=transparency)
+    assert pixels(open_image(io.BytesIO(data))) == [[list(RED), list(WHITE)]]
+
+
+def test_an_opaque_palette_becomes_its_colours():
+    image = Image.new("P", (2, 1), 1)
+    image.putpalette([*RED, *BLUE])
+    assert pixels(open_image(io.BytesIO(encoded(image, "BMP")))) == [[list(BLUE)] * 2]
+
+
+def test_of_an_animation_the_first_frame_is_taken():
+    frames = [Image.new("RGB", (2, 2), color) for color in (RED, GREEN)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert pixels(open_image(io.BytesIO(data))) == [[list(RED)] * 2] * 2
+
+
+def test_cmyk_becomes_rgb():
+    data = encoded(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), "TIFF")
+    assert pixels(open_image(io.BytesIO(data))) == [[list(RED)]]
+
+
+def test_black_and_white_becomes_rgb():
+    assert pixels(to_rgb(Image.new("1", (1, 1), 1))) == [[list(WHITE)]]
+
+
+def broken_files() -> dict[str, tuple[bytes, str]]:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    jpeg, png = encoded(noise, "JPEG"), encoded(noise, "PNG")
+    bomb = bytearray(encoded(noise, "BMP"))
+    bomb[18:26] = (20000).to_bytes(4, "little") * 2  # width and height in the header
+    eps = encoded(noise, "EPS")
+    return {
+        "empty": (b"", "the file is empty"),
+        "text": (b"<html>404</html>", "not a picture of a kind that can be read"),
+        "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
+        "cut.png": (png[: len(png) // 2], "truncated|broken data stream"),
+        "head.png": (png[:20], "Truncated File Read"),
+        "bomb.bmp": (bytes(bomb), "decompression bomb"),
+        "postscript.jpg": (eps, "not a picture of a kind that can be read"),
+    }
+
+
+@pytest.mark.parametrize("name", broken_files())
+def test_what_is_no_picture_raises_one_line_with_path_and_reason(name: str, tmp_path: Path):
+    data, reason = broken_files()[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=reason) as caught:
+        open_image(tmp_path / name)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / name}: ")
+    assert message.count(str(tmp_path)) == 1
+    assert "\n" not in message
+
+
+def test_a_missing_file_is_named_as_it_was_asked_for(tmp_path: Path):
+    with pytest.raises(DataError, match=r"^row 3: No such file or directory$"):
+        open_image(tmp_path / "a.png", "row 3")
+
+
+def test_check_gives_upright_sizes_and_reasons_in_order(tmp_path: Path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png", exif=exif)
+    (tmp_path / "b.png").touch()
+    Image.new("RGB", (5, 2)).save(tmp_path / "c.png")
+    Image.new("RGB", (101, 2)).save(tmp_path / "d.png")
+    names = ["a.png", "b.png", "c.png", "d.png", "e.png"]
+
+    def source(position: int) -> Path:
+        if names[position] == "e.png":
+            raise ValueError("not there")
+        return tmp_path / names[position]
+
+    assert check_images(names, source) == [
+        (3, 4),
+        Skipped("b.png", "the file is empty"),
+        (5, 2),
+        Skipped("d.png", "101 x 2 pixels: one side is over 50 times the other"),
+        Skipped("e.png", "not there"),
+    ]
+    assert str(Skipped("b.png", "the file is empty")) == "b.png: the file is empty"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names that are not Unicode exist on POSIX systems")
+def test_a_name_that_is_not_utf8_can_be_found_and_opened(tmp_path: Path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    try:
+        Image.new("RGB", (2, 1), RED).save(path)
+    except OSError:
+        pytest.skip("this file system allows no such name")
+    assert find_images(tmp_path) == [path]
+    assert pixels(open_image(path)) == [[list(RED)] * 2]
