@@ -1,0 +1,154 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from finetune.cache.encode import as_batch, encode
+from finetune.data.datasets import ImageFolder
+from finetune.data.loader import batches
+from finetune.data.transforms import normalize
+from finetune.errors import DataError
+from finetune.models.loading import DiffusionModel, load_model
+from finetune.models.lora import add_lora, trainable
+from finetune.training.objective import NoisePrediction
+from finetune.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def tiny() -> DiffusionModel:
+    return load_model("tiny")
+
+
+def five_losses(pictures: Path, live: bool, flip: bool = True) -> list[float]:
+    model = load_model("tiny")
+    add_lora(model.unet, rank=4)
+    images = ImageFolder(pictures, resolution=64, random_flip=flip)
+    encoded = encode(images, model, live=live, caption_dropout=0.3)
+    optimizer = torch.optim.AdamW(trainable(model.unet), lr=1e-3)
+    trainer = Trainer(model.unet, model.encoder, NoisePrediction(model.scheduler), optimizer)
+    return [trainer.step(batch).loss for batch in batches(encoded, batch_size=4, steps=5)]
+
+
+def test_kept_and_live_encoding_give_the_same_losses(pictures: Path) -> None:
+    assert five_losses(pictures, live=False) == pytest.approx(five_losses(pictures, live=True), rel=1e-5)
+
+
+def test_what_is_stored_is_the_posterior_and_flips_keep_two(pictures: Path, tiny: DiffusionModel) -> None:
+    images = ImageFolder(pictures, resolution=64, random_flip=True)
+    encoded = encode(images, tiny)
+    pixels, _ = images.transform(images[0].image, 0)
+    for version, shown in ((0, pixels), (1, pixels.flip(-1))):
+        posterior = tiny.encoder.vae.encode(normalize(shown[None])).latent_dist
+        expected = torch.cat([posterior.mean, posterior.std], dim=1)[0]
+        assert torch.equal(encoded.visits.stored[0][version], expected)
+
+
+def test_latents_are_scaled_by_the_configs_factor_and_sampled_anew_at_each_visit(
+    pictures: Path, tiny: DiffusionModel
+) -> None:
+    encoded = encode(ImageFolder(pictures, resolution=64), tiny)
+    first, second = batches(encoded, batch_size=6, steps=2)
+    mean, std = first.stored.chunk(2, dim=1)
+    noise = (tiny.encoder.sample(first.stored, first.keys) / 0.5 - mean) / std  # 0.5: tiny's scaling factor
+    assert abs(noise.mean()) < 0.02
+    assert noise.std() == pytest.approx(1, abs=0.02)
+    row = second.ids.index(first.ids[0])
+    assert first.keys[0] != second.keys[row]
+
+
+def test_worker_count_changes_nothing_to_the_bit(pictures: Path, tiny: DiffusionModel) -> None:
+    images = ImageFolder(pictures, resolution=64, random_flip=True, center_crop=False)
+    for live in (False, True):
+        encoded = encode(images, tiny, live=live, caption_dropout=0.5)
+        runs = [list(batches(encoded, batch_size=4, steps=4, num_workers=workers)) for workers in (0, 2)]
+        for a, b in zip(*runs, strict=True):
+            assert a.ids == b.ids
+            assert torch.equal(a.keys, b.keys)
+            assert torch.equal(a.stored, b.stored)
+            assert torch.equal(a.geometry, b.geometry)
+            assert torch.equal(a.cond["encoder_hidden_states"], b.cond["encoder_hidden_states"])
+
+
+def test_each_picture_gets_its_own_caption_and_dropped_ones_the_empty_prompt(
+    pictures: Path, tiny: DiffusionModel
+) -> None:
+    images = ImageFolder(pictures, resolution=64)
+    states = {c: tiny.conditioner.encode([c])["encoder_hidden_states"][0] for c in [*images.captions, ""]}
+    own = dict(zip(images.ids, images.captions, strict=True))
+    dropped = 0
+    for batch in batches(encode(images, tiny, caption_dropout=0.5), batch_size=6, steps=8):
+        for name, row in zip(batch.ids, batch.cond["encoder_hidden_states"], strict=True):
+            empty = torch.equal(row, states[""])
+            assert empty or torch.equal(row, states[own[name]])
+            dropped += empty
+    assert 12 <= dropped <= 36  # 48 visits, half dropped
+
+
+def test_a_random_crop_is_drawn_once_when_kept_and_at_each_visit_when_live(
+    pictures: Path, tiny: DiffusionModel
+) -> None:
+    images = ImageFolder(pictures, resolution=64, center_crop=False)
+    for live in (False, True):
+        seen: dict[str, set[tuple[int, ...]]] = {}
+        for batch in batches(encode(images, tiny, live=live), batch_size=6, steps=5):
+            for name, row in zip(batch.ids, batch.geometry.tolist(), strict=True):
+                seen.setdefault(name, set()).add(tuple(row))
+        wide = seen["00.png"]  # 80 x 64: the crop can move
+        assert len(wide) > 1 if live else len(wide) == 1
+
+
+class Squares(Dataset):
+    """A dataset as a user would write it."""
+
+    def __init__(self, size: Callable[[int], int] = lambda index: 64, name: str = "square {}"):
+        self.size, self.name = size, name
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, str, str]:
+        side = self.size(index)
+        return Image.new("RGB", (side, side), (80 * index, 0, 0)), f"a square {index}", self.name.format(index)
+
+
+def test_a_dataset_of_ones_own_is_encoded_as_it_is(tiny: DiffusionModel) -> None:
+    batch = next(batches(encode(Squares(), tiny), batch_size=3, steps=1))
+    assert sorted(batch.ids) == ["square 0", "square 1", "square 2"]
+    assert batch.geometry.tolist() == [[64, 64, 0, 0, 64, 64]] * 3
+
+
+def test_transparent_and_grey_pictures_of_ones_own_become_rgb_over_white(tiny: DiffusionModel) -> None:
+    class Modes(Squares):
+        def __getitem__(self, index: int) -> tuple[Image.Image, str, str]:
+            return Image.new(("RGBA", "L", "RGB")[index], (64, 64), (0, 255, (255, 255, 255))[index]), "x", str(index)
+
+    encoded = encode(Modes(), tiny)
+    white = encoded.visits.stored[2]
+    assert torch.equal(encoded.visits.stored[0], white)
+    assert torch.equal(encoded.visits.stored[1], white)
+
+
+def test_pictures_of_two_sizes_and_doubled_ids_are_refused(tiny: DiffusionModel) -> None:
+    with pytest.raises(DataError, match="differ in size"):
+        next(batches(encode(Squares(lambda index: 64 + 16 * index), tiny), batch_size=3, steps=1))
+    with pytest.raises(DataError, match="two pictures have the id 'same'"):
+        encode(Squares(name="same"), tiny)
+
+
+def test_as_batch_encodes_what_a_plain_loader_gives(tiny: DiffusionModel) -> None:
+    source = torch.Generator().manual_seed(0)
+    pixels = torch.rand(2, 3, 64, 64, generator=source) * 2 - 1
+    batch = as_batch(tiny, pixels, ["a", "b"], step=3)
+    assert torch.equal(batch.stored, tiny.encoder.encode(pixels))
+    assert batch.cond["encoder_hidden_states"].shape == (2, 77, 64)
+    assert not torch.equal(batch.keys, as_batch(tiny, pixels, ["a", "b"], step=4).keys)
+
+
+def test_no_graph_reaches_the_frozen_parts(pictures: Path, tiny: DiffusionModel) -> None:
+    batch = next(batches(encode(ImageFolder(pictures, resolution=64), tiny), batch_size=2, steps=1))
+    x0 = tiny.encoder.sample(batch.stored, batch.keys)
+    assert not x0.requires_grad
+    assert not batch.cond["encoder_hidden_states"].requires_grad
