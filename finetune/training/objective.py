@@ -1,0 +1,113 @@
+"""The objective: predict the noise (or v, or x0) of a noised example, mean squared error.
+
+Notation of Ho et al. 2020 (DDPM): x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise, SNR_t = abar_t / (1 - abar_t).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from finetune import seeding
+from finetune.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Noised:
+    """One draw of the forward process, ready for the UNet."""
+
+    x_t: Tensor
+    """(B, C, H, W) what the UNet sees."""
+    t: Tensor
+    """(B,) int64 timesteps in [0, T)."""
+    target: Tensor
+    """(B, C, H, W) what the UNet should answer."""
+    snr_weight: Tensor
+    """(B,) weight of each example's error at its timestep; ones unless `snr_gamma` is set."""
+
+
+class NoisePrediction:
+    """Noise-prediction objective over a DDPM schedule.
+
+    Args:
+        scheduler: the training schedule; its `prediction_type` says what the UNet predicts.
+        snr_gamma: Min-SNR weighting (Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting
+            Strategy", eq. 8 and its forms for the noise and v parametrizations); None: off.
+        noise_offset: strength of a constant per channel added to the noise.
+        input_perturbation: strength of extra noise in x_t but not in the target (Ning et al. 2023, alg. 1).
+
+    Raises:
+        UsageError: the scheduler's `prediction_type` is none of epsilon, v_prediction and sample.
+    """
+
+    def __init__(
+        self,
+        scheduler: DDPMScheduler,
+        *,
+        snr_gamma: float | None = None,
+        noise_offset: float = 0.0,
+        input_perturbation: float = 0.0,
+    ):
+        self.alphas_cumprod: Tensor = scheduler.alphas_cumprod.float()
+        self.prediction_type: str = scheduler.config["prediction_type"]
+        if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise UsageError(f"prediction_type {self.prediction_type!r}: allowed is epsilon, v_prediction or sample")
+        self.snr_gamma = snr_gamma
+        self.noise_offset = noise_offset
+        self.input_perturbation = input_perturbation
+
+    def draw(self, x0: Tensor, keys: Tensor) -> Noised:
+        """Noise and timestep for each example: x0 (B, C, H, W), keys (B,) on the CPU -> Noised on x0's device."""
+        noise = seeding.normal(keys, "noise", x0.shape[1:])
+        t = seeding.integers(keys, "timestep", len(self.alphas_cumprod))
+        if self.noise_offset:
+            noise += self.noise_offset * seeding.normal(keys, "noise offset", (x0.shape[1], 1, 1))
+        input_noise = None
+        if self.input_perturbation:
+            extra = seeding.normal(keys, "input perturbation", x0.shape[1:])
+            input_noise = (noise + self.input_perturbation * extra).to(x0.device)
+        return self.noised(x0, noise.to(x0.device), t.to(x0.device), input_noise)
+
+    def noised(self, x0: Tensor, noise: Tensor, t: Tensor, input_noise: Tensor | None = None) -> Noised:
+        """The same from given noise (B, C, H, W) and timesteps (B,): validation and tests.
+
+        `input_noise`, if given, replaces the noise in x_t but not in the target.
+        """
+        self.alphas_cumprod = self.alphas_cumprod.to(x0.device)
+        abar = self.alphas_cumprod[t]
+        signal, spread = (root.view(-1, 1, 1, 1) for root in (abar.sqrt(), (1 - abar).sqrt()))
+        x_t = signal * x0 + spread * (noise if input_noise is None else input_noise)
+        if self.prediction_type == "epsilon":
+            target = noise
+        elif self.prediction_type == "v_prediction":  # Salimans & Ho 2022, appendix D
+            target = signal * noise - spread * x0
+        else:
+            target = x0
+        return Noised(x_t, t, target, self._snr_weight(abar / (1 - abar)))
+
+    def _snr_weight(self, snr: Tensor) -> Tensor:
+        if self.snr_gamma is None:
+            return torch.ones_like(snr)
+        if self.prediction_type == "epsilon":
+            return (self.snr_gamma / snr).clamp(max=1)  # min(SNR, gamma) / SNR, defined at SNR = 0 too
+        clipped = snr.clamp(max=self.snr_gamma)
+        return clipped / (snr + 1) if self.prediction_type == "v_prediction" else clipped
+
+    def loss(
+        self, unet: Callable[..., Any], noised: Noised, cond: Mapping[str, Any], extra: Tensor | None = None
+    ) -> Tensor:
+        """Weighted squared error of each example, mean over its elements: (B,) fp32.
+
+        Args:
+            unet: called as `unet(x, t, **cond)`, answers an object with `.sample`.
+            noised: from `draw` or `noised`.
+            cond: the UNet's keyword arguments.
+            extra: channels appended to x_t (inpainting), (B, C', H, W).
+        """
+        x = noised.x_t if extra is None else torch.cat([noised.x_t, extra], dim=1)
+        prediction = unet(x, noised.t, **cond).sample
+        error = (prediction.float() - noised.target.float()).square().mean(dim=(1, 2, 3))
+        return noised.snr_weight * error

@@ -1,0 +1,63 @@
+"""Optimizers by name, and the learning rate as a pure function of the step."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from finetune.errors import UsageError
+
+
+def make_optimizer(
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    *,
+    learning_rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.01,
+    epsilon: float = 1e-8,
+) -> torch.optim.Optimizer:
+    """An optimizer by name: adamw (fused), adafactor and sgd from torch, prodigy from prodigyopt.
+
+    Raises:
+        UsageError: unknown name, or the package that has it is not installed.
+    """
+    parameters = list(parameters)
+    if name == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon, fused=True
+        )
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=learning_rate, weight_decay=weight_decay)
+    if name == "adafactor":
+        return torch.optim.Adafactor(parameters, lr=learning_rate, weight_decay=weight_decay)
+    if name != "prodigy":
+        raise UsageError(f"optimizer = {name!r}: allowed is adamw, adafactor, prodigy, sgd")
+    try:
+        from prodigyopt import Prodigy
+    except ImportError as error:
+        raise UsageError("optimizer = 'prodigy' needs a package: pip install prodigyopt") from error
+    return Prodigy(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon)  # pyright: ignore[reportArgumentType] # says int, takes a fraction
+
+
+def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: int) -> float:
+    """The learning rate of a step; the same values as `diffusers.optimization.get_scheduler`.
+
+    Args:
+        step: 0 for the first optimizer step.
+        peak: rate at the end of the warm-up, reached linearly from 0.
+        schedule: "constant", "linear" (to 0 at `total`), "cosine" (half a period, to 0; Loshchilov & Hutter 2016,
+            eq. 5) or "polynomial" (linear to 1e-7, as the scripts' default power of 1).
+        warmup: steps of the warm-up.
+        total: steps of the whole run.
+    """
+    if step < warmup:
+        return peak * step / warmup
+    if schedule == "constant":
+        return peak
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    floor = 1e-7 if schedule == "polynomial" else 0.0
+    return floor + (peak - floor) * (1 - done)

@@ -1,0 +1,113 @@
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from torch.nn import functional
+
+from finetune.training.objective import NoisePrediction
+
+TYPES = ("epsilon", "v_prediction", "sample")
+
+
+def small_unet() -> UNet2DModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UNet2DModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=1,
+            block_out_channels=(16, 16),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )
+
+
+def tensors(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    x0 = torch.randn(5, 4, 8, 8, generator=source)
+    noise = torch.randn(5, 4, 8, 8, generator=source)
+    return x0, noise, torch.tensor([0, 10, 400, 998, 999])
+
+
+def gradient(unet: UNet2DModel) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in unet.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_loss_and_gradient_equal_those_of_diffusers_own_calls(prediction_type: str) -> None:
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type)
+    x0, noise, t = tensors()
+    unet = small_unet()
+    noised = NoisePrediction(scheduler).noised(x0, noise, t)
+    loss = NoisePrediction(scheduler).loss(unet, noised, {}).mean()
+    loss.backward()
+    ours = gradient(unet)
+
+    unet.zero_grad()
+    target = {"epsilon": noise, "v_prediction": scheduler.get_velocity(x0, noise, t), "sample": x0}[prediction_type]
+    theirs = functional.mse_loss(unet(scheduler.add_noise(x0, noise, t), t).sample, target)
+    theirs.backward()
+    assert loss.item() == pytest.approx(theirs.item(), rel=1e-6)
+    assert (ours - gradient(unet)).norm() <= 1e-6 * ours.norm()
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_snr_weights_equal_the_papers_formula(prediction_type: str) -> None:
+    """Hang et al. 2023: the weight on the x0 loss is min(SNR, gamma); noise and v losses divide by SNR and SNR + 1."""
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type)
+    x0, noise, t = tensors()
+    alpha, sigma = scheduler.alphas_cumprod[t] ** 0.5, (1 - scheduler.alphas_cumprod[t]) ** 0.5
+    snr = (alpha / sigma) ** 2
+    expected = torch.minimum(snr, torch.full_like(snr, 5.0))
+    expected = expected / {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones(())}[prediction_type]
+    noised = NoisePrediction(scheduler, snr_gamma=5.0).noised(x0, noise, t)
+    torch.testing.assert_close(noised.snr_weight, expected, rtol=1e-5, atol=1e-7)
+    weighted = NoisePrediction(scheduler, snr_gamma=5.0).loss(small_unet(), noised, {})
+    plain = NoisePrediction(scheduler).loss(small_unet(), NoisePrediction(scheduler).noised(x0, noise, t), {})
+    torch.testing.assert_close(weighted, plain * expected)
+
+
+def test_snr_weight_is_finite_at_zero_terminal_snr() -> None:
+    for prediction_type in TYPES:
+        scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type=prediction_type)
+        x0, noise, t = tensors()
+        assert NoisePrediction(scheduler, snr_gamma=5.0).noised(x0, noise, t).snr_weight.isfinite().all()
+
+
+def test_draws_are_functions_of_the_key_and_offset_is_constant_per_channel() -> None:
+    scheduler = DDPMScheduler()
+    x0 = torch.zeros(3, 4, 8, 8)
+    keys = torch.tensor([11, 12, 13])
+    plain = NoisePrediction(scheduler).draw(x0, keys)
+    again = NoisePrediction(scheduler).draw(x0[1:], keys[1:])
+    assert torch.equal(plain.target[1:], again.target)
+    assert torch.equal(plain.t[1:], again.t)
+    offset = NoisePrediction(scheduler, noise_offset=0.5).draw(x0, keys).target - plain.target
+    assert offset.std(dim=(2, 3)).max() < 1e-6
+    assert offset.abs().max() > 0.01
+
+
+def test_input_perturbation_changes_what_the_unet_sees_and_not_its_target() -> None:
+    scheduler = DDPMScheduler()
+    x0, keys = torch.zeros(2, 4, 8, 8), torch.tensor([1, 2])
+    plain = NoisePrediction(scheduler).draw(x0, keys)
+    perturbed = NoisePrediction(scheduler, input_perturbation=0.1).draw(x0, keys)
+    assert torch.equal(plain.target, perturbed.target)
+    assert not torch.equal(plain.x_t, perturbed.x_t)
+
+
+def test_extra_channels_reach_the_unet() -> None:
+    seen = []
+
+    class Answer:
+        sample = torch.zeros(2, 4, 8, 8)
+
+    def unet(x: torch.Tensor, t: torch.Tensor) -> Answer:
+        seen.append(x.shape)
+        return Answer()
+
+    objective = NoisePrediction(DDPMScheduler())
+    noised = objective.draw(torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]))
+    objective.loss(unet, noised, {}, extra=torch.zeros(2, 5, 8, 8))
+    assert seen == [(2, 9, 8, 8)]

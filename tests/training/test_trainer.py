@@ -1,0 +1,199 @@
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune.batch import Batch
+from finetune.cache.encode import Encoded, encode
+from finetune.data.datasets import ImageFolder
+from finetune.data.loader import batches
+from finetune.errors import RunError
+from finetune.models.loading import DiffusionModel, load_model
+from finetune.models.lora import add_lora, trainable
+from finetune.training.ema import Ema
+from finetune.training.objective import NoisePrediction
+from finetune.training.trainer import Trainer
+
+MakeTrainer = Callable[..., tuple[DiffusionModel, Trainer]]
+
+
+@pytest.fixture(scope="module")
+def encoded(pictures: Path, make_pictures: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Encoded:
+    folder = make_pictures(tmp_path_factory.mktemp("eight"), count=8)
+    return encode(ImageFolder(folder, prompt="a disc", resolution=64), load_model("tiny"))
+
+
+def make(
+    method: str = "full", lr: float = 1e-2, dropout: float = 0.0, **options: object
+) -> tuple[DiffusionModel, Trainer]:
+    model = load_model("tiny")
+    if method == "lora":
+        add_lora(model.unet, rank=4, dropout=dropout)
+        for parameter in trainable(model.unet):  # B starts at zero, where A has no gradient
+            parameter.data += 0.01
+    else:
+        model.unet.requires_grad_(True)
+    optimizer = torch.optim.SGD(trainable(model.unet), lr=lr)
+    objective = NoisePrediction(model.scheduler, snr_gamma=5.0)
+    return model, Trainer(model.unet, model.encoder, objective, optimizer, **options)
+
+
+def steps(encoded: Encoded, count: int, batch_size: int = 8) -> Iterator[Batch]:
+    return batches(encoded, batch_size=batch_size, steps=count)
+
+
+def gradient(trainer: Trainer) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in trainer.parameters.values() if p.grad is not None])
+
+
+def weights(trainer: Trainer) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.parameters.values()])
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("micro", [2, 3])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(encoded: Encoded, method: str, micro: int) -> None:
+    batch = next(steps(encoded, 1))
+    batch = replace(batch, weight=torch.tensor([1.0, 2, 0.5, 1, 1, 3, 1, 1]))
+    _, whole = make(method)
+    _, cut = make(method, micro_batch_size=micro)
+    whole.backward(batch)
+    cut.backward(batch)
+    assert (gradient(whole) - gradient(cut)).norm() <= 1e-5 * gradient(whole).norm()
+
+
+def test_five_sgd_steps_change_the_weights_alike_however_the_batch_is_cut(encoded: Encoded) -> None:
+    """Five examples a step over eight: the second step of each epoch is a short one, of three."""
+    changes = []
+    for micro in (None, 2):
+        _, trainer = make(micro_batch_size=micro)
+        before = weights(trainer)
+        for batch in steps(encoded, 5, batch_size=5):
+            trainer.step(batch)
+        changes.append(weights(trainer) - before)
+    assert changes[0].norm() > 1e-3
+    assert (changes[0] - changes[1]).norm() <= 1e-4 * changes[0].norm()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_only_what_should_learn_changes(encoded: Encoded, method: str) -> None:
+    model, trainer = make(method)
+    parts = {
+        "unet": model.unet.state_dict(),
+        "vae": model.encoder.vae.state_dict(),
+        "text_encoder": model.conditioner.text_encoder.state_dict(),
+    }
+    before = {(part, name): t.clone() for part, state in parts.items() for name, t in state.items()}
+    for batch in steps(encoded, 3, batch_size=4):
+        trainer.step(batch)
+    changed = {key for key, old in before.items() if not torch.equal(old, parts[key[0]][key[1]])}
+    assert changed == {("unet", name) for name in trainer.parameters}
+    assert all(("lora_" in name) == (method == "lora") for _, name in changed)
+
+
+def test_a_step_reports_weighted_loss_norm_before_clipping_and_rate(encoded: Encoded) -> None:
+    batch = next(steps(encoded, 1))
+    _, trainer = make(max_grad_norm=1e-3, learning_rate=lambda step: 0.5 / (step + 1))
+    before = weights(trainer)
+    losses = trainer.backward(batch)
+    norm = gradient(trainer).norm().item()
+    trainer.optimizer.zero_grad()
+    metrics = trainer.step(batch)
+    assert metrics.loss == pytest.approx(losses.mean().item(), rel=1e-6)
+    assert metrics.grad_norm == pytest.approx(norm, rel=1e-4)
+    assert (metrics.step, metrics.lr, metrics.examples) == (1, 0.5, 8)
+    assert (weights(trainer) - before).norm().item() == pytest.approx(0.5 * 1e-3, rel=1e-3)  # SGD: rate x clipped norm
+    assert trainer.step(batch).lr == 0.25
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_example(
+    encoded: Encoded, micro: int | None
+) -> None:
+    batch = next(steps(encoded, 1))
+    batch.stored[3] = float("nan")
+    _, trainer = make(micro_batch_size=micro)
+    before = weights(trainer)
+    with pytest.raises(RunError, match=rf"step 1: the loss is not finite for {batch.ids[3]} "):
+        trainer.step(batch)
+    assert torch.equal(before, weights(trainer))
+    assert all(p.grad is None for p in trainer.parameters.values())
+    assert trainer.steps_done == 0
+
+
+def overflowing(encoded: Encoded, overflows: int) -> Trainer:
+    """A trainer in fp16 (on the CPU) whose gradient is infinite in its first steps."""
+    _, trainer = make("lora", precision=torch.float16)
+    batch = next(steps(encoded, 1, batch_size=2))
+    calls = iter(range(1000))
+    parameter = next(iter(trainer.parameters.values()))
+    parameter.register_hook(lambda grad: grad * float("inf") if next(calls) < overflows else grad)
+    before = weights(trainer)
+    for _ in range(overflows):
+        assert trainer.step(batch).grad_norm is None
+        assert torch.equal(before, weights(trainer))
+    assert trainer.step(batch).grad_norm is not None
+    assert not torch.equal(before, weights(trainer))
+    return trainer
+
+
+def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(encoded: Encoded) -> None:
+    assert overflowing(encoded, 2).scaler.get_scale() == 2**16 / 4
+
+
+def test_fp16_that_only_overflows_is_an_error(encoded: Encoded) -> None:
+    with pytest.raises(RunError, match=r"the gradient's norm is (inf|nan)"):
+        overflowing(encoded, 40)
+
+
+def test_dropout_is_drawn_anew_at_each_step_and_is_the_same_in_each_run(encoded: Encoded) -> None:
+    batch = next(steps(encoded, 1, batch_size=4))
+    losses = []
+    for _ in range(2):
+        _, trainer = make("lora", lr=0.0, dropout=0.5)
+        losses.append([trainer.step(batch).loss for _ in range(2)])
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[0][1]
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_training_lowers_the_loss_on_a_fixed_batch(encoded: Encoded, precision: torch.dtype | None) -> None:
+    batch = next(steps(encoded, 1))
+    model, _ = make("lora")
+    optimizer = torch.optim.AdamW(trainable(model.unet), lr=1e-2)
+    objective = NoisePrediction(model.scheduler)
+    trainer = Trainer(model.unet, model.encoder, objective, optimizer, precision=precision)
+    losses = [trainer.step(batch).loss for _ in range(8)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_loaded_state_goes_on_bit_for_bit(encoded: Encoded) -> None:
+    def fresh() -> Trainer:
+        model = load_model("tiny")
+        add_lora(model.unet, rank=4, dropout=0.1)
+        optimizer = torch.optim.AdamW(trainable(model.unet), lr=1e-3)
+        learned = {n: p for n, p in model.unet.named_parameters() if p.requires_grad}
+        objective = NoisePrediction(model.scheduler)
+        return Trainer(model.unet, model.encoder, objective, optimizer, ema=Ema(learned))
+
+    straight, first, second = fresh(), fresh(), fresh()
+    whole = list(steps(encoded, 6, batch_size=4))
+    expected = [straight.step(batch) for batch in whole]
+    got = [first.step(batch) for batch in whole[:3]]
+    second.load_state_dict(first.state_dict())
+    got += [second.step(batch) for batch in batches(encoded, batch_size=4, steps=6, start=3)]
+    assert got == expected
+    assert torch.equal(weights(straight), weights(second))
+    assert straight.ema is not None
+    assert second.ema is not None
+    assert all(torch.equal(t, second.ema.shadow[n]) for n, t in straight.ema.shadow.items())
+
+
+def test_a_state_of_other_parameters_is_refused() -> None:
+    _, full = make("full")
+    _, lora = make("lora")
+    with pytest.raises(RunError, match="other parameters"):
+        lora.load_state_dict(full.state_dict())
