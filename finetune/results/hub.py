@@ -1,0 +1,188 @@
+"""Model card and upload to the Hugging Face hub."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, get_token, is_offline_mode
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from finetune.data.captions import with_trigger
+from finetune.errors import RunError, UsageError
+from finetune.models.families import FAMILIES
+from finetune.models.locate import LORA_FILE
+
+_NOT_TOLD = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "dataloader_num_workers")
+_NOT_TOLD += ("push_to_hub", "hub_model_id", "hub_private_repo")
+"""Settings that say nothing about the result, and may name places on the user's machine."""
+
+_GRID = re.compile(r"step-(\d+)\.png")
+
+
+def check_login(repository: str | None = None) -> None:
+    """Find out, without the network, what would make a push fail after hours of training.
+
+    Args:
+        repository: as `push` takes it.
+
+    Raises:
+        UsageError: no usable token, offline mode, or a name that no repository can have.
+    """
+    _token()
+    if is_offline_mode():
+        raise UsageError("push_to_hub: HF_HUB_OFFLINE is set; unset it to push")
+    try:
+        validate_repo_id(repository or "any")
+    except HFValidationError as error:
+        allowed = "owner/name or name, of letters, digits and single '-', '_', '.'"
+        raise UsageError(f"hub_model_id {repository!r}: allowed is {allowed}") from error
+
+
+def push(folder: Path, repository: str | None, *, private: bool, settings: Mapping[str, Any]) -> str:
+    """Upload a run's export, sample grids and metrics with a model card; nothing else that lies in the folder.
+
+    Args:
+        folder: a run folder with an export.
+        repository: "owner/name" or "name"; None: the folder's name under the logged-in account.
+        private: create the repository as private; one that exists and is public is refused.
+        settings: option -> value, for the card.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        RunError: not logged in, or the hub refused or was out of reach; the export in the folder is whole.
+    """
+    try:
+        check_login(repository)
+        api = HfApi(token=_token())
+        # None, unlike False, leaves it to an organization whose repositories are private by default.
+        address = api.create_repo(repository or repository_name(folder), private=private or None, exist_ok=True)
+        if private and not api.model_info(address.repo_id).private:
+            raise UsageError(f"{address} exists and is public; make it private, or give another --hub_model_id")
+        files = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in pushed_files(folder)]
+        card = CommitOperationAdd("README.md", model_card(folder, address.repo_id, settings).encode(errors="replace"))
+        api.create_commit(address.repo_id, [*files, card], commit_message="Trained with finetune-unet")
+    except (UsageError, HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: a broken-off upload
+        raise RunError(
+            f"{folder} holds the whole export, but it was not pushed (the same command again does it): {_reason(error)}"
+        ) from error
+    return str(address)
+
+
+def _token() -> str:
+    """The hub token. Raises UsageError where there is none that could be sent."""
+    token = get_token()
+    if not token:
+        raise UsageError("push_to_hub: not logged in to the Hugging Face hub: run `hf auth login`, or set HF_TOKEN")
+    if re.search(r"[^!-~]", token):  # the HTTP client would refuse it, and quote it
+        raise UsageError("push_to_hub: the hub token has a character that no token has: run `hf auth login`")
+    return token
+
+
+def _reason(error: Exception) -> str:
+    """What the hub or the network says, on one line and without the token."""
+    text = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    return " ".join(text.split()).replace(get_token() or "\n", "***")
+
+
+def repository_name(folder: Path) -> str:
+    """The folder's name in the letters that a repository's name may have."""
+    return "-".join(re.findall(r"\w+", folder.resolve().name, re.ASCII))[:96].strip("-") or "finetune-unet"
+
+
+def pushed_files(folder: Path) -> list[Path]:
+    """What is pushed beside the card: the LoRA file or the parts of the pipeline, the metrics, the sample grids.
+
+    Raises:
+        RunError: nothing was exported to the folder.
+    """
+    lora, index = folder / LORA_FILE, folder / "model_index.json"
+    if lora.exists():
+        exported = [lora]
+    elif index.exists():
+        inside = [path for part in _parts(folder) for path in (folder / part).rglob("*")]
+        exported = [index, *sorted(path for path in inside if path.is_file() and not path.name.startswith("."))]
+    else:
+        raise RunError(f"{folder}: there is no export to push")
+    others = [folder / "metrics.jsonl", *_grids(folder), folder / "samples/before-after.png"]
+    return exported + [path for path in others if path.exists()]
+
+
+def _parts(folder: Path) -> list[str]:
+    """The folders of an exported pipeline."""
+    return [name for name in json.loads((folder / "model_index.json").read_text(encoding="utf-8")) if name[0] != "_"]
+
+
+def _grids(folder: Path) -> list[Path]:
+    """The sample grids, oldest first."""
+    found = [(int(match[1]), path) for path in folder.glob("samples/*") if (match := _GRID.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def model_card(folder: Path, repository: str, settings: Mapping[str, Any]) -> str:
+    """README.md for an exported run: what it is, its last sample grid, how to load it, its settings.
+
+    Free text, such as a caption, stands only in code blocks, as a Python or TOML string on one line: there it cannot
+    become Markdown, HTML or front matter.
+
+    Args:
+        folder: a run folder with an export.
+        repository: the hub id under which it will be found.
+        settings: option -> value; local paths are shortened to their last part.
+    """
+    told = {name: value for name, value in settings.items() if name not in _NOT_TOLD}
+    told |= {name: _without_folders(str(told[name])) for name in ("model", "data") if name in told}
+    model, data = str(settings.get("model", "tiny")), str(settings.get("data", ""))
+    base = FAMILIES[model].hub_id if model in FAMILIES else _hub_id(model)
+    lora = (folder / LORA_FILE).exists()
+    takes_text = lora or "text_encoder" in _parts(folder)
+    front = ModelCardData(
+        base_model=base,
+        datasets=[data] if _hub_id(data) else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image" if takes_text else "unconditional-image-generation",
+        tags=["finetune-unet", *(["lora"] if lora else [])],
+    )
+    kind = "A LoRA" if lora else "A diffusion model"
+    grid = "".join(f"![samples](samples/{path.name})\n\n" for path in _grids(folder)[-1:])
+    prompt = _literal(with_trigger(told.get("prompt") or "", told.get("trigger")) or "your prompt")
+    return (
+        f"---\n{front.to_yaml()}\n---\n\n# {repository.split('/')[-1]}\n\n"
+        f"{kind}, trained{f' from `{base}`' if base else ''} with finetune-unet.\n\n{grid}"
+        f"```python\n{_loading(repository, model, base) if lora else _LOADING.format(repository)}\n"
+        f"picture = pipeline({prompt if takes_text else ''}).images[0]\n```\n\n"
+        f"Its settings, as a file for `finetune-unet --config`:\n\n```toml\n{tomli_w.dumps(told)}```\n"
+    )
+
+
+_LOADING = 'from diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline.from_pretrained("{}")'
+
+
+def _loading(repository: str, model: str, base: str | None) -> str:
+    """Python that makes a pipeline of the base model and puts the LoRA on it."""
+    if model == "tiny":
+        lines = ["import finetune", "", 'pipeline = finetune.load_model("tiny").pipeline()']
+    else:
+        made = f"StableDiffusionPipeline.from_pretrained({_literal(base or Path(model).name)})"
+        local = "" if base else "  # a folder that is not on the hub"
+        lines = ["from diffusers import StableDiffusionPipeline", "", f"pipeline = {made}{local}"]
+    return "\n".join([*lines, f'pipeline.load_lora_weights("{repository}")'])
+
+
+def _literal(text: str) -> str:
+    """The text as a string literal of Python, on one line."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _hub_id(name: str) -> str | None:
+    """`name` if it is a repository's, owner/name; None for a local folder."""
+    return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) and not Path(name).exists() else None
+
+
+def _without_folders(name: str) -> str:
+    return name if _hub_id(name) else Path(name).name

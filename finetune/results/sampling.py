@@ -1,0 +1,131 @@
+"""Prompts -> pictures through the diffusers pipeline, and grids of them."""
+
+# diffusers annotates its own methods narrower than what they take and give.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, StableDiffusionPipeline
+from PIL import Image, ImageDraw, ImageFont
+
+from finetune.files import write_whole
+from finetune.models.loading import DiffusionModel
+
+MARGIN = 8
+"""Pixels between the pictures of a grid."""
+
+
+@torch.no_grad()
+def draw_pictures(
+    model: DiffusionModel,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    resolution: int,
+    num_inference_steps: int,
+    guidance_scale: float = 7.5,
+    negative_prompt: str = "",
+) -> list[list[Image.Image]]:
+    """Pictures for each prompt (outer) and seed (inner), the UNet in eval mode.
+
+    A seed starts `torch.Generator().manual_seed(seed)` on the CPU, so the same seed gives the same starting noise on
+    every device, and in a plain pipeline call.
+
+    Args:
+        model: on the device where it should run; call under its autocast where weights are half precision.
+        prompts: ignored in pixel mode but for their number, which is then 1.
+        seeds: one picture each.
+        resolution: pixels per side.
+        num_inference_steps: sampler steps; pixel mode uses DDIM.
+        guidance_scale: classifier-free guidance, 1 is none; latent mode only.
+        negative_prompt: what guidance leads away from.
+    """
+    model.to(model.unet.device)  # `encode` has sent the frozen parts to the CPU
+    model.unet.eval()
+    pipeline = model.pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    if isinstance(pipeline, DDPMPipeline):
+        return [_draw_unconditional(pipeline, seeds, num_inference_steps)]
+    assert isinstance(pipeline, StableDiffusionPipeline)
+    device = model.unet.device
+    negative = model.conditioner.encode([negative_prompt])["encoder_hidden_states"].to(device)
+    rows = []
+    for prompt in prompts:
+        embedding = model.conditioner.encode([prompt])["encoder_hidden_states"].to(device)
+        row = [
+            pipeline(
+                prompt_embeds=embedding,
+                negative_prompt_embeds=negative,
+                generator=torch.Generator().manual_seed(seed),
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                height=resolution,
+                width=resolution,
+            ).images[0]
+            for seed in seeds
+        ]
+        rows.append(row)
+    return rows
+
+
+def _draw_unconditional(pipeline: DDPMPipeline, seeds: Sequence[int], steps: int) -> list[Image.Image]:
+    quick = DDIMPipeline(unet=pipeline.unet, scheduler=DDIMScheduler.from_config(pipeline.scheduler.config))
+    quick.set_progress_bar_config(disable=True)
+    sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return quick(batch_size=len(seeds), generator=sources, num_inference_steps=steps).images
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], title: str = "") -> Image.Image:
+    """One picture of all: a row of pictures for each label, the label above it.
+
+    A single unlabelled row is folded into a square.
+    """
+    if len(rows) == 1 and not any(labels):
+        side = max(1, round(len(rows[0]) ** 0.5))
+        rows = [rows[0][start : start + side] for start in range(0, len(rows[0]), side)]
+        labels = [""] * len(rows)
+    cell_width, cell_height = rows[0][0].size
+    font = ImageFont.load_default(size=max(10, min(20, cell_width // 12)))
+    columns = max(len(row) for row in rows)
+    width = MARGIN + columns * (cell_width + MARGIN)
+    strip = 2 * MARGIN + 10 if any(labels) else MARGIN
+    top = 2 * MARGIN + 10 if title else 0
+    sheet = Image.new("RGB", (width, top + len(rows) * (cell_height + strip) + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((MARGIN, MARGIN), title, fill="black", font=font)
+    for number, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        y = top + number * (cell_height + strip)
+        draw.text((MARGIN, y + MARGIN // 2), fitting(label, font, width - 2 * MARGIN), fill="black", font=font)
+        for column, picture in enumerate(row):
+            sheet.paste(picture, (MARGIN + column * (cell_width + MARGIN), y + strip))
+    return sheet
+
+
+def fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """The text on one line, cut with an ellipsis where it is wider than `width` pixels."""
+    text = text.replace("\n", " ")[:width]  # no letter is narrower than a pixel, and captions may be very long
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def side_by_side(before: Path, after: Path, to: Path) -> None:
+    """Lay the first and the last grid of a run beside each other in one picture."""
+    left, right = Image.open(before).convert("RGB"), Image.open(after).convert("RGB")
+    sheet = Image.new("RGB", (left.width + MARGIN + right.width, max(left.height, right.height)), "black")
+    sheet.paste(left, (0, 0))
+    sheet.paste(right, (left.width + MARGIN, 0))
+    save_picture(sheet, to)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    content = io.BytesIO()
+    picture.save(content, format="PNG")
+    write_whole(path, content.getvalue())

@@ -1,0 +1,106 @@
+"""Load an export back through diffusers and compare it with the model it came from."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+
+from finetune import seeding
+from finetune.errors import RunError
+from finetune.models.loading import DiffusionModel
+from finetune.models.locate import LORA_FILE
+
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""Largest allowed difference of the outputs, relative to the largest output: a few roundings of the UNet's dtype.
+
+The weights themselves are compared to the bit.
+"""
+
+
+def verify_export(model: DiffusionModel, folder: Path) -> float:
+    """Compare the UNet with the export of it in `folder`: every weight, and the output on a fixed input.
+
+    Returns:
+        The largest difference of the outputs, relative to the largest output; at most what `TOLERANCES` allows.
+
+    Raises:
+        RunError: a weight is missing, unexpected or differs, or the outputs do.
+    """
+    model.unet.eval()
+    lora = (folder / LORA_FILE).exists()
+    differing, difference = (_compare_adapter if lora else _compare_pipeline)(model, folder)
+    if differing or not difference <= TOLERANCES[model.unet.dtype]:
+        what = (
+            f"{len(differing)} weights differ: {differing[0]}" if differing else f"outputs differ by {difference:.1e}"
+        )
+        raise RunError(f"the export in {folder} does not load back to the trained model: {what}")
+    return difference
+
+
+def _compare_adapter(model: DiffusionModel, folder: Path) -> tuple[list[str], float]:
+    """Compares the file's tensors, then the outputs with the file loaded as a second adapter on the same frozen base.
+
+    diffusers rounds a loaded adapter to the base's dtype; the trained one answers in that dtype too.
+    """
+    unet: Any = model.unet
+    weights = {f"unet.{n}": t for n, t in get_peft_model_state_dict(unet, adapter_name="default").items()}
+    differing = _differing(weights, load_file(folder / LORA_FILE, device=str(unet.device)))
+    learned = {parameter: parameter.data for parameter in unet.parameters() if parameter.requires_grad}
+    # peft draws first values before it reads the file, and warns that there are two adapters and that one goes.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="peft")
+        try:
+            for parameter, data in learned.items():
+                parameter.data = data.to(unet.dtype)
+            trained = _answer(model)
+            unet.load_lora_adapter(folder, prefix="unet", adapter_name="reloaded", weight_name=LORA_FILE)
+            unet.set_adapters("reloaded")
+            return differing, _distance(trained, _answer(model))
+        finally:
+            for parameter, data in learned.items():
+                parameter.data = data
+            if "reloaded" in unet.peft_config:
+                unet.delete_adapters("reloaded")
+            unet.set_adapters("default")
+
+
+def _compare_pipeline(model: DiffusionModel, folder: Path) -> tuple[list[str], float]:
+    reloaded: Any = DiffusionPipeline.from_pretrained(folder, dtype=model.unet.dtype, local_files_only=True)
+    unet = reloaded.unet.to(model.unet.device).eval()
+    differing = _differing(model.unet.state_dict(), unet.state_dict())
+    trained = _answer(model)
+    live, model.unet = model.unet, unet
+    try:
+        return differing, _distance(trained, _answer(model))
+    finally:
+        model.unet = live
+
+
+def _differing(trained: dict[str, Tensor], reloaded: dict[str, Tensor]) -> list[str]:
+    names = trained.keys() | reloaded.keys()
+    return sorted(
+        name
+        for name in names
+        if name not in trained or name not in reloaded or not torch.equal(trained[name], reloaded[name])
+    )
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return ((a - b).abs().max() / a.abs().max()).item()
+
+
+@torch.no_grad()
+def _answer(model: DiffusionModel) -> Tensor:
+    """The UNet's output, fp32, on a fixed small input and the empty prompt."""
+    unet = model.unet
+    size = 2 ** (len(unet.config["block_out_channels"]) - 1)
+    x = seeding.normal(torch.tensor([0]), "verify", (unet.config["in_channels"], size, size)).to(unet.device)
+    cond = model.conditioner.encode([""]) if model.conditioner.token_limit else {}
+    cond = {name: tensor.to(unet.device, unet.dtype) for name, tensor in cond.items()}
+    t = torch.tensor([500], device=unet.device)
+    return unet(x.to(unet.dtype), t, **cond).sample.float()

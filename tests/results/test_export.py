@@ -1,0 +1,123 @@
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, StableDiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from finetune.errors import RunError, UsageError
+from finetune.models.loading import DiffusionModel, load_model
+from finetune.models.lora import add_lora, trainable
+from finetune.models.tiny import tiny_folder
+from finetune.results.export import export
+from finetune.results.verify import verify_export
+
+LORA = "pytorch_lora_weights.safetensors"
+ROUNDING = 1e-5  # equal weights read from a file lie elsewhere in memory, and some processors round differently there
+CONVOLUTIONS_TOO = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in")
+
+
+def trained(targets: tuple[str, ...] | None = None, dtype: torch.dtype = torch.float32) -> DiffusionModel:
+    """A LoRA with alpha 3 on rank 4 whose weights are far from zero."""
+    model = load_model("tiny", dtype=dtype)
+    add_lora(model.unet, rank=4, alpha=3, **({"target_modules": targets} if targets else {}))
+    source = torch.Generator().manual_seed(1)
+    for parameter in trainable(model.unet):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=source)
+    return model
+
+
+def answer(unet) -> torch.Tensor:
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return unet(x, 500, encoder_hidden_states=torch.ones(1, 77, 64)).sample
+
+
+@pytest.mark.parametrize("targets", [None, CONVOLUTIONS_TOO], ids=["attention", "convolutions too"])
+def test_a_lora_loads_into_a_plain_pipeline_with_its_alpha(tmp_path: Path, targets: tuple[str, ...] | None) -> None:
+    model = trained(targets)
+    assert export(model, tmp_path) < ROUNDING
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder())
+    base = answer(pipeline.unet)
+    with torch.random.fork_rng(devices=[]):  # peft draws from the global generator
+        pipeline.load_lora_weights(tmp_path)
+    assert torch.allclose(answer(pipeline.unet), answer(model.unet.eval()), rtol=0, atol=ROUNDING)
+    assert (answer(pipeline.unet) - base).abs().max() > 0.01
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_lora_on_a_half_precision_base_is_saved_in_fp32(tmp_path: Path) -> None:
+    model = trained(dtype=torch.bfloat16)
+    before = [parameter.clone() for parameter in trainable(model.unet)]
+    export(model, tmp_path)
+    assert {tensor.dtype for tensor in load_file(tmp_path / LORA).values()} == {torch.float32}
+    assert all(torch.equal(a, b) for a, b in zip(before, trainable(model.unet), strict=True))
+    assert list(model.unet.peft_config) == ["default"]
+
+
+def test_equal_adapters_make_equal_files(tmp_path: Path) -> None:
+    files = []
+    for name in ("a", "b"):
+        export(trained(), tmp_path / name)
+        files.append((tmp_path / name / LORA).read_bytes())
+    assert files[0] == files[1]
+    with safe_open(tmp_path / "a" / LORA, "pt") as file:
+        assert list(file.metadata()) == ["lora_adapter_metadata"]
+
+
+def test_a_full_fine_tune_is_a_whole_pipeline(tmp_path: Path) -> None:
+    model = load_model("tiny")
+    for parameter in model.unet.parameters():
+        parameter.data += 0.01
+    assert export(model, tmp_path) < ROUNDING
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert torch.allclose(answer(pipeline.unet), answer(model.unet), rtol=0, atol=ROUNDING)
+    base = StableDiffusionPipeline.from_pretrained(tiny_folder())
+    for part in ("vae", "text_encoder"):
+        theirs = getattr(base, part).state_dict()
+        assert all(torch.equal(t, theirs[n]) for n, t in getattr(pipeline, part).state_dict().items())
+
+
+def test_a_pipeline_replaces_a_pipeline_but_no_folder_that_is_only_named_like_a_part(tmp_path: Path) -> None:
+    model = load_model("tiny")
+    export(model, tmp_path / "pipeline")
+    export(model, tmp_path / "pipeline")
+    (tmp_path / "mine/unet").mkdir(parents=True)
+    (tmp_path / "mine/unet/precious.txt").write_text("mine")
+    with pytest.raises(UsageError, match="mine/unet is in the way of the export"):
+        export(model, tmp_path / "mine")
+    assert (tmp_path / "mine/unet/precious.txt").exists()
+
+
+def test_a_pixel_model_is_a_ddpm_pipeline(tmp_path: Path) -> None:
+    model = load_model("ddpm", resolution=32)
+    assert export(model, tmp_path) < ROUNDING
+    pipeline = DDPMPipeline.from_pretrained(tmp_path)
+    assert all(torch.equal(t, model.unet.state_dict()[n]) for n, t in pipeline.unet.state_dict().items())
+
+
+@pytest.mark.parametrize("fault", ["renamed", "changed", "missing"])
+def test_the_proof_finds_a_planted_fault(tmp_path: Path, fault: str) -> None:
+    model = trained()
+    export(model, tmp_path)
+    with safe_open(tmp_path / LORA, "pt") as file:
+        metadata = file.metadata()
+    weights = load_file(tmp_path / LORA)
+    name = sorted(weights)[5]
+    tensor = weights.pop(name)
+    if fault == "renamed":
+        weights[name.replace("attn", "antn")] = tensor
+    if fault == "changed":
+        weights[name] = tensor + 1e-3
+    save_file(weights, tmp_path / LORA, metadata)
+    with pytest.raises(RunError, match="does not load back to the trained model"):
+        verify_export(model, tmp_path)
+
+
+def test_the_proof_finds_a_dropped_alpha(tmp_path: Path) -> None:
+    model = trained()
+    export(model, tmp_path)
+    save_file(load_file(tmp_path / LORA), tmp_path / LORA)
+    with pytest.raises(RunError, match="outputs differ"):
+        verify_export(model, tmp_path)

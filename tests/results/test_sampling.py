@@ -1,0 +1,58 @@
+import numpy as np
+import torch
+from PIL import Image
+
+from finetune.models.loading import load_model
+from finetune.results.sampling import MARGIN, draw_pictures, grid, side_by_side
+
+
+def test_pictures_equal_a_plain_pipeline_call() -> None:
+    model = load_model("tiny")
+    rows = draw_pictures(model, ["a dog", "a cat"], [7, 8], resolution=64, num_inference_steps=3, guidance_scale=5.0)
+    assert [len(row) for row in rows] == [2, 2]
+    plain = load_model("tiny").pipeline()
+    plain.set_progress_bar_config(disable=True)
+    expected = plain(
+        "a cat", generator=torch.Generator().manual_seed(8), num_inference_steps=3, guidance_scale=5.0,
+        height=64, width=64,
+    ).images[0]  # fmt: skip
+    assert np.array_equal(np.asarray(rows[1][1]), np.asarray(expected))
+    assert not np.array_equal(np.asarray(rows[0][1]), np.asarray(rows[1][1]))
+
+
+def test_the_unet_samples_in_eval_mode() -> None:
+    model = load_model("tiny")
+    model.unet.train()
+    draw_pictures(model, [""], [0], resolution=64, num_inference_steps=1)
+    assert not model.unet.training
+
+
+def test_pixel_models_draw_with_few_ddim_steps_one_picture_a_seed() -> None:
+    model = load_model("ddpm", resolution=32)
+    (row,) = draw_pictures(model, [""], [0, 1], resolution=32, num_inference_steps=2)
+    assert [picture.size for picture in row] == [(32, 32)] * 2
+    (alone,) = draw_pictures(model, [""], [1], resolution=32, num_inference_steps=2)
+    difference = np.asarray(row[1]).astype(int) - np.asarray(alone[0])
+    assert abs(difference).max() <= 1  # a batch of two rounds differently
+
+
+def test_a_grid_has_a_row_for_each_prompt_and_its_pictures_unchanged() -> None:
+    red, blue = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")
+    sheet = grid([[red, red], [blue, blue]], ["a red one with a rather long name", "a blue one"], title="step 0")
+    pixels = np.asarray(sheet)
+    assert (pixels == (255, 0, 0)).all(-1).sum() == (pixels == (0, 0, 255)).all(-1).sum() == 2 * 32 * 32
+
+
+def test_one_unlabelled_row_becomes_a_square() -> None:
+    sheet = grid([[Image.new("RGB", (32, 32))] * 16], [""])
+    assert sheet.width == 4 * 32 + 5 * MARGIN
+
+
+def test_before_and_after_lie_side_by_side(tmp_path) -> None:
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (20, 30), colour).save(tmp_path / f"{name}.png")
+    side_by_side(tmp_path / "a.png", tmp_path / "b.png", tmp_path / "both.png")
+    pixels = np.asarray(Image.open(tmp_path / "both.png"))
+    assert pixels.shape == (30, 40 + MARGIN, 3)
+    assert pixels[0, 0].tolist() == [255, 0, 0]
+    assert pixels[0, -1].tolist() == [0, 0, 255]
