@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from finetune.cli import main
+from finetune.commands import preview, sample
+from finetune.config import TrainConfig
+from finetune.errors import UsageError
+from finetune.models.tiny import tiny_folder
+from finetune.recipe import fine_tune
+
+
+@pytest.fixture(autouse=True)
+def global_generator_untouched() -> None:
+    """Loading an adapter through diffusers draws from the global generator."""
+
+
+@pytest.fixture(scope="module")
+def lora_run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "out"
+    return fine_tune(
+        TrainConfig(data=str(pictures), output_dir=str(folder), max_train_steps=3, learning_rate=0.1, rank=4)
+    )
+
+
+def test_sample_draws_what_a_plain_pipeline_draws(lora_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sample", "--model", str(lora_run), "--prompt", "a red disc", "--seed", "5", "--num_images", "2"]
+    assert main([*words, "--num_inference_steps", "3"]) == 0
+    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert paths == [lora_run / "samples/a-red-disc-5.png", lora_run / "samples/a-red-disc-6.png"]
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder())
+    base = draw(pipeline, 6)
+    pipeline.load_lora_weights(str(lora_run))
+    picture = np.asarray(Image.open(paths[1]))
+    assert np.array_equal(picture, draw(pipeline, 6))
+    assert not np.array_equal(picture, base)
+
+
+def draw(pipeline: StableDiffusionPipeline, seed: int) -> np.ndarray:
+    source = torch.Generator().manual_seed(seed)
+    return np.asarray(pipeline("a red disc", generator=source, num_inference_steps=3).images[0])
+
+
+def test_sample_draws_from_a_base_model_into_the_named_folder(tmp_path: Path) -> None:
+    sample.run(sample.Options(model="tiny", prompt=("x", "y"), num_inference_steps=1, output=str(tmp_path / "out")))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["1-x-0.png", "2-y-0.png"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "tiny"}, "give --prompt"),
+        ({"model": "ddpm"}, "ddpm is untrained"),
+        ({"model": "tiny", "prompt": ("x",), "num_images": 0}, "--num_images 0: allowed is 1 or more"),
+        ({"model": "tiny", "prompt": ("x",), "resolution": 66}, "the nearest: 64 and 68"),
+        ({"model": "nowhere", "prompt": ("x",)}, "no such folder"),
+        ({"model": "tiny", "prompt": ("x",), "mixed_precision": "fp16"}, "a CPU cannot"),
+        ({"model": "tiny", "prompt": ("x",), "output": __file__ + "/out"}, "cannot be written"),
+    ],
+)
+def test_sample_refuses_what_cannot_be(options: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        sample.run(sample.Options(**options))
+
+
+def test_an_unfinished_run_says_how_to_finish_it(lora_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text((lora_run / "config.toml").read_text())
+    with pytest.raises(UsageError, match="has exported nothing yet"):
+        sample.run(sample.Options(model=str(tmp_path), prompt=("x",)))
+
+
+def test_preview_shows_the_pixels_and_names_long_captions(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheet = tmp_path / "sheet.png"
+    preview.run(preview.Options(data=str(pictures), trigger="x" * 70, output=str(sheet), max_pictures=4))
+    said = capsys.readouterr().out
+    assert "4 of 6 pictures at 64 px" in said
+    assert "05.png: 86 tokens, of which the model reads 75" in said
+    pixels = np.asarray(Image.open(sheet))
+    assert pixels.shape == (8 + 192 + 4 * 14 + 8, 8 + 4 * 200, 3)
+    assert (pixels[8 + 96, 8 + 96] == (255, 0, 0)).all()  # the disc in the middle of the first picture
+
+
+def test_preview_says_where_it_cannot_write(pictures: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere/sheet.png cannot be written"):
+        preview.run(preview.Options(data=str(pictures), output="nowhere/sheet.png"))

@@ -1,0 +1,247 @@
+"""TrainConfig: defaults, names, checks that answer in one line, and the way to TOML and back."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finetune.cli import parse_train
+from finetune.config import (
+    SECTIONS,
+    TrainConfig,
+    alternatives,
+    as_dict,
+    config_text,
+    fitted,
+    load_config,
+    option_types,
+    read_options,
+    readable,
+    replace,
+)
+from finetune.errors import UsageError
+
+
+def complaint(**options: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        TrainConfig(**options)
+    return str(caught.value)
+
+
+def complaint_about_file(folder: Path, text: str) -> str:
+    file = folder / "config.toml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        read_options(file)
+    message = str(caught.value)
+    assert message.startswith(f"config file {file}")
+    return message.removeprefix(f"config file {file}").removeprefix(": ")
+
+
+def test_every_option_of_the_sections_is_in_the_config_and_only_those() -> None:
+    of_sections = [field.name for section in SECTIONS.values() for field in dataclasses.fields(section)]
+    assert list(option_types()) == of_sections
+    assert sorted(of_sections) == sorted(field.name for field in dataclasses.fields(TrainConfig))
+
+
+def test_defaults_are_those_of_the_sections() -> None:
+    defaults = {field.name: field.default for kind in SECTIONS.values() for field in dataclasses.fields(kind)}
+    assert as_dict(TrainConfig()) == defaults
+
+
+def test_options_are_kept() -> None:
+    config = TrainConfig(model="sd15", data="./images", resolution=512, sample_prompts=["a", "b"], learning_rate=1)
+    assert (config.model, config.data, config.resolution) == ("sd15", "./images", 512)
+    assert config.sample_prompts == ("a", "b")
+    assert config.learning_rate == 1.0
+    assert isinstance(config.learning_rate, float)
+
+
+def test_config_is_frozen_hashable_and_comparable() -> None:
+    config = TrainConfig(rank=4, sample_prompts=["a"])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 8
+    assert config == TrainConfig(rank=4, sample_prompts=("a",))
+    assert hash(config) == hash(replace(config, rank=4))
+
+
+def test_replace_changes_and_checks() -> None:
+    config = TrainConfig(rank=4)
+    assert replace(config, rank=8, seed=1) == TrainConfig(rank=8, seed=1)
+    with pytest.raises(UsageError, match="rank = 0: allowed is 1 or more"):
+        replace(config, rank=0)
+
+
+def test_names_of_the_tutorial_and_the_scripts() -> None:
+    config = TrainConfig(image_size=128, num_epochs=50, validation_prompts=["a"], validation_steps=10)
+    assert (config.resolution, config.num_train_epochs) == (128, 50)
+    assert (config.image_size, config.num_epochs) == (128, 50)
+    assert (config.sample_prompts, config.sample_every) == (("a",), 10)
+
+
+@pytest.mark.parametrize("names", [("image_size", "resolution"), ("resolution", "image_size")])
+def test_both_names_of_one_option(names: tuple[str, str]) -> None:
+    assert complaint(**dict.fromkeys(names, 64)) == f"{names[0]} and {names[1]} are one option: give one of them"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"leraning_rate": 1e-4}, "unknown option 'leraning_rate'; did you mean learning_rate?"),
+        ({"learning-rate": 1e-4}, "unknown option 'learning-rate'; did you mean learning_rate?"),
+        ({"image_sise": 64}, "unknown option 'image_sise'; did you mean image_size?"),
+        ({"xyzzy": 1}, "unknown option 'xyzzy'"),
+        ({"method": "loar"}, "method = 'loar': allowed is lora, full; did you mean lora?"),
+        ({"method": 3}, "method = 3: allowed is lora, full"),
+        ({"mixed_precision": None}, "mixed_precision = None: allowed is auto, no, fp16, bf16"),
+        ({"rank": "many"}, "rank = 'many': allowed is a whole number"),
+        ({"rank": 4.0}, "rank = 4.0: allowed is a whole number"),
+        ({"rank": True}, "rank = True: allowed is a whole number"),
+        ({"rank": None}, "rank = None: allowed is a whole number"),
+        ({"learning_rate": "fast"}, "learning_rate = 'fast': allowed is a number"),
+        ({"learning_rate": False}, "learning_rate = False: allowed is a number"),
+        ({"center_crop": "yes"}, "center_crop = 'yes': allowed is true or false"),
+        ({"use_ema": 1}, "use_ema = 1: allowed is true or false"),
+        ({"prompt": 7}, "prompt = 7: allowed is text"),
+        ({"max_token_length": 78}, "max_token_length = 78: allowed is 77, 150, 225"),
+        ({"max_token_length": 77.0}, "max_token_length = 77.0: allowed is 77, 150, 225; did you mean 77?"),
+        ({"sample_prompts": "a"}, "sample_prompts = 'a': allowed is a list of: text"),
+        (
+            {"report_to": ["tensorbord"]},
+            "report_to = ['tensorbord']: allowed is tensorboard, wandb, trackio; did you mean tensorboard?",
+        ),
+    ],
+)
+def test_what_is_unknown_or_of_the_wrong_type(options: dict[str, Any], message: str) -> None:
+    assert complaint(**options) == message
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("rank", 0, "1 or more"),
+        ("max_train_steps", 0, "1 or more"),
+        ("learning_rate", 0.0, "above 0"),
+        ("snr_gamma", -1.0, "above 0"),
+        ("noise_offset", -0.1, "0 or more"),
+        ("checkpointing_steps", -1, "0 or more"),
+        ("seed", -1, "0 or more"),
+        ("lora_dropout", 1.0, "from 0 up to (not including) 1"),
+        ("caption_dropout", -0.1, "from 0 up to (not including) 1"),
+    ],
+)
+def test_out_of_range(option: str, value: float, allowed: str) -> None:
+    assert complaint(**{option: value}) == f"{option} = {value}: allowed is {allowed}"
+
+
+@pytest.mark.parametrize("option", [name for name, hint in option_types().items() if hint in (int, int | None)])
+def test_no_whole_number_may_be_negative(option: str) -> None:
+    assert "allowed is" in complaint(**{option: -1})
+
+
+@pytest.mark.parametrize("option", [name for name, hint in option_types().items() if hint in (float, float | None)])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 10**400])
+def test_numbers_are_finite(option: str, value: float) -> None:
+    assert complaint(**{option: value}).endswith("allowed is a number")
+
+
+def values(hint: Any) -> st.SearchStrategy[Any]:
+    """Values of an option's type, in the range that all options share."""
+    if len(alternatives(hint)) > 1:
+        return st.one_of(*map(values, alternatives(hint)))
+    if typing.get_origin(hint) is Literal:
+        return st.sampled_from(typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return st.lists(values(typing.get_args(hint)[0]), min_size=1, max_size=3).map(tuple)
+    texts = st.text(st.characters(codec="utf-8"), max_size=8).filter(lambda text: text != "None")
+    numbers = st.floats(0, 1, exclude_min=True, exclude_max=True)
+    return {
+        bool: st.booleans(),
+        int: st.integers(1, 10**9),
+        float: numbers,
+        str: texts,
+        types.NoneType: st.none(),
+    }[hint]
+
+
+CONFIGS = st.fixed_dictionaries({}, optional={name: values(hint) for name, hint in option_types().items()})
+
+
+@settings(max_examples=50, deadline=None)
+@given(options=CONFIGS)
+def test_every_config_survives_the_file(tmp_path_factory: pytest.TempPathFactory, options: dict[str, Any]) -> None:
+    file = tmp_path_factory.mktemp("config") / "config.toml"
+    file.write_text(config_text(TrainConfig(**options)))
+    assert load_config(file) == TrainConfig(**options)
+
+
+@settings(max_examples=50, deadline=None)
+@given(options=CONFIGS)
+def test_every_config_can_be_typed(options: dict[str, Any]) -> None:
+    argv: list[str] = []
+    for name, value in options.items():
+        argv += [f"--{name}={item}" for item in (value if isinstance(value, tuple) else (value,))]
+    assert parse_train(argv) == TrainConfig(**options)
+
+
+def test_saved_file_has_a_table_per_section_and_leaves_out_what_is_unset(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(config_text(TrainConfig(rank=4)))
+    text = (tmp_path / "config.toml").read_text(encoding="utf-8")
+    assert [line for line in text.splitlines() if line.startswith("[")] == [f"[{name}]" for name in SECTIONS]
+    assert "rank = 4" in text
+    assert "lora_alpha" not in text
+
+
+def test_file_may_be_flat_and_use_other_names(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('image_size = 64\nmodel = "ddpm"\n[training]\nnum_epochs = 3\n', encoding="utf-8")
+    assert read_options(file) == {"resolution": 64, "model": "ddpm", "num_train_epochs": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[traning]\nseed = 1", "unknown section [traning]; did you mean training?"),
+        ("[training]\nsed = 1", "unknown option 'sed'; did you mean seed?"),
+        ("[training]\nseed = 'one'", "seed = 'one': allowed is a whole number"),
+        ("seed = 1\n[training]\nseed = 2", "seed is given twice"),
+        ("[model]\nseed = 1\n[training]\nseed = 2", "seed is given twice"),
+        ("[training]\nnum_epochs = 1\nnum_train_epochs = 2", "num_epochs and num_train_epochs are one option"),
+        ("seed = ", "is not valid TOML"),
+        ("[training]\nseed = 1\nseed = 2", "is not valid TOML"),
+    ],
+)
+def test_wrong_files(tmp_path: Path, text: str, message: str) -> None:
+    complaint = complaint_about_file(tmp_path, text)
+    assert message in complaint
+    assert "\n" not in complaint
+
+
+def test_missing_and_binary_files(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"none\.toml: No such file"):
+        read_options(tmp_path / "none.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="is not valid TOML"):
+        read_options(tmp_path / "binary.toml")
+
+
+def test_values_of_other_types_that_commands_use() -> None:
+    assert fitted(str, Path("a/b")) == "a/b"
+    assert fitted(tuple[int, ...], [1, 2]) == (1, 2)
+    assert fitted(tuple[str, ...] | None, None) is None
+    assert readable(str | None) == "text"
+    with pytest.raises(ValueError, match="allowed is a, b or a whole number; did you mean b"):
+        fitted(Literal["a", "b"] | int, "bb")
+
+
+def test_importing_the_config_imports_no_torch() -> None:
+    code = "import sys, finetune.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

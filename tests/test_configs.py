@@ -1,0 +1,26 @@
+from pathlib import Path
+
+import pytest
+
+from finetune.config import load_config
+from finetune.models.families import FAMILIES
+from finetune.models.locate import Location
+from finetune.plan import resolve
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
+
+
+def test_the_promised_configs_are_there() -> None:
+    names = ["ddpm-butterflies-128", "sd15-full", "sd15-lora", "sd21-lora", "tiny-butterflies"]
+    assert [path.stem for path in CONFIGS] == names
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_resolves(path: Path) -> None:
+    config = load_config(path)
+    family = FAMILIES[config.model]
+    found = Location(config.model, family, None, family.resolution, 8)
+    resolved = resolve(config, found, pictures=1000, varied_captions=True)
+    assert resolved.max_train_steps
+    if path.stem == "ddpm-butterflies-128":
+        assert (resolved.max_train_steps, resolved.lr_warmup_steps, resolved.mixed_precision) == (3150, 500, "fp16")

@@ -1,0 +1,72 @@
+"""Whole runs on a CUDA device: `pytest -m gpu`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from finetune.config import TrainConfig
+from finetune.models.tiny import tiny_folder
+from finetune.recipe import fine_tune
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def global_generator_untouched() -> None:
+    """Whole runs go through diffusers pipelines, which may draw from torch's global generator."""
+
+
+def run(pictures: Path, output: Path, **more: object) -> Path:
+    basic = {"data": str(pictures), "output_dir": str(output), "max_train_steps": 6, "train_batch_size": 2}
+    return fine_tune(TrainConfig(**(basic | {"sample_every": 3, "num_inference_steps": 2} | more)))
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+def test_every_method_and_precision_trains_and_exports(
+    pictures: Path, tmp_path: Path, method: str, precision: str
+) -> None:
+    out = run(pictures, tmp_path / "out", method=method, mixed_precision=precision)
+    assert len(losses(out)) == 6
+    assert all(0 < loss < 10 for loss in losses(out))
+    if method == "lora":
+        StableDiffusionPipeline.from_pretrained(tiny_folder()).load_lora_weights(str(out))
+    else:
+        StableDiffusionPipeline.from_pretrained(out)
+
+
+def test_losses_equal_those_of_a_cpu_run(pictures: Path, tmp_path: Path) -> None:
+    """Law 1: noise, timesteps and order are drawn on the CPU, the same for every device."""
+    cuda = run(pictures, tmp_path / "cuda", mixed_precision="no", rank=4)
+    cpu = tmp_path / "cpu"
+    command = [sys.executable, "-m", "finetune", "--config", str(cuda / "config.toml"), "--output_dir", str(cpu)]
+    subprocess.run(command, check=True, env=os.environ | {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert losses(cuda) == pytest.approx(losses(cpu), rel=1e-2)
+
+
+def test_live_encoding_gives_the_losses_of_kept_encodings(pictures: Path, tmp_path: Path) -> None:
+    kept = run(pictures, tmp_path / "kept", mixed_precision="no", rank=4)
+    live = run(pictures, tmp_path / "live", mixed_precision="no", rank=4, live_encoding=True)
+    assert losses(kept) == pytest.approx(losses(live), rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_longer_run_resumes(pictures: Path, tmp_path: Path, precision: str) -> None:
+    config = {"mixed_precision": precision, "rank": 4, "use_ema": True, "lr_warmup_steps": 0}
+    straight = run(pictures, tmp_path / "straight", max_train_steps=10, **config)
+    run(pictures, tmp_path / "out", **config)
+    resumed = run(pictures, tmp_path / "out", max_train_steps=10, resume_from_checkpoint="latest", **config)
+    assert losses(resumed) == pytest.approx(losses(straight), rel=1e-4)
+    ours, theirs = (load_file(out / "checkpoint-10/optimizer.safetensors") for out in (resumed, straight))
+    assert all(torch.allclose(tensor, theirs[name], rtol=1e-2, atol=1e-6) for name, tensor in ours.items())

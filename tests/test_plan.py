@@ -1,0 +1,132 @@
+from pathlib import Path
+
+import pytest
+
+from finetune.config import TrainConfig
+from finetune.errors import UsageError
+from finetune.models.families import FAMILIES, pictures_seen
+from finetune.models.locate import Location
+from finetune.plan import SAMPLING_SHARE, default_prompts, plan_samples, resolve
+
+
+def location(family: str, resolution: int) -> Location:
+    return Location(family, FAMILIES[family], Path("somewhere"), resolution, 8)
+
+
+SD15, DDPM = location("sd15", 512), location("ddpm", 64)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "seen"), [(5, 1500), (12, 1500), (20, 2000), (49, 4900), (50, 4950), (100, 7000), (10_000, 70_000)]
+)
+def test_pictures_seen(pictures: int, seen: int) -> None:
+    assert pictures_seen(pictures) == seen
+
+
+def test_twelve_photos_on_sd15() -> None:
+    config = resolve(TrainConfig(model="sd15"), SD15, pictures=12, varied_captions=True)
+    expected = {
+        "method": "lora", "resolution": 512, "rank": 16, "lora_alpha": 16.0, "learning_rate": 1e-4,
+        "train_batch_size": 4, "max_train_steps": 375, "lr_warmup_steps": 18, "lr_scheduler": "constant",
+        "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.01, "max_grad_norm": 1.0, "random_flip": False,
+        "noise_offset": 0.0, "snr_gamma": None, "caption_dropout": 0.05, "use_ema": False,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_full_fine_tuning_is_gentler_and_gentlest_on_few_pictures() -> None:
+    few = resolve(TrainConfig(model="sd15", method="full"), SD15, pictures=50, varied_captions=False)
+    many = resolve(TrainConfig(model="sd15", method="full"), SD15, pictures=51, varied_captions=False)
+    assert (few.learning_rate, many.learning_rate) == (2e-6, 1e-5)
+    assert few.caption_dropout == 0.0
+
+
+def test_ddpm_takes_the_tutorials_numbers_at_128_and_ema_below() -> None:
+    large = resolve(TrainConfig(model="ddpm", resolution=128), DDPM, pictures=1000, varied_captions=False)
+    assert (large.num_train_epochs, large.train_batch_size, large.learning_rate) == (50, 16, 1e-4)
+    assert (large.lr_scheduler, large.lr_warmup_steps, large.use_ema) == ("cosine", 500, False)
+    assert large.max_train_steps == 50 * 63
+    small = resolve(TrainConfig(model="ddpm"), DDPM, pictures=48, varied_captions=False)
+    assert (small.num_train_epochs, small.adam_beta1, small.use_ema, small.max_train_steps) == (100, 0.95, True, 300)
+
+
+def test_every_picture_count_sees_what_the_formula_promises() -> None:
+    """A batch that does not divide the pictures makes short steps; there are more of them then."""
+    for pictures in (1, 2, 3, 5, 9, 12, 50):
+        config = resolve(TrainConfig(model="sd15"), SD15, pictures=pictures, varied_captions=False)
+        steps_per_epoch = -(-pictures // 4)
+        seen = (config.max_train_steps or 0) * pictures / steps_per_epoch
+        assert pictures_seen(pictures) <= seen < pictures_seen(pictures) + 4
+
+
+def test_a_short_large_ddpm_run_does_not_warm_up_for_ever() -> None:
+    short = resolve(TrainConfig(model="ddpm", resolution=128), DDPM, pictures=48, varied_captions=False)
+    assert (short.max_train_steps, short.lr_warmup_steps) == (150, 25)
+    with pytest.raises(UsageError, match="lr_warmup_steps = 10: the whole run has only 5 steps"):
+        resolve(TrainConfig(lr_warmup_steps=10, max_train_steps=5), SD15, pictures=9, varied_captions=False)
+
+
+def test_what_the_user_gives_wins_and_steps_count_accumulation() -> None:
+    given = TrainConfig(model="sd15", num_train_epochs=3, train_batch_size=2, gradient_accumulation_steps=3, rank=8)
+    config = resolve(given, SD15, pictures=20, varied_captions=False)
+    assert config.max_train_steps == 3 * 4  # ceil(20 / 6) steps an epoch
+    assert config.lora_alpha == 8.0
+    assert resolve(TrainConfig(max_train_steps=7), SD15, pictures=20, varied_captions=False).max_train_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "found", "message"),
+    [
+        ({"prompt": "a dog"}, DDPM, "prompt cannot be used with ddpm: a pixel-space model takes no text"),
+        ({"trigger": "sks"}, DDPM, "trigger cannot be used"),
+        ({"caption_dropout": 0.1}, DDPM, "caption_dropout cannot be used"),
+        ({"method": "lora"}, DDPM, "allowed is full"),
+        ({"method": "full", "lora_alpha": 4.0}, SD15, "lora_alpha cannot be used with method full"),
+        ({"method": "full", "rank": 4}, SD15, "rank cannot be used with method full"),
+        ({"optimizer": "sgd", "adam_beta1": 0.5}, SD15, "adam_beta1 cannot be used here: it needs optimizer adamw"),
+        ({"use_ema": False, "ema_power": 0.5}, SD15, "ema_power cannot be used here: it needs use_ema"),
+        ({"hub_model_id": "x"}, SD15, "hub_model_id cannot be used here: it needs push_to_hub"),
+        ({"guidance_scale": 2.0}, DDPM, "guidance_scale cannot be used here: it needs a model that takes text"),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_an_error(options: dict, found: Location, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        resolve(TrainConfig(**options), found, pictures=5, varied_captions=False)
+
+
+def planned(**options: object):
+    config = resolve(TrainConfig(**options), SD15, pictures=12, varied_captions=False)
+    return plan_samples(config, latent=True, captions=["a dog"] * 12, pictures=12)
+
+
+def test_unasked_grids_stay_within_their_share_of_the_run() -> None:
+    long, usual, short = planned(max_train_steps=20_000), planned(), planned(max_train_steps=10)
+    assert (len(long.prompts), long.pictures) == (3, 2)
+    assert long.every is not None
+    assert 0 < usual.share <= SAMPLING_SHARE
+    assert 0 < long.share <= SAMPLING_SHARE
+    assert short.prompts == ()
+
+
+def test_grids_that_are_asked_for_are_drawn_whatever_they_cost() -> None:
+    asked = planned(max_train_steps=10, sample_every=5)
+    assert (len(asked.prompts), asked.pictures, asked.every) == (3, 2, 5)
+    assert asked.share > 1
+    assert planned(save_image_epochs=2).every == 6  # three steps an epoch
+    assert planned(sample_prompts=["x"], max_train_steps=10).prompts == ("x",)
+
+
+def test_zero_turns_grids_off() -> None:
+    assert planned(sample_every=0).prompts == ()
+    assert planned(num_inference_steps=0, sample_prompts=["x"]).prompts == ()
+
+
+def test_default_prompts_show_the_subject_elsewhere_and_the_class_without_the_trigger() -> None:
+    with_trigger = default_prompts(TrainConfig(trigger="sks"), ["sks a photo of a dog"])
+    assert with_trigger == ("sks a photo of a dog", "sks a photo of a dog in the snow", "a photo of a dog")
+    placed = default_prompts(TrainConfig(trigger="sks", prompt="a photo of [trigger] dog"), ["a photo of sks dog"])
+    assert placed == ("a photo of sks dog", "a photo of sks dog in the snow", "a photo of dog")
+    assert default_prompts(TrainConfig(prompt="a butterfly"), ["a butterfly"])[1:] == (
+        "a butterfly in the snow",
+        "a picture",
+    )

@@ -1,0 +1,277 @@
+"""Whole runs of the embedded model on a few tiny pictures."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMPipeline, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from finetune.config import TrainConfig, load_config, replace
+from finetune.errors import DataError, Interrupted, UsageError
+from finetune.models.tiny import tiny_folder
+from finetune.recipe import fine_tune
+from finetune.training import checkpoint
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def global_generator_untouched() -> None:
+    """Whole runs go through diffusers pipelines, which may draw from torch's global generator."""
+
+
+def options(pictures: Path, output: Path, **more: object) -> TrainConfig:
+    basic = {"data": str(pictures), "output_dir": str(output), "max_train_steps": 4, "train_batch_size": 2}
+    return TrainConfig(**(basic | {"rank": 4} | more))
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_lora_run_leaves_what_it_promises(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = fine_tune(options(pictures, tmp_path / "out", sample_every=2, eval_batch_size=1, num_inference_steps=2))
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]
+    assert set(metrics(out)[0]) == {"step", "loss", "grad_norm", "lr", "examples"}
+    grids = {path.name for path in (out / "samples").iterdir()}
+    assert grids == {"step-0.png", "step-2.png", "step-4.png", "before-after.png"}
+    assert [step for step, _ in checkpoint.checkpoints(out)] == [4]
+    assert json.loads((out / "result.json").read_text()) == {"steps": 4, "reloaded_output_difference": 0.0}
+    resolved = load_config(out / "config.toml")
+    assert (resolved.method, resolved.resolution, resolved.lora_alpha, resolved.mixed_precision) == (
+        "lora",
+        64,
+        4,
+        "no",
+    )
+    StableDiffusionPipeline.from_pretrained(tiny_folder()).load_lora_weights(str(out))
+    said = capsys.readouterr().out
+    assert "6 photos: 4 steps of 2" in said
+    assert "6 from .txt files (6 distinct)" in said
+
+
+def test_a_full_run_changes_the_unet_and_neither_vae_nor_text_encoder(pictures: Path, tmp_path: Path) -> None:
+    out = fine_tune(options(pictures, tmp_path / "out", method="full", rank=16, use_ema=True))
+    base, tuned = tiny_folder(), StableDiffusionPipeline.from_pretrained(out)
+    for part, file in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        before = load_file(base / part / f"{file}.safetensors")
+        after = getattr(tuned, part).state_dict()
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    before = load_file(base / "unet/diffusion_pytorch_model.safetensors")
+    assert all(not torch.equal(tensor, tuned.unet.state_dict()[name]) for name, tensor in before.items())
+
+
+def test_the_export_holds_the_averaged_weights_and_the_checkpoint_both(pictures: Path, tmp_path: Path) -> None:
+    out = fine_tune(options(pictures, tmp_path / "out", use_ema=True, learning_rate=1e-2))
+    state = checkpoint.load(out / "checkpoint-4")
+    exported = load_file(out / LORA)
+    for name, tensor in exported.items():
+        key = name.removeprefix("unet.").replace(".weight", ".default.weight")
+        assert torch.equal(tensor, state["ema"][key])
+        assert not torch.equal(tensor, state["weights"][key])
+
+
+def test_a_pixel_run_gives_a_ddpm_pipeline(pictures: Path, tmp_path: Path) -> None:
+    config = TrainConfig(
+        model="ddpm", resolution=32, data=str(pictures), output_dir=str(tmp_path / "out"), max_train_steps=2,
+        train_batch_size=2, sample_every=2, num_inference_steps=2, eval_batch_size=4,
+    )  # fmt: skip
+    out = fine_tune(config)
+    assert DDPMPipeline.from_pretrained(out).unet.config["sample_size"] == 32
+    assert Image.open(out / "samples/step-2.png").size[0] == 2 * 32 + 3 * 8
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_every_prediction_type_trains_and_keeps_its_name(pictures: Path, tmp_path: Path, prediction_type: str) -> None:
+    out = fine_tune(
+        options(pictures, tmp_path / "out", method="full", rank=16, prediction_type=prediction_type, snr_gamma=5.0)
+    )
+    assert StableDiffusionPipeline.from_pretrained(out).scheduler.config["prediction_type"] == prediction_type
+
+
+def test_equal_seeds_give_equal_files_and_other_seeds_do_not(pictures: Path, tmp_path: Path) -> None:
+    more = {"caption_dropout": 0.3, "random_flip": True, "lora_dropout": 0.1, "center_crop": False}
+    a, b, c = (
+        fine_tune(options(pictures, tmp_path / name, seed=seed, **more))
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert (a / LORA).read_bytes() == (b / LORA).read_bytes()
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    assert (a / LORA).read_bytes() != (c / LORA).read_bytes()
+
+
+def interrupted_after(pictures: Path, folder: Path, step: int, config: TrainConfig) -> None:
+    """Send this process SIGINT as soon as step `step` has been logged."""
+
+    def watch() -> None:
+        log = folder / "metrics.jsonl"
+        while not (log.exists() and len(log.read_text().splitlines()) >= step):
+            done.wait(0.002)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    done = threading.Event()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    with pytest.raises(Interrupted) as caught:
+        fine_tune(config)
+    thread.join()
+    assert caught.value.exit_code == 130
+
+
+def test_a_run_interrupted_and_resumed_equals_an_uninterrupted_one(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"use_ema": True, "lora_dropout": 0.1, "caption_dropout": 0.3, "random_flip": True}
+    more |= {"max_train_steps": 40, "gradient_accumulation_steps": 2, "train_batch_size": 1}
+    straight = fine_tune(options(pictures, tmp_path / "straight", **more))
+    config = options(pictures, tmp_path / "cut", **more)
+    interrupted_after(pictures, tmp_path / "cut", 5, config)
+    (_, kept), = checkpoint.checkpoints(tmp_path / "cut")  # fmt: skip
+    assert not (tmp_path / "cut/result.json").exists()
+    resumed = fine_tune(config)
+    assert f"resuming {kept}" in capsys.readouterr().out
+    assert (resumed / LORA).read_bytes() == (straight / LORA).read_bytes()
+    assert (resumed / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+    for file in ("trainable", "optimizer", "ema"):
+        name = f"checkpoint-40/{file}.safetensors"
+        assert (resumed / name).read_bytes() == (straight / name).read_bytes()
+    assert fine_tune(config) == resumed
+    assert "this run is finished" in capsys.readouterr().out
+
+
+def test_a_finished_run_can_be_made_longer(pictures: Path, tmp_path: Path) -> None:
+    straight = fine_tune(options(pictures, tmp_path / "straight", max_train_steps=6, lr_warmup_steps=0))
+    config = options(pictures, tmp_path / "out", lr_warmup_steps=0)
+    fine_tune(config)
+    longer = fine_tune(replace(config, max_train_steps=6, resume_from_checkpoint="latest"))
+    assert (longer / LORA).read_bytes() == (straight / LORA).read_bytes()
+
+
+def test_checkpoints_are_kept_up_to_the_limit(pictures: Path, tmp_path: Path) -> None:
+    out = fine_tune(options(pictures, tmp_path / "out", max_train_steps=6, checkpointing_steps=2))
+    assert [step for step, _ in checkpoint.checkpoints(out)] == [4, 6]
+
+
+def test_tensorboard_gets_the_metrics_and_the_grids(pictures: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    more = {"report_to": ["tensorboard"], "sample_every": 4, "num_inference_steps": 1, "eval_batch_size": 1}
+    out = fine_tune(options(pictures, tmp_path / "out", **more))
+    events = EventAccumulator(str(out / "logs/out")).Reload()
+    logged = [event.value for event in events.Scalars("loss")]
+    assert logged == pytest.approx([line["loss"] for line in metrics(out)])
+    assert [event.step for event in events.Images("samples")] == [0, 4]
+
+
+def test_training_starts_from_the_pictures_alone_with_a_dataset_of_ones_own(tmp_path: Path) -> None:
+    class Squares(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> tuple[Image.Image, str, str]:
+            return Image.new("RGB", (64, 64), (80 * index, 0, 0)), "a square", str(index)
+
+    config = TrainConfig(output_dir=str(tmp_path / "out"), max_train_steps=2, rank=4)
+    assert (fine_tune(config, Squares()) / LORA).exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "message"),
+    [
+        ({"data": "nowhere"}, UsageError, "nowhere: no such folder"),
+        ({"resolution": 66}, UsageError, "the nearest: 64 and 68"),
+        ({"model": "sd16"}, UsageError, "not one of sd15, sd21, ddpm, tiny or a hub id; did you mean sd"),
+        ({"mixed_precision": "fp16"}, UsageError, "a CPU cannot compute in fp16; allowed here is bf16"),
+        ({"model": "ddpm", "rank": 16, "prompt": "x", "resolution": 32}, UsageError, "takes no text"),
+        pytest.param(
+            {"report_to": ["trackio"]},
+            UsageError,
+            "report_to trackio needs a package",
+            marks=pytest.mark.skipif(importlib.util.find_spec("trackio") is not None, reason="trackio is installed"),
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    pictures: Path, tmp_path: Path, more: dict, error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        fine_tune(options(pictures, tmp_path / "out", **more))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_folder_is_told_before_a_model_is_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--data nowhere: no such folder"):
+        fine_tune(TrainConfig(model="sd15", data="nowhere", output_dir=str(tmp_path / "out")))
+
+
+def test_other_datasets_of_ones_own_are_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(max_train_steps=1, rank=4)
+    first = fine_tune(config, [(Image.new("RGB", (64, 64)), "a", "1")])
+    second = fine_tune(config, [(Image.new("RGB", (64, 64)), "b", "1")])
+    assert (first.name, second.name) == ("dataset-tiny", "dataset-tiny-2")
+
+
+def test_a_pixel_model_of_another_size_draws_in_the_size_it_is_trained_at(pictures: Path, tmp_path: Path) -> None:
+    config = TrainConfig(
+        model="ddpm", resolution=32, data=str(pictures), output_dir=str(tmp_path / "small"), max_train_steps=1,
+        num_inference_steps=0,
+    )  # fmt: skip
+    small = fine_tune(config)
+    large = fine_tune(replace(config, model=str(small), resolution=48, output_dir=str(tmp_path / "large")))
+    assert DDPMPipeline.from_pretrained(large).unet.config["sample_size"] == 48
+
+
+def test_a_picture_without_any_caption_is_an_error(make_pictures: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_pictures(tmp_path / "data", count=3)
+    (folder / "01.txt").write_text("a disc")
+    with pytest.raises(UsageError, match="2 of 3 pictures have no caption: give --prompt"):
+        fine_tune(options(folder, tmp_path / "out"))
+
+
+def test_bad_pictures_are_named_and_the_rest_is_trained_on(
+    make_pictures: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_pictures(tmp_path / "data", count=4, captions=True)
+    (folder / "00.png").write_bytes(b"")
+    whole = (folder / "01.png").read_bytes()
+    (folder / "01.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "lonely.txt").write_text("no picture")
+    fine_tune(options(folder, tmp_path / "out"))
+    said = capsys.readouterr().out
+    assert "2 photos" in said
+    assert "2 skipped: 00.png" in said
+    assert "1 caption files have no picture: lonely.txt" in said
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(DataError, match="none of 4 pictures can be read"):
+        fine_tune(options(folder, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_command_and_its_workers_keeps_a_checkpoint(
+    pictures: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    command = [sys.executable, "-m", "finetune", "--data", str(pictures), "--prompt", "a disc"]
+    command += ["--max_train_steps", "500", "--num_inference_steps", "0", "--dataloader_num_workers", "2"]
+    log = tmp_path / "runs/discs-tiny/metrics.jsonl"
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (log.exists() and log.stat().st_size) and running.poll() is None:
+        threading.Event().wait(0.02)
+    os.killpg(running.pid, number)
+    _, error = running.communicate(timeout=60)
+    assert running.returncode == code
+    assert "stopped at step" in error.splitlines()[-1]
+    assert "is kept" in error.splitlines()[-1]
+    assert checkpoint.latest(log.parent) is not None

@@ -1,0 +1,165 @@
+from pathlib import Path
+
+import pytest
+
+from finetune import runs
+from finetune.config import TrainConfig, load_config, replace
+from finetune.errors import UsageError
+from finetune.training import checkpoint
+
+STATE = {"weights": {}, "optimizer": {"state": {}, "param_groups": []}, "ema": {}, "scaler": {}, "step": 5}
+CONFIG = TrainConfig(model="tiny", data="images", lr_scheduler="constant", max_train_steps=10, prompt="a butterfly")
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def choose(config: TrainConfig, data: str = "digest") -> runs.RunFolder:
+    return runs.choose(config, data)
+
+
+def started(config: TrainConfig, finished: bool = False) -> Path:
+    folder = choose(config)
+    runs.prepare(folder)
+    runs.begin(folder, config, "digest")
+    (folder.path / "metrics.jsonl").write_text("")
+    checkpoint.save(folder.path, STATE)
+    if finished:
+        runs.finish(folder.path, {"steps": 10})
+    return folder.path
+
+
+def test_the_same_command_resumes_then_says_finished_and_another_takes_a_new_number() -> None:
+    path = started(CONFIG)
+    assert path == Path("runs/images-tiny")
+    again = choose(CONFIG)
+    assert (again.path, again.checkpoint, again.finished) == (path, path / "checkpoint-5", False)
+    assert "resuming" in again.note
+    runs.finish(path, {"steps": 10})
+    assert choose(CONFIG).finished
+    assert "finished" in choose(CONFIG).note
+    other = replace(CONFIG, prompt="a moth")
+    assert choose(other).path == Path("runs/images-tiny-2")
+    started(other)
+    assert choose(replace(CONFIG, seed=1)).path == Path("runs/images-tiny-3")
+    assert choose(other).path == Path("runs/images-tiny-2")
+
+
+def test_logging_and_workers_do_not_make_another_run() -> None:
+    path = started(CONFIG)
+    assert choose(replace(CONFIG, dataloader_num_workers=2, report_to=["wandb"])).path == path
+
+
+def test_a_named_folder_with_another_run_or_a_model_is_refused(tmp_path: Path) -> None:
+    named = replace(CONFIG, output_dir="out")
+    started(named)
+    with pytest.raises(UsageError, match="out holds another run"):
+        choose(replace(named, seed=1))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model_index.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds another run or model"):
+        choose(replace(CONFIG, output_dir="model"))
+
+
+def test_overwrite_deletes_what_a_run_wrote_and_nothing_else() -> None:
+    named = replace(CONFIG, output_dir="out")
+    path = started(named, finished=True)
+    (path / "notes.txt").write_text("mine")
+    fresh = choose(replace(named, seed=1, overwrite_output_dir=True))
+    assert (fresh.checkpoint, fresh.finished) == (None, False)
+    assert (path / "checkpoint-5").exists()  # nothing goes before the new run has loaded
+    runs.begin(fresh, replace(named, seed=1), "digest")
+    assert sorted(entry.name for entry in path.iterdir()) == ["config.toml", "data.json", "notes.txt", "samples"]
+    assert load_config(path / "config.toml").seed == 1
+
+
+def test_overwrite_never_deletes_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "model/unet").mkdir(parents=True)
+    (tmp_path / "model/model_index.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds another run or model"):
+        choose(replace(CONFIG, output_dir="model", overwrite_output_dir=True))
+    assert (tmp_path / "model/unet").is_dir()
+
+
+def test_a_foreign_config_is_neither_overwritten_nor_deleted(tmp_path: Path) -> None:
+    (tmp_path / "project/samples").mkdir(parents=True)
+    (tmp_path / "project/config.toml").write_text("[tool]")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="holds another run or model"):
+            choose(replace(CONFIG, output_dir="project", overwrite_output_dir=overwrite))
+
+
+def test_other_pictures_or_captions_are_another_run() -> None:
+    path = started(CONFIG)
+    assert choose(CONFIG, "other").path == Path("runs/images-tiny-2")
+    with pytest.raises(UsageError, match="the pictures or their captions"):
+        choose(replace(CONFIG, output_dir=str(path), resume_from_checkpoint="latest"), "other")
+
+
+def test_a_start_that_failed_does_not_occupy_the_folder() -> None:
+    folder = choose(CONFIG)
+    runs.prepare(folder)
+    runs.begin(folder, CONFIG, "digest")
+    assert choose(replace(CONFIG, seed=1)).path == folder.path
+
+
+def test_overwrite_applies_to_the_default_folder_and_not_to_a_resume() -> None:
+    path = started(CONFIG, finished=True)
+    again = choose(replace(CONFIG, overwrite_output_dir=True))
+    assert (again.path, again.finished, again.overwrite) == (path, False, True)
+    with pytest.raises(UsageError, match="exclude each other"):
+        choose(replace(CONFIG, overwrite_output_dir=True, resume_from_checkpoint="latest"))
+
+
+def test_a_resume_cannot_end_before_its_checkpoint() -> None:
+    path = started(CONFIG)
+    shorter = replace(CONFIG, output_dir=str(path), resume_from_checkpoint="latest", max_train_steps=4)
+    with pytest.raises(UsageError, match="has done 5 already"):
+        choose(shorter)
+
+
+def test_an_explicit_resume_may_be_longer_but_not_of_other_pictures() -> None:
+    path = started(replace(CONFIG, output_dir="out"))
+    longer = replace(CONFIG, output_dir="out", resume_from_checkpoint="latest", max_train_steps=20)
+    assert choose(longer).checkpoint == path / "checkpoint-5"
+    with pytest.raises(UsageError, match="data: images -> others; seed: 0 -> 1"):
+        choose(replace(longer, data="others", seed=1))
+    cosine = started(replace(CONFIG, output_dir="cosine", lr_scheduler="cosine"))
+    with pytest.raises(UsageError, match="max_train_steps: 10 -> 20"):  # would bend a cosine schedule
+        choose(replace(longer, output_dir=str(cosine), lr_scheduler="cosine"))
+
+
+def test_a_resume_by_path_goes_on_in_that_runs_folder_and_inherits_what_is_left_open() -> None:
+    path = started(replace(CONFIG, output_dir="out", learning_rate=3e-4, rank=8))
+    config = TrainConfig(model="tiny", data="images", prompt="a butterfly", max_train_steps=20,
+                         resume_from_checkpoint=str(path / "checkpoint-5"))  # fmt: skip
+    earlier = runs.earlier_config(config)
+    assert earlier is not None
+    inherited = runs.inherit(config, earlier)
+    assert (inherited.learning_rate, inherited.rank, inherited.max_train_steps) == (3e-4, 8, 20)
+    assert choose(inherited).path.resolve() == path.resolve()
+
+
+def test_latest_without_any_checkpoint_starts_from_the_beginning_and_says_so() -> None:
+    found = choose(replace(CONFIG, output_dir="new", resume_from_checkpoint="latest"))
+    assert found.checkpoint is None
+    assert "from the beginning" in found.note
+
+
+def test_a_path_that_is_no_checkpoint_is_refused() -> None:
+    with pytest.raises(UsageError, match="nowhere: no checkpoint of a run"):
+        choose(replace(CONFIG, resume_from_checkpoint="nowhere"))
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = replace(CONFIG, output_dir="file/out")
+    with pytest.raises(UsageError, match="file/out cannot be written"):
+        runs.prepare(choose(config))
+
+
+def test_the_recorded_config_repeats_the_run() -> None:
+    path = started(replace(CONFIG, overwrite_output_dir=True))
+    assert load_config(path / "config.toml") == CONFIG
