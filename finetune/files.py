@@ -14,6 +14,11 @@ def write_whole(path: Path, content: bytes | str) -> None:
     flush_to_disk(path.parent)
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    """True where `path` lies, or would lie, in the existing `folder` or below it; links are followed."""
+    return folder.is_dir() and path.resolve().is_relative_to(folder.resolve())
+
+
 def flush_to_disk(path: Path) -> None:
     """fsync a file or folder, so that a rename after it cannot become visible before its content."""
     descriptor = os.open(path, os.O_RDONLY)

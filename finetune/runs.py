@@ -9,9 +9,9 @@ from typing import Any
 
 from finetune.config import TrainConfig, as_dict, config_text, load_config, replace
 from finetune.errors import UsageError
-from finetune.files import remove, write_whole
+from finetune.files import is_inside, remove, write_whole
 from finetune.models.locate import LORA_FILE
-from finetune.training.checkpoint import latest
+from finetune.training.checkpoint import checkpoints, latest
 
 _FREE = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "dataloader_num_workers")
 _FREE += ("push_to_hub", "hub_model_id", "hub_private_repo")
@@ -21,8 +21,9 @@ _FREE_ON_RESUME += ("guidance_scale", "checkpointing_steps", "save_model_epochs"
 _LENGTH = ("max_train_steps", "num_train_epochs")
 """Options that an explicit resume may change as well; the length only under a constant learning rate."""
 
-_LEFT_BY_A_RUN = ("config.toml", "metrics.jsonl", "timings.jsonl", "result.json", "samples/step-*.png")
-_LEFT_BY_A_RUN += ("samples/before-after.png", "checkpoint-*", ".checkpoint-*", ".*.part", "logs", LORA_FILE)
+_LEFT_BY_A_RUN = ("metrics.jsonl", "timings.jsonl", "result.json", "samples/step-*.png")
+_LEFT_BY_A_RUN += ("samples/before-after.png", ".checkpoint-*.part", LORA_FILE)
+_TRACKED = ("logs/**/events.out.tfevents.*", "logs/**/hparams.yml")
 _PARTS = ("model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler")
 """What a finished full run leaves as well."""
 
@@ -63,8 +64,19 @@ def choose(config: TrainConfig, data: str) -> RunFolder:
         data: digest of the pictures' names and captions.
 
     Raises:
-        UsageError: the named folder holds another run, or what is to be resumed differs.
+        UsageError: the named folder holds another run, or lies among the pictures, or what is to be resumed differs.
     """
+    folder = _choose(config, data)
+    starts = folder.checkpoint is None and not folder.finished
+    if starts and config.data and is_inside(folder.path, Path(config.data)):
+        raise UsageError(
+            f"output_dir {folder.path} lies inside --data {config.data}: its pictures would be trained on next time; "
+            "give an --output_dir elsewhere"
+        )
+    return folder
+
+
+def _choose(config: TrainConfig, data: str) -> RunFolder:
     if config.resume_from_checkpoint is not None:
         if config.overwrite_output_dir:
             raise UsageError("overwrite_output_dir and resume_from_checkpoint exclude each other")
@@ -124,6 +136,10 @@ def _is_run(path: Path) -> bool:
     return (path / "config.toml").exists() and (path / "data.json").exists() and _has_trained(path)
 
 
+def _holds_a_model(path: Path) -> bool:
+    return any((path / name).exists() for name in ("result.json", LORA_FILE, *_PARTS))
+
+
 def _has_trained(path: Path) -> bool:
     return (path / "metrics.jsonl").exists() or (path / "result.json").exists() or latest(path) is not None
 
@@ -132,7 +148,7 @@ def _state(path: Path, config: TrainConfig, data: str) -> RunFolder | None:
     """The folder as a place for this config: fresh, unfinished or finished; None where something else is in it."""
     if not _is_run(path):
         foreign = (path / "config.toml").exists() and not (path / "data.json").exists()
-        taken = foreign or any((path / name).exists() for name in (LORA_FILE, *_PARTS)) or _has_trained(path)
+        taken = foreign or _holds_a_model(path) or _has_trained(path)
         return None if taken else RunFolder(path)
     if differences(load_config(path / "config.toml"), config, _FREE) or _digest(path) != data:
         return None
@@ -143,14 +159,20 @@ def _state(path: Path, config: TrainConfig, data: str) -> RunFolder | None:
     return RunFolder(path, checkpoint, note=note)
 
 
-def _digest(path: Path) -> str:
-    return json.loads((path / "data.json").read_text(encoding="utf-8"))["digest"]
+def _digest(path: Path) -> str | None:
+    """The digest of the pictures that a run trains on; None where its record is damaged."""
+    try:
+        return json.loads((path / "data.json").read_text(encoding="utf-8"))["digest"]
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _resumed(config: TrainConfig, data: str) -> RunFolder:
     path = _resume_folder(config)
     named = config.resume_from_checkpoint != "latest"
     checkpoint = Path(str(config.resume_from_checkpoint)) if named else latest(path)
+    if checkpoint is None and _holds_a_model(path):
+        raise UsageError(f"resume_from_checkpoint latest: {path} holds a finished run or a model, but no checkpoint")
     if checkpoint is None:
         return RunFolder(path, note=f"{path}: no checkpoint found, starting from the beginning")
     if not (checkpoint / "state.json").is_file() or not _is_run(path):
@@ -189,8 +211,11 @@ def differences(a: TrainConfig, b: TrainConfig, free: tuple[str, ...]) -> list[s
 
 
 def _clear(path: Path) -> None:
-    """Delete what a run writes, by name, and leave everything else."""
+    """Delete what a run writes, by name, and leave all else; last what tells it from a stranger's folder."""
     exported = _PARTS if (path / "model_index.json").exists() else ()
-    for pattern in (*_LEFT_BY_A_RUN, *exported):
+    for pattern in (*_LEFT_BY_A_RUN, *exported, *_TRACKED):
         for entry in path.glob(pattern):
             remove(entry)
+    for _, checkpoint in checkpoints(path):
+        remove(checkpoint)
+    (path / "config.toml").unlink(missing_ok=True)

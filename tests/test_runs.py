@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,40 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_the_recorded_config_repeats_the_run() -> None:
     path = started(replace(CONFIG, overwrite_output_dir=True))
     assert load_config(path / "config.toml") == CONFIG
+
+
+def test_a_resume_without_a_checkpoint_neither_trains_a_finished_run_anew_nor_replaces_a_model(tmp_path: Path) -> None:
+    path = started(replace(CONFIG, output_dir="out"), finished=True)
+    shutil.rmtree(path / "checkpoint-5")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model_index.json").write_text("{}")
+    for folder in ("out", "model"):
+        with pytest.raises(UsageError, match=f"{folder} holds a finished run or a model, but no checkpoint"):
+            choose(replace(CONFIG, output_dir=folder, resume_from_checkpoint="latest"))
+
+
+def test_overwriting_leaves_what_no_run_wrote(tmp_path: Path) -> None:
+    path = started(replace(CONFIG, output_dir="out"), finished=True)
+    mine = [path / "logs/mine.txt", path / "checkpoint-mine/a", path / ".mine.part", path / "samples/mine.png"]
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    again = choose(replace(CONFIG, output_dir="out", overwrite_output_dir=True))
+    runs.begin(again, CONFIG, "digest")
+    assert all(file.exists() for file in mine)
+    assert not (path / "checkpoint-5").exists()
+    assert not (path / "metrics.jsonl").exists()
+
+
+def test_a_run_may_not_lie_among_its_own_pictures(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    with pytest.raises(UsageError, match="output_dir images/out lies inside --data images: its pictures would be"):
+        choose(replace(CONFIG, output_dir="images/out"))
+    with pytest.raises(UsageError, match="lies inside --data"):
+        choose(replace(CONFIG, data=str(tmp_path)))
+
+
+def test_a_damaged_record_of_the_pictures_is_another_run() -> None:
+    path = started(CONFIG)
+    (path / "data.json").write_text("")
+    assert choose(CONFIG).path == Path("runs/images-tiny-2")

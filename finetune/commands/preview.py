@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.errors import UsageError
+from finetune.files import is_inside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,9 @@ def run(options: Options) -> None:
 
     if options.max_pictures < 1:
         raise UsageError(f"--max_pictures {options.max_pictures}: allowed is 1 or more")
+    path, data = Path(options.output).expanduser(), Path(options.data).expanduser()
+    if is_inside(path, data):
+        raise UsageError(f"--output {path} lies inside --data {data}, which would be trained on; give one elsewhere")
     found = locate(options.model)
     resolution = options.resolution or found.resolution
     check_resolution(found, resolution)
@@ -79,7 +83,6 @@ def run(options: Options) -> None:
     keys = [example_key(options.seed, pictures.ids[index], 0) for index in shown]
     cells = [pictures.transform(pictures[index].image, key)[0] for index, key in zip(shown, keys, strict=True)]
     sheet = contact_sheet(cells, pictures.ids, pictures.captions, counts, limit)
-    path = Path(options.output).expanduser()
     try:
         sheet.save(path)
     except (OSError, ValueError) as error:
