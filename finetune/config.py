@@ -228,9 +228,25 @@ def option_types() -> dict[str, Any]:
     return hints
 
 
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "steps": "max_train_steps",
+    "epochs": "num_train_epochs",
+    "batch_size": "train_batch_size",
+    "network_dim": "rank",
+    "network_alpha": "lora_alpha",
+    "caption": "prompt",
+    "output": "output_dir",
+}
+"""What other tools call an option that has another name here: suggested, not accepted."""
+
+
 def suggest(word: str, known: typing.Iterable[str]) -> str:
     """'; did you mean X?' when something known is near, else an empty string."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    known, bare = list(known), word.lstrip("-")
+    if (ours := word.replace(bare, OTHER_NAMES.get(bare, bare))) in known:
+        return f"; did you mean {ours}?"
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -357,7 +373,7 @@ def read_options(path: Path) -> dict[str, Any]:
         UsageError: the file is missing, is no TOML, or names an unknown section or option, or one twice.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"config file {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -9,6 +9,8 @@ import torch
 from finetune.cache.encode import Encoded
 from finetune.config import TrainConfig
 from finetune.data.sampler import steps_per_epoch
+from finetune.models.conditioners import ClipConditioner, spelt_words
+from finetune.models.families import Family
 from finetune.models.loading import DiffusionModel
 from finetune.models.locate import Location
 from finetune.models.lora import trainable
@@ -45,14 +47,14 @@ def print_summary(
         "captions": _captions(getattr(pictures, "sources", {}), encoded, found.family.latent),
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_scheduler}, "
         f"{config.lr_warmup_steps} warm-up steps{', EMA' if config.use_ema else ''}",
-        "precision": f"{config.mixed_precision} on {device.type}",
+        "precision": f"{'fp32' if config.mixed_precision == 'no' else config.mixed_precision} on {device.type}",
         "samples": _samples(samples),
         "output": str(folder),
     }
     for name, text in rows.items():
         if text:
             print(f"{name:>10}  {text}")
-    for line in _noticed(config, pictures, encoded, model, found.family.latent):
+    for line in _noticed(config, pictures, encoded, model, found.family):
         print(f"{'note':>10}  {line}")
 
 
@@ -75,16 +77,19 @@ def _samples(samples: SamplePlan) -> str:
     )
 
 
-def _noticed(config: TrainConfig, pictures: Any, encoded: Encoded, model: DiffusionModel, latent: bool) -> list[str]:
+def _noticed(config: TrainConfig, pictures: Any, encoded: Encoded, model: DiffusionModel, family: Family) -> list[str]:
     lines = []
     skipped = getattr(pictures, "skipped", [])
     if skipped:
         lines.append(f"{len(skipped)} skipped: {_listed([f'{bad.path} ({bad.reason})' for bad in skipped])}")
     if orphans := getattr(pictures, "orphans", []):
-        lines.append(f"{len(orphans)} caption files have no picture: {_listed([str(path) for path in orphans])}")
+        lines.append(f"caption files without a picture, {len(orphans)}: {_listed([str(path) for path in orphans])}")
     if small := getattr(pictures, "small", 0):
-        lines.append(f"{small} pictures are smaller than {config.resolution} px and are enlarged")
-    if latent:
+        lines.append(f"smaller than {config.resolution} px and enlarged: {small} pictures")
+    if isinstance(model.conditioner, ClipConditioner):
+        spelt = spelt_words(model.conditioner.tokenizer, encoded.captions) if family.name == "tiny" else []
+        if spelt:
+            lines.append(f"words that tiny does not know, spelt with several tokens: {_listed(spelt)}")
         if triggerless := getattr(pictures, "triggerless", 0):
             lines.append(f"{triggerless} captions say [trigger], but no --trigger is given: it is left out of them")
         counts = model.conditioner.token_counts(encoded.captions)

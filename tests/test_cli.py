@@ -132,6 +132,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     [
         ("--leraning_rate 1", "unknown option --leraning_rate; did you mean --learning_rate?"),
         ("--leraning-rate=1", "unknown option --leraning-rate; did you mean --learning_rate?"),
+        ("--lr 1e-4", "unknown option --lr; did you mean --learning_rate?"),
         ("--no-centre_crop", "unknown option --no-centre_crop; did you mean --no_center_crop?"),
         ("--no_rank", "unknown option --no_rank; did you mean --rank?"),
         ("-rank 4", "unknown option -rank; did you mean --rank?"),

@@ -202,7 +202,8 @@ def test_saved_file_has_a_table_per_section_and_leaves_out_what_is_unset(tmp_pat
 
 def test_file_may_be_flat_and_use_other_names(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
-    file.write_text('image_size = 64\nmodel = "ddpm"\n[training]\nnum_epochs = 3\n', encoding="utf-8")
+    text = 'image_size = 64\nmodel = "ddpm"\n[training]\nnum_epochs = 3\n'
+    file.write_text(text, encoding="utf-8-sig")  # as some editors save it
     assert read_options(file) == {"resolution": 64, "model": "ddpm", "num_train_epochs": 3}
 
 

@@ -1,12 +1,13 @@
 """finetune-unet sample: pictures from a base model, or from a run folder with what it learned."""
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from finetune.config import TrainConfig, load_config
-from finetune.errors import UsageError
+from finetune.errors import ModelError, UsageError
 from finetune.models.locate import LORA_FILE
 
 
@@ -60,7 +61,9 @@ def run(options: Options) -> None:
 def _draw(options: Options, base: str, adapter: Path | None, config: TrainConfig | None, output: Path) -> None:
     """Load `base`, add the LoRA in the folder `adapter`, and draw as the run's `config` trained."""
     import torch
+    from safetensors import SafetensorError
 
+    from finetune.models.conditioners import ClipConditioner, spelt_words
     from finetune.models.loading import check_resolution, load_model, quiet_libraries
     from finetune.models.locate import locate
     from finetune.precision import DTYPES, resolve_precision
@@ -88,8 +91,15 @@ def _draw(options: Options, base: str, adapter: Path | None, config: TrainConfig
         max_token_length=config.max_token_length if config else 77,
         clip_skip=config.clip_skip if config else None,
     )
+    if found.family.name == "tiny":
+        assert isinstance(model.conditioner, ClipConditioner)
+        if spelt := spelt_words(model.conditioner.tokenizer, options.prompt):
+            print(f"tiny does not know, and spells: {', '.join(spelt)}", file=sys.stderr)
     if adapter:
-        model.unet.load_lora_adapter(adapter, prefix="unet", weight_name=LORA_FILE)  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            model.unet.load_lora_adapter(adapter, prefix="unet", weight_name=LORA_FILE)  # pyright: ignore[reportAttributeAccessIssue]
+        except SafetensorError as error:
+            raise ModelError(f"{adapter / LORA_FILE} cannot be loaded: {error}") from error
     with torch.autocast(device.type, dtype=half, enabled=half is not None):
         rows = draw_pictures(
             model.to(device),

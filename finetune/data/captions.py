@@ -17,6 +17,7 @@ TRIGGER = "[trigger]"
 
 _SIDECARS = (".txt", ".caption")
 _METADATA = ("metadata.csv", "metadata.jsonl")
+_OTHER_NAMES = {"caption", "captions", "prompt", "prompts", "description", "txt"}
 
 
 class Caption(NamedTuple):
@@ -24,7 +25,7 @@ class Caption(NamedTuple):
 
     text: str
     source: str
-    """txt, caption, metadata, column or prompt; none, with an empty text, where there is no caption at all."""
+    """txt, caption, metadata, column, the dataset or prompt; none, with an empty text, where there is no caption."""
 
 
 def first_caption(candidates: Iterable[tuple[str, str | None]]) -> Caption:
@@ -113,6 +114,12 @@ def _read_metadata(files: list[Path], pictures: Sequence[Path]) -> dict[Path, st
     return captions
 
 
+def _refuse_other_names(where: str, names: Iterable[str]) -> None:
+    """Raise DataError where captions stand under another name than text: they would be lost in silence."""
+    if "text" not in names and (other := sorted(set(names) & _OTHER_NAMES)):
+        raise DataError(f"{where}: captions go under text, not {other[0]}")
+
+
 def _json_rows(file: Path) -> Iterator[tuple[int, str, str | None]]:
     """Line number, file name and caption of each row of a metadata.jsonl."""
     for number, line in enumerate(_read_text(file).split("\n"), start=1):
@@ -125,6 +132,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, str, str | None]]:
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise DataError(f'{file}, line {number}: no file_name; a row is {{"file_name": "a.png", "text": "..."}}')
         text = row.get("text")
+        _refuse_other_names(f"{file}, line {number}", row)
         if text is not None and not isinstance(text, str):
             raise DataError(f"{file}, line {number}: text is {text!r}, allowed is a string")
         yield number, row["file_name"], text
@@ -136,6 +144,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, str, str | None]]:
     try:
         if "file_name" not in (reader.fieldnames or ()):
             raise DataError(f"{file}, line 1: no column file_name among: {', '.join(reader.fieldnames or ())}")
+        _refuse_other_names(f"{file}, line 1", reader.fieldnames or ())
         for row in reader:
             if None in row:
                 raise DataError(f"{file}, line {reader.line_num}: more fields than columns; quote text with commas")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from finetune.errors import DataError
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 """Endings (in any case) of the files that are read as pictures."""
 
 _FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl")
@@ -120,6 +120,8 @@ def open_image(source: Source, name: str | None = None) -> Image.Image:
 def _decode(source: Source) -> Image.Image:
     Image.init()  # all formats, before threads race to register them
     formats = [name for name in Image.ID if name in _FORMATS]
+    if isinstance(source, Path) and source.exists() and not source.is_file():
+        raise ValueError("not a regular file")
     with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
         if not file.read(1):
             raise ValueError("the file is empty")
@@ -132,6 +134,8 @@ def _reason(error: Exception) -> str:
     """What is wrong, in one line that does not repeat the path."""
     if isinstance(error, UnidentifiedImageError):
         return "not a picture of a kind that can be read"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; make it smaller"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

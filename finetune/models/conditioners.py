@@ -3,7 +3,8 @@
 # diffusers annotates its own methods narrower than what they take and give.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import torch
@@ -55,6 +56,12 @@ class NoCondition:
 def count_tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> list[int]:
     """Tokens of each prompt without start and end marks, before any cutting."""
     return [len(ids) - 2 for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
+
+
+def spelt_words(tokenizer: CLIPTokenizer, prompts: Iterable[str]) -> list[str]:
+    """Words that have no token of their own and are spelt with several; sorted, each once."""
+    words = {word for prompt in prompts for word in re.findall(r"[^\W\d_]+", prompt.lower())}
+    return sorted(word for word in words if len(tokenizer.tokenize(word)) > 1)
 
 
 def chunks_of(max_token_length: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune.errors import ModelError, UsageError
 from finetune.models.families import FAMILIES, Family
+from finetune.models.tiny import tiny_folder
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name under which diffusers looks for a LoRA in a folder."""
@@ -65,8 +66,6 @@ def locate(name: str) -> Location:
         family = FAMILIES["ddpm"]
         return Location(name, family, None, family.resolution, multiple=8)
     if name == "tiny":
-        from finetune.models.tiny import tiny_folder  # imports torch
-
         return _inspect(name, tiny_folder())
     if name in FAMILIES:
         return _from_hub(name, FAMILIES[name].hub_id or "")
@@ -148,9 +147,10 @@ def _inspect(name: str, folder: Path) -> Location:
             f"{vae.get('latent_channels')}; inpainting and other UNets with extra inputs cannot be trained"
         )
     factor = 2 ** (len(_listed(vae, "block_out_channels", folder / "vae/config.json")) - 1)
+    multiple = max(factor, 8)  # less than 8 is what pipelines refuse
     kin = FAMILIES["sd21" if unet.get("use_linear_projection") else "sd15"]
     family = FAMILIES.get(name, kin)
-    return Location(name, family, folder, _side(unet, family.resolution // factor) * factor, factor)
+    return Location(name, family, folder, _side(unet, family.resolution // factor) * factor, multiple)
 
 
 def _listed(config: dict[str, Any], key: str, path: Path) -> list[Any]:

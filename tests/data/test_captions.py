@@ -115,6 +115,8 @@ def test_jsonl_wins_over_csv_in_the_same_folder(tmp_path: Path):
         ("metadata.jsonl", '["a.png"]', "line 1: no file_name"),
         ("metadata.jsonl", '{"image": "a.png"}', "line 1: no file_name"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": 3}', "line 1: text is 3"),
+        ("metadata.jsonl", '{"file_name": "a.png", "caption": "x"}', "line 1: captions go under text, not caption"),
+        ("metadata.csv", "file_name,caption\na.png,x\n", "line 1: captions go under text, not caption"),
         ("metadata.csv", "file_name,text\na.png,x\nb.png,y\n", "line 3: b.png does not exist"),
         ("metadata.csv", "image,text\na.png,x\n", "line 1: no column file_name among: image, text"),
         ("metadata.csv", "", "line 1: no column file_name"),

@@ -158,7 +158,7 @@ def broken_files() -> dict[str, tuple[bytes, str]]:
         "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
         "cut.png": (png[: len(png) // 2], "truncated|broken data stream"),
         "head.png": (png[:20], "Truncated File Read"),
-        "bomb.bmp": (bytes(bomb), "decompression bomb"),
+        "bomb.bmp": (bytes(bomb), "more than 178,956,970 pixels; make it smaller"),
         "postscript.jpg": (eps, "not a picture of a kind that can be read"),
     }
 
@@ -173,6 +173,12 @@ def test_what_is_no_picture_raises_one_line_with_path_and_reason(name: str, tmp_
     assert message.startswith(f"{tmp_path / name}: ")
     assert message.count(str(tmp_path)) == 1
     assert "\n" not in message
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataError, match="not a regular file"):
+        open_image(tmp_path / "a.png")
 
 
 def test_a_missing_file_is_named_as_it_was_asked_for(tmp_path: Path):
