@@ -54,7 +54,7 @@ def resolve(config: TrainConfig, found: Location, *, pictures: int, varied_capti
     if warmup is None:
         warmup = warmup_steps(steps, found.family, resolution)
     elif warmup >= steps:
-        raise UsageError(f"lr_warmup_steps = {warmup}: the whole run has only {steps} steps")
+        raise UsageError(f"lr_warmup_steps = {warmup}: the whole run has only {steps} steps; give a smaller one")
     return replace(config, max_train_steps=steps, lr_warmup_steps=warmup)
 
 
@@ -63,8 +63,13 @@ def global_batch(config: TrainConfig) -> int:
     return (config.train_batch_size or 1) * config.gradient_accumulation_steps
 
 
+def changed(config: TrainConfig) -> set[str]:
+    """Names of the options that are not at their defaults."""
+    return {field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default}
+
+
 def _refuse_unusable(config: TrainConfig, found: Location, method: str) -> None:
-    given = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default}
+    given = changed(config)
     if not found.family.latent:
         if method == "lora":
             raise UsageError(f"method = lora: {found.name} is a pixel-space model; allowed is full")

@@ -16,14 +16,16 @@ from finetune.cache.encode import Encoded, Pictures, encode, names_and_captions
 from finetune.config import TrainConfig, replace
 from finetune.data.datasets import check_source, open_dataset
 from finetune.data.loader import batches
+from finetune.data.own import OwnPictures
 from finetune.data.sampler import steps_per_epoch
+from finetune.data.transforms import Preprocess
 from finetune.errors import Interrupted, RunError, UsageError
 from finetune.interrupts import catch_signals
 from finetune.models.families import FAMILIES, Family
 from finetune.models.loading import DiffusionModel, check_resolution, load_model, quiet_libraries
 from finetune.models.locate import Location, locate
 from finetune.models.lora import ATTENTION_AND_FEED_FORWARD, add_lora, trainable
-from finetune.plan import SamplePlan, as_settings, global_batch, plan_samples, resolve
+from finetune.plan import SamplePlan, as_settings, changed, global_batch, plan_samples, resolve
 from finetune.precision import DTYPES, resolve_precision
 from finetune.results import hub, tracking
 from finetune.results.export import export, has_adapter
@@ -36,6 +38,8 @@ from finetune.training.objective import NoisePrediction
 from finetune.training.optim import learning_rate, make_optimizer
 from finetune.training.trainer import Trainer
 
+_ABOUT_PICTURES = ("prompt", "trigger", "resize_mode", "center_crop", "random_flip")
+"""Options that a dataset with a transform of its own has decided already."""
 _LESS_MEMORY = "a smaller --train_batch_size (and more --gradient_accumulation_steps), --gradient_checkpointing, "
 _LESS_MEMORY += "a lower --resolution or a LoRA take less"
 
@@ -185,7 +189,7 @@ def _decide(
     found = locate(config.model)
     resolution = config.resolution or found.resolution
     check_resolution(found, resolution)
-    pictures = dataset if dataset is not None else _open_pictures(config, resolution)
+    pictures = _open_pictures(config, resolution) if dataset is None else _own_pictures(config, dataset, resolution)
     ids, captions = names_and_captions(pictures)
     empty = captions.count("")
     if found.family.latent and empty:
@@ -216,6 +220,24 @@ def _open_pictures(config: TrainConfig, resolution: int) -> Pictures:
         image_column=config.image_column,
         caption_column=config.caption_column,
     )
+
+
+def _own_pictures(config: TrainConfig, dataset: Pictures, resolution: int) -> Pictures:
+    """A dataset of the user's: with our captions and preprocessing, or as it is where it has a `transform`."""
+    own = getattr(dataset, "transform", None)
+    if own is not None and not isinstance(own, Preprocess):
+        raise UsageError(
+            f"the dataset's transform is a {type(own).__name__}; allowed is a finetune.Preprocess, or none"
+        )
+    useless = {"image_column", "caption_column", *(_ABOUT_PICTURES if own is not None else ())}
+    if wrong := changed(config) & useless:
+        raise UsageError(f"{min(wrong)} cannot be used with a dataset of your own{' that has a transform' * bool(own)}")
+    if own is None:
+        how = Preprocess(resolution, config.resize_mode, config.center_crop, config.random_flip)
+        return OwnPictures(dataset, config.prompt, trigger=config.trigger, transform=how)
+    if own.resolution != resolution:
+        raise UsageError(f"resolution = {resolution}: the dataset's own transform makes {own.resolution}")
+    return dataset
 
 
 def _is_small(family: Family, resolution: int) -> bool:

@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from finetune.config import TrainConfig, load_config, replace
-from finetune.errors import DataError, Interrupted, UsageError
+from finetune.data.datasets import ImageFolder
+from finetune.errors import DataError, FinetuneError, Interrupted, UsageError
 from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
 from finetune.training import checkpoint
@@ -189,7 +190,7 @@ def test_training_starts_from_the_pictures_alone_with_a_dataset_of_ones_own(tmp_
     ("more", "error", "message"),
     [
         ({"data": "nowhere"}, UsageError, "nowhere: no such folder"),
-        ({"resolution": 66}, UsageError, "the nearest: 64 and 68"),
+        ({"resolution": 66}, UsageError, "the nearest: 64 and 72"),
         ({"model": "sd16"}, UsageError, "not one of sd15, sd21, ddpm, tiny or a hub id; did you mean sd"),
         ({"mixed_precision": "fp16"}, UsageError, "a CPU cannot compute in fp16; allowed here is bf16"),
         ({"model": "ddpm", "rank": 16, "prompt": "x", "resolution": 32}, UsageError, "takes no text"),
@@ -213,6 +214,40 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 def test_an_unknown_folder_is_told_before_a_model_is_looked_for(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--data nowhere: no such folder"):
         fine_tune(TrainConfig(model="sd15", data="nowhere", output_dir=str(tmp_path / "out")))
+
+
+def test_options_hold_for_a_dataset_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [(Image.new("RGB", size, "red"), caption, str(size)) for size, caption in (((90, 64), ""), ((32, 70), "b"))]
+    run = fine_tune(TrainConfig(max_train_steps=1, rank=4, prompt="a", trigger="sks", num_inference_steps=0), rows)
+    config = TrainConfig(max_train_steps=1, rank=4, prompt="a", num_inference_steps=0)
+    assert (run / LORA).read_bytes() != (fine_tune(config, rows) / LORA).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "more", "message"),
+    [
+        ([], {}, "the dataset is empty"),
+        ([(Image.new("RGB", (64, 64)), "a")], {}, "row 0 of the dataset is no .picture, caption, id. but tuple"),
+        ([(torch.zeros(3, 64, 64), "a", "1")], {}, "row 0 of the dataset is .Tensor, str, str.; it should be"),
+        ([(Image.new("RGB", (64, 64)), None, "1")], {}, "1 of 1 pictures have no caption: give --prompt"),
+        ([(Image.new("RGB", (64, 64)), "a", "1")], {"image_column": "x"}, "image_column cannot be used with a dataset"),
+    ],
+)
+def test_a_dataset_of_ones_own_that_cannot_be_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: list, more: dict, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FinetuneError, match=message):
+        fine_tune(TrainConfig(max_train_steps=1, **more), dataset)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dataset_with_a_transform_of_its_own_keeps_it(pictures: Path, tmp_path: Path) -> None:
+    images = ImageFolder(pictures, prompt="x", resolution=32)
+    for more, message in (({"trigger": "y"}, "trigger cannot be used"), ({}, "resolution = 64: .* makes 32")):
+        with pytest.raises(UsageError, match=message):
+            fine_tune(TrainConfig(output_dir=str(tmp_path / "out"), max_train_steps=1, **more), images)
 
 
 def test_other_datasets_of_ones_own_are_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +287,7 @@ def test_bad_pictures_are_named_and_the_rest_is_trained_on(
     said = capsys.readouterr().out
     assert "2 photos" in said
     assert "2 skipped: 00.png" in said
-    assert "1 caption files have no picture: lonely.txt" in said
+    assert "caption files without a picture, 1: lonely.txt" in said
     for path in folder.glob("*.png"):
         path.write_bytes(b"no picture")
     with pytest.raises(DataError, match="none of 4 pictures can be read"):

@@ -1,0 +1,68 @@
+"""A dataset of the user's own, checked, with our caption rules and preprocessing put over it."""
+
+from collections import Counter
+from typing import Any, Protocol
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from finetune.data.captions import TRIGGER, first_caption, with_trigger
+from finetune.data.datasets import Example
+from finetune.data.transforms import Preprocess
+from finetune.errors import DataError
+
+
+class Rows(Protocol):
+    """Any map-style dataset of (PIL picture, caption, id)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class OwnPictures(Dataset[Example]):
+    """Rows of (picture, caption, id) that are trained on like a folder of pictures.
+
+    Args:
+        rows: map-style; its attributes `ids` and `captions`, where it has them, spare opening every picture once.
+        prompt: caption of the pictures whose own is empty or None.
+        trigger: word put in place of every [trigger], or in front of each caption.
+        transform: how the pictures become squares.
+
+    Raises:
+        DataError: there are no rows, or one is not (picture, caption, id).
+    """
+
+    def __init__(self, rows: Rows, prompt: str | None = None, *, trigger: str | None = None, transform: Preprocess):
+        if not len(rows):
+            raise DataError("the dataset is empty")
+        self._rows, self.transform = rows, transform
+        ids, texts = getattr(rows, "ids", None), getattr(rows, "captions", None)
+        if ids is None or texts is None:
+            opened = [_checked(rows[index], index)[1:] for index in range(len(rows))]
+            texts, ids = [text for text, _ in opened], [name for _, name in opened]
+        self.ids: list[str] = list(ids)
+        if not len(self.ids) == len(texts) == len(rows):
+            raise DataError(f"the dataset has {len(rows)} rows, {len(self.ids)} ids and {len(texts)} captions")
+        if strange := [text for text in texts if not isinstance(text, str | None)]:
+            raise DataError(f"a caption of the dataset is {strange[0]!r}; it should be text or None")
+        captions = [first_caption((("the dataset", text), ("prompt", prompt))) for text in texts]
+        self.captions = [with_trigger(caption.text, trigger) for caption in captions]
+        self.sources = Counter(caption.source for caption in captions)
+        self.triggerless = 0 if trigger else sum(TRIGGER in caption.text for caption in captions)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(_checked(self._rows[index], index)[0], self.captions[index], self.ids[index])
+
+
+def _checked(row: Any, index: int) -> tuple[Image.Image, str | None, str]:
+    if not isinstance(row, tuple) or len(row) != 3:
+        raise DataError(f"row {index} of the dataset is no (picture, caption, id) but {type(row).__name__}")
+    image, caption, name = row
+    if not isinstance(image, Image.Image) or not isinstance(caption, str | None) or not isinstance(name, str):
+        kinds = ", ".join(type(part).__name__ for part in row)
+        raise DataError(f"row {index} of the dataset is ({kinds}); it should be (PIL picture, caption, id)")
+    return image, caption, name
