@@ -4,21 +4,31 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.batch import Batch
 from finetune.errors import RunError
 from finetune.models.encoders import Encoder
 from finetune.seeding import fold
 from finetune.training.ema import Ema
-from finetune.training.objective import NoisePrediction
 
 MAX_OVERFLOWS = 25
 """Steps in a row that fp16 may skip: its loss scale starts at 2 ** 16 and halves each time."""
+
+
+class Objective(Protocol):
+    """What a network is trained to do: `NoisePrediction`, or one of your own."""
+
+    def draw(self, x0: Tensor, keys: Tensor) -> Any:
+        """Everything random of a visit: x0 (B, C, H, W), keys (B,) on the CPU."""
+        ...
+
+    def loss(self, network: Any, drawn: Any, cond: Mapping[str, Any], extra: Tensor | None, /) -> Tensor:
+        """The loss of each example, (B,) fp32, from what `draw` answered."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Trainer:
     """Trains the parameters of `unet` that require gradients.
 
     Args:
-        unet: the UNet, plain or with an adapter.
+        unet: the UNet, plain or with an adapter, or any module that the objective can call.
         encoder: turns what a batch stores into x0.
         objective: draws noise and timesteps, measures the error.
         optimizer: over the trainable parameters.
@@ -53,9 +63,9 @@ class Trainer:
 
     def __init__(
         self,
-        unet: UNet2DConditionModel | UNet2DModel,
+        unet: nn.Module,
         encoder: Encoder,
-        objective: NoisePrediction,
+        objective: Objective,
         optimizer: torch.optim.Optimizer,
         *,
         learning_rate: Callable[[int], float] | None = None,
@@ -66,7 +76,7 @@ class Trainer:
         seed: int = 0,
     ):
         self.unet = unet
-        self.device = unet.device  # looked up once: diffusers searches every module for it
+        self.device = next(unet.parameters()).device
         self.encoder = encoder
         self.objective = objective
         self.optimizer = optimizer
@@ -80,7 +90,7 @@ class Trainer:
         self.overflows = 0
         self.parameters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self.has_dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in unet.modules())
+        self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in unet.modules())
 
     def autocast(self) -> torch.autocast:
         """The precision that the UNet runs in, for sampling as for training."""
@@ -96,7 +106,7 @@ class Trainer:
         losses = self.backward(batch)
         self.scaler.unscale_(self.optimizer)
         limit = self.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit, foreach=True)
+        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), limit, foreach=True)
         weight = batch.weight.to(losses.device)
         loss, grad_norm = torch.stack([(weight * losses).sum() / weight.sum(), norm]).tolist()  # the step's one sync
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
@@ -139,9 +149,10 @@ class Trainer:
             return
         self.optimizer.zero_grad(set_to_none=True)
         bad = [name for name, finite in zip(batch.ids, losses.isfinite().tolist(), strict=True) if not finite]
-        what = f"the loss is not finite for {', '.join(bad)}" if bad else f"the gradient's norm is {grad_norm}"
+        whole = f"the gradient's norm is {grad_norm} over {', '.join(batch.ids)}"
+        what = f"the loss is not finite for {', '.join(bad)}" if bad else whole
         raise RunError(
-            f"step {self.steps_done + 1}: {what} (batch: {', '.join(batch.ids)}); "
+            f"step {self.steps_done + 1}: {what}; "
             "no weight was changed. A lower learning_rate or mixed_precision no may help"
         )
 
