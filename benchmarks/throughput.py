@@ -47,7 +47,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import finetune as ft
 from finetune.models.loading import quiet_libraries
-from finetune.models.tiny import byte_tokenizer
+from finetune.models.tiny import tiny_folder
 from finetune.precision import DTYPES, resolve_precision
 from finetune.training.optim import make_optimizer
 
@@ -108,7 +108,7 @@ def parse_options() -> argparse.Namespace:
 def build_model(model_dir: Path, width: int) -> Path:
     """The diffusers folder of a Stable Diffusion 1.5 with random weights and a UNet `width` wide, built on first use.
 
-    All is as in the original but the text encoder's vocabulary: the tokenizer spells, so it has few tokens.
+    All is as in the original but the text encoder's vocabulary: the tokenizer is that of `tiny`, of few words.
     """
     folder = model_dir / f"sd15-width-{width}"
     if folder.is_dir():
@@ -117,7 +117,7 @@ def build_model(model_dir: Path, width: int) -> Path:
     model_dir.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=model_dir))
     torch.manual_seed(0)
-    tokenizer = byte_tokenizer(scratch / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_folder() / "tokenizer")
     StableDiffusionPipeline(
         vae=AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),

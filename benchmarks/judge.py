@@ -1,0 +1,165 @@
+"""Judge pictures without the model that drew them: what a world picture shows, and how near pictures are to others.
+
+World pictures (examples/draw_world.py) are read by their pixels alone: ground and thing by nearest colour, shape by
+overlap with drawn outlines. Butterflies are compared as sets, by an energy distance on fixed features.
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from draw_butterflies import BACKDROPS, COLOURS
+from draw_world import GROUNDS, INKS, SHAPES, lighter, outline
+
+from finetune.models.encoders import VaeEncoder
+
+Array = NDArray[np.floating]
+
+SIDE = 32
+"""Pixels of a shape's outline when shapes are compared."""
+TURNS = range(-20, 21, 4)
+SHADES = (-0.09, -0.06, -0.03, 0.0, 0.03, 0.06, 0.09)
+
+
+class Reading(NamedTuple):
+    """What a world picture shows."""
+
+    shape: str
+    colour: str
+    ground: str
+
+
+def read(picture: Image.Image) -> Reading:
+    """Shape, colour and ground of a picture, (H, W) of any size from 32 pixels.
+
+    The ground is the median of a frame of 3 pixels. The thing is what differs from it by more than half as much as
+    the most different 3 % do; its colour is the median of what is 2 pixels inside of it, where anything is.
+    """
+    pixels = np.asarray(picture.convert("RGB"), dtype=float)
+    frame = np.ones(pixels.shape[:2], dtype=bool)
+    frame[3:-3, 3:-3] = False
+    ground = np.median(pixels[frame], axis=0)
+    away = np.sqrt(np.square(pixels - ground).sum(-1))
+    mask = Image.fromarray((away > max(24.0, np.percentile(away, 97) / 2)).astype(np.uint8) * 255)
+    mask = mask.filter(ImageFilter.MedianFilter(3))
+    smaller = (np.asarray(mask.filter(ImageFilter.MinFilter(width))) > 0 for width in (5, 3))
+    inside = next((area for area in smaller if area.sum() >= 12), np.asarray(mask) > 0)
+    colour = np.median(pixels[inside], axis=0) if inside.any() else ground
+    inks = {name: COLOURS[name] for name in INKS}
+    return Reading(_shape(mask), _nearest(colour, inks), _nearest(ground, GROUNDS))
+
+
+def _nearest(colour: Array, table: Mapping[str, Array]) -> str:
+    """The name whose colour, or a lighter or darker shade of it as the world draws them, is nearest."""
+    shades = [(lighter(table[name], amount), name) for name in table for amount in SHADES]
+    return min(shades, key=lambda shade: float(np.square(colour - shade[0]).sum()))[1]
+
+
+def _shape(mask: Image.Image) -> str:
+    """The shape whose outline, at its best turn, overlaps most with the mask: intersection over union."""
+    if mask.getbbox() is None:
+        return "nothing"
+    seen = _framed(mask)
+    names, templates = _templates()
+    both = np.minimum(seen, templates).sum((1, 2))
+    return names[int(np.argmax(both / np.maximum(seen, templates).sum((1, 2))))]
+
+
+def _framed(mask: Image.Image) -> Array:
+    """The mask's content, centred, its longer side filling SIDE x SIDE, in [0, 1]."""
+    left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
+    half = max(right - left, bottom - top) / 2
+    x, y = (left + right) / 2, (top + bottom) / 2
+    box = (x - half, y - half, x + half, y + half)
+    return np.asarray(mask.transform((SIDE, SIDE), Image.Transform.EXTENT, box, Image.Resampling.BILINEAR)) / 255.0
+
+
+@lru_cache(maxsize=1)
+def _templates() -> tuple[list[str], Array]:
+    names, drawn = [], []
+    for shape in SHAPES:
+        for turn in TURNS:
+            mask = Image.new("L", (128, 128))
+            for number, polygon in enumerate(outline(shape)):
+                points = 64 + 64j + 40 * np.conj(polygon * np.exp(1j * np.pi * turn / 180))
+                corners = list(zip(points.real.tolist(), points.imag.tolist(), strict=True))
+                ImageDraw.Draw(mask).polygon(corners, fill=0 if number else 255)
+            names.append(shape)
+            drawn.append(_framed(mask))
+    return names, np.stack(drawn)
+
+
+def features(pictures: Sequence[Image.Image]) -> Array:
+    """(N, 384) fixed features of pictures, each reduced to 64 px: where which colour is, and where which edges are.
+
+    Three blocks: mean colours of 8 x 8 cells (192 numbers in [0, 1]); the share of pixels in each of
+    4 x 4 x 4 colours, square root (64); in 4 x 4 cells, gradient magnitude by 8 directions, square root (128).
+    """
+    rows = []
+    for picture in pictures:
+        small = picture.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+        pixels = np.asarray(small, dtype=float) / 255
+        cells = pixels.reshape(8, 8, 8, 8, 3).mean((1, 3)).ravel()
+        bins = np.minimum((pixels * 4).astype(int), 3) @ (16, 4, 1)
+        shares = np.bincount(bins.ravel(), minlength=64) / bins.size
+        down, across = np.gradient(pixels.mean(-1))
+        direction = ((np.arctan2(down, across) / (2 * np.pi)) % 1.0 * 8).astype(int) % 8
+        where = np.arange(64) // 16
+        index = (where[:, None] * 4 + where) * 8 + direction
+        edges = np.bincount(index.ravel(), np.hypot(down, across).ravel(), minlength=128) / 256
+        blocks = cells / np.sqrt(192), np.sqrt(shares), np.sqrt(edges)
+        rows.append(np.concatenate(blocks))
+    return np.stack(rows)
+
+
+def distances(a: Array, b: Array) -> Array:
+    """Euclidean distances of features: (N, F), (M, F) -> (N, M)."""
+    return np.sqrt(np.maximum(np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * a @ b.T, 0))
+
+
+def energy_distance(a: Array, b: Array) -> float:
+    """2 E|x - y| - E|x - x'| - E|y - y'| over features of two sets (Szekely & Rizzo 2013, eq. 1.1); unbiased.
+
+    0 in expectation for two samples of one distribution; it may then be slightly negative.
+    """
+    within = [distances(s, s).sum() / (len(s) * (len(s) - 1)) for s in (a, b)]
+    return float(2 * distances(a, b).mean() - sum(within))
+
+
+def copies(generated: Array, training: Array, held_out: Array) -> float:
+    """Share of generated pictures nearer to a training picture than 99 % of held-out ones are.
+
+    `held_out` should have gone through the VAE as `generated` did, or the threshold is another picture quality's.
+    """
+    near = float(np.percentile(distances(held_out, training).min(1), 1))
+    return float((distances(generated, training).min(1) < near).mean())
+
+
+def colour_pair(picture: Image.Image) -> tuple[str, str]:
+    """Nearest names of a butterfly's colour (the half of the middle that differs most from the frame) and backdrop."""
+    pixels = np.asarray(picture.convert("RGB").resize((64, 64)), dtype=float)
+    frame = np.ones((64, 64), dtype=bool)
+    frame[4:-4, 4:-4] = False
+    ground, middle = np.median(pixels[frame], axis=0), pixels[20:44, 20:44].reshape(-1, 3)
+    away = np.sqrt(np.square(middle - ground).sum(-1))
+    insect = np.median(middle[away >= np.median(away)], axis=0)
+    return _nearest(insect, COLOURS), _nearest(ground, BACKDROPS)
+
+
+@torch.no_grad()
+def through_vae(encoder: VaeEncoder, pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """The pictures (sides multiples of 4 pixels) encoded, sampled and decoded: the best that a UNet could draw."""
+    decoded = []
+    for number, picture in enumerate(pictures):
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        back = encoder.decode(encoder.sample(encoder.encode(pixels), torch.tensor([number])))[0].clamp(-1, 1)
+        decoded.append(Image.fromarray(((back + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()))
+    return decoded

@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+from draw_butterflies import draw as draw_butterfly
+from draw_butterflies import invent as invent_butterfly
+from draw_world import draw, invent
+from judge import copies, energy_distance, features, read, through_vae
+from PIL import Image
+
+import finetune as ft
+
+
+def test_the_judge_reads_true_pictures_right_before_and_after_the_vae() -> None:
+    scenes = [invent(np.random.default_rng([3, i]), unseen=True) for i in range(120)]
+    pictures = [draw(scene, 64) for scene in scenes]
+    truth = [(scene.thing, scene.colour, scene.ground) for scene in scenes]
+    assert [tuple(read(picture)) for picture in pictures] == truth
+    decoded = through_vae(ft.load_model("tiny").encoder, pictures)
+    right = [tuple(read(picture)) == true for picture, true in zip(decoded, truth, strict=True)]
+    assert np.mean(right) >= 0.98
+
+
+def test_an_empty_picture_shows_nothing() -> None:
+    assert read(Image.new("RGB", (64, 64), (204, 50, 44)))[0] == "nothing"
+
+
+@pytest.fixture(scope="module")
+def butterflies() -> np.ndarray:
+    return features([draw_butterfly(invent_butterfly(np.random.default_rng([7, i])), 48) for i in range(60)])
+
+
+def test_features_have_the_shape_that_they_state(butterflies: np.ndarray) -> None:
+    assert butterflies.shape == (60, 384)
+
+
+def test_the_energy_distance_is_small_between_halves_and_large_to_another_world(butterflies: np.ndarray) -> None:
+    world = features([draw(invent(np.random.default_rng([8, i])), 64) for i in range(60)])
+    halves = energy_distance(butterflies[:30], butterflies[30:])
+    assert abs(halves) < 0.02
+    assert energy_distance(world, butterflies) > 0.1
+
+
+def test_the_energy_distance_is_as_computed_by_hand() -> None:
+    a, b = np.array([[0.0], [2.0]]), np.array([[1.0], [5.0]])
+    # 2 E|x-y| = 2 (1 + 5 + 1 + 3) / 4 = 5; E|x-x'| = 2; E|y-y'| = 4
+    assert energy_distance(a, b) == pytest.approx(-1.0)
+
+
+def test_copies_are_counted_and_strangers_are_not(butterflies: np.ndarray) -> None:
+    training, held_out, strangers = butterflies[:20], butterflies[20:40], butterflies[40:]
+    assert copies(training[:5] + 1e-4, training, held_out) == 1.0
+    assert copies(strangers, training, held_out) <= 0.1
+    assert copies(np.concatenate([strangers, training]), training, held_out) == pytest.approx(0.5, abs=0.05)
