@@ -52,7 +52,7 @@ def test_latents_are_scaled_by_the_configs_factor_and_sampled_anew_at_each_visit
     encoded = encode(ImageFolder(pictures, resolution=64), tiny)
     first, second = batches(encoded, batch_size=6, steps=2)
     mean, std = first.stored.chunk(2, dim=1)
-    noise = (tiny.encoder.sample(first.stored, first.keys) / 0.5 - mean) / std  # 0.5: tiny's scaling factor
+    noise = (tiny.encoder.sample(first.stored, first.keys) / tiny.encoder.scaling_factor - mean) / std
     assert abs(noise.mean()) < 0.02
     assert noise.std() == pytest.approx(1, abs=0.02)
     row = second.ids.index(first.ids[0])
@@ -143,7 +143,7 @@ def test_as_batch_encodes_what_a_plain_loader_gives(tiny: DiffusionModel) -> Non
     pixels = torch.rand(2, 3, 64, 64, generator=source) * 2 - 1
     batch = as_batch(tiny, pixels, ["a", "b"], step=3)
     assert torch.equal(batch.stored, tiny.encoder.encode(pixels))
-    assert batch.cond["encoder_hidden_states"].shape == (2, 77, 64)
+    assert batch.cond["encoder_hidden_states"].shape == (2, 77, 96)
     assert not torch.equal(batch.keys, as_batch(tiny, pixels, ["a", "b"], step=4).keys)
 
 

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 from finetune.cli import main
 from finetune.commands import preview, sample
 from finetune.config import TrainConfig
-from finetune.errors import UsageError
+from finetune.errors import ModelError, UsageError
 from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
 
@@ -56,7 +57,7 @@ def test_sample_draws_from_a_base_model_into_the_named_folder(tmp_path: Path) ->
         ({"model": "tiny"}, "give --prompt"),
         ({"model": "ddpm"}, "ddpm is untrained"),
         ({"model": "tiny", "prompt": ("x",), "num_images": 0}, "--num_images 0: allowed is 1 or more"),
-        ({"model": "tiny", "prompt": ("x",), "resolution": 66}, "the nearest: 64 and 68"),
+        ({"model": "tiny", "prompt": ("x",), "resolution": 66}, "the nearest: 64 and 72"),
         ({"model": "nowhere", "prompt": ("x",)}, "no such folder"),
         ({"model": "tiny", "prompt": ("x",), "mixed_precision": "fp16"}, "a CPU cannot"),
         ({"model": "tiny", "prompt": ("x",), "output": __file__ + "/out"}, "cannot be written"),
@@ -80,7 +81,7 @@ def test_preview_shows_the_pixels_and_names_long_captions(
     preview.run(preview.Options(data=str(pictures), trigger="x" * 70, output=str(sheet), max_pictures=4))
     said = capsys.readouterr().out
     assert "4 of 6 pictures at 64 px" in said
-    assert "05.png: 86 tokens, of which the model reads 75" in said
+    assert "05.png: 82 tokens, of which the model reads 75" in said
     pixels = np.asarray(Image.open(sheet))
     assert pixels.shape == (8 + 192 + 4 * 14 + 8, 8 + 4 * 200, 3)
     assert (pixels[8 + 96, 8 + 96] == (255, 0, 0)).all()  # the disc in the middle of the first picture
@@ -89,3 +90,26 @@ def test_preview_shows_the_pixels_and_names_long_captions(
 def test_preview_says_where_it_cannot_write(pictures: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere/sheet.png cannot be written"):
         preview.run(preview.Options(data=str(pictures), output="nowhere/sheet.png"))
+
+
+def test_preview_is_not_written_among_the_pictures(pictures: Path) -> None:
+    with pytest.raises(UsageError, match="lies inside --data"):
+        preview.run(preview.Options(data=str(pictures), output=str(pictures / "sheet.png")))
+
+
+def test_a_damaged_lora_is_told_in_one_line(lora_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(lora_run, tmp_path / "run")
+    lora = run / "pytorch_lora_weights.safetensors"
+    lora.write_bytes(lora.read_bytes()[:-10])
+    with pytest.raises(ModelError, match=r"pytorch_lora_weights\.safetensors cannot be loaded: "):
+        sample.run(sample.Options(model=str(run), prompt=("x",)))
+
+
+def test_words_that_tiny_does_not_know_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = sample.Options(
+        model="tiny", prompt=("a red zebra", "a zebra"), num_inference_steps=1, output=str(tmp_path)
+    )
+    sample.run(options)
+    assert capsys.readouterr().err.count("tiny does not know, and spells: zebra\n") == 1
+    sample.run(sample.Options(model="tiny", prompt=("a red circle",), num_inference_steps=1, output=str(tmp_path)))
+    assert "does not know" not in capsys.readouterr().err

@@ -6,13 +6,14 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from finetune.errors import ModelError, UsageError
 from finetune.models.loading import load_model
-from finetune.models.tiny import build_tiny, tiny_folder
+from finetune.models.tiny import tiny_folder
+from tests.tiny_copy import copy_tiny
 
 
 @pytest.fixture(scope="module")
 def v_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "v"
-    build_tiny(folder, prediction_type="v_prediction")
+    copy_tiny(folder, prediction_type="v_prediction")
     return folder
 
 
@@ -79,7 +80,7 @@ def test_a_ddpm_folder_is_continued(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "resolution", "message"),
     [
-        ("tiny", 65, "takes multiples of 4 pixels; the nearest: 64 and 68"),
+        ("tiny", 65, "takes multiples of 8 pixels; the nearest: 64 and 72"),
         ("ddpm", 60, "takes multiples of 8 pixels; the nearest: 56 and 64"),
         ("ddpm", 100, "takes multiples of 32 pixels; the nearest: 96 and 128"),
         ("ddpm", 4, "the nearest: 8"),
@@ -91,7 +92,7 @@ def test_a_resolution_that_does_not_fit_names_the_nearest(model: str, resolution
 
 
 def test_damaged_weights_and_weights_of_another_shape_are_named(tmp_path: Path) -> None:
-    build_tiny(tmp_path)
+    copy_tiny(tmp_path)
     path = tmp_path / "unet/diffusion_pytorch_model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
@@ -99,14 +100,14 @@ def test_damaged_weights_and_weights_of_another_shape_are_named(tmp_path: Path) 
         load_model(tmp_path)
     path.write_bytes(whole)
     config = tmp_path / "unet/config.json"
-    config.write_text(config.read_text().replace('"cross_attention_dim": 64', '"cross_attention_dim": 96'))
-    with pytest.raises(ModelError, match=r"weights do not fit config.json: .*attn2.to_k.weight is \(\d+, 64\)"):
+    config.write_text(config.read_text().replace('"cross_attention_dim": 96', '"cross_attention_dim": 64'))
+    with pytest.raises(ModelError, match=r"weights do not fit config.json: .*attn2.to_k.weight is \(\d+, 96\)"):
         load_model(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["vae/diffusion_pytorch_model", "text_encoder/model"])
 def test_damaged_frozen_parts_are_one_line(tmp_path: Path, part: str) -> None:
-    build_tiny(tmp_path)
+    copy_tiny(tmp_path)
     path = tmp_path / f"{part}.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ModelError, match="cannot be loaded: ") as caught:
@@ -115,7 +116,7 @@ def test_damaged_frozen_parts_are_one_line(tmp_path: Path, part: str) -> None:
 
 
 def test_an_inpainting_unet_is_refused(tmp_path: Path) -> None:
-    build_tiny(tmp_path)
+    copy_tiny(tmp_path)
     config = tmp_path / "unet/config.json"
     config.write_text(config.read_text().replace('"in_channels": 4', '"in_channels": 9'))
     with pytest.raises(ModelError, match="its UNet takes 9 channels and its VAE gives 4; inpainting"):
@@ -123,7 +124,7 @@ def test_an_inpainting_unet_is_refused(tmp_path: Path) -> None:
 
 
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
-    build_tiny(tmp_path)
+    copy_tiny(tmp_path)
     path = tmp_path / "unet/diffusion_pytorch_model.safetensors"
     path.rename(path.with_suffix(".bin"))
     with pytest.raises(ModelError, match=r"part missing: diffusion_pytorch_model.safetensors"):
@@ -131,7 +132,7 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
 
 
 def test_a_scheduler_class_of_ones_own_is_refused_and_not_imported(tmp_path: Path) -> None:
-    build_tiny(tmp_path)
+    copy_tiny(tmp_path)
     path = tmp_path / "scheduler/scheduler_config.json"
     path.write_text(path.read_text().replace("DDIMScheduler", "MyScheduler"))
     with pytest.raises(ModelError, match="'MyScheduler' is no scheduler of diffusers"):

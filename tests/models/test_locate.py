@@ -14,8 +14,8 @@ from huggingface_hub.utils import filter_repo_objects
 from finetune.errors import ModelError, UsageError
 from finetune.models.families import FAMILIES
 from finetune.models.locate import HUB_FILES, locate
-from finetune.models.tiny import build_tiny
 from tests.hub_server import Hub, Repository, hub_environment
+from tests.tiny_copy import copy_tiny
 
 SD15_NEEDED = [
     "model_index.json",
@@ -62,7 +62,7 @@ SD15_OTHER = [
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "whole"
-    build_tiny(folder)
+    copy_tiny(folder)
     return folder
 
 
@@ -106,7 +106,7 @@ def test_a_path_that_is_none_is_not_looked_for_on_the_hub(tmp_path: Path, monkey
 def test_a_folder_is_found_with_its_size(folder: Path):
     found = locate(str(folder))
     assert (found.folder, found.family.name) == (folder, "sd15")
-    assert (found.resolution, found.multiple) == (64, 4)  # 16 latents of 4 pixels a side
+    assert (found.resolution, found.multiple) == (64, 8)  # 16 latents of 4 pixels a side; pipelines take eights
 
 
 def test_a_folder_below_home_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch):

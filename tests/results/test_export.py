@@ -31,7 +31,7 @@ def trained(targets: tuple[str, ...] | None = None, dtype: torch.dtype = torch.f
 def answer(unet) -> torch.Tensor:
     x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return unet(x, 500, encoder_hidden_states=torch.ones(1, 77, 64)).sample
+        return unet(x, 500, encoder_hidden_states=torch.ones(1, 77, 96)).sample
 
 
 @pytest.mark.parametrize("targets", [None, CONVOLUTIONS_TOO], ids=["attention", "convolutions too"])

@@ -19,11 +19,11 @@ from finetune.errors import RunError, UsageError
 from finetune.models.families import FAMILIES
 from finetune.models.loading import load_model
 from finetune.models.lora import add_lora
-from finetune.models.tiny import build_tiny
 from finetune.plan import as_settings
 from finetune.results.export import export
 from finetune.results.hub import check_login, model_card, push, repository_name
 from tests.hub_server import TOKEN, Hub, Repository, hub_environment
+from tests.tiny_copy import copy_tiny
 
 LORA = "pytorch_lora_weights.safetensors"
 HOSTILE = (
@@ -101,7 +101,7 @@ def test_exactly_the_results_of_a_lora_run_are_pushed(hub: Hub, run_folder: Path
 
 
 def test_exactly_the_parts_of_a_pipeline_are_pushed(hub: Hub, tmp_path: Path):
-    build_tiny(tmp_path)
+    copy_tiny(tmp_path)
     built = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     for name in ("unet/.DS_Store", ".unet.part", "checkpoint-10/trainable.safetensors", "secret/config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -114,7 +114,7 @@ def test_exactly_the_parts_of_a_pipeline_are_pushed(hub: Hub, tmp_path: Path):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_no_push_tells_where_the_base_model_lies(hub: Hub, tmp_path: Path, method: str):
     base, folder = tmp_path / "somewhere-private" / "base", tmp_path / "run"
-    build_tiny(base)
+    copy_tiny(base)
     model = load_model(base)
     if method == "lora":
         add_lora(model.unet, rank=2)
