@@ -1,12 +1,16 @@
 """Judge pictures without the model that drew them: what a world picture shows, and how near pictures are to others.
 
 World pictures (examples/draw_world.py) are read by their pixels alone: ground and thing by nearest colour, shape by
-overlap with drawn outlines. Butterflies are compared as sets, by an energy distance on fixed features.
+overlap with drawn outlines. Butterflies are compared as sets, by an energy distance on fixed features. Those features
+see where which colours and edges are, but not shapes: a coloured blob is as near as a butterfly. Shapes are read by a
+small network, `ButterflyReader`, that learns from true butterflies what a caption says of view, wings and marks.
 """
 
 import sys
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +18,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from draw_butterflies import BACKDROPS, COLOURS
+from draw_butterflies import BACKDROPS, BORDERS, COLOURS, PATTERNS, Butterfly
+from draw_butterflies import SHAPES as WINGS
+from draw_butterflies import draw as draw_butterfly
+from draw_butterflies import invent as invent_butterfly
 from draw_world import GROUNDS, INKS, SHAPES, lighter, outline
 
 from finetune.models.encoders import VaeEncoder
@@ -163,3 +172,98 @@ def through_vae(encoder: VaeEncoder, pictures: Sequence[Image.Image]) -> list[Im
         back = encoder.decode(encoder.sample(encoder.encode(pixels), torch.tensor([number])))[0].clamp(-1, 1)
         decoded.append(Image.fromarray(((back + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()))
     return decoded
+
+
+def invented(seed: int, count: int, first: int = 0) -> list[Butterfly]:
+    """Butterflies `first` to `first + count` of a seed; examples/butterflies is drawn with seed 0."""
+    return [invent_butterfly(np.random.default_rng([seed, first + number])) for number in range(count)]
+
+
+def drawn(butterflies: Sequence[Butterfly]) -> list[Image.Image]:
+    """The butterflies as pictures of 64 x 64 pixels, drawn on all cores."""
+    with ProcessPoolExecutor() as pool:
+        return list(pool.map(partial(draw_butterfly, size=64), butterflies, chunksize=16))
+
+
+TRAITS: dict[str, tuple[str, ...]] = {
+    "view": ("open", "folded"),
+    "shape": tuple(WINGS),
+    "pattern": tuple(PATTERNS),
+    "border": tuple(BORDERS),
+}
+"""What a caption says of a butterfly beside its colours -> the values that it can have."""
+
+
+class ButterflyReader(nn.Module):
+    """Reads the traits of a butterfly from a grey picture of 64 x 64 pixels; colours it cannot see.
+
+    Args:
+        seed: of its initial weights, and of everything random while it learns.
+    """
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            widths = (1, 32, 64, 96, 128)
+            stages = [self._stage(*pair) for pair in pairwise(widths)]
+            self.body = nn.Sequential(*stages, nn.Flatten(), nn.Linear(widths[-1] * 16, 128), nn.ReLU())
+            self.heads = nn.ModuleDict({trait: nn.Linear(128, len(values)) for trait, values in TRAITS.items()})
+        self.source = torch.Generator().manual_seed(seed)
+
+    @staticmethod
+    def _stage(before: int, after: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.ReLU())
+
+    def forward(self, grey: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Grey pictures (N, 1, 64, 64) of mean 0 and deviation 1 -> features (N, 128), logits of each trait (N, K)."""
+        features = self.body(grey)
+        return features, {trait: head(features) for trait, head in self.heads.items()}
+
+    def learn(self, pictures: Sequence[Image.Image], butterflies: Sequence[Butterfly], *, epochs: int = 30) -> None:
+        """Learn to read pictures that are true to `butterflies`, mirrored, shifted and noised anew each time."""
+        grey = _grey(pictures)
+        truth = {trait: torch.tensor([v.index(getattr(b, trait)) for b in butterflies]) for trait, v in TRAITS.items()}
+        steps = -(-len(grey) // 64) * epochs
+        optimizer = torch.optim.AdamW(self.parameters(), weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(grey), generator=self.source).split(64):
+                _, logits = self(self._varied(grey[rows]))
+                losses = [F.cross_entropy(logits[trait], truth[trait][rows]) for trait in TRAITS]
+                torch.stack(losses).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+
+    def _varied(self, grey: Tensor) -> Tensor:
+        """Half of them mirrored, each shifted by up to 3 pixels and noised by up to a third of its deviation."""
+        count = len(grey)
+        mirrored = torch.rand(count, generator=self.source) < 0.5
+        grey = torch.where(mirrored[:, None, None, None], grey.flip(3), grey)
+        down, across = torch.randint(0, 7, (2, count), generator=self.source).tolist()
+        padded = F.pad(grey, (3, 3, 3, 3), mode="replicate")
+        shifted = [padded[i, :, y : y + 64, x : x + 64] for i, (y, x) in enumerate(zip(down, across, strict=True))]
+        strength = torch.rand(count, 1, 1, 1, generator=self.source) / 3
+        return torch.stack(shifted) + strength * torch.randn(grey.shape, generator=self.source)
+
+    @torch.no_grad()
+    def features(self, pictures: Sequence[Image.Image]) -> Array:
+        """(N, 128): what the reader sees in pictures, for an energy distance that knows shapes."""
+        return self(_grey(pictures))[0].double().numpy()
+
+    @torch.no_grad()
+    def obeyed(self, pictures: Sequence[Image.Image], butterflies: Sequence[Butterfly]) -> dict[str, float]:
+        """Trait -> the share of pictures that show it as it is in the butterfly that they were drawn after."""
+        logits = self(_grey(pictures))[1]
+        seen = {trait: [TRAITS[trait][i] for i in rows.argmax(1).tolist()] for trait, rows in logits.items()}
+        pairs = {trait: zip(seen[trait], butterflies, strict=True) for trait in TRAITS}
+        return {trait: float(np.mean([s == getattr(b, trait) for s, b in pairs[trait]])) for trait in TRAITS}
+
+
+def _grey(pictures: Sequence[Image.Image]) -> Tensor:
+    """(N, 1, 64, 64), each of mean 0 and standard deviation 1."""
+    small = [picture.convert("L").resize((64, 64), Image.Resampling.LANCZOS) for picture in pictures]
+    pixels = torch.from_numpy(np.stack([np.asarray(picture, dtype=np.float32) for picture in small]))[:, None]
+    deviation, mean = torch.std_mean(pixels, dim=(1, 2, 3), keepdim=True)
+    return (pixels - mean) / deviation.clamp(min=1.0)

@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -21,14 +21,24 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from judge import SHAPES, colour_pair, copies, energy_distance, features, read, through_vae
+from judge import (
+    SHAPES,
+    ButterflyReader,
+    colour_pair,
+    copies,
+    drawn,
+    energy_distance,
+    features,
+    invented,
+    read,
+    through_vae,
+)
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))
+from draw_butterflies import Butterfly
 from draw_butterflies import describe as describe_butterfly
-from draw_butterflies import draw as draw_butterfly
-from draw_butterflies import invent as invent_butterfly
 from draw_world import GROUNDS, INKS, draw, held_out, invent, near, with_articles
 
 import finetune as ft
@@ -39,8 +49,9 @@ from finetune.results.sampling import grid
 
 DRAWN = 240  # pictures of each butterfly set that is drawn by a model
 HELD_OUT = 480  # held-out butterflies that they are compared with, and as many again for the floor
-HELD_OUT_SEED = 1  # examples/butterflies is drawn with seed 0
-STEPS, GUIDANCE = 20, 5.0
+READ = 1500  # butterflies that the reader learns from
+HELD_OUT_SEED, READ_SEED = 1, 2  # examples/butterflies is drawn with seed 0
+STEPS, GUIDANCE = 20, 3.0  # as the demo draws its grids
 DEMO = ROOT / "configs/tiny-butterflies.toml"
 
 
@@ -69,10 +80,10 @@ def paint(pipeline: Any, prompts: Sequence[str]) -> list[Image.Image]:
 
 
 @lru_cache(maxsize=2)
-def butterflies(count: int, first: int = 0) -> tuple[list[Image.Image], list[str]]:
-    """Held-out butterflies, 64 px, with their captions."""
-    invented = [invent_butterfly(np.random.default_rng([HELD_OUT_SEED, first + i])) for i in range(count)]
-    return [draw_butterfly(b, 64) for b in invented], [describe_butterfly(b) for b in invented]
+def butterflies(count: int, first: int = 0) -> tuple[list[Image.Image], list[Butterfly]]:
+    """Held-out butterflies, and pictures of them, 64 px."""
+    held_out = invented(HELD_OUT_SEED, count, first)
+    return drawn(held_out), held_out
 
 
 def vae_of_tiny() -> VaeEncoder:
@@ -127,39 +138,71 @@ def command(*options: str | Path) -> float:
     return time.perf_counter() - clock
 
 
+class Exam:
+    """What drawn butterflies are judged by: held-out ones, the training pictures, and a reader of shapes."""
+
+    def __init__(self) -> None:
+        vae = vae_of_tiny()
+        self.held, self.butterflies = butterflies(HELD_OUT)
+        other, _ = butterflies(HELD_OUT, HELD_OUT)
+        blurred = through_vae(vae, other[:DRAWN])
+        paths = sorted((ROOT / "examples/butterflies").glob("*.jpg"))
+        self.training = [Image.open(path).convert("RGB") for path in paths]
+        small = [picture.resize((64, 64), Image.Resampling.LANCZOS) for picture in self.training]
+        self.known = {colour_pair(picture) for picture in self.training}
+        self.threshold = features(blurred)
+        self.reader = ButterflyReader()
+        lessons = invented(READ_SEED, READ)
+        self.reader.learn(through_vae(vae, drawn(lessons)), lessons)
+        true = through_vae(vae, self.held)
+        self.seen = self.reader.features(true)
+        self.say_traits("reader, held-out butterflies through the VAE", true)
+        seen = energy_distance(self.reader.features(blurred), self.seen)
+        say(f"shape distance, floor: {DRAWN} real to {HELD_OUT} real, VAE", f"{seen:.2f}")
+        floor = energy_distance(features(other), features(self.held))
+        say(f"colour distance, floor: {HELD_OUT} real to {HELD_OUT} real", f"{floor:.4f}")
+        floor = energy_distance(self.threshold, features(self.held))
+        say(f"the same through the VAE, {DRAWN} to {HELD_OUT}", f"{floor:.4f}")
+        found = copies(features(through_vae(vae, small)), features(self.training), self.threshold)
+        say("copies found among the training pictures through the VAE", f"{found:.0%}", "near 100 %")
+        self.say_colours(f"{DRAWN} real ones", other[:DRAWN])
+
+    @property
+    def prompts(self) -> list[str]:
+        """Captions of held-out butterflies."""
+        return [describe_butterfly(butterfly) for butterfly in self.butterflies[:DRAWN]]
+
+    def say_traits(self, who: str, pictures: Sequence[Image.Image], aims: Mapping[str, str] | None = None) -> None:
+        for trait, share in self.reader.obeyed(pictures, self.butterflies[: len(pictures)]).items():
+            say(f"{who}: {trait}", f"{share:.1%}", (aims or {}).get(trait, ""))
+
+    def say_colours(self, who: str, pictures: Sequence[Image.Image]) -> None:
+        pairs = {colour_pair(picture) for picture in pictures}
+        say(f"{who}: colour combinations", f"{len(pairs)}, of them {len(pairs - self.known)} not in training")
+
+    def judge(self, who: str, pictures: Sequence[Image.Image]) -> None:
+        """Say how true the pictures drawn after `prompts` are, how near to real ones, and whether they are copies."""
+        self.say_traits(who, pictures, {"view": "95 %", "shape": "60 %"})
+        say(f"{who}: shape distance", f"{energy_distance(self.reader.features(pictures), self.seen):.2f}", "1.5")
+        seen = features(pictures)
+        say(f"{who}: colour distance", f"{energy_distance(seen, features(self.held)):.4f}")
+        say(f"{who}: near copies", f"{copies(seen, features(self.training), self.threshold):.1%}")
+        self.say_colours(who, pictures)
+
+
 def measure_demo(work: Path) -> None:
-    """Distance of tiny and of the demo's runs to held-out butterflies, with the floor; then what was forgotten."""
-    held, captions = butterflies(HELD_OUT)
-    other, _ = butterflies(HELD_OUT, HELD_OUT)
-    prompts, real, vae = captions[:DRAWN], features(held), vae_of_tiny()
-    training = [Image.open(path).convert("RGB") for path in sorted((ROOT / "examples/butterflies").glob("*.jpg"))]
-    small = [picture.resize((64, 64), Image.Resampling.LANCZOS) for picture in training]
-    trained_on, blurred = features(training), features(through_vae(vae, other[:DRAWN]))
-    say(
-        f"butterfly distance, floor: {HELD_OUT} real to {HELD_OUT} real",
-        f"{energy_distance(features(other), real):.4f}",
-    )
-    say(f"the same through the VAE, {DRAWN} to {HELD_OUT}", f"{energy_distance(blurred, real):.4f}")
-    start = energy_distance(features(paint(load_pipeline(), prompts)), real)
-    say(f"butterfly distance of tiny: {DRAWN} drawn to {HELD_OUT} real", f"{start:.4f}")
-    found = copies(features(through_vae(vae, small)), trained_on, blurred)
-    say("copies found among the training pictures through the VAE", f"{found:.0%}", "near 100 %")
-    known = {colour_pair(picture) for picture in training}
-    pairs = {colour_pair(picture) for picture in other[:DRAWN]}
-    say(f"colour combinations of {DRAWN} real ones", f"{len(pairs)}, of them {len(pairs - known)} not in training")
+    """What tiny and the demo's runs know of butterflies, then what the runs have forgotten."""
+    exam = Exam()
+    exam.judge("tiny", paint(load_pipeline(), exam.prompts))
     before = obedience(load_pipeline())
     for method in ("lora", "full"):
         run = work.resolve() / f"demo-{method}"
         seconds = command("--config", DEMO, "--method", method, "--output_dir", run, "--overwrite_output_dir")
         say(f"demo, {method}: seconds from command to grid", f"{seconds:.0f} s", "240 s")
         pipeline = load_pipeline(run)
-        drawn = paint(pipeline, prompts)
-        grid([drawn[i : i + 8] for i in range(0, 32, 8)], [""] * 4).save(work / f"butterflies-{method}.png")
-        after = energy_distance(features(drawn), real)
-        say(f"demo, {method}: butterfly distance", f"{after:.4f}, {after / start:.0%} of tiny's", "a third")
-        say(f"demo, {method}: near copies of training pictures", f"{copies(features(drawn), trained_on, blurred):.1%}")
-        pairs = {colour_pair(picture) for picture in drawn}
-        say(f"demo, {method}: colour combinations", f"{len(pairs)}, of them {len(pairs - known)} not in training")
+        pictures = paint(pipeline, exam.prompts)
+        grid([pictures[i : i + 8] for i in range(0, 32, 8)], [""] * 4).save(work / f"butterflies-{method}.png")
+        exam.judge(f"demo, {method}", pictures)
         kept = [f"{2 / 3 * before[name]:.1%}" if method == "lora" else "" for name in ("colour", "ground", "shape")]
         tell_obedience(f"demo, {method}", obedience(pipeline), kept)
 
@@ -177,7 +220,8 @@ class Held(torch.utils.data.Dataset):
     """Butterflies as a dataset."""
 
     def __init__(self, count: int, first: int) -> None:
-        self.pictures, self.captions = butterflies(count, first)
+        self.pictures, held_out = butterflies(count, first)
+        self.captions = [describe_butterfly(butterfly) for butterfly in held_out]
         self.ids = [f"butterfly {first + i}" for i in range(count)]
 
     def __len__(self) -> int:

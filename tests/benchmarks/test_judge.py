@@ -3,7 +3,7 @@ import pytest
 from draw_butterflies import draw as draw_butterfly
 from draw_butterflies import invent as invent_butterfly
 from draw_world import draw, invent
-from judge import copies, energy_distance, features, read, through_vae
+from judge import TRAITS, ButterflyReader, copies, drawn, energy_distance, features, invented, read, through_vae
 from PIL import Image
 
 import finetune as ft
@@ -51,3 +51,21 @@ def test_copies_are_counted_and_strangers_are_not(butterflies: np.ndarray) -> No
     some = copies(strangers, training, held_out)
     assert some <= 0.25  # 1 % in expectation were there more than 20 to set the threshold by
     assert copies(np.concatenate([strangers, training]), training, held_out) == pytest.approx((1 + some) / 2)
+
+
+def test_the_reader_learns_what_captions_say_and_is_blind_to_colours() -> None:
+    butterflies = invented(9, 80)
+    pictures = drawn(butterflies)
+    reader = ButterflyReader()
+    before = reader.obeyed(pictures, butterflies)
+    reader.learn(pictures, butterflies, epochs=20)
+    after = reader.obeyed(pictures, butterflies)
+    assert after.keys() == set(TRAITS)
+    assert after["view"] >= 0.95 > before["view"]
+    assert after["shape"] > 0.5 > before["shape"]
+    seen = reader.features(pictures[:4])
+    assert seen.shape == (4, 128)
+    assert np.allclose(reader.features([picture.convert("L") for picture in pictures[:4]]), seen, atol=1e-4)
+    other = ButterflyReader()
+    other.learn(pictures, butterflies, epochs=20)
+    assert np.array_equal(other.features(pictures[:4]), seen)  # everything random is drawn from the seed
