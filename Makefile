@@ -1,17 +1,24 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer:
 #   make demo    install, fine-tune the embedded model on drawn butterflies, show before and after
 #   make test    install, lint, type check, test
+#   make test-oldest    the tests again, with the lowest version of every dependency that is admitted
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types format clean
+.PHONY: demo test test-oldest lint types format clean
 
 demo: $(VENV)/installed
 	$(BIN)/finetune-unet --config configs/tiny-butterflies.toml
 
 test: lint types
 	$(BIN)/python -m pytest
+
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install uv
+	$(VENV)-oldest/bin/uv pip install --python $(VENV)-oldest/bin/python --resolution lowest-direct -e '.[test]'
+	$(VENV)-oldest/bin/python -m pytest
 
 lint: $(VENV)/installed-for-tests
 	$(BIN)/ruff check .
@@ -38,4 +45,4 @@ $(VENV)/installed-for-tests: pyproject.toml | $(BIN)/python
 	touch $@ $(VENV)/installed
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info

@@ -34,6 +34,7 @@ from draw_butterflies import describe as describe_butterfly
 from draw_butterflies import invent as invent_butterfly
 from draw_world import UNTOLD, describe, draw, invent, scribble
 from PIL import Image
+from safetensors.torch import load_file, save
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -42,11 +43,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import finetune as ft
 from finetune import seeding
 from finetune.files import flush_tree, write_whole
-from finetune.interrupts import catch_signals
 from finetune.models.conditioners import ClipConditioner, NoCondition
 from finetune.models.encoders import Encoder, PixelEncoder, VaeEncoder
 from finetune.models.tiny import DIGESTS
-from finetune.precision import DTYPES, resolve_precision
+from finetune.run.precision import DTYPES, resolve_precision
+from finetune.run.signals import catch_signals
 from finetune.training import checkpoint
 from finetune.training.optim import learning_rate, make_optimizer
 
@@ -317,10 +318,19 @@ def train_unet(work: Path, assets: Path, *, pictures: int, steps: int, seed: int
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
         for name in ("vocab.json", "merges.txt"):  # which older programs read
             shutil.copy(work / "untrained/tokenizer" / name, folder / "tokenizer" / name)
+        name_classically(folder / "text_encoder/model.safetensors")
         write_digests(folder)
 
     with ema.swapped_in():
         save_whole(assets, save)
+
+
+def name_classically(path: Path) -> None:
+    """Name a text encoder's tensors as transformers 4 does (5 reads those too); its own names 4 would read as noise."""
+    tensors = {
+        name if name.startswith("text_model.") else f"text_model.{name}": t for name, t in load_file(path).items()
+    }
+    path.write_bytes(save(tensors, {"format": "pt"}))
 
 
 def main() -> None:
