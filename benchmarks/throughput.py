@@ -48,7 +48,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import finetune as ft
 from finetune.models.loading import quiet_libraries
 from finetune.models.tiny import tiny_folder
-from finetune.precision import DTYPES, resolve_precision
+from finetune.run.precision import DTYPES, resolve_precision
 from finetune.training.optim import make_optimizer
 
 Step = Callable[[], object]

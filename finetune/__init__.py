@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune.batch import Batch
-    from finetune.cache.encode import Encoded, as_batch, encode
+    from finetune.cache.encode import encode
+    from finetune.cache.encoded import Encoded, as_batch
     from finetune.config import TrainConfig, load_config
-    from finetune.data.datasets import Example, HuggingFaceDataset, ImageFolder, open_dataset
+    from finetune.data.datasets import HuggingFaceDataset, ImageFolder, open_dataset
     from finetune.data.loader import batches
+    from finetune.data.pictures import Example
     from finetune.data.transforms import Preprocess
     from finetune.errors import FinetuneError
     from finetune.models.loading import DiffusionModel, load_model
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "batch": ("Batch",),
-    "cache.encode": ("Encoded", "as_batch", "encode"),
+    "cache.encode": ("encode",),
+    "cache.encoded": ("Encoded", "as_batch"),
     "config": ("TrainConfig", "load_config"),
-    "data.datasets": ("Example", "HuggingFaceDataset", "ImageFolder", "open_dataset"),
+    "data.datasets": ("HuggingFaceDataset", "ImageFolder", "open_dataset"),
     "data.loader": ("batches",),
+    "data.pictures": ("Example",),
     "data.transforms": ("Preprocess",),
     "errors": ("FinetuneError",),
     "models.loading": ("DiffusionModel", "load_model"),

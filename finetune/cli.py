@@ -1,9 +1,10 @@
 """The command `finetune-unet`: argv -> config -> recipe or a command. What goes wrong is told in one line.
 
-tyro draws `--help` from the dataclasses and their docstrings. The words of the command line are read here, because
-tyro reports errors in boxes, keeps only the last of a repeated list option, and knows no bare `--use_ema`.
+argparse draws `--help` and sorts the words under the options; both come from the sections' fields. What the words mean
+is read here, with the checks that a TOML file and Python callers go through as well.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import importlib
@@ -18,20 +19,12 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from finetune.config import (
-    SECTIONS,
-    TUTORIAL_NAMES,
-    TrainConfig,
-    alternatives,
-    fitted,
-    read_options,
-    readable,
-    suggest,
-)
+from finetune.config import TrainConfig, alternatives, fitted, read_options, readable, suggest
 from finetune.errors import FinetuneError, UsageError
 from finetune.models.families import FAMILIES
+from finetune.options import SECTIONS, about_field, meanings
 
 PROGRAM = "finetune-unet"
 
@@ -113,7 +106,7 @@ def _dispatch(argv: list[str]) -> int:
         known = f"{suggest(argv[0], VERBS)} (commands: {', '.join(VERBS)}; options alone train)"
         raise UsageError(f"unknown command {argv[0]!r}{known}")
     elif _asks_for_help(argv):
-        show_help(TRAIN_SECTIONS, PROGRAM, _overview())
+        _show_help(TRAIN_SECTIONS, PROGRAM, _overview())
     else:
         config = parse_train(argv)
         from finetune.recipe import fine_tune  # loads torch, which a wrong option need not wait for
@@ -127,7 +120,7 @@ def _run_verb(verb: str, argv: list[str]) -> None:
     command = importlib.import_module(f"finetune.commands.{verb}")
     sections = {verb: command.Options}
     if _asks_for_help(argv):
-        show_help(sections, f"{PROGRAM} {verb}", f"{PROGRAM} {verb}: {VERBS[verb]}")
+        _show_help(sections, f"{PROGRAM} {verb}", f"{PROGRAM} {verb}: {VERBS[verb]}")
         return
     given = parse(sections, argv)
     for field in dataclasses.fields(command.Options):
@@ -161,56 +154,115 @@ def parse(sections: Mapping[str, type], argv: Sequence[str]) -> dict[str, Any]:
         argv: options only, without program and verb.
     """
     hints = {name: hint for kind in sections.values() for name, hint in typing.get_type_hints(kind).items()}
-    spellings = _spellings(hints)
-    given: dict[str, tuple[str, list[str]]] = {}
-    for flag, words in _flags_with_words(argv):
-        name, positive = _named(flag, spellings)
-        if bool in alternatives(hints[name]):
-            words = _switch_words(flag, positive, words)
-        if not words:
-            raise UsageError(f"{flag} needs a value ({readable(hints[name])})")
-        earlier, collected = given.setdefault(name, (flag, []))
-        if collected and not _item_hint(hints[name]):
-            one_option = f"{earlier} and {flag} are one option: give one of them"
-            raise UsageError(f"{flag} is given twice" if flag == earlier else one_option)
-        collected.extend(words)
-    return {name: _value(flag, hints[name], words) for name, (flag, words) in given.items()}
+    parser = _parser(sections, PROGRAM, "")
+    namespace, rest = parser.parse_known_args([part for word in argv for part in _parted(word)])
+    if rest and not _FLAG.fullmatch(rest[0]):
+        raise UsageError(f"{rest[0]!r} follows no option; every value comes after its --option")
+    if rest:
+        flag = rest[0].partition("=")[0]
+        known = [f"--{name}" for kind in sections.values() for field in _fields(kind) for name in _names(*field)]
+        raise UsageError(f"unknown option {flag}{suggest('--' + flag.lstrip('-').replace('-', '_'), known)}")
+    return {name: _read(uses, hints[name]) for name, uses in vars(namespace).items()}
 
 
-def _spellings(hints: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
-    """What may stand after the dashes -> (option, False for the `no_` form of a switch)."""
-    aliases = {alias: (name, True) for alias, name in TUTORIAL_NAMES.items() if name in hints}
-    negated = {f"no_{name}": (name, False) for name, hint in hints.items() if bool in alternatives(hint)}
-    return aliases | negated | {name: (name, True) for name in hints}
+def _parted(word: str) -> tuple[str, ...]:
+    """`--flag=value` as two words, where the value does not look like a flag itself: a list may go on after it."""
+    flag, equals, value = word.partition("=")
+    return (flag, value) if equals and _FLAG.fullmatch(flag) and not value.startswith("-") else (word,)
 
 
-def _flags_with_words(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each flag as typed, with the words up to the next flag; `--flag=word` is a flag with a word."""
-    groups: list[tuple[str, list[str]]] = []
-    for word in argv:
-        if _FLAG.fullmatch(word):
-            flag, equals, value = word.partition("=")
-            groups.append((flag, [value] if equals else []))
-        elif groups:
-            groups[-1][1].append(word)
-        else:
-            raise UsageError(f"{word!r} follows no option; every value comes after its --option")
-    return groups
+class _Use(argparse.Action):
+    """Notes each use of an option: the flag as typed, and the words up to the next flag."""
+
+    def __call__(self, parser: Any, namespace: Any, words: Any, flag: Any = None) -> None:
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest, ()), (flag, list(words))])
 
 
-def _named(flag: str, spellings: Mapping[str, tuple[str, bool]]) -> tuple[str, bool]:
-    """The option that a flag means, and False for its `--no-` form."""
-    spelling = flag.lstrip("-").replace("-", "_")
-    if flag.startswith("--") and spelling in spellings:
-        return spellings[spelling]
-    raise UsageError(f"unknown option {flag}{suggest(f'--{spelling}', [f'--{known}' for known in spellings])}")
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Shows an option by its own name and the kind of value it takes, not by each of its spellings."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return str(action.metavar)
 
 
-def _switch_words(flag: str, positive: bool, words: list[str]) -> list[str]:
-    """The words of `--switch`, `--switch True` or `--no-switch`, as if it always had a value."""
-    if words and not positive:
-        raise UsageError(f"{flag} takes no value, but {words[0]!r} follows")
-    return words or [str(positive)]
+def _parser(sections: Mapping[str, type], prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser of the sections' fields; values are words yet, options that are not given are left out."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [options]",
+        description=description,
+        formatter_class=lambda prog: _Help(prog, max_help_position=36),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    for heading, kind in sections.items():
+        group = parser.add_argument_group(f"{heading} options", kind.__doc__)
+        texts = meanings(kind)
+        for field, hint in _fields(kind):
+            negated = f", --no_{field.name}" if bool in alternatives(hint) else f" {_kind_of_value(hint)}"
+            group.add_argument(
+                *[f"--{spelling}" for name in _names(field, hint) for spelling in _with_dashes(name)],
+                dest=field.name,
+                nargs="*",
+                action=_Use,
+                metavar=f"--{field.name}{negated}",
+                help=_help(field, texts.get(field.name, "")),
+            )
+    return parser
+
+
+def _show_help(sections: Mapping[str, type], prog: str, description: str) -> None:
+    print(_parser(sections, prog, description).format_help(), end="")  # `print_help` hides that a reader has gone
+
+
+def _fields(section: type) -> list[tuple[dataclasses.Field[Any], Any]]:
+    """The fields of a section with their type hints."""
+    hints = typing.get_type_hints(section)
+    return [(field, hints[field.name]) for field in dataclasses.fields(section)]
+
+
+def _names(field: dataclasses.Field[Any], hint: Any) -> list[str]:
+    """What an option may be called: its name, that of other tools, and the `no_` form of a switch."""
+    return [field.name, *about_field(field).names, *([f"no_{field.name}"] if bool in alternatives(hint) else [])]
+
+
+def _with_dashes(name: str) -> set[str]:
+    """The name as it is, with a dash for its first underscore (`no-use_ema`), and with dashes throughout."""
+    return {name, name.replace("_", "-", 1), name.replace("_", "-")}
+
+
+def _kind_of_value(hint: Any) -> str:
+    """What follows the flag, for `--help`."""
+    kind = next(kind for kind in alternatives(hint) if kind is not types.NoneType)
+    if typing.get_origin(kind) is Literal:
+        return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
+    if item := _item_hint(hint):
+        return f"{_kind_of_value(item)} ..."
+    return {int: "INT", float: "NUMBER", str: "TEXT"}[kind]
+
+
+def _help(field: dataclasses.Field[Any], meaning: str) -> str:
+    text = meaning.replace("%", "%%")  # argparse formats it
+    if field.default is dataclasses.MISSING:
+        return f"{text} (required)"
+    return text if field.default in (None, "", ()) else f"{text} (default: {field.default})"
+
+
+def _read(uses: list[tuple[str, list[str]]], hint: Any) -> Any:
+    """The value of an option from each of its uses: the flag as typed and the words after it."""
+    (flag, words), *more = uses
+    if more and not _item_hint(hint):
+        one_option = f"{flag} and {more[0][0]} are one option: give one of them"
+        raise UsageError(f"{flag} is given twice" if flag == more[0][0] else one_option)
+    if bool in alternatives(hint):  # `--switch` and `--no-switch` stand for `--switch True` and `--switch False`
+        positive = not re.match("--no[_-]", flag)
+        if words and not positive:
+            raise UsageError(f"{flag} takes no value, but {words[0]!r} follows")
+        words = words or [str(positive)]
+    if wordless := [flag for flag, some in [(flag, words), *more] if not some]:
+        raise UsageError(f"{wordless[0]} needs a value ({readable(hint)})")
+    return _value(flag, hint, words + [word for _, some in more for word in some])
 
 
 def _item_hint(hint: Any) -> Any | None:
@@ -246,40 +298,8 @@ def _meant(hint: Any, word: str) -> Any:
     return word
 
 
-def show_help(sections: Mapping[str, type], prog: str, description: str) -> None:
-    """Print the usage, the description, and the options of each section with their defaults."""
-    import tyro
-
-    fields = [(heading, _as_shown(kind)) for heading, kind in sections.items()]
-    with contextlib.suppress(SystemExit):  # how tyro ends its help
-        tyro.cli(
-            dataclasses.make_dataclass("Options", fields),
-            prog=prog,
-            description=description,
-            args=["--help"],
-            use_underscores=True,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
-        )
-
-
-def _as_shown(section: type) -> type:
-    """The section without `(default: None)`: what happens when an option is left out is in its docstring."""
-    import tyro
-
-    hints = typing.get_type_hints(section)
-    quiet = tyro.conf.arg(help_behavior_hint="")
-    unset = [
-        (field.name, Annotated[hints[field.name], quiet], field)
-        for field in dataclasses.fields(section)
-        if field.default in (None, "", ())
-    ]
-    return dataclasses.make_dataclass(
-        section.__name__, unset, bases=(section,), namespace={"__doc__": section.__doc__}, frozen=True, kw_only=True
-    )
-
-
 def _overview() -> str:
-    """What the command does, in one screenful. (tyro adds blank lines before an indented line that follows one.)"""
+    """What the command does, in one screenful."""
     verbs = "\n".join(f"  {name:<9}{text}" for name, text in VERBS.items())
     families = "\n".join(
         f"  {family.name:<9}{family.description}; {family.resolution} pixels" for family in FAMILIES.values()

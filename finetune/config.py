@@ -1,10 +1,10 @@
-"""TrainConfig: every option of a run, written once, with its type, default and meaning. Never imports torch.
+"""TrainConfig: the options of a run, flat and checked; as TOML and back. Never imports torch.
 
-The sections are dataclasses of their own, so that `--help` and the TOML file group them; `TrainConfig` is all of
-them together, flat, so that `TrainConfig(model="sd15", data="./images", resolution=512)` works. Options whose
-default depends on the model family are None until the run resolves them (`finetune/plan.py`).
+What was given and what was derived are told apart: a `TrainConfig` remembers the names of the options that were
+given, a `ResolvedConfig` has a value for every option that the given ones leave open, and config.toml keeps both.
 """
 
+import copy
 import dataclasses
 import difflib
 import sys
@@ -13,184 +13,25 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
 
 from finetune.errors import UsageError
+from finetune.options import (
+    SECTIONS,
+    DataOptions,
+    ModelOptions,
+    OutputOptions,
+    SampleOptions,
+    TrainingOptions,
+    about,
+    option_types,
+)
 
-TUTORIAL_NAMES = {
-    "image_size": "resolution",
-    "num_epochs": "num_train_epochs",
-    "validation_prompts": "sample_prompts",
-    "validation_steps": "sample_every",
-    "pretrained_model_name_or_path": "model",
-    "train_data_dir": "data",
-    "instance_data_dir": "data",
-    "instance_prompt": "prompt",
-}
-"""Names that users bring from the Hugging Face tutorial and scripts -> our option."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """What learns."""
-
-    model: str = "tiny"
-    """sd15, sd21, ddpm, tiny, a hub id (owner/name), or a local diffusers folder."""
-    method: Literal["lora", "full"] | None = None
-    """lora: train a small adapter (default for latent models). full: every weight of the UNet (default for ddpm)."""
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
-    """What the UNet predicts. Default: as the model's scheduler config says."""
-    rank: int = 16
-    """LoRA rank."""
-    lora_alpha: float | None = None
-    """LoRA alpha; the update is scaled by alpha / rank. Default: equal to rank."""
-    lora_dropout: float = 0.0
-    """Dropout inside the LoRA layers, in [0, 1)."""
-    lora_target_modules: tuple[str, ...] | None = None
-    """Layer names (their endings) that get an adapter. Default: attention and feed-forward."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third slower."""
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """auto: bf16 where the hardware multiplies it natively (CPUs included), else no."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """Pictures and captions."""
-
-    data: str = ""
-    """A folder of pictures, a folder of parquet/arrow files, or a Hugging Face dataset id."""
-    prompt: str | None = None
-    """Caption for every picture that has none of its own."""
-    trigger: str | None = None
-    """A word placed before every caption, or where the caption says [trigger]."""
-    resolution: int | None = None
-    """Pixels per side. Default: the model's own."""
-    resize_mode: Literal["crop", "squash"] = "crop"
-    """crop: shorter side to the resolution, then a square crop. squash: both sides at once, as the tutorial does."""
-    center_crop: bool = True
-    """Crop the centre; with --no-center_crop a random place, drawn once per picture (--live_encoding: per visit)."""
-    random_flip: bool = False
-    """Mirror half of the visits left to right."""
-    caption_dropout: float | None = None
-    """Share of visits trained with an empty caption. Default: 0.05 where captions vary, else 0."""
-    max_token_length: Literal[77, 150, 225] = 77
-    """Longest caption in tokens; 150 and 225 are encoded in chunks of 75."""
-    clip_skip: int | None = None
-    """Take the text encoder's hidden state this many layers from the end (1: the last, as in sd-scripts and A1111)."""
-    image_column: str = "image"
-    """Picture column of a Hugging Face dataset."""
-    caption_column: str = "text"
-    """Caption column of a Hugging Face dataset."""
-    live_encoding: bool = False
-    """Send each picture through the VAE at every visit instead of once per run."""
-    dataloader_num_workers: int = 0
-    """Processes that prepare pictures. Changes speed only."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """How it learns. A step is one optimizer step."""
-
-    max_train_steps: int | None = None
-    """Length of the run in optimizer steps."""
-    num_train_epochs: int | None = None
-    """Length of the run in passes over the pictures (max_train_steps wins)."""
-    train_batch_size: int | None = None
-    """Pictures per device in one forward pass."""
-    gradient_accumulation_steps: int = 1
-    """Forward passes per optimizer step."""
-    learning_rate: float | None = None
-    """Highest learning rate of the schedule."""
-    lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"] | None = None
-    """Shape of the learning rate after the warm-up."""
-    lr_warmup_steps: int | None = None
-    """Optimizer steps over which the learning rate rises from 0. Default: min(100, 5 % of the run)."""
-    optimizer: Literal["adamw", "adafactor", "prodigy", "sgd"] = "adamw"
-    """prodigy finds its own step size: it needs the package prodigyopt and --learning_rate 1."""
-    adam_beta1: float | None = None
-    """Decay of AdamW's first moment."""
-    adam_beta2: float = 0.999
-    """Decay of AdamW's second moment."""
-    adam_weight_decay: float = 0.01
-    """Decoupled weight decay."""
-    adam_epsilon: float = 1e-8
-    """AdamW's epsilon."""
-    max_grad_norm: float = 1.0
-    """Clip the gradient to this norm; 0 turns clipping off."""
-    snr_gamma: float | None = None
-    """Min-SNR loss weighting (Hang et al. 2023); 5.0 is usual. Default: off."""
-    noise_offset: float = 0.0
-    """Strength of a per-channel constant added to the noise; 0.05 to 0.1 helps very dark and bright pictures."""
-    input_perturbation: float = 0.0
-    """Strength of extra noise on the UNet's input (Ning et al. 2023); 0.1 is usual."""
-    use_ema: bool | None = None
-    """Keep an exponential moving average of the weights and export that."""
-    ema_inv_gamma: float = 1.0
-    """EMA decay at step s is 1 - (1 + s / inv_gamma) ** -power, at most ema_max_decay."""
-    ema_power: float = 0.75
-    """See ema_inv_gamma."""
-    ema_max_decay: float = 0.9999
-    """See ema_inv_gamma."""
-    seed: int = 0
-    """The run is a function of this number: order, noise, timesteps, crops, flips, initial weights."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleOptions:
-    """Pictures drawn while training."""
-
-    sample_prompts: tuple[str, ...] | None = None
-    """Prompts of the sample grids. Default: a training caption, the subject in a new place, the class alone."""
-    sample_every: int | None = None
-    """Draw a grid every this many steps, beside the first and last; 0: none. Default: what 5 % of the run allows."""
-    save_image_epochs: int | None = None
-    """Draw a grid every this many epochs."""
-    eval_batch_size: int | None = None
-    """Pictures per prompt in a grid."""
-    num_inference_steps: int | None = None
-    """Sampler steps per picture; 0 turns sampling off."""
-    guidance_scale: float = 7.5
-    """Classifier-free guidance of the grids; 1 is none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputOptions:
-    """What is written, and where."""
-
-    output_dir: str | None = None
-    """Run folder. Default: runs/<data>-<model>; the same command resumes it, another config takes a new number."""
-    overwrite_output_dir: bool = False
-    """Delete what an earlier run left in output_dir."""
-    resume_from_checkpoint: str | None = None
-    """"latest" or the path of a checkpoint folder."""
-    checkpointing_steps: int = 500
-    """Write a resumable checkpoint every this many steps (and at the end); 0: only at the end."""
-    save_model_epochs: int | None = None
-    """Write a checkpoint every this many epochs, beside checkpointing_steps."""
-    checkpoints_total_limit: int = 2
-    """How many checkpoints to keep; 0 keeps all."""
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Trackers that get the metrics, beside metrics.jsonl."""
-    push_to_hub: bool = False
-    """Upload the result and a model card to the Hugging Face hub."""
-    hub_model_id: str | None = None
-    """Repository to push to. Default: the run folder's name under your account."""
-    hub_private_repo: bool | None = None
-    """Create the repository as private."""
-
-
-SECTIONS: dict[str, type] = {
-    "model": ModelOptions,
-    "data": DataOptions,
-    "training": TrainingOptions,
-    "samples": SampleOptions,
-    "output": OutputOptions,
-}
+DERIVED = "derived"
+"""The table of config.toml with what the run decided by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
@@ -203,12 +44,10 @@ class TrainConfig(OutputOptions, SampleOptions, TrainingOptions, DataOptions, Mo
 
     def __init__(self, **options: Any) -> None:
         given = {name: checked(name, value) for name, value in _canonical(options).items()}
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        self.__dict__.update(defaults | given, given=frozenset(given))  # past the frozen `__setattr__`
-        _check_ranges(self)
+        _settle(self, {field.name: field.default for field in dataclasses.fields(TrainConfig)} | given, given)
 
     given: typing.ClassVar[frozenset[str]]
-    """Names of the options that were given (of each instance; no option itself): a resumed run inherits the others."""
+    """Names of the options that were given (of each instance; no option itself): all others may be derived."""
 
     @property
     def image_size(self) -> int | None:
@@ -219,45 +58,76 @@ class TrainConfig(OutputOptions, SampleOptions, TrainingOptions, DataOptions, Mo
         return self.num_train_epochs
 
 
-@cache
-def option_types() -> dict[str, Any]:
-    """Option name -> its type hint, in the order of the sections."""
-    hints: dict[str, Any] = {}
-    for section in SECTIONS.values():
-        hints |= typing.get_type_hints(section)
-    return hints
+class ResolvedConfig(TrainConfig):
+    """A config with nothing left open: what was given, and what the run decided by itself.
+
+    Args:
+        config: what was given.
+        derived: option -> value, for all of the options below that `config` leaves open.
+    """
+
+    method: Literal["lora", "full"]
+    lora_alpha: float
+    lora_target_modules: tuple[str, ...]
+    mixed_precision: Literal["no", "fp16", "bf16"]
+    resolution: int
+    caption_dropout: float
+    max_train_steps: int
+    train_batch_size: int
+    learning_rate: float
+    lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"]
+    lr_warmup_steps: int
+    adam_beta1: float
+    use_ema: bool
+    eval_batch_size: int
+    num_inference_steps: int
+    guidance_scale: float
+
+    def __init__(self, config: TrainConfig, **derived: Any) -> None:
+        _settle(self, as_dict(config) | {name: checked(name, value) for name, value in derived.items()}, config.given)
+        if undecided := [name for name in ResolvedConfig.__annotations__ if getattr(self, name) in (None, "auto")]:
+            raise UsageError(f"{', '.join(undecided)}: left open")
+
+    @property
+    def global_batch(self) -> int:
+        """Pictures per optimizer step."""
+        return self.train_batch_size * self.gradient_accumulation_steps
 
 
-OTHER_NAMES = {
-    "lr": "learning_rate",
-    "steps": "max_train_steps",
-    "epochs": "num_train_epochs",
-    "batch_size": "train_batch_size",
-    "network_dim": "rank",
-    "network_alpha": "lora_alpha",
-    "caption": "prompt",
-    "output": "output_dir",
-}
-"""What other tools call an option that has another name here: suggested, not accepted."""
+def _settle(config: TrainConfig, values: Mapping[str, Any], given: typing.Iterable[str]) -> None:
+    """Write the values past the frozen `__setattr__`. Raises UsageError for one out of its range."""
+    config.__dict__.update(values, given=frozenset(given))
+    for name, known in about().items():
+        value = getattr(config, name)
+        if known.range is not None and value is not None and not known.range.holds(value):
+            raise UsageError(f"{name} = {value}: allowed is {known.range.allowed}")
 
 
 def suggest(word: str, known: typing.Iterable[str]) -> str:
-    """'; did you mean X?' when something known is near, else an empty string."""
+    """'; did you mean X?' when something known is near, or is what we call it; else an empty string."""
     known, bare = list(known), word.lstrip("-")
-    if (ours := word.replace(bare, OTHER_NAMES.get(bare, bare))) in known:
+    ours = next((name for name, meaning in about().items() if bare in meaning.called), bare)
+    if (ours := word.replace(bare, ours)) in known:
         return f"; did you mean {ours}?"
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def accepted_names() -> dict[str, str]:
+    """Every name under which an option may be given -> the option."""
+    others = {other: name for name, known in about().items() for other in known.names}
+    return {name: name for name in option_types()} | others
 
 
 def _canonical(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options under our own names. Raises UsageError for an unknown or doubled one."""
     result: dict[str, Any] = {}
     spelled: dict[str, str] = {}
+    names = accepted_names()
     for given, value in options.items():
-        name = TUTORIAL_NAMES.get(given, given)
-        if name not in option_types():
-            raise UsageError(f"unknown option {given!r}{suggest(given, [*option_types(), *TUTORIAL_NAMES])}")
+        name = names.get(given)
+        if name is None:
+            raise UsageError(f"unknown option {given!r}{suggest(given, names)}")
         if name in result:
             raise UsageError(f"{spelled[name]} and {given} are one option: give one of them")
         result[name] = value
@@ -318,66 +188,74 @@ def _suggest_value(hint: Any, value: Any) -> str:
     return suggest(str(value), [str(choice) for kind in kinds for choice in typing.get_args(kind)])
 
 
-_AT_LEAST_ONE = ("rank", "resolution", "clip_skip", "max_train_steps", "num_train_epochs", "train_batch_size")
-_AT_LEAST_ONE += ("gradient_accumulation_steps", "save_image_epochs", "save_model_epochs", "eval_batch_size")
-_POSITIVE = ("lora_alpha", "learning_rate", "snr_gamma", "ema_inv_gamma", "ema_power", "adam_epsilon")
-_NOT_NEGATIVE = ("dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "noise_offset")
-_NOT_NEGATIVE += ("input_perturbation", "sample_every", "num_inference_steps", "checkpointing_steps")
-_NOT_NEGATIVE += ("checkpoints_total_limit", "guidance_scale", "seed")
-_BELOW_ONE = ("lora_dropout", "caption_dropout", "adam_beta1", "adam_beta2", "ema_max_decay")
-
-
-def _check_ranges(config: TrainConfig) -> None:
-    rules: tuple[tuple[tuple[str, ...], str, typing.Callable[[float], bool]], ...] = (
-        (_AT_LEAST_ONE, "1 or more", lambda value: value >= 1),
-        (_POSITIVE, "above 0", lambda value: 0 < value < float("inf")),
-        (_NOT_NEGATIVE, "0 or more", lambda value: 0 <= value < float("inf")),
-        (_BELOW_ONE, "from 0 up to (not including) 1", lambda value: 0 <= value < 1),
-    )
-    for names, allowed, holds in rules:
-        for name in names:
-            value = getattr(config, name)
-            if value is not None and not holds(value):
-                raise UsageError(f"{name} = {value}: allowed is {allowed}")
-
-
 def as_dict(config: TrainConfig) -> dict[str, Any]:
     """Option name -> value, flat, in the order of the sections."""
     return {name: getattr(config, name) for name in option_types()}
 
 
-def replace(config: TrainConfig, **changes: Any) -> TrainConfig:
-    """A copy with some options changed, checked again. What was given stays given, and what is changed is not."""
-    changed = TrainConfig(**(as_dict(config) | changes))
-    changed.__dict__["given"] = config.given
+Config = typing.TypeVar("Config", bound=TrainConfig)
+
+
+def replace(config: Config, given: frozenset[str] | None = None, /, **changes: Any) -> Config:
+    """A copy with some options changed, checked again. What was given stays given, unless `given` says otherwise."""
+    changed = copy.copy(config)
+    new = {name: checked(name, value) for name, value in _canonical(changes).items()}
+    _settle(changed, as_dict(config) | new, config.given if given is None else given)
     return changed
 
 
+def as_settings(config: TrainConfig) -> dict[str, Any]:
+    """Options that differ from their defaults, for people: model cards and trackers."""
+    return {f.name: v for f in dataclasses.fields(TrainConfig) if (v := getattr(config, f.name)) != f.default}
+
+
 def config_text(config: TrainConfig) -> str:
-    """The config as TOML with a table per section; options that are None are left out."""
+    """The config as TOML: a table per section with the options that were given, then what the run decided itself."""
+    values = {name: value for name, value in as_dict(config).items() if value is not None}
     tables = {
-        section: {
-            field.name: value
-            for field in dataclasses.fields(kind)
-            if (value := getattr(config, field.name)) is not None
-        }
+        section: {f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values.keys() & config.given}
         for section, kind in SECTIONS.items()
     }
-    return tomli_w.dumps(tables)
+    text = tomli_w.dumps(tables)
+    if isinstance(config, ResolvedConfig):
+        derived = {name: value for name, value in values.items() if name not in config.given}
+        text += "\n# What the options above left open, as this run decided it; --config decides it anew.\n"
+        text += tomli_w.dumps({DERIVED: derived})
+    return text
 
 
 def read_options(path: Path) -> dict[str, Any]:
-    """The options in a TOML file, by our own names. Tables (`[training]` ...) are for the eye and may be left out.
+    """The options given in a TOML file, by our own names. Tables (`[training]` ...) are for the eye, and optional.
 
     Raises:
         UsageError: the file is missing, is no TOML, or names an unknown section or option, or one twice.
     """
+    return _read(path)[0]
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """The TrainConfig in a TOML file: what was given. Raises UsageError as `read_options` does."""
+    return TrainConfig(**read_options(Path(path)))
+
+
+def load_resolved(path: Path) -> ResolvedConfig:
+    """The config that a run recorded, with what it had decided itself. Raises UsageError as `read_options` does."""
+    given, derived = _read(path)
+    try:
+        return ResolvedConfig(TrainConfig(**given), **derived)
+    except UsageError as error:
+        raise UsageError(f"config file {path}: {error}") from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options in a file that were given, and those that were derived."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"config file {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"config file {path} is not valid TOML: {error}") from error
+    derived = tables.pop(DERIVED, {})
     flat: dict[str, Any] = {}
     for name, value in tables.items():
         if isinstance(value, dict) and name not in SECTIONS:
@@ -387,11 +265,7 @@ def read_options(path: Path) -> dict[str, Any]:
             raise UsageError(f"config file {path}: {min(twice)} is given twice")
         flat |= entries
     try:
-        return {name: checked(name, value) for name, value in _canonical(flat).items()}
+        given, decided = ({n: checked(n, v) for n, v in _canonical(some).items()} for some in (flat, derived))
+        return given, decided
     except UsageError as error:
         raise UsageError(f"config file {path}: {error}") from error
-
-
-def load_config(path: str | Path) -> TrainConfig:
-    """The TrainConfig in a TOML file. Raises UsageError as `read_options` does."""
-    return TrainConfig(**read_options(Path(path)))

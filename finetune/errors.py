@@ -1,5 +1,7 @@
 """What can go wrong, said in one line: what is wrong, where, and what to do. The command makes them exit codes."""
 
+from typing import cast
+
 
 class FinetuneError(Exception):
     """Base of every error that is told to the user in one line."""
@@ -31,3 +33,10 @@ class Interrupted(FinetuneError):
     def __init__(self, message: str, signal_number: int):
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises when the hub refuses or is out of reach, whichever HTTP library it is built on."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return OSError, *cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)

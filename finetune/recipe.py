@@ -1,9 +1,6 @@
 """fine_tune(config): puts the parts together and owns the loop, in plain sight."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,53 +8,39 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from finetune import runs
-from finetune.cache.encode import Encoded, Pictures, encode, names_and_captions
-from finetune.config import TrainConfig, replace
-from finetune.data.datasets import check_source, open_dataset
+from finetune.cache.encode import encode
+from finetune.config import ResolvedConfig, TrainConfig, as_settings
+from finetune.data.datasets import check_source
 from finetune.data.loader import batches
-from finetune.data.own import OwnPictures
+from finetune.data.own import Rows
+from finetune.data.pictures import Pictures
 from finetune.data.sampler import steps_per_epoch
-from finetune.data.transforms import Preprocess
 from finetune.errors import Interrupted, RunError, UsageError
-from finetune.interrupts import catch_signals
-from finetune.models.families import FAMILIES, Family
 from finetune.models.loading import DiffusionModel, check_resolution, load_model, quiet_libraries
 from finetune.models.locate import Location, locate
-from finetune.models.lora import ATTENTION_AND_FEED_FORWARD, add_lora, trainable
-from finetune.plan import SamplePlan, as_settings, changed, global_batch, plan_samples, resolve
-from finetune.precision import DTYPES, resolve_precision
+from finetune.models.lora import add_lora, trainable
 from finetune.results import hub, tracking
-from finetune.results.export import export, has_adapter
+from finetune.results.export import export, exported
 from finetune.results.sampling import draw_pictures, grid, save_picture, side_by_side
-from finetune.seeding import fold
-from finetune.summary import print_summary
+from finetune.run import folder as run_folder
+from finetune.run.parts import Run
+from finetune.run.precision import DTYPES
+from finetune.run.resolve import resolve, with_absolute_paths
+from finetune.run.samples import plan_samples
+from finetune.run.signals import catch_signals
+from finetune.run.sources import digest, open_pictures
+from finetune.run.summary import print_summary
 from finetune.training import checkpoint
 from finetune.training.ema import Ema
 from finetune.training.objective import NoisePrediction
 from finetune.training.optim import learning_rate, make_optimizer
 from finetune.training.trainer import Trainer
 
-_ABOUT_PICTURES = ("prompt", "trigger", "resize_mode", "center_crop", "random_flip")
-"""Options that a dataset with a transform of its own has decided already."""
 _LESS_MEMORY = "a smaller --train_batch_size (and more --gradient_accumulation_steps), --gradient_checkpointing, "
 _LESS_MEMORY += "a lower --resolution or a LoRA take less"
 
 
-@dataclass(frozen=True)
-class Run:
-    """The parts of a run, put together."""
-
-    config: TrainConfig
-    model: DiffusionModel
-    encoded: Encoded
-    trainer: Trainer
-    samples: SamplePlan
-    folder: Path
-    accelerator: Accelerator
-
-
-def fine_tune(config: TrainConfig, dataset: Pictures | None = None) -> Path:
+def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
     """Train as `config` says, and export the result to the run folder.
 
     Args:
@@ -74,28 +57,32 @@ def fine_tune(config: TrainConfig, dataset: Pictures | None = None) -> Path:
     if config.push_to_hub:
         hub.check_login(config.hub_model_id)
     accelerator = _accelerator(config)
-    config, found, pictures, digest = _decide(config, dataset, accelerator.device)
-    folder = runs.choose(config, digest)
+    config, found, pictures = _decide(config, dataset, accelerator.device)
+    folder = run_folder.choose(config, digest(pictures))
     if folder.note:
         print(folder.note)
     if folder.finished:
         _push(config, folder.path)
         return folder.path
-    runs.prepare(folder)
+    run_folder.prepare(folder)
 
     model = _load(config, found).to(accelerator.device)
     encoded = encode(
-        pictures, model, live=config.live_encoding, caption_dropout=config.caption_dropout or 0.0, seed=config.seed
+        pictures,
+        model,
+        live=config.live_encoding,
+        caption_dropout=config.caption_dropout,
+        seed=config.seed,
     )
     trainer = _trainer(config, model)
     if folder.checkpoint:
         trainer.load_state_dict(checkpoint.load(folder.checkpoint))
         checkpoint.discard_after(folder.path, trainer.steps_done)
     samples = plan_samples(config, latent=found.family.latent, captions=encoded.captions, pictures=len(encoded))
-    runs.begin(folder, config, digest)
-    print_summary(config, found, model, pictures, encoded, samples, accelerator.device, folder.path)
-    tracking.start_trackers(accelerator, folder.path, as_settings(config))
+    run_folder.begin(folder, config, digest(pictures))
     run = Run(config, model, encoded, trainer, samples, folder.path, accelerator)
+    print_summary(run, pictures.report())
+    tracking.start_trackers(accelerator, folder.path, as_settings(config))
     try:
         _train(run)
         _finish(run)
@@ -106,15 +93,30 @@ def fine_tune(config: TrainConfig, dataset: Pictures | None = None) -> Path:
     return folder.path
 
 
+def _decide(
+    config: TrainConfig, dataset: Rows | None, device: torch.device
+) -> tuple[ResolvedConfig, Location, Pictures]:
+    """Everything that can be known before weights are loaded: each option's value, the model, the pictures."""
+    config = run_folder.with_earlier(with_absolute_paths(config))
+    if dataset is None:
+        check_source(config.data)  # before a model is downloaded in vain
+    found = locate(config.model)
+    check_resolution(found, config.resolution or found.resolution)
+    pictures = open_pictures(config, found, dataset)
+    varied = len(set(pictures.captions)) > 1
+    return resolve(config, found, pictures=len(pictures), varied_captions=varied, device=device), found, pictures
+
+
 def _train(run: Run) -> None:
     """The loop: from the trainer's step to the last."""
     config, trainer, samples = run.config, run.trainer, run.samples
-    total = config.max_train_steps or 1
-    every_epochs = (config.save_model_epochs or 0) * steps_per_epoch(len(run.encoded), global_batch(config))
+    total = config.max_train_steps
+    epochs, epoch = config.save_model_epochs, steps_per_epoch(len(run.encoded), config.global_batch)
+    every_epochs = epochs and epochs * epoch
     log = tracking.Log(run.folder, trainer.steps_done)
     steps = batches(
         run.encoded,
-        batch_size=global_batch(config),
+        batch_size=config.global_batch,
         steps=total,
         seed=config.seed,
         start=trainer.steps_done,
@@ -149,21 +151,22 @@ def due(step: int, every: int | None) -> bool:
 def _finish(run: Run) -> None:
     """Export, prove the export, and say where everything is."""
     config, folder = run.config, run.folder
-    with _averaged(run.trainer):
+    with run.trainer.averaged():
         difference = export(run.model, folder)
     first, last = folder / "samples/step-0.png", folder / f"samples/step-{config.max_train_steps}.png"
     if run.samples.prompts and first.exists():
         side_by_side(first, last, folder / "samples/before-after.png")
     run.accelerator.end_training()
-    runs.finish(folder, {"steps": run.trainer.steps_done, "reloaded_output_difference": difference})
-    load = "pipeline.load_lora_weights" if has_adapter(run.model.unet) else "DiffusionPipeline.from_pretrained"
-    print(f'done: {load}("{folder}"), loaded back and compared (largest difference {difference:.0e})')
+    run_folder.finish(folder, {"steps": run.trainer.steps_done, "reloaded_output_difference": difference})
+    what = exported(folder)
+    assert what is not None
+    print(f"done: {what.load.format(folder)}, loaded back and compared (largest difference {difference:.0e})")
     if run.samples.prompts:
         print(f"pictures: {folder / 'samples'}")
     _push(config, folder)
 
 
-def _push(config: TrainConfig, folder: Path) -> None:
+def _push(config: ResolvedConfig, folder: Path) -> None:
     if config.push_to_hub:
         private = bool(config.hub_private_repo)
         print("pushed:", hub.push(folder, config.hub_model_id, private=private, settings=as_settings(config)))
@@ -177,75 +180,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def _decide(
-    config: TrainConfig, dataset: Pictures | None, device: torch.device
-) -> tuple[TrainConfig, Location, Pictures, str]:
-    """Everything that can be known before weights are loaded: each option's value, model, pictures and their digest."""
-    config = _absolute_paths(config)
-    if earlier := runs.earlier_config(config):
-        config = runs.inherit(config, earlier)
-    if dataset is None:
-        check_source(config.data)  # before a model is downloaded in vain
-    found = locate(config.model)
-    resolution = config.resolution or found.resolution
-    check_resolution(found, resolution)
-    pictures = _open_pictures(config, resolution) if dataset is None else _own_pictures(config, dataset, resolution)
-    ids, captions = names_and_captions(pictures)
-    empty = captions.count("")
-    if found.family.latent and empty:
-        raise UsageError(f"{empty} of {len(captions)} pictures have no caption: give --prompt, or captions beside them")
-    config = resolve(config, found, pictures=len(ids), varied_captions=len(set(captions)) > 1)
-    precision = resolve_precision(config.mixed_precision, device, small=_is_small(found.family, resolution))
-    digest = f"{fold(*ids, *captions):016x}"
-    return replace(config, mixed_precision=precision), found, pictures, digest
-
-
-def _absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Local folders as absolute paths, so that config.toml repeats the run from anywhere."""
-    local = {"data": Path(config.data).expanduser()} if config.data else {}
-    if config.model not in FAMILIES:
-        local["model"] = Path(config.model).expanduser()
-    return replace(config, **{name: str(path.absolute()) for name, path in local.items() if path.exists()})
-
-
-def _open_pictures(config: TrainConfig, resolution: int) -> Pictures:
-    return open_dataset(
-        config.data,
-        prompt=config.prompt,
-        trigger=config.trigger,
-        resolution=resolution,
-        resize_mode=config.resize_mode,
-        center_crop=config.center_crop,
-        random_flip=config.random_flip,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-    )
-
-
-def _own_pictures(config: TrainConfig, dataset: Pictures, resolution: int) -> Pictures:
-    """A dataset of the user's: with our captions and preprocessing, or as it is where it has a `transform`."""
-    own = getattr(dataset, "transform", None)
-    if own is not None and not isinstance(own, Preprocess):
-        raise UsageError(
-            f"the dataset's transform is a {type(own).__name__}; allowed is a finetune.Preprocess, or none"
-        )
-    useless = {"image_column", "caption_column", *(_ABOUT_PICTURES if own is not None else ())}
-    if wrong := changed(config) & useless:
-        raise UsageError(f"{min(wrong)} cannot be used with a dataset of your own{' that has a transform' * bool(own)}")
-    if own is None:
-        how = Preprocess(resolution, config.resize_mode, config.center_crop, config.random_flip)
-        return OwnPictures(dataset, config.prompt, trigger=config.trigger, transform=how)
-    if own.resolution != resolution:
-        raise UsageError(f"resolution = {resolution}: the dataset's own transform makes {own.resolution}")
-    return dataset
-
-
-def _is_small(family: Family, resolution: int) -> bool:
-    """Networks too small to gain from half precision on a CPU."""
-    return family.name == "tiny" or (not family.latent and resolution <= 64)
-
-
-def _load(config: TrainConfig, found: Location) -> DiffusionModel:
+def _load(config: ResolvedConfig, found: Location) -> DiffusionModel:
     """The model, with an adapter for LoRA; a frozen base needs no more than half precision, trained weights fp32."""
     half = DTYPES[config.mixed_precision] if config.method == "lora" else None
     model = load_model(
@@ -260,18 +195,18 @@ def _load(config: TrainConfig, found: Location) -> DiffusionModel:
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     if config.method == "lora":
-        targets = config.lora_target_modules or ATTENTION_AND_FEED_FORWARD
-        add_lora(model.unet, config.rank, config.lora_alpha, config.lora_dropout, targets, config.seed)  # pyright: ignore[reportArgumentType] # latent by now
+        add_lora(
+            model.unet, config.rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules, config.seed
+        )
     return model
 
 
-def _trainer(config: TrainConfig, model: DiffusionModel) -> Trainer:
-    assert config.learning_rate is not None
+def _trainer(config: ResolvedConfig, model: DiffusionModel) -> Trainer:
     optimizer = make_optimizer(
         config.optimizer,
         trainable(model.unet),
         learning_rate=config.learning_rate,
-        betas=(config.adam_beta1 or 0.0, config.adam_beta2),
+        betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         epsilon=config.adam_epsilon,
     )
@@ -294,9 +229,9 @@ def _trainer(config: TrainConfig, model: DiffusionModel) -> Trainer:
         learning_rate=partial(
             learning_rate,
             peak=config.learning_rate,
-            schedule=config.lr_scheduler or "constant",
-            warmup=config.lr_warmup_steps or 0,
-            total=config.max_train_steps or 1,
+            schedule=config.lr_scheduler,
+            warmup=config.lr_warmup_steps,
+            total=config.max_train_steps,
         ),
         micro_batch_size=config.train_batch_size,
         max_grad_norm=config.max_grad_norm,
@@ -306,29 +241,19 @@ def _trainer(config: TrainConfig, model: DiffusionModel) -> Trainer:
     )
 
 
-@contextmanager
-def _averaged(trainer: Trainer) -> Iterator[None]:
-    """Inside, the UNet holds its EMA weights, where there is an EMA."""
-    if trainer.ema is None:
-        yield
-    else:
-        with trainer.ema.swapped_in():
-            yield
-
-
 def _draw_samples(run: Run) -> None:
     """A grid with the same prompts and seeds each time, as samples/step-N.png, unless it is there already."""
     config, model, step = run.config, run.model, run.trainer.steps_done
     path = run.folder / f"samples/step-{step}.png"
     if not run.samples.prompts or path.exists():
         return
-    with _averaged(run.trainer), run.trainer.autocast():
+    with run.trainer.averaged(), run.trainer.autocast():
         rows = draw_pictures(
             model,
             run.samples.prompts,
             range(run.samples.pictures),
-            resolution=config.resolution or 0,
-            num_inference_steps=config.num_inference_steps or 1,
+            resolution=config.resolution,
+            num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
         )
     model.conditioner.to("cpu")

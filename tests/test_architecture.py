@@ -21,18 +21,18 @@ LAYERS = [
     {"cli"},
     {"commands"},
     {"recipe"},
-    {"summary"},
-    {"plan", "runs"},
+    {"run"},
     {"results"},
     {"training"},
     {"cache"},
     {"data", "models"},
-    {"batch", "seeding", "precision", "interrupts", "config", "files"},
+    {"batch", "seeding", "config", "files"},
+    {"options"},
     {"errors"},
 ]
 """From the top down; a part imports only from layers below it, or from itself."""
 
-SEE_THE_CONFIG = {"cli", "commands", "recipe", "plan", "runs", "summary", "config", "__init__"}
+SEE_THE_CONFIG = {"cli", "commands", "recipe", "run", "config", "__init__"}
 SEE_THE_ACCELERATOR = {"recipe.py", "results/tracking.py"}
 
 
@@ -92,6 +92,15 @@ def test_no_pickle_no_remote_code_and_nothing_swallowed(path: Path) -> None:
             called = ast.unparse(node.func)
             assert called not in ("torch.load", "torch.save", "pickle.load", "pickle.loads", "eval", "exec"), called
             assert all(keyword.arg != "trust_remote_code" for keyword in node.keywords)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_families_are_known_to_the_table_and_defaults_to_the_resolved_config(path: Path) -> None:
+    if path.parent.name == "models":
+        return
+    text = path.read_text()
+    assert not re.search(r"family\.name\s*[!=]=", text), "a family's row says what is special about it"
+    assert not re.search(r"\bconfig\.\w+ or (?:[\d.]+|\"\w+\")", text), "a default would hide an option left open"
 
 
 @pytest.mark.parametrize("module", ["finetune", "finetune.config", "finetune.models.families", "finetune.cli"])

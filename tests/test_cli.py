@@ -13,9 +13,10 @@ from typing import Any, Literal
 import pytest
 
 from finetune.cli import VERBS, main, parse_train
-from finetune.config import SECTIONS, TrainConfig, config_text, option_types
+from finetune.config import TrainConfig, config_text
 from finetune.errors import DataError, Interrupted
 from finetune.models.families import FAMILIES
+from finetune.options import SECTIONS, option_types
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

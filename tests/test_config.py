@@ -15,19 +15,18 @@ from hypothesis import strategies as st
 
 from finetune.cli import parse_train
 from finetune.config import (
-    SECTIONS,
     TrainConfig,
     alternatives,
     as_dict,
     config_text,
     fitted,
     load_config,
-    option_types,
     read_options,
     readable,
     replace,
 )
 from finetune.errors import UsageError
+from finetune.options import SECTIONS, option_types
 
 
 def complaint(**options: Any) -> str:

@@ -1,11 +1,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from finetune.config import load_config
 from finetune.models.families import FAMILIES
 from finetune.models.locate import Location
-from finetune.plan import resolve
+from finetune.run.resolve import resolve
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
@@ -20,7 +21,8 @@ def test_every_config_loads_and_resolves(path: Path) -> None:
     config = load_config(path)
     family = FAMILIES[config.model]
     found = Location(config.model, family, None, family.resolution, 8)
-    resolved = resolve(config, found, pictures=1000, varied_captions=True)
+    device = torch.device("cuda" if config.mixed_precision == "fp16" else "cpu")
+    resolved = resolve(config, found, pictures=1000, varied_captions=True, device=device)
     assert resolved.max_train_steps
     if path.stem == "ddpm-butterflies-128":
         assert (resolved.max_train_steps, resolved.lr_warmup_steps, resolved.mixed_precision) == (3150, 500, "fp16")

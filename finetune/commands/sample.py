@@ -4,11 +4,16 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from finetune.config import TrainConfig, load_config
-from finetune.errors import ModelError, UsageError
-from finetune.models.locate import LORA_FILE
+from finetune.config import ResolvedConfig, load_resolved
+from finetune.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    from finetune.models.loading import DiffusionModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +32,8 @@ class Options:
     """Starts the noise of the first picture, as torch.Generator().manual_seed(seed) does in a plain pipeline."""
     num_inference_steps: int = 50
     """Sampler steps."""
-    guidance_scale: float = 7.5
-    """Classifier-free guidance; 1 is none."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; 1 is none. Default: that of the run's grids, else what suits the model."""
     resolution: int | None = None
     """Pixels per side. Default: what the run was trained at, else the model's own."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -47,59 +52,25 @@ def run(options: Options) -> None:
         least = 0 if name == "seed" else 1
         if getattr(options, name) < least:
             raise UsageError(f"--{name} {getattr(options, name)}: allowed is {least} or more")
-    folder = Path(options.model).expanduser()
-    recorded = folder / "config.toml"
-    config = load_config(recorded) if recorded.is_file() else None
-    adapter = folder if (folder / LORA_FILE).is_file() else None
-    if config and not adapter and not (folder / "model_index.json").is_file():
-        raise UsageError(f"--model {folder}: this run has exported nothing yet; the same training command finishes it")
-    base = config.model if config and adapter else options.model
-    output = Path(options.output).expanduser() if options.output else (folder if config else Path()) / "samples"
-    _draw(options, base, adapter if config else None, config, output)
-
-
-def _draw(options: Options, base: str, adapter: Path | None, config: TrainConfig | None, output: Path) -> None:
-    """Load `base`, add the LoRA in the folder `adapter`, and draw as the run's `config` trained."""
     import torch
-    from safetensors import SafetensorError
 
-    from finetune.models.conditioners import ClipConditioner, spelt_words
-    from finetune.models.loading import check_resolution, load_model, quiet_libraries
-    from finetune.models.locate import locate
-    from finetune.precision import DTYPES, resolve_precision
-    from finetune.results.sampling import draw_pictures, save_picture
+    from finetune.results.sampling import draw_pictures
+    from finetune.run.precision import DTYPES, resolve_precision
 
-    quiet_libraries()
-    found = locate(base)
-    if found.folder is None:
-        raise UsageError("--model ddpm is untrained; give the folder of a run")
-    if found.family.latent == (not options.prompt):
-        raise UsageError("give --prompt" if found.family.latent else f"--prompt cannot be used: {base} takes no text")
-    resolution = options.resolution or (config.resolution if config else None) or found.resolution
-    check_resolution(found, resolution)
+    recorded = Path(options.model).expanduser() / "config.toml"
+    config = load_resolved(recorded) if recorded.is_file() else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = DTYPES[resolve_precision(options.mixed_precision, device, small=False)]
+    model, resolution = _load(options, config, half or torch.float32)
+    guidance_scale = options.guidance_scale
+    if guidance_scale is None:
+        guidance_scale = (config or model.family).guidance_scale
+    beside = (recorded.parent if config else Path()) / "samples"
+    output = Path(options.output).expanduser() if options.output else beside
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output {output} cannot be written: {error.strerror}") from error
-    model = load_model(
-        found,
-        resolution=resolution,
-        dtype=half or torch.float32,
-        prediction_type=config.prediction_type if config else None,
-        max_token_length=config.max_token_length if config else 77,
-        clip_skip=config.clip_skip if config else None,
-    )
-    if found.family.name == "tiny":
-        assert isinstance(model.conditioner, ClipConditioner)
-        if spelt := spelt_words(model.conditioner.tokenizer, options.prompt):
-            print(f"tiny does not know, and spells: {', '.join(spelt)}", file=sys.stderr)
-    if adapter:
-        try:
-            model.unet.load_lora_adapter(adapter, prefix="unet", weight_name=LORA_FILE)  # pyright: ignore[reportAttributeAccessIssue]
-        except SafetensorError as error:
-            raise ModelError(f"{adapter / LORA_FILE} cannot be loaded: {error}") from error
     with torch.autocast(device.type, dtype=half, enabled=half is not None):
         rows = draw_pictures(
             model.to(device),
@@ -107,13 +78,58 @@ def _draw(options: Options, base: str, adapter: Path | None, config: TrainConfig
             range(options.seed, options.seed + options.num_images),
             resolution=resolution,
             num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
+            guidance_scale=guidance_scale,
             negative_prompt=options.negative_prompt,
         )
-    for number, (prompt, row) in enumerate(zip(options.prompt or ("unconditional",), rows, strict=True), start=1):
+    _save(rows, options.prompt or ("unconditional",), options.seed, output)
+
+
+def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype") -> "tuple[DiffusionModel, int]":
+    """The model, with what the run with this `config` has learned, and the pixels per side to draw."""
+    from finetune.models.conditioners import ClipConditioner, spelt_words
+    from finetune.models.loading import check_resolution, load_model, quiet_libraries
+    from finetune.models.locate import locate
+    from finetune.models.lora import Adapter
+    from finetune.results.export import exported
+
+    quiet_libraries()
+    folder = Path(options.model).expanduser()
+    made = exported(folder) if config else None
+    if config and made is None:
+        raise UsageError(f"--model {folder}: this run has exported nothing yet; the same training command finishes it")
+    adapted = config is not None and made is not None and made.adapter
+    base = config.model if config and adapted else options.model
+    found = locate(base)
+    if found.folder is None:
+        raise UsageError("--model ddpm is untrained; give the folder of a run")
+    if found.family.latent == (not options.prompt):
+        raise UsageError("give --prompt" if found.family.latent else f"--prompt cannot be used: {base} takes no text")
+    resolution = options.resolution or (config or found).resolution
+    check_resolution(found, resolution)
+    model = load_model(
+        found,
+        resolution=resolution,
+        dtype=dtype,
+        prediction_type=config.prediction_type if config else None,
+        max_token_length=config.max_token_length if config else 77,
+        clip_skip=config.clip_skip if config else None,
+    )
+    tokenizer = model.conditioner.tokenizer if isinstance(model.conditioner, ClipConditioner) else None
+    if tokenizer and found.family.few_words and (spelt := spelt_words(tokenizer, options.prompt)):
+        print(f"{base} does not know, and spells: {', '.join(spelt)}", file=sys.stderr)
+    if adapted:
+        Adapter.load(model.unet, folder)
+    return model, resolution
+
+
+def _save(rows: "list[list[Image]]", prompts: tuple[str, ...], seed: int, output: Path) -> None:
+    """A PNG for each prompt and seed, its path printed."""
+    from finetune.results.sampling import save_picture
+
+    for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True), start=1):
         place = f"{number}-" if len(rows) > 1 else ""  # two prompts may differ in what a file name cannot hold
-        for seed, picture in enumerate(row, start=options.seed):
-            path = output / f"{place}{_slug(prompt)}-{seed}.png"
+        for drawn, picture in enumerate(row, start=seed):
+            path = output / f"{place}{_slug(prompt)}-{drawn}.png"
             save_picture(picture, path)
             print(path)
 

@@ -7,15 +7,23 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-from PIL import Image
 from torch.utils.data import Dataset
 
 from finetune.data.captions import TRIGGER, Caption, find_captions, first_caption, with_trigger
-from finetune.data.images import PICTURE_SUFFIXES, Skipped, Source, check_images, find_images, list_files, open_image
+from finetune.data.images import (
+    PICTURE_SUFFIXES,
+    PictureFile,
+    Skipped,
+    check_images,
+    find_images,
+    list_files,
+    open_image,
+)
+from finetune.data.pictures import Example, Report, about_triggers, listed, refuse_doubled
 from finetune.data.transforms import Preprocess
-from finetune.errors import DataError, UsageError
+from finetune.errors import DataError, UsageError, hub_errors
 
 if TYPE_CHECKING:
     import datasets
@@ -24,16 +32,6 @@ IMAGE_COLUMN = "image"
 CAPTION_COLUMN = "text"
 
 _TABLE_SUFFIXES = (".parquet", ".arrow")
-
-
-class Example(NamedTuple):
-    """One picture to learn from."""
-
-    image: Image.Image
-    """RGB, 8 bit, upright, in its original size."""
-    caption: str
-    id: str
-    """Unique within the dataset and the same wherever the dataset lies; randomness is drawn from it."""
 
 
 class PictureDataset(Dataset[Example], ABC):
@@ -85,10 +83,23 @@ class PictureDataset(Dataset[Example], ABC):
         self.orphans = list(orphans)
         self.triggerless = 0 if trigger else sum(TRIGGER in caption.text for caption in kept)
         self.small = sum(min(size) < transform.resolution for size in sizes.values())
+        refuse_doubled(self.ids)
 
     @abstractmethod
-    def _source(self, place: int) -> Source:
+    def _source(self, place: int) -> PictureFile:
         """Where the picture at this place of `names` is. Raises ValueError with the reason that there is none."""
+
+    def report(self) -> Report:
+        """What was found, with everything that is not trained on."""
+        notes = []
+        if self.skipped:
+            named = listed([f"{bad.path} ({bad.reason})" for bad in self.skipped])
+            notes.append(f"{len(self.skipped)} skipped: {named}")
+        if self.orphans:
+            notes.append(f"caption files without a picture, {len(self.orphans)}: {listed(self.orphans)}")
+        if self.small:
+            notes.append(f"smaller than {self.transform.resolution} px and enlarged: {self.small} pictures")
+        return Report(self.sources, [*notes, *about_triggers(self.triggerless)])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -143,7 +154,7 @@ class ImageFolder(PictureDataset):
             orphans=[file.relative_to(root).as_posix() for file in orphans],
         )
 
-    def _source(self, place: int) -> Source:
+    def _source(self, place: int) -> PictureFile:
         return self._files[place]
 
 
@@ -188,7 +199,7 @@ class HuggingFaceDataset(PictureDataset):
         names = [f"row {number}" for number in range(len(rows))]
         super().__init__("the dataset", names, captions, trigger=trigger, transform=transform)
 
-    def _source(self, place: int) -> Source:
+    def _source(self, place: int) -> PictureFile:
         picture = self._pictures[place]["picture"]
         if picture is not None and picture["bytes"] is not None:
             return io.BytesIO(picture["bytes"])
@@ -327,7 +338,7 @@ def _load_from_hub(name: str) -> "datasets.Dataset":
         pass
     except errors.RepositoryNotFoundError as error:
         raise DataError(f"{missing}, and no such dataset on the hub (for a private one: hf auth login)") from error
-    except (OSError, errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
+    except hub_errors() as error:
         reason = f"the hub was not reachable ({_first_line(error)})"
         raise DataError(f"{missing}, and {reason}; give a local folder of pictures") from error
     try:

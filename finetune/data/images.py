@@ -54,7 +54,7 @@ _UPRIGHT = {
 }
 """EXIF orientation -> what turns the stored pixels upright."""
 
-Source = Path | IO[bytes]
+PictureFile = Path | IO[bytes]
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def find_images(folder: Path) -> list[Path]:
     return [path for path in list_files(folder) if path.suffix.lower() in known]
 
 
-def open_image(source: Source, name: str | None = None) -> Image.Image:
+def open_image(source: PictureFile, name: str | None = None) -> Image.Image:
     """The picture in a file, fully decoded: RGB, 8 bit, upright (see `to_rgb`); the first frame of an animation.
 
     Args:
@@ -117,7 +117,7 @@ def open_image(source: Source, name: str | None = None) -> Image.Image:
         raise DataError(f"{name or source}: {_reason(error)}") from error
 
 
-def _decode(source: Source) -> Image.Image:
+def _decode(source: PictureFile) -> Image.Image:
     Image.init()  # all formats, before threads race to register them
     formats = [name for name in Image.ID if name in _FORMATS]
     if isinstance(source, Path) and source.exists() and not source.is_file():
@@ -178,7 +178,7 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def check_images(names: Sequence[str], source: Callable[[int], Source]) -> list[tuple[int, int] | Skipped]:
+def check_images(names: Sequence[str], source: Callable[[int], PictureFile]) -> list[tuple[int, int] | Skipped]:
     """Decode every picture in full, in threads: its upright (width, height) in pixels, or why it must be left out.
 
     Args:

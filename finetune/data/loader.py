@@ -13,7 +13,7 @@ from finetune.errors import UsageError
 from finetune.seeding import example_key
 
 
-class Source(Protocol):
+class Examples(Protocol):
     """Examples that can be visited: what `finetune.encode` returns."""
 
     @property
@@ -28,7 +28,7 @@ class Source(Protocol):
 
 
 class Visits(Protocol):
-    """The part of a source that worker processes run."""
+    """The part of it that worker processes run."""
 
     def load(self, index: int, key: int) -> Any:
         """What one visit needs, on the CPU."""
@@ -57,7 +57,7 @@ def _ignore_signals(worker: int) -> None:
 
 
 def batches(
-    source: Source,
+    source: Examples,
     *,
     batch_size: int,
     steps: int,

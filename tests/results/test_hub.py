@@ -14,12 +14,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from finetune.config import TrainConfig
+from finetune.config import TrainConfig, as_settings
 from finetune.errors import RunError, UsageError
 from finetune.models.families import FAMILIES
 from finetune.models.loading import load_model
 from finetune.models.lora import add_lora
-from finetune.plan import as_settings
 from finetune.results.export import export
 from finetune.results.hub import check_login, model_card, push, repository_name
 from tests.hub_server import TOKEN, Hub, Repository, hub_environment

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from finetune.batch import Batch
-from finetune.cache.encode import Encoded, encode
+from finetune.cache.encode import encode
+from finetune.cache.encoded import Encoded
 from finetune.data.datasets import ImageFolder
 from finetune.data.loader import batches
 from finetune.errors import RunError

@@ -1,18 +1,21 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from finetune.config import TrainConfig
 from finetune.errors import UsageError
 from finetune.models.families import FAMILIES, pictures_seen
 from finetune.models.locate import Location
-from finetune.plan import SAMPLING_SHARE, default_prompts, plan_samples, resolve
+from finetune.run.resolve import resolve
+from finetune.run.samples import SAMPLING_SHARE, default_prompts, plan_samples
 
 
 def location(family: str, resolution: int) -> Location:
     return Location(family, FAMILIES[family], Path("somewhere"), resolution, 8)
 
 
+CPU = torch.device("cpu")
 SD15, DDPM = location("sd15", 512), location("ddpm", 64)
 
 
@@ -24,7 +27,7 @@ def test_pictures_seen(pictures: int, seen: int) -> None:
 
 
 def test_twelve_photos_on_sd15() -> None:
-    config = resolve(TrainConfig(model="sd15"), SD15, pictures=12, varied_captions=True)
+    config = resolve(TrainConfig(model="sd15"), SD15, pictures=12, varied_captions=True, device=CPU)
     expected = {
         "method": "lora", "resolution": 512, "rank": 16, "lora_alpha": 16.0, "learning_rate": 1e-4,
         "train_batch_size": 4, "max_train_steps": 375, "lr_warmup_steps": 18, "lr_scheduler": "constant",
@@ -35,43 +38,46 @@ def test_twelve_photos_on_sd15() -> None:
 
 
 def test_full_fine_tuning_is_gentler_and_gentlest_on_few_pictures() -> None:
-    few = resolve(TrainConfig(model="sd15", method="full"), SD15, pictures=50, varied_captions=False)
-    many = resolve(TrainConfig(model="sd15", method="full"), SD15, pictures=51, varied_captions=False)
+    few = resolve(TrainConfig(model="sd15", method="full"), SD15, pictures=50, varied_captions=False, device=CPU)
+    many = resolve(TrainConfig(model="sd15", method="full"), SD15, pictures=51, varied_captions=False, device=CPU)
     assert (few.learning_rate, many.learning_rate) == (2e-6, 1e-5)
     assert few.caption_dropout == 0.0
 
 
 def test_ddpm_takes_the_tutorials_numbers_at_128_and_ema_below() -> None:
-    large = resolve(TrainConfig(model="ddpm", resolution=128), DDPM, pictures=1000, varied_captions=False)
+    large = resolve(TrainConfig(model="ddpm", resolution=128), DDPM, pictures=1000, varied_captions=False, device=CPU)
     assert (large.num_train_epochs, large.train_batch_size, large.learning_rate) == (50, 16, 1e-4)
     assert (large.lr_scheduler, large.lr_warmup_steps, large.use_ema) == ("cosine", 500, False)
     assert large.max_train_steps == 50 * 63
-    small = resolve(TrainConfig(model="ddpm"), DDPM, pictures=48, varied_captions=False)
+    small = resolve(TrainConfig(model="ddpm"), DDPM, pictures=48, varied_captions=False, device=CPU)
     assert (small.num_train_epochs, small.adam_beta1, small.use_ema, small.max_train_steps) == (100, 0.95, True, 300)
 
 
 def test_every_picture_count_sees_what_the_formula_promises() -> None:
     """A batch that does not divide the pictures makes short steps; there are more of them then."""
     for pictures in (1, 2, 3, 5, 9, 12, 50):
-        config = resolve(TrainConfig(model="sd15"), SD15, pictures=pictures, varied_captions=False)
+        config = resolve(TrainConfig(model="sd15"), SD15, pictures=pictures, varied_captions=False, device=CPU)
         steps_per_epoch = -(-pictures // 4)
-        seen = (config.max_train_steps or 0) * pictures / steps_per_epoch
+        seen = config.max_train_steps * pictures / steps_per_epoch
         assert pictures_seen(pictures) <= seen < pictures_seen(pictures) + 4
 
 
 def test_a_short_large_ddpm_run_does_not_warm_up_for_ever() -> None:
-    short = resolve(TrainConfig(model="ddpm", resolution=128), DDPM, pictures=48, varied_captions=False)
+    short = resolve(TrainConfig(model="ddpm", resolution=128), DDPM, pictures=48, varied_captions=False, device=CPU)
     assert (short.max_train_steps, short.lr_warmup_steps) == (150, 25)
     with pytest.raises(UsageError, match="lr_warmup_steps = 10: the whole run has only 5 steps"):
-        resolve(TrainConfig(lr_warmup_steps=10, max_train_steps=5), SD15, pictures=9, varied_captions=False)
+        resolve(TrainConfig(lr_warmup_steps=10, max_train_steps=5), SD15, pictures=9, varied_captions=False, device=CPU)
 
 
 def test_what_the_user_gives_wins_and_steps_count_accumulation() -> None:
     given = TrainConfig(model="sd15", num_train_epochs=3, train_batch_size=2, gradient_accumulation_steps=3, rank=8)
-    config = resolve(given, SD15, pictures=20, varied_captions=False)
+    config = resolve(given, SD15, pictures=20, varied_captions=False, device=CPU)
     assert config.max_train_steps == 3 * 4  # ceil(20 / 6) steps an epoch
     assert config.lora_alpha == 8.0
-    assert resolve(TrainConfig(max_train_steps=7), SD15, pictures=20, varied_captions=False).max_train_steps == 7
+    assert (
+        resolve(TrainConfig(max_train_steps=7), SD15, pictures=20, varied_captions=False, device=CPU).max_train_steps
+        == 7
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,11 +97,11 @@ def test_what_the_user_gives_wins_and_steps_count_accumulation() -> None:
 )
 def test_an_option_that_cannot_be_used_is_an_error(options: dict, found: Location, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        resolve(TrainConfig(**options), found, pictures=5, varied_captions=False)
+        resolve(TrainConfig(**options), found, pictures=5, varied_captions=False, device=CPU)
 
 
 def planned(**options: object):
-    config = resolve(TrainConfig(**options), SD15, pictures=12, varied_captions=False)
+    config = resolve(TrainConfig(**options), SD15, pictures=12, varied_captions=False, device=CPU)
     return plan_samples(config, latent=True, captions=["a dog"] * 12, pictures=12)
 
 

@@ -2,14 +2,26 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from finetune import runs
-from finetune.config import TrainConfig, load_config, replace
+from finetune.config import ResolvedConfig, TrainConfig, load_config, load_resolved, replace
 from finetune.errors import UsageError
+from finetune.models.families import FAMILIES
+from finetune.models.locate import Location
+from finetune.run import folder as runs
+from finetune.run.resolve import resolve
 from finetune.training import checkpoint
 
 STATE = {"weights": {}, "optimizer": {"state": {}, "param_groups": []}, "ema": {}, "scaler": {}, "step": 5}
-CONFIG = TrainConfig(model="tiny", data="images", lr_scheduler="constant", max_train_steps=10, prompt="a butterfly")
+GIVEN = TrainConfig(model="tiny", data="images", lr_scheduler="constant", max_train_steps=10, prompt="a butterfly")
+
+
+def resolved(config: TrainConfig) -> ResolvedConfig:
+    found = Location("tiny", FAMILIES["tiny"], Path("somewhere"), 64, 8)
+    return resolve(config, found, pictures=6, varied_captions=False, device=torch.device("cpu"))
+
+
+CONFIG = resolved(GIVEN)
 
 
 @pytest.fixture(autouse=True)
@@ -17,11 +29,11 @@ def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def choose(config: TrainConfig, data: str = "digest") -> runs.RunFolder:
+def choose(config: ResolvedConfig, data: str = "digest") -> runs.RunFolder:
     return runs.choose(config, data)
 
 
-def started(config: TrainConfig, finished: bool = False) -> Path:
+def started(config: ResolvedConfig, finished: bool = False) -> Path:
     folder = choose(config)
     runs.prepare(folder)
     runs.begin(folder, config, "digest")
@@ -73,7 +85,7 @@ def test_overwrite_deletes_what_a_run_wrote_and_nothing_else() -> None:
     assert (path / "checkpoint-5").exists()  # nothing goes before the new run has loaded
     runs.begin(fresh, replace(named, seed=1), "digest")
     assert sorted(entry.name for entry in path.iterdir()) == ["config.toml", "data.json", "notes.txt", "samples"]
-    assert load_config(path / "config.toml").seed == 1
+    assert load_resolved(path / "config.toml").seed == 1
 
 
 def test_overwrite_never_deletes_a_folder_that_is_no_run(tmp_path: Path) -> None:
@@ -136,11 +148,9 @@ def test_a_resume_by_path_goes_on_in_that_runs_folder_and_inherits_what_is_left_
     path = started(replace(CONFIG, output_dir="out", learning_rate=3e-4, rank=8))
     config = TrainConfig(model="tiny", data="images", prompt="a butterfly", max_train_steps=20,
                          resume_from_checkpoint=str(path / "checkpoint-5"))  # fmt: skip
-    earlier = runs.earlier_config(config)
-    assert earlier is not None
-    inherited = runs.inherit(config, earlier)
+    inherited = runs.with_earlier(config)
     assert (inherited.learning_rate, inherited.rank, inherited.max_train_steps) == (3e-4, 8, 20)
-    assert choose(inherited).path.resolve() == path.resolve()
+    assert choose(resolved(inherited)).path.resolve() == path.resolve()
 
 
 def test_latest_without_any_checkpoint_starts_from_the_beginning_and_says_so() -> None:
@@ -163,7 +173,10 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 def test_the_recorded_config_repeats_the_run() -> None:
     path = started(replace(CONFIG, overwrite_output_dir=True))
-    assert load_config(path / "config.toml") == CONFIG
+    assert load_resolved(path / "config.toml") == CONFIG
+    repeated = load_config(path / "config.toml")
+    assert repeated == replace(GIVEN, overwrite_output_dir=False)
+    assert repeated.given == GIVEN.given  # what the run had derived is derived anew
 
 
 def test_a_resume_without_a_checkpoint_neither_trains_a_finished_run_anew_nor_replaces_a_model(tmp_path: Path) -> None:
@@ -201,3 +214,55 @@ def test_a_damaged_record_of_the_pictures_is_another_run() -> None:
     path = started(CONFIG)
     (path / "data.json").write_text("")
     assert choose(CONFIG).path == Path("runs/images-tiny-2")
+
+
+STATES = ("new", "unfinished", "finished", "another run", "taken")
+
+
+def make(state: str, path: Path) -> None:
+    """Bring a folder into a state, as seen by CONFIG."""
+    if state == "taken":
+        path.mkdir(parents=True)
+        (path / "model_index.json").write_text("{}")
+    elif state != "new":
+        config = replace(CONFIG, output_dir=str(path), **({"seed": 1} if state == "another run" else {}))
+        started(config, finished=state == "finished")
+
+
+def done(path: Path, **asked: object) -> str:
+    """What the command does with the folder, by the table's words."""
+    try:
+        found = choose(replace(CONFIG, **asked))
+    except UsageError:
+        return "refuse"
+    if found.path.resolve() != path.resolve():
+        return "next number"
+    return (
+        "say finished" if found.finished else "replace" if found.overwrite else "go on" if found.checkpoint else "start"
+    )
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(
+    ("asked", "options"),
+    [
+        ("by default", {}),
+        ("by default, overwrite", {"overwrite_output_dir": True}),
+        ("by name", {"output_dir": "runs/images-tiny"}),
+        ("by name, overwrite", {"output_dir": "runs/images-tiny", "overwrite_output_dir": True}),
+        ("resume latest", {"output_dir": "runs/images-tiny", "resume_from_checkpoint": "latest"}),
+        ("resume a checkpoint", {"resume_from_checkpoint": "runs/images-tiny/checkpoint-5"}),
+    ],
+)
+def test_every_cell_of_the_table_is_what_happens(asked: str, options: dict, state: str) -> None:
+    path = Path("runs/images-tiny")
+    make(state, path)
+    assert done(path, **options) == runs.decide(asked, state)
+
+
+def test_a_run_whose_first_checkpoint_was_never_written_starts_over() -> None:
+    path = started(CONFIG)
+    shutil.rmtree(path / "checkpoint-5")
+    again = choose(CONFIG)
+    assert (again.path, again.checkpoint) == (path, None)
+    assert "no checkpoint yet, starting from the beginning" in again.note

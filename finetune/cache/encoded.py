@@ -1,0 +1,74 @@
+"""Encoded: a dataset whose pictures and captions are encoded, and how a batch is assembled from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune import seeding
+from finetune.batch import Batch
+from finetune.cache.visits import Kept, Live
+from finetune.data.transforms import normalize
+from finetune.errors import DataError
+from finetune.models.conditioners import Conditioner
+from finetune.models.encoders import Encoder
+from finetune.models.loading import DiffusionModel
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A dataset ready to be visited: `batches` draws from it."""
+
+    ids: Sequence[str]
+    captions: Sequence[str]
+    visits: Kept | Live
+    """The part that worker processes get a copy of."""
+    encoder: Encoder | None
+    """Encodes at each visit; None where encodings are kept."""
+    conditioner: Conditioner
+    conditions: Mapping[str, Mapping[str, Any]]
+    """Distinct caption -> what the conditioner stored for it, first size 1."""
+    caption_dropout: float
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def assemble(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[tuple[Tensor, Tensor]]) -> Batch:
+        """Loaded visits -> Batch on the CPU. Raises DataError when the pictures differ in size."""
+        ids = tuple(self.ids[index] for index in indices)
+        stored = _stack([row[0] for row in loaded], ids)
+        if self.encoder is not None:
+            stored = self.encoder.encode(normalize(stored)).cpu()
+        geometry = torch.stack([row[1] for row in loaded])
+        dropped = (seeding.uniform(keys, "caption dropout") < self.caption_dropout).tolist()
+        captions = ["" if drop else self.captions[i] for i, drop in zip(indices, dropped, strict=True)]
+        rows = [self.conditions[caption] for caption in captions]
+        together = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        cond = self.conditioner.kwargs(together, geometry)
+        return Batch(stored, cond, keys, geometry, ids, torch.ones(len(ids)))
+
+
+def as_batch(model: DiffusionModel, pixels: Tensor, prompts: Sequence[str] = (), *, step: int, seed: int = 0) -> Batch:
+    """A Batch from a data loader of your own: encodes what it is given, here and now.
+
+    Args:
+        model: its encoder and conditioner are used.
+        pixels: (B, 3, H, W) in [-1, 1], as the tutorial's `Normalize([0.5], [0.5])` gives.
+        prompts: B captions; none in pixel mode.
+        step: of your loop; every draw is a function of seed, step and row, so it must change from call to call.
+    """
+    ids = tuple(f"step {step} row {row}" for row in range(len(pixels)))
+    keys = torch.tensor([seeding.example_key(seed, name, 0) for name in ids])
+    height, width = pixels.shape[-2:]
+    geometry = torch.tensor([[height, width, 0, 0, height, width]] * len(ids))
+    cond = model.conditioner.kwargs(model.conditioner.encode(prompts), geometry) if prompts else {}
+    return Batch(model.encoder.encode(pixels), cond, keys, geometry, ids, torch.ones(len(ids))).to(model.unet.device)
+
+
+def _stack(tensors: Sequence[Tensor], ids: Sequence[str]) -> Tensor:
+    sizes = {tuple(tensor.shape) for tensor in tensors}
+    if len(sizes) > 1:
+        raise DataError(f"pictures of one batch differ in size: {', '.join(ids)}; give the dataset a transform")
+    return torch.stack(list(tensors))

@@ -1,0 +1,256 @@
+"""Every option of a run, written once: type, default, meaning, and what else there is to know of it. Free of torch.
+
+The sections group the options for `--help` and for the TOML file. An option whose default depends on the model, the
+pictures or the machine is None here until the run decides it (`finetune/run/resolve.py`). What the rest of the package
+asks about options (is it only for LoRA? may a resume change it?) is answered by `About`, never by a list of names.
+"""
+
+import ast
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any, Literal
+
+Change = Literal["another run", "on resume", "length", "free"]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Which numbers an option may be."""
+
+    allowed: str
+    holds: Callable[[float], bool]
+
+
+AT_LEAST_ONE = Range("1 or more", lambda value: value >= 1)
+POSITIVE = Range("above 0", lambda value: 0 < value < float("inf"))
+NOT_NEGATIVE = Range("0 or more", lambda value: 0 <= value < float("inf"))
+BELOW_ONE = Range("from 0 up to (not including) 1", lambda value: 0 <= value < 1)
+
+
+@dataclass(frozen=True)
+class About:
+    """What an option means, beside its type, its default and the docstring below it."""
+
+    range: Range | None = None
+    needs: str | None = None
+    """What must be there for the option to do anything: a key of `finetune.run.resolve.NEEDS`."""
+    change: Change = "another run"
+    """What another value makes of a run: another run; the same, if it is resumed by name ("length": and its learning
+    rate does not depend on the length); or always the same ("free": says nothing about the result)."""
+    names: tuple[str, ...] = ()
+    """Other names under which it is accepted: those of the Hugging Face tutorial and scripts."""
+    called: tuple[str, ...] = ()
+    """What other tools call it: suggested, not accepted."""
+    decided_by: Literal["dataset", "transform"] | None = None
+    """Decided already by any dataset of the user's own, or by one that has a transform."""
+
+
+def option(default: Any, range: Range | None = None, **about: Any) -> Any:
+    """A field of a section with what is known `About` it."""
+    return dataclasses.field(default=default, metadata={"about": About(range, **about)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What learns."""
+
+    model: str = option("tiny", names=("pretrained_model_name_or_path",))
+    """sd15, sd21, ddpm, tiny, a hub id (owner/name), or a local diffusers folder."""
+    method: Literal["lora", "full"] | None = None
+    """lora: train a small adapter (default for latent models). full: every weight of the UNet (default for ddpm)."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the UNet predicts. Default: as the model's scheduler config says."""
+    rank: int = option(16, AT_LEAST_ONE, needs="method lora", called=("network_dim",))
+    """LoRA rank."""
+    lora_alpha: float | None = option(None, POSITIVE, needs="method lora", called=("network_alpha",))
+    """LoRA alpha; the update is scaled by alpha / rank. Default: equal to rank."""
+    lora_dropout: float = option(0.0, BELOW_ONE, needs="method lora")
+    """Dropout inside the LoRA layers, in [0, 1)."""
+    lora_target_modules: tuple[str, ...] | None = option(None, needs="method lora")
+    """Layer names (their endings) that get an adapter. Default: attention and feed-forward."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """auto: bf16 where the hardware multiplies it natively (CPUs included), else no."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Pictures and captions."""
+
+    data: str = option("", names=("train_data_dir", "instance_data_dir"))
+    """A folder of pictures, a folder of parquet/arrow files, or a Hugging Face dataset id."""
+    prompt: str | None = option(
+        None, needs="text", names=("instance_prompt",), called=("caption",), decided_by="transform"
+    )
+    """Caption for every picture that has none of its own."""
+    trigger: str | None = option(None, needs="text", decided_by="transform")
+    """A word placed before every caption, or where the caption says [trigger]."""
+    resolution: int | None = option(None, AT_LEAST_ONE, names=("image_size",))
+    """Pixels per side. Default: the model's own."""
+    resize_mode: Literal["crop", "squash"] = option("crop", decided_by="transform")
+    """crop: shorter side to the resolution, then a square crop. squash: both sides at once, as the tutorial does."""
+    center_crop: bool = option(True, decided_by="transform")
+    """Crop the centre; with --no-center_crop a random place, drawn once per picture (--live_encoding: per visit)."""
+    random_flip: bool = option(False, decided_by="transform")
+    """Mirror half of the visits left to right."""
+    caption_dropout: float | None = option(None, BELOW_ONE, needs="text")
+    """Share of visits trained with an empty caption. Default: 0.05 where captions vary, else 0."""
+    max_token_length: Literal[77, 150, 225] = option(77, needs="text")
+    """Longest caption in tokens; 150 and 225 are encoded in chunks of 75."""
+    clip_skip: int | None = option(None, AT_LEAST_ONE, needs="text")
+    """Take the text encoder's hidden state this many layers from the end (1: the last, as in sd-scripts and A1111)."""
+    image_column: str = option("image", decided_by="dataset")
+    """Picture column of a Hugging Face dataset."""
+    caption_column: str = option("text", decided_by="dataset")
+    """Caption column of a Hugging Face dataset."""
+    live_encoding: bool = False
+    """Send each picture through the VAE at every visit instead of once per run."""
+    dataloader_num_workers: int = option(0, NOT_NEGATIVE, change="free")
+    """Processes that prepare pictures. Changes speed only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How it learns. A step is one optimizer step."""
+
+    max_train_steps: int | None = option(None, AT_LEAST_ONE, change="length", called=("steps",))
+    """Length of the run in optimizer steps."""
+    num_train_epochs: int | None = option(
+        None, AT_LEAST_ONE, change="length", names=("num_epochs",), called=("epochs",)
+    )
+    """Length of the run in passes over the pictures (max_train_steps wins)."""
+    train_batch_size: int | None = option(None, AT_LEAST_ONE, called=("batch_size",))
+    """Pictures per device in one forward pass."""
+    gradient_accumulation_steps: int = option(1, AT_LEAST_ONE)
+    """Forward passes per optimizer step."""
+    learning_rate: float | None = option(None, POSITIVE, called=("lr",))
+    """Highest learning rate of the schedule."""
+    lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"] | None = None
+    """Shape of the learning rate after the warm-up."""
+    lr_warmup_steps: int | None = option(None, NOT_NEGATIVE)
+    """Optimizer steps over which the learning rate rises from 0. Default: min(100, 5 % of the run)."""
+    optimizer: Literal["adamw", "adafactor", "prodigy", "sgd"] = "adamw"
+    """prodigy finds its own step size: it needs the package prodigyopt and --learning_rate 1."""
+    adam_beta1: float | None = option(None, BELOW_ONE, needs="optimizer adamw or prodigy")
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = option(0.999, BELOW_ONE, needs="optimizer adamw or prodigy")
+    """Decay of AdamW's second moment."""
+    adam_weight_decay: float = option(0.01, NOT_NEGATIVE)
+    """Decoupled weight decay."""
+    adam_epsilon: float = option(1e-8, POSITIVE, needs="optimizer adamw or prodigy")
+    """AdamW's epsilon."""
+    max_grad_norm: float = option(1.0, NOT_NEGATIVE)
+    """Clip the gradient to this norm; 0 turns clipping off."""
+    snr_gamma: float | None = option(None, POSITIVE)
+    """Min-SNR loss weighting (Hang et al. 2023); 5.0 is usual. Default: off."""
+    noise_offset: float = option(0.0, NOT_NEGATIVE)
+    """Strength of a per-channel constant added to the noise; 0.05 to 0.1 helps very dark and bright pictures."""
+    input_perturbation: float = option(0.0, NOT_NEGATIVE)
+    """Strength of extra noise on the UNet's input (Ning et al. 2023); 0.1 is usual."""
+    use_ema: bool | None = None
+    """Keep an exponential moving average of the weights and export that."""
+    ema_inv_gamma: float = option(1.0, POSITIVE, needs="use_ema")
+    """EMA decay at step s is 1 - (1 + s / inv_gamma) ** -power, at most ema_max_decay."""
+    ema_power: float = option(0.75, POSITIVE, needs="use_ema")
+    """See ema_inv_gamma."""
+    ema_max_decay: float = option(0.9999, BELOW_ONE, needs="use_ema")
+    """See ema_inv_gamma."""
+    seed: int = option(0, NOT_NEGATIVE)
+    """The run is a function of this number: order, noise, timesteps, crops, flips, initial weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """Pictures drawn while training."""
+
+    sample_prompts: tuple[str, ...] | None = option(
+        None, needs="text", change="on resume", names=("validation_prompts",)
+    )
+    """Prompts of the sample grids. Default: a training caption, the subject in a new place, the class alone."""
+    sample_every: int | None = option(None, NOT_NEGATIVE, change="on resume", names=("validation_steps",))
+    """Draw a grid every this many steps, beside the first and last; 0: none. Default: what 5 % of the run allows."""
+    save_image_epochs: int | None = option(None, AT_LEAST_ONE, needs="sample_every left out", change="on resume")
+    """Draw a grid every this many epochs."""
+    eval_batch_size: int | None = option(None, AT_LEAST_ONE, change="on resume")
+    """Pictures per prompt in a grid."""
+    num_inference_steps: int | None = option(None, NOT_NEGATIVE, change="on resume")
+    """Sampler steps per picture; 0 turns sampling off."""
+    guidance_scale: float | None = option(None, NOT_NEGATIVE, needs="a model that takes text", change="on resume")
+    """Classifier-free guidance of the grids; 1 is none. Default: the model's own (sd15, sd21: 7.5; tiny: 3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """What is written, and where."""
+
+    output_dir: str | None = option(None, change="free", called=("output",))
+    """Run folder. Default: runs/<data>-<model>; the same command resumes it, another config takes a new number."""
+    overwrite_output_dir: bool = option(False, change="free")
+    """Delete what an earlier run left in output_dir."""
+    resume_from_checkpoint: str | None = option(None, change="free")
+    """"latest" or the path of a checkpoint folder."""
+    checkpointing_steps: int = option(500, NOT_NEGATIVE, change="on resume")
+    """Write a resumable checkpoint every this many steps (and at the end); 0: only at the end."""
+    save_model_epochs: int | None = option(None, AT_LEAST_ONE, change="on resume")
+    """Write a checkpoint every this many epochs, beside checkpointing_steps."""
+    checkpoints_total_limit: int = option(2, NOT_NEGATIVE, change="on resume")
+    """How many checkpoints to keep; 0 keeps all."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option((), change="free")
+    """Trackers that get the metrics, beside metrics.jsonl."""
+    push_to_hub: bool = option(False, change="free")
+    """Upload the result and a model card to the Hugging Face hub."""
+    hub_model_id: str | None = option(None, needs="push_to_hub", change="free")
+    """Repository to push to. Default: the run folder's name under your account."""
+    hub_private_repo: bool | None = option(None, needs="push_to_hub", change="free")
+    """Create the repository as private."""
+
+
+SECTIONS: dict[str, type] = {
+    "model": ModelOptions,
+    "data": DataOptions,
+    "training": TrainingOptions,
+    "samples": SampleOptions,
+    "output": OutputOptions,
+}
+
+
+@cache
+def option_types() -> dict[str, Any]:
+    """Option name -> its type hint, in the order of the sections."""
+    hints: dict[str, Any] = {}
+    for section in SECTIONS.values():
+        hints |= typing.get_type_hints(section)
+    return hints
+
+
+@cache
+def about() -> dict[str, About]:
+    """Option name -> what is known about it, in the order of the sections."""
+    fields = [field for section in SECTIONS.values() for field in dataclasses.fields(section)]
+    return {field.name: about_field(field) for field in fields}
+
+
+def about_field(field: dataclasses.Field[Any]) -> About:
+    """What is known about one option, of a section or of a command."""
+    return field.metadata.get("about", About())
+
+
+def meanings(section: type) -> dict[str, str]:
+    """Option name -> the docstring below it, which Python itself does not keep."""
+    (definition,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(definition, ast.ClassDef)
+    return {
+        option.target.id: inspect.cleandoc(text.value.value)
+        for option, text in pairwise(definition.body)
+        if isinstance(option, ast.AnnAssign)
+        and isinstance(option.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
+    }

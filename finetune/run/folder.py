@@ -1,0 +1,254 @@
+"""Run folders: what is in one, and what a command does with it, by one table."""
+
+import itertools
+import json
+import tempfile
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.config import ResolvedConfig, TrainConfig, as_dict, config_text, load_resolved, replace
+from finetune.errors import UsageError
+from finetune.files import is_inside, remove, write_whole
+from finetune.options import about
+from finetune.results.export import INDEX, names_of_exports
+from finetune.training.checkpoint import checkpoints, latest
+
+State = Literal["new", "unfinished", "finished", "another run", "taken"]
+"""What is in a folder: nothing that matters; this run, to be gone on with or ended; another run; a model or somebody
+else's files."""
+
+Deed = Literal["start", "go on", "say finished", "replace", "next number", "refuse"]
+
+DECISIONS: dict[str, tuple[Deed, Deed, Deed, Deed, Deed]] = {
+    # asked for, and found:     new       unfinished  finished        another run    taken
+    "by default":             ("start",  "go on",    "say finished", "next number", "next number"),
+    "by default, overwrite":  ("start",  "replace",  "replace",      "replace",     "next number"),
+    "by name":                ("start",  "go on",    "say finished", "refuse",      "refuse"),
+    "by name, overwrite":     ("start",  "replace",  "replace",      "replace",     "refuse"),
+    "resume latest":          ("start",  "go on",    "say finished", "refuse",      "refuse"),
+    "resume a checkpoint":    ("refuse", "go on",    "go on",        "refuse",      "refuse"),
+}  # fmt: skip
+"""What a command does, for each way in which it asks for a folder (the rows) and each `State` that it finds."""
+
+_LEFT_BY_A_RUN = ("metrics.jsonl", "timings.jsonl", "result.json", "samples/step-*.png")
+_LEFT_BY_A_RUN += ("samples/before-after.png", ".checkpoint-*.part", "logs/**/events.out.tfevents.*")
+_LEFT_BY_A_RUN += ("logs/**/hparams.yml",)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run lives and where it goes on."""
+
+    path: Path
+    checkpoint: Path | None = None
+    """Resume from here; None: start from the beginning."""
+    finished: bool = False
+    note: str = ""
+    """One line for the user about what was found; may be empty."""
+    overwrite: bool = False
+    """An earlier run is to be deleted when this one starts."""
+
+
+def choose(config: ResolvedConfig, data: str) -> RunFolder:
+    """The folder of this run.
+
+    Args:
+        config: what is to be run.
+        data: digest of the pictures' names and captions.
+
+    Raises:
+        UsageError: the folder asked for holds something else, or lies among the pictures, or the run to be resumed
+            differs, or cannot end where it is asked to.
+    """
+    for asked, path, checkpoint in _candidates(config):
+        state, reason = (_state_to_resume if "resume" in asked else _state)(path, checkpoint, config, data)
+        deed = decide(asked, state)
+        if deed == "refuse":
+            raise UsageError(reason)
+        if deed != "next number":
+            return _folder(deed, asked, path, checkpoint, config)
+    raise AssertionError("numbers do not end")
+
+
+def decide(asked: str, state: State) -> Deed:
+    """What the table says."""
+    return DECISIONS[asked][typing.get_args(State).index(state)]
+
+
+def _candidates(config: ResolvedConfig) -> Iterator[tuple[str, Path, Path | None]]:
+    """The folders that a command may mean: how each is asked for, its path, and the checkpoint to go on from."""
+    if (resume := config.resume_from_checkpoint) is not None:
+        if config.overwrite_output_dir:
+            raise UsageError("overwrite_output_dir and resume_from_checkpoint exclude each other")
+        path, newest = _resume_folder(config), resume == "latest"
+        yield f"resume {'latest' if newest else 'a checkpoint'}", path, latest(path) if newest else Path(resume)
+        return
+    base = Path(config.output_dir or default_folder(config))
+    asked = f"by {'name' if config.output_dir else 'default'}{', overwrite' * config.overwrite_output_dir}"
+    yield asked, base, latest(base)
+    for number in itertools.count(2):
+        path = base.with_name(f"{base.name}-{number}")
+        yield "by default", path, latest(path)
+
+
+def _folder(deed: Deed, asked: str, path: Path, checkpoint: Path | None, config: ResolvedConfig) -> RunFolder:
+    """The folder with what is to be said about it. Raises UsageError for a start among the pictures."""
+    checkpoint = checkpoint if deed == "go on" else None
+    if deed != "say finished" and checkpoint is None and config.data and is_inside(path, Path(config.data)):
+        raise UsageError(
+            f"output_dir {path} lies inside --data {config.data}: its pictures would be trained on next time; "
+            "give an --output_dir elsewhere"
+        )
+    note = ""
+    if deed == "say finished":
+        how = "give more --max_train_steps to go on" if "resume" in asked else "change an option to start another"
+        note = f"{path}: this run is finished; {how}"
+    elif checkpoint:
+        note = f"resuming {checkpoint}"
+    elif deed == "go on" or asked == "resume latest":
+        note = f"{path}: no checkpoint {'yet' if deed == 'go on' else 'found'}, starting from the beginning"
+    return RunFolder(path, checkpoint, finished=deed == "say finished", note=note, overwrite=deed == "replace")
+
+
+def _state(path: Path, checkpoint: Path | None, config: ResolvedConfig, data: str) -> tuple[State, str]:
+    """What is in a folder, and why it cannot be had, should the table say so."""
+    reason = (
+        f"output_dir {path} holds another run or model: give another --output_dir, "
+        "--overwrite_output_dir to delete that run, or --resume_from_checkpoint latest to go on with it"
+    )
+    if not _is_run(path):
+        foreign = (path / "config.toml").exists() and not (path / "data.json").exists()
+        return ("taken" if foreign or _holds_a_model(path) or _has_trained(path) else "new"), reason
+    if differences(load_resolved(path / "config.toml"), config) or _digest(path) != data:
+        return "another run", reason
+    return ("finished" if (path / "result.json").exists() else "unfinished"), reason
+
+
+def _state_to_resume(path: Path, checkpoint: Path | None, config: ResolvedConfig, data: str) -> tuple[State, str]:
+    """The same for a folder that is named by `--resume_from_checkpoint`, where more may differ."""
+    if checkpoint is None:
+        nothing = f"resume_from_checkpoint latest: {path} holds a finished run or a model, but no checkpoint"
+        return ("taken" if _holds_a_model(path) else "new"), nothing
+    if not (checkpoint / "state.json").is_file() or not _is_run(path):
+        return "taken", f"resume_from_checkpoint {checkpoint}: no checkpoint of a run in {path}"
+    earlier = load_resolved(path / "config.toml")
+    changed = differences(earlier, config, resumed=True)
+    if _digest(path) != data:
+        changed.append("the pictures or their captions")
+    if changed:
+        return "another run", f"{checkpoint} belongs to a run with other options: {'; '.join(changed)}"
+    number = checkpoint.name.rpartition("-")[2]
+    if config.max_train_steps < (done := int(number) if number.isdigit() else 0):
+        return "another run", f"max_train_steps = {config.max_train_steps}: {checkpoint} has done {done} already"
+    ended = earlier.max_train_steps == config.max_train_steps and (path / "result.json").exists()
+    return ("finished" if ended else "unfinished"), ""
+
+
+def with_earlier(config: TrainConfig) -> TrainConfig:
+    """A resumed run takes what is not given from the earlier part of the run, but for a length if one is given."""
+    if config.resume_from_checkpoint is None:
+        return config
+    recorded = _resume_folder(config) / "config.toml"
+    if not recorded.exists():
+        return config
+    earlier = load_resolved(recorded)
+    lengths = {name for name, known in about().items() if known.change == "length"}
+    own = config.given | (lengths if config.given & lengths else set())
+    own |= {name for name, known in about().items() if known.change == "free"}
+    inherited = {name: value for name, value in as_dict(earlier).items() if name not in own}
+    return replace(config, config.given | (earlier.given - own), **inherited)
+
+
+def default_folder(config: TrainConfig) -> Path:
+    """runs/<data>-<model>, relative to the working directory."""
+    data = Path(config.data).name or "dataset"
+    return Path("runs") / f"{data}-{Path(config.model).name}"
+
+
+def _resume_folder(config: TrainConfig) -> Path:
+    """The run folder that `--resume_from_checkpoint` means."""
+    if config.output_dir is not None:
+        return Path(config.output_dir)
+    if config.resume_from_checkpoint != "latest":
+        return Path(str(config.resume_from_checkpoint)).absolute().parent
+    base = default_folder(config)
+    numbered = [p for p in base.parent.glob(f"{base.name}-*") if p.name.removeprefix(f"{base.name}-").isdigit()]
+    return max(numbered, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=base)
+
+
+def prepare(folder: RunFolder) -> None:
+    """Make the folder and show that it can be written, before anything heavy is loaded.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        (folder.path / "samples").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.path):
+            pass
+    except OSError as error:
+        raise UsageError(f"output_dir {folder.path} cannot be written: {error.strerror}") from error
+
+
+def begin(folder: RunFolder, config: ResolvedConfig, data: str) -> None:
+    """All is loaded and training starts: delete what it replaces, and record the config and the data's digest."""
+    cut_off = folder.checkpoint is None and (folder.path / "data.json").exists()  # an earlier start, no checkpoint yet
+    if folder.overwrite or cut_off:
+        _clear(folder.path)
+    (folder.path / "result.json").unlink(missing_ok=True)
+    recorded = replace(config, overwrite_output_dir=False, resume_from_checkpoint=None)
+    write_whole(folder.path / "config.toml", config_text(recorded))
+    write_whole(folder.path / "data.json", json.dumps({"digest": data}) + "\n")
+
+
+def finish(folder: Path, result: dict[str, Any]) -> None:
+    """Mark the run as finished: `result.json`, written last."""
+    write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+def differences(a: ResolvedConfig, b: ResolvedConfig, *, resumed: bool = False) -> list[str]:
+    """ "option: old -> new" for each option that makes b another run than a; fewer do when a is resumed by name."""
+    free = {"free"} | ({"on resume"} if resumed else set())
+    if resumed and b.lr_scheduler == "constant":  # any other schedule would be bent by another length
+        free.add("length")
+    mine, theirs = as_dict(a), as_dict(b)
+    return [
+        f"{name}: {mine[name]} -> {theirs[name]}"
+        for name, known in about().items()
+        if known.change not in free and mine[name] != theirs[name]
+    ]
+
+
+def _is_run(path: Path) -> bool:
+    """True where a run of ours has trained at least a step, or has ended."""
+    return (path / "config.toml").exists() and (path / "data.json").exists() and _has_trained(path)
+
+
+def _holds_a_model(path: Path) -> bool:
+    return any((path / name).exists() for name in ("result.json", *names_of_exports()))
+
+
+def _has_trained(path: Path) -> bool:
+    return (path / "metrics.jsonl").exists() or (path / "result.json").exists() or latest(path) is not None
+
+
+def _digest(path: Path) -> str | None:
+    """The digest of the pictures that a run trains on; None where its record is damaged."""
+    try:
+        return json.loads((path / "data.json").read_text(encoding="utf-8"))["digest"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _clear(path: Path) -> None:
+    """Delete what a run writes, by name, and leave all else; last what tells it from a stranger's folder."""
+    pipeline = (path / INDEX).exists()  # else what is named like a part of one is the user's own
+    for pattern in (*_LEFT_BY_A_RUN, *names_of_exports()[: None if pipeline else 1]):
+        for entry in path.glob(pattern):
+            remove(entry)
+    for _, checkpoint in checkpoints(path):
+        remove(checkpoint)
+    (path / "config.toml").unlink(missing_ok=True)

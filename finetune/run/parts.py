@@ -1,0 +1,25 @@
+"""Run: the parts of a run, put together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.cache.encoded import Encoded
+from finetune.config import ResolvedConfig
+from finetune.models.loading import DiffusionModel
+from finetune.run.samples import SamplePlan
+from finetune.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with, and what the summary tells of."""
+
+    config: ResolvedConfig
+    model: DiffusionModel
+    encoded: Encoded
+    trainer: Trainer
+    samples: SamplePlan
+    folder: Path
+    accelerator: Any
+    """An `accelerate.Accelerator`."""

@@ -1,0 +1,90 @@
+"""From what was given to a config with nothing left open, decided and checked before any weight is loaded."""
+
+from pathlib import Path
+
+import torch
+
+from finetune.config import ResolvedConfig, TrainConfig, replace
+from finetune.errors import UsageError
+from finetune.models.families import FAMILIES, default_method, defaults, total_steps, warmup_steps
+from finetune.models.locate import Location
+from finetune.options import about
+from finetune.run.precision import resolve_precision
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Local folders as absolute paths, so that config.toml repeats the run from anywhere."""
+    local = {"data": Path(config.data).expanduser()} if config.data else {}
+    if config.model not in FAMILIES:
+        local["model"] = Path(config.model).expanduser()
+    return replace(config, **{name: str(path.absolute()) for name, path in local.items() if path.exists()})
+
+
+def resolve(
+    config: TrainConfig, found: Location, *, pictures: int, varied_captions: bool, device: torch.device
+) -> ResolvedConfig:
+    """The config with every option decided that depends on the model, the pictures or the machine.
+
+    Args:
+        config: what the user gave.
+        found: the model it names.
+        pictures: how many there are to train on.
+        varied_captions: True when they do not all share one caption.
+        device: where the UNet will run.
+
+    Raises:
+        UsageError: an option that this kind of model or method cannot use.
+    """
+    method = config.method or default_method(found.family)
+    _refuse_unusable(config, found, method)
+    resolution = config.resolution or found.resolution
+    suited = defaults(found.family, method, pictures, resolution, varied_captions)
+    derived = {name: value for name, value in suited.items() if getattr(config, name) is None}
+    batch = config.train_batch_size or suited["train_batch_size"]
+    epochs = config.num_train_epochs
+    if epochs is None and config.max_train_steps is None:
+        epochs = suited["num_train_epochs"]
+    steps = total_steps(pictures, batch * config.gradient_accumulation_steps, epochs, config.max_train_steps)
+    warmup = config.lr_warmup_steps
+    if warmup is None:
+        warmup = warmup_steps(steps, found.family, resolution)
+    elif warmup >= steps:
+        raise UsageError(f"lr_warmup_steps = {warmup}: the whole run has only {steps} steps; give a smaller one")
+    return ResolvedConfig(
+        config,
+        **derived
+        | {
+            "method": method,
+            "resolution": resolution,
+            "lora_alpha": float(config.rank) if config.lora_alpha is None else config.lora_alpha,
+            "num_train_epochs": epochs,
+            "max_train_steps": steps,
+            "lr_warmup_steps": warmup,
+            "mixed_precision": resolve_precision(
+                config.mixed_precision, device, small=found.family.is_small(resolution)
+            ),
+        },
+    )
+
+
+def _refuse_unusable(config: TrainConfig, found: Location, method: str) -> None:
+    """Raise UsageError for the first option that was given and can do nothing here."""
+    there = {
+        "text": found.family.latent,
+        "a model that takes text": found.family.latent,
+        "method lora": method == "lora",
+        "use_ema": config.use_ema is not False,
+        "optimizer adamw or prodigy": config.optimizer in ("adamw", "prodigy"),
+        "push_to_hub": config.push_to_hub,
+        "sample_every left out": config.sample_every is None,
+    }
+    why = {
+        "text": f"with {found.name}: a pixel-space model takes no text",
+        "method lora": "with method full; give --method lora",
+    }
+    if not found.family.latent and method == "lora":
+        raise UsageError(f"method = lora: {found.name} is a pixel-space model; allowed is full")
+    for name, known in about().items():
+        given = name in config.given and getattr(config, name) is not None
+        if given and known.needs is not None and not there[known.needs]:
+            raise UsageError(f"{name} cannot be used {why.get(known.needs, f'here: it needs {known.needs}')}")

@@ -1,0 +1,67 @@
+"""The pictures of a run: what `--data` names, or a dataset of the user's own."""
+
+from finetune.config import TrainConfig
+from finetune.data.datasets import open_dataset
+from finetune.data.own import OwnPictures, Rows
+from finetune.data.pictures import Pictures
+from finetune.data.transforms import Preprocess
+from finetune.errors import UsageError
+from finetune.models.locate import Location
+from finetune.options import about
+from finetune.seeding import fold
+
+
+def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) -> Pictures:
+    """What is to be trained on, at the resolution of the run.
+
+    Args:
+        config: says where pictures and captions come from, and how they become squares.
+        found: the model that will learn them.
+        dataset: of the user's own, instead of `config.data`.
+
+    Raises:
+        UsageError: the source is not there, or an option says what the dataset has decided already.
+        DataError: there is nothing to train on, or a latent model would get pictures without a caption.
+    """
+    resolution = config.resolution or found.resolution
+    if dataset is not None:
+        pictures = _own_pictures(config, dataset, resolution)
+    else:
+        pictures = open_dataset(
+            config.data,
+            prompt=config.prompt,
+            trigger=config.trigger,
+            resolution=resolution,
+            resize_mode=config.resize_mode,
+            center_crop=config.center_crop,
+            random_flip=config.random_flip,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+        )
+    empty = pictures.captions.count("")
+    if found.family.latent and empty:
+        raise UsageError(f"{empty} of {len(pictures)} pictures have no caption: give --prompt, or captions beside them")
+    return pictures
+
+
+def _own_pictures(config: TrainConfig, dataset: Rows, resolution: int) -> Pictures:
+    """A dataset of the user's: with our captions and preprocessing, or as it is where it has a `transform`."""
+    own = getattr(dataset, "transform", None)
+    if own is not None and not isinstance(own, Preprocess):
+        raise UsageError(
+            f"the dataset's transform is a {type(own).__name__}; allowed is a finetune.Preprocess, or none"
+        )
+    decided = {"dataset", "transform" if own is not None else "dataset"}
+    given = [name for name in config.given if getattr(config, name) is not None]
+    if useless := [name for name in given if about()[name].decided_by in decided]:
+        whose = f"a dataset of your own{' that has a transform' * bool(own)}"
+        raise UsageError(f"{min(useless)} cannot be used with {whose}")
+    if own is not None and own.resolution != resolution:
+        raise UsageError(f"resolution = {resolution}: the dataset's own transform makes {own.resolution}")
+    how = own or Preprocess(resolution, config.resize_mode, config.center_crop, config.random_flip)
+    return OwnPictures(dataset, config.prompt, trigger=config.trigger, transform=how)
+
+
+def digest(pictures: Pictures) -> str:
+    """A digest of the pictures' names and captions: another one is another run."""
+    return f"{fold(*pictures.ids, *pictures.captions):016x}"

@@ -1,0 +1,78 @@
+"""The lines a run prints before it starts: everything that a person would want to stop it for."""
+
+from collections.abc import Mapping
+
+from finetune.cache.encoded import Encoded
+from finetune.data.pictures import Report, listed
+from finetune.data.sampler import steps_per_epoch
+from finetune.models.conditioners import ClipConditioner, spelt_words
+from finetune.models.lora import trainable
+from finetune.run.parts import Run
+from finetune.run.samples import SamplePlan
+
+
+def print_summary(run: Run, report: Report) -> None:
+    """Model, pictures, captions, schedule, precision, samples and output, a line each; then what was noticed."""
+    config, encoded, family = run.config, run.encoded, run.model.family
+    batch = min(config.global_batch, len(encoded))
+    epochs = config.max_train_steps / steps_per_epoch(len(encoded), batch)
+    rows = {
+        "model": f"{config.model} ({family.description}), predicts {run.model.scheduler.config['prediction_type']}",
+        "learns": f"{_learns(run)} parameters",
+        "pictures": f"{len(encoded)} photos: {config.max_train_steps} steps of {batch}, {epochs:.4g} epochs, "
+        f"{config.resolution} px",
+        "captions": _captions(report.sources, encoded) if family.latent else "",
+        "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_scheduler}, "
+        f"{config.lr_warmup_steps} warm-up steps{', EMA' if config.use_ema else ''}",
+        "precision": f"{'fp32' if config.mixed_precision == 'no' else config.mixed_precision} "
+        f"on {run.trainer.device.type}",
+        "samples": _samples(run.samples),
+        "output": str(run.folder),
+    }
+    for name, text in rows.items():
+        if text:
+            print(f"{name:>10}  {text}")
+    for line in [*report.notes, *_about_words(run)]:
+        print(f"{'note':>10}  {line}")
+
+
+def _learns(run: Run) -> str:
+    learned = sum(p.numel() for p in trainable(run.model.unet)) / 1e6
+    whole = sum(p.numel() for p in run.model.unet.parameters()) / 1e6
+    if run.config.method == "full":
+        return f"every weight of the UNet: {learned:.1f} M"
+    lora = f"LoRA rank {run.config.rank}, alpha {run.config.lora_alpha:g}"
+    return f"{lora}: {learned:.2f} M beside the UNet's {whole - learned:.1f} M"
+
+
+def _captions(sources: Mapping[str, int], encoded: Encoded) -> str:
+    named = {"txt": ".txt files", "caption": ".caption files", "prompt": "--prompt"}
+    counts = ", ".join(f"{count} from {named.get(source, source)}" for source, count in sources.items())
+    distinct = len(set(encoded.captions))
+    return f"{counts or len(encoded.captions)} ({distinct} distinct)"
+
+
+def _samples(samples: SamplePlan) -> str:
+    if not samples.prompts:
+        return "none: they would take over 5 % of so short a run (ask with --sample_every) or are turned off"
+    when = f", every {samples.every} steps" if samples.every else ""
+    return (
+        f"{len(samples.prompts)} prompts x {samples.pictures} pictures at the start and the end{when}: "
+        f"about {100 * samples.share:.1f} % of the run"
+    )
+
+
+def _about_words(run: Run) -> list[str]:
+    """Captions that the tokenizer will spell or cut."""
+    conditioner, encoded = run.model.conditioner, run.encoded
+    if not isinstance(conditioner, ClipConditioner):
+        return []
+    lines = []
+    spelt = spelt_words(conditioner.tokenizer, encoded.captions) if run.model.family.few_words else []
+    if spelt:
+        lines.append(f"words that {run.config.model} does not know, spelt with several tokens: {listed(spelt)}")
+    counts, limit = conditioner.token_counts(encoded.captions), conditioner.token_limit
+    long = [f"{name} ({count})" for name, count in zip(encoded.ids, counts, strict=True) if count > limit]
+    if long:
+        lines.append(f"{len(long)} captions are over {limit} tokens and are cut: {listed(long)}")
+    return lines
