@@ -19,6 +19,7 @@ from diffusers import (
 )
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
+from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -90,7 +91,7 @@ def load_model(
     scheduler = DDPMScheduler.from_config(read_json(found.folder / "scheduler/scheduler_config.json"), **changes)
     if not found.family.latent:
         unet = UNet2DModel.from_pretrained(found.folder / "unet", local_files_only=True, use_safetensors=True)
-        unet.to(dtype)  # diffusers calls the argument by another name in each generation
+        nn.Module.to(unet, dtype)  # `from_pretrained` has another name for it in each generation, `unet.to` warns
         # Pipelines draw in the size of the config; the folder's own name would be the user's, in every export.
         unet.register_to_config(sample_size=resolution, _name_or_path="")
         return _pixel_model(found, unet, scheduler)

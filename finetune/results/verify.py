@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune import seeding
 from finetune.errors import RunError
@@ -51,7 +51,7 @@ def _compare_adapter(adapter: Adapter, model: DiffusionModel, folder: Path) -> t
 
 def _compare_pipeline(model: DiffusionModel, folder: Path) -> tuple[list[str], float]:
     reloaded: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    unet = reloaded.unet.to(model.unet.device, model.unet.dtype).eval()
+    unet = nn.Module.to(reloaded.unet, model.unet.device, model.unet.dtype).eval()  # diffusers' own `to` warns of it
     differing = _differing(model.unet.state_dict(), unet.state_dict())
     trained = _answer(model)
     live, model.unet = model.unet, unet
