@@ -80,8 +80,8 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
         checkpoint.discard_after(folder.path, trainer.steps_done)
     samples = plan_samples(config, latent=found.family.latent, captions=encoded.captions, pictures=len(encoded))
     run_folder.begin(folder, config, digest(pictures))
-    run = Run(config, model, encoded, trainer, samples, folder.path, accelerator)
-    print_summary(run, pictures.report())
+    run = Run(config, model, pictures, encoded, trainer, samples, folder.path, accelerator)
+    print_summary(run)
     tracking.start_trackers(accelerator, folder.path, as_settings(config))
     try:
         _train(run)

@@ -49,6 +49,7 @@ def run(options: Options) -> None:
     """
     from transformers import CLIPTokenizer
 
+    from finetune.cache.visits import pixels_of
     from finetune.data.datasets import open_dataset
     from finetune.models.conditioners import chunks_of, count_tokens
     from finetune.models.loading import check_resolution
@@ -81,7 +82,7 @@ def run(options: Options) -> None:
         limit = chunks_of(options.max_token_length) * (tokenizer.model_max_length - 2)
     shown = range(min(len(pictures), options.max_pictures))
     keys = [example_key(options.seed, pictures.ids[index], 0) for index in shown]
-    cells = [pictures.transform(pictures[index].image, key)[0] for index, key in zip(shown, keys, strict=True)]
+    cells = [pixels_of(pictures, index, key, flip=False)[0] for index, key in zip(shown, keys, strict=True)]
     sheet = contact_sheet(cells, pictures.ids, pictures.captions, counts, limit)
     try:
         sheet.save(path)

@@ -3,25 +3,12 @@
 import glob
 import io
 import os
-from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch.utils.data import Dataset
-
-from finetune.data.captions import TRIGGER, Caption, find_captions, first_caption, with_trigger
-from finetune.data.images import (
-    PICTURE_SUFFIXES,
-    PictureFile,
-    Skipped,
-    check_images,
-    find_images,
-    list_files,
-    open_image,
-)
-from finetune.data.pictures import Example, Report, about_triggers, listed, refuse_doubled
+from finetune.data.captions import find_captions, first_caption
+from finetune.data.images import PICTURE_SUFFIXES, PictureFile, find_images, list_files
+from finetune.data.pictures import PictureFiles
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError, UsageError, hub_errors
 
@@ -34,83 +21,7 @@ CAPTION_COLUMN = "text"
 _TABLE_SUFFIXES = (".parquet", ".arrow")
 
 
-class PictureDataset(Dataset[Example], ABC):
-    """What the layouts share: pictures checked once, captions, and how the pictures become squares.
-
-    `where`, for messages, is what they are in; `names`, `captions` and `_source` speak of all pictures found, the
-    attributes of those that can be read.
-
-    Raises:
-        DataError: there are no pictures, or none that can be read.
-    """
-
-    transform: Preprocess
-    ids: list[str]
-    captions: list[str]
-    """With the trigger word; empty where there is neither a caption nor a prompt."""
-    sources: Counter[str]
-    """How many captions came from where: txt, caption, metadata, column, prompt, none."""
-    skipped: list[Skipped]
-    """Pictures that cannot be read."""
-    orphans: list[str]
-    """Caption files without a picture, relative to the folder."""
-    triggerless: int
-    """How many captions say [trigger] although no trigger word was given."""
-    small: int
-    """How many pictures have a side below the resolution, and will be enlarged."""
-
-    def __init__(
-        self,
-        where: str,
-        names: Sequence[str],
-        captions: Sequence[Caption],
-        *,
-        trigger: str | None,
-        transform: Preprocess,
-        orphans: Sequence[str] = (),
-    ) -> None:
-        checked = check_images(names, self._source)
-        sizes = {place: size for place, size in enumerate(checked) if not isinstance(size, Skipped)}
-        self.skipped = [problem for problem in checked if isinstance(problem, Skipped)]
-        if not sizes:
-            raise DataError(f"{where}: none of {len(names)} pictures can be read; the first: {self.skipped[0]}")
-        kept = [captions[place] for place in sizes]
-        self._places = list(sizes)
-        self.transform = transform
-        self.ids = [names[place] for place in sizes]
-        self.captions = [with_trigger(caption.text, trigger) for caption in kept]
-        self.sources = Counter(caption.source for caption in kept)
-        self.orphans = list(orphans)
-        self.triggerless = 0 if trigger else sum(TRIGGER in caption.text for caption in kept)
-        self.small = sum(min(size) < transform.resolution for size in sizes.values())
-        refuse_doubled(self.ids)
-
-    @abstractmethod
-    def _source(self, place: int) -> PictureFile:
-        """Where the picture at this place of `names` is. Raises ValueError with the reason that there is none."""
-
-    def report(self) -> Report:
-        """What was found, with everything that is not trained on."""
-        notes = []
-        if self.skipped:
-            named = listed([f"{bad.path} ({bad.reason})" for bad in self.skipped])
-            notes.append(f"{len(self.skipped)} skipped: {named}")
-        if self.orphans:
-            notes.append(f"caption files without a picture, {len(self.orphans)}: {listed(self.orphans)}")
-        if self.small:
-            notes.append(f"smaller than {self.transform.resolution} px and enlarged: {self.small} pictures")
-        return Report(self.sources, [*notes, *about_triggers(self.triggerless)])
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> Example:
-        """Raises DataError if the picture can be read no longer."""
-        image = open_image(self._source(self._places[index]), self.ids[index])
-        return Example(image, self.captions[index], self.ids[index])
-
-
-class ImageFolder(PictureDataset):
+class ImageFolder(PictureFiles):
     """The pictures in a folder, at any depth, with the captions beside them (see `find_captions`).
 
     Args:
@@ -154,11 +65,11 @@ class ImageFolder(PictureDataset):
             orphans=[file.relative_to(root).as_posix() for file in orphans],
         )
 
-    def _source(self, place: int) -> PictureFile:
+    def _file(self, place: int) -> PictureFile:
         return self._files[place]
 
 
-class HuggingFaceDataset(PictureDataset):
+class HuggingFaceDataset(PictureFiles):
     """The rows of a `datasets.Dataset` with a column of pictures, and perhaps one of captions.
 
     Args:
@@ -199,7 +110,7 @@ class HuggingFaceDataset(PictureDataset):
         names = [f"row {number}" for number in range(len(rows))]
         super().__init__("the dataset", names, captions, trigger=trigger, transform=transform)
 
-    def _source(self, place: int) -> PictureFile:
+    def _file(self, place: int) -> PictureFile:
         picture = self._pictures[place]["picture"]
         if picture is not None and picture["bytes"] is not None:
             return io.BytesIO(picture["bytes"])

@@ -1,14 +1,11 @@
 """A dataset of the user's own, checked, with our caption rules and preprocessing put over it."""
 
-from collections import Counter
 from typing import Any, Protocol
 
 from PIL import Image
-from torch.utils.data import Dataset
 
-from finetune.data.captions import TRIGGER, first_caption, with_trigger
-from finetune.data.datasets import PictureDataset
-from finetune.data.pictures import Example, Pictures, Report, about_triggers, refuse_doubled
+from finetune.data.captions import first_caption
+from finetune.data.pictures import Example, Pictures
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError
 
@@ -21,7 +18,7 @@ class Rows(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class OwnPictures(Dataset[Example]):
+class OwnPictures(Pictures):
     """Rows of (picture, caption, id) that are trained on like a folder of pictures.
 
     Args:
@@ -44,36 +41,25 @@ class OwnPictures(Dataset[Example]):
     ):
         if not len(rows):
             raise DataError("the dataset is empty")
-        self._rows, self.transform = rows, transform
+        self._rows = rows
         ids, texts = getattr(rows, "ids", None), getattr(rows, "captions", None)
         if ids is None or texts is None:
             opened = [_checked(rows[index], index)[1:] for index in range(len(rows))]
             texts, ids = [text for text, _ in opened], [name for _, name in opened]
-        self.ids: list[str] = list(ids)
-        if not len(self.ids) == len(texts) == len(rows):
-            raise DataError(f"the dataset has {len(rows)} rows, {len(self.ids)} ids and {len(texts)} captions")
+        if not len(ids) == len(texts) == len(rows):
+            raise DataError(f"the dataset has {len(rows)} rows, {len(ids)} ids and {len(texts)} captions")
         if strange := [text for text in texts if not isinstance(text, str | None)]:
             raise DataError(f"a caption of the dataset is {strange[0]!r}; it should be text or None")
         captions = [first_caption((("the dataset", text), ("prompt", prompt))) for text in texts]
-        self.captions = [with_trigger(caption.text, trigger) for caption in captions]
-        self._sources = Counter(caption.source for caption in captions)
-        self._triggerless = 0 if trigger else sum(TRIGGER in caption.text for caption in captions)
-        refuse_doubled(self.ids)
-
-    def __len__(self) -> int:
-        return len(self._rows)
+        super().__init__(ids, captions, trigger=trigger, transform=transform)
 
     def __getitem__(self, index: int) -> Example:
         return Example(_checked(self._rows[index], index)[0], self.captions[index], self.ids[index])
 
-    def report(self) -> Report:
-        """What was found in it."""
-        return Report(self._sources, about_triggers(self._triggerless))
-
 
 def as_pictures(dataset: Pictures | Rows) -> Pictures:
     """The dataset if it is one of ours; rows of the user's own are checked, and keep a Preprocess that they have."""
-    if isinstance(dataset, PictureDataset | OwnPictures):
+    if isinstance(dataset, Pictures):
         return dataset
     return OwnPictures(dataset, transform=getattr(dataset, "transform", None))
 

@@ -1,11 +1,15 @@
-"""What every dataset of pictures is to the rest of the package, and what it tells of itself."""
+"""Pictures: what every dataset is to the rest of the package, and what it tells of itself."""
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from PIL import Image
+from torch.utils.data import Dataset
 
+from finetune.data.captions import TRIGGER, Caption, with_trigger
+from finetune.data.images import PictureFile, Skipped, check_images, open_image
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError
 
@@ -20,48 +24,104 @@ class Example(NamedTuple):
     """Unique within the dataset and the same wherever the dataset lies; randomness is drawn from it."""
 
 
-class Report(NamedTuple):
-    """What a dataset found where it looked for pictures."""
+class Pictures(Dataset[Example], ABC):
+    """A map-style dataset that is ready to be encoded.
 
-    sources: Mapping[str, int]
-    """How many captions came from where: txt, caption, metadata, column, prompt, none."""
-    notes: Sequence[str] = ()
-    """Lines for the user, about what is left out or looks wrong."""
+    Args:
+        ids: of the pictures.
+        captions: theirs.
+        trigger: word put in place of every [trigger], or in front of each caption.
+        transform: how the pictures become squares; None: they are of one size that the model can take.
+
+    Raises:
+        DataError: an id stands for two pictures.
+    """
+
+    def __init__(
+        self, ids: Sequence[str], captions: Sequence[Caption], *, trigger: str | None, transform: Preprocess | None
+    ) -> None:
+        self.ids, self.transform = list(ids), transform
+        self.captions = [with_trigger(caption.text, trigger) for caption in captions]
+        """With the trigger word; empty where there is neither a caption nor a prompt."""
+        self.sources = Counter(caption.source for caption in captions)
+        """How many captions came from where: txt, caption, metadata, column, prompt, none."""
+        self.triggerless = 0 if trigger else sum(TRIGGER in caption.text for caption in captions)
+        """How many captions say [trigger] although no trigger word was given."""
+        doubled = [name for name, count in Counter(ids).items() if count > 1]
+        if doubled:
+            raise DataError(f"two pictures have the id {doubled[0]!r}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @abstractmethod
+    def __getitem__(self, index: int, /) -> Example:
+        """Raises DataError if the picture can be read no longer."""
+
+    def notes(self) -> list[str]:
+        """Lines for the user about what was found: what is left out, or looks wrong."""
+        said = f"{self.triggerless} captions say [trigger], but no --trigger is given: it is left out of them"
+        return [said] if self.triggerless else []
 
 
-class Pictures(Protocol):
-    """A map-style dataset that is ready to be encoded."""
+class PictureFiles(Pictures):
+    """What the layouts share: every picture found is decoded once, and those that cannot be read are left out.
 
-    @property
-    def ids(self) -> Sequence[str]: ...
+    `where`, for messages, is what they are in; `names`, `captions` and `_file` speak of all pictures found, the
+    attributes of those that can be read.
 
-    @property
-    def captions(self) -> Sequence[str]: ...
+    Raises:
+        DataError: there are no pictures, or none that can be read.
+    """
 
-    @property
-    def transform(self) -> Preprocess | None: ...
+    def __init__(
+        self,
+        where: str,
+        names: Sequence[str],
+        captions: Sequence[Caption],
+        *,
+        trigger: str | None,
+        transform: Preprocess,
+        orphans: Sequence[str] = (),
+    ) -> None:
+        checked = check_images(names, self._file)
+        sizes = {place: size for place, size in enumerate(checked) if not isinstance(size, Skipped)}
+        self.skipped = [problem for problem in checked if isinstance(problem, Skipped)]
+        """Pictures that cannot be read."""
+        if not sizes:
+            raise DataError(f"{where}: none of {len(names)} pictures can be read; the first: {self.skipped[0]}")
+        self._places = list(sizes)
+        self.orphans = list(orphans)
+        """Caption files without a picture, relative to the folder."""
+        self.small = sum(min(size) < transform.resolution for size in sizes.values())
+        """How many pictures have a side below the resolution, and will be enlarged."""
+        super().__init__(
+            [names[place] for place in sizes],
+            [captions[place] for place in sizes],
+            trigger=trigger,
+            transform=transform,
+        )
 
-    def __len__(self) -> int: ...
+    @abstractmethod
+    def _file(self, place: int) -> PictureFile:
+        """Where the picture at this place of `names` is. Raises ValueError with the reason that there is none."""
 
-    def __getitem__(self, index: int, /) -> Example: ...
+    def __getitem__(self, index: int) -> Example:
+        image = open_image(self._file(self._places[index]), self.ids[index])
+        return Example(image, self.captions[index], self.ids[index])
 
-    def report(self) -> Report: ...
+    def notes(self) -> list[str]:
+        reasons = [f"{bad.path} ({bad.reason})" for bad in self.skipped]
+        resolution = self.transform.resolution if self.transform else 0
+        lines = {
+            f"{len(reasons)} skipped: {listed(reasons)}": reasons,
+            f"caption files without a picture, {len(self.orphans)}: {listed(self.orphans)}": self.orphans,
+            f"smaller than {resolution} px and enlarged: {self.small} pictures": self.small,
+        }
+        return [line for line, found in lines.items() if found] + super().notes()
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
     """The first few names, and how many more there are."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
-
-
-def about_triggers(triggerless: int) -> list[str]:
-    """A note about captions that say [trigger] where no trigger word was given."""
-    said = f"{triggerless} captions say [trigger], but no --trigger is given: it is left out of them"
-    return [said] if triggerless else []
-
-
-def refuse_doubled(ids: Sequence[str]) -> None:
-    """Raise DataError when an id stands for two pictures."""
-    doubled = [name for name, count in Counter(ids).items() if count > 1]
-    if doubled:
-        raise DataError(f"two pictures have the id {doubled[0]!r}")

@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.cache.encoded import Encoded
 from finetune.config import ResolvedConfig
+from finetune.data.pictures import Pictures
 from finetune.models.loading import DiffusionModel
 from finetune.run.samples import SamplePlan
 from finetune.training.trainer import Trainer
@@ -17,6 +18,7 @@ class Run:
 
     config: ResolvedConfig
     model: DiffusionModel
+    pictures: Pictures
     encoded: Encoded
     trainer: Trainer
     samples: SamplePlan

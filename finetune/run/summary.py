@@ -1,9 +1,6 @@
 """The lines a run prints before it starts: everything that a person would want to stop it for."""
 
-from collections.abc import Mapping
-
-from finetune.cache.encoded import Encoded
-from finetune.data.pictures import Report, listed
+from finetune.data.pictures import listed
 from finetune.data.sampler import steps_per_epoch
 from finetune.models.conditioners import ClipConditioner, spelt_words
 from finetune.models.lora import trainable
@@ -11,7 +8,7 @@ from finetune.run.parts import Run
 from finetune.run.samples import SamplePlan
 
 
-def print_summary(run: Run, report: Report) -> None:
+def print_summary(run: Run) -> None:
     """Model, pictures, captions, schedule, precision, samples and output, a line each; then what was noticed."""
     config, encoded, family = run.config, run.encoded, run.model.family
     batch = min(config.global_batch, len(encoded))
@@ -21,7 +18,7 @@ def print_summary(run: Run, report: Report) -> None:
         "learns": f"{_learns(run)} parameters",
         "pictures": f"{len(encoded)} photos: {config.max_train_steps} steps of {batch}, {epochs:.4g} epochs, "
         f"{config.resolution} px",
-        "captions": _captions(report.sources, encoded) if family.latent else "",
+        "captions": _captions(run) if family.latent else "",
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_scheduler}, "
         f"{config.lr_warmup_steps} warm-up steps{', EMA' if config.use_ema else ''}",
         "precision": f"{'fp32' if config.mixed_precision == 'no' else config.mixed_precision} "
@@ -32,7 +29,7 @@ def print_summary(run: Run, report: Report) -> None:
     for name, text in rows.items():
         if text:
             print(f"{name:>10}  {text}")
-    for line in [*report.notes, *_about_words(run)]:
+    for line in [*run.pictures.notes(), *_about_words(run)]:
         print(f"{'note':>10}  {line}")
 
 
@@ -45,11 +42,10 @@ def _learns(run: Run) -> str:
     return f"{lora}: {learned:.2f} M beside the UNet's {whole - learned:.1f} M"
 
 
-def _captions(sources: Mapping[str, int], encoded: Encoded) -> str:
+def _captions(run: Run) -> str:
     named = {"txt": ".txt files", "caption": ".caption files", "prompt": "--prompt"}
-    counts = ", ".join(f"{count} from {named.get(source, source)}" for source, count in sources.items())
-    distinct = len(set(encoded.captions))
-    return f"{counts or len(encoded.captions)} ({distinct} distinct)"
+    counts = ", ".join(f"{count} from {named.get(source, source)}" for source, count in run.pictures.sources.items())
+    return f"{counts} ({len(set(run.encoded.captions))} distinct)"
 
 
 def _samples(samples: SamplePlan) -> str:
