@@ -51,7 +51,8 @@ def _compare_adapter(adapter: Adapter, model: DiffusionModel, folder: Path) -> t
 
 def _compare_pipeline(model: DiffusionModel, folder: Path) -> tuple[list[str], float]:
     reloaded: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    unet = nn.Module.to(reloaded.unet, model.unet.device, model.unet.dtype).eval()  # diffusers' own `to` warns of it
+    # Not diffusers' own `to`, which warns of a dtype.
+    unet: Any = nn.Module.to(reloaded.unet, model.unet.device, model.unet.dtype).eval()
     differing = _differing(model.unet.state_dict(), unet.state_dict())
     trained = _answer(model)
     live, model.unet = model.unet, unet

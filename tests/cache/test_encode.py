@@ -10,7 +10,7 @@ from finetune.cache.encode import encode
 from finetune.cache.encoded import as_batch
 from finetune.data.datasets import ImageFolder
 from finetune.data.loader import batches
-from finetune.data.transforms import normalize
+from finetune.data.transforms import Preprocess, normalize
 from finetune.errors import DataError
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.lora import add_lora, trainable
@@ -40,7 +40,7 @@ def test_kept_and_live_encoding_give_the_same_losses(pictures: Path) -> None:
 def test_what_is_stored_is_the_posterior_and_flips_keep_two(pictures: Path, tiny: DiffusionModel) -> None:
     images = ImageFolder(pictures, resolution=64, random_flip=True)
     encoded = encode(images, tiny)
-    pixels, _ = images.transform(images[0].image, 0)
+    pixels, _ = Preprocess(64)(images[0].image, 0)
     for version, shown in ((0, pixels), (1, pixels.flip(-1))):
         posterior = tiny.encoder.vae.encode(normalize(shown[None])).latent_dist
         expected = torch.cat([posterior.mean, posterior.std], dim=1)[0]
