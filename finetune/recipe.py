@@ -21,8 +21,8 @@ from finetune.models.locate import Location, locate
 from finetune.models.lora import add_lora, trainable
 from finetune.results import hub, tracking
 from finetune.results.export import export, exported
-from finetune.results.sampling import draw_pictures, grid, save_picture, side_by_side
 from finetune.run import folder as run_folder
+from finetune.run.grids import discard_strangers, draw_grid, lay_side_by_side
 from finetune.run.parts import Run
 from finetune.run.precision import DTYPES
 from finetune.run.resolve import resolve, with_absolute_paths
@@ -75,15 +75,13 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
         seed=config.seed,
     )
     trainer = _trainer(config, model)
-    if folder.checkpoint:
-        trainer.load_state_dict(checkpoint.load(folder.checkpoint))
-        checkpoint.discard_after(folder.path, trainer.steps_done)
     samples = plan_samples(config, latent=found.family.latent, captions=encoded.captions, pictures=len(encoded))
     run_folder.begin(folder, config, digest(pictures))
     run = Run(config, model, pictures, encoded, trainer, samples, folder.path, accelerator)
     print_summary(run)
     tracking.start_trackers(accelerator, folder.path, as_settings(config))
     try:
+        _begin(run, folder.checkpoint)
         _train(run)
         _finish(run)
     except torch.OutOfMemoryError as error:
@@ -107,6 +105,15 @@ def _decide(
     return resolve(config, found, pictures=len(pictures), varied_captions=varied, device=device), found, pictures
 
 
+def _begin(run: Run, resumed: Path | None) -> None:
+    """The grid of the untrained model, then what the run has learned before, without anything that came after."""
+    draw_grid(run)
+    if resumed:
+        run.trainer.load_state_dict(checkpoint.load(resumed))
+        checkpoint.discard_after(run.folder, run.trainer.steps_done)
+    discard_strangers(run)
+
+
 def _train(run: Run) -> None:
     """The loop: from the trainer's step to the last."""
     config, trainer, samples = run.config, run.trainer, run.samples
@@ -124,8 +131,8 @@ def _train(run: Run) -> None:
         device=run.accelerator.device,
     )
     with catch_signals() as stop, tracking.progress_bar(trainer.steps_done, total) as bar:
-        if trainer.steps_done == 0 or due(trainer.steps_done, samples.every):
-            _draw_samples(run)
+        if trainer.steps_done == total or due(trainer.steps_done, samples.every):  # the last part stopped before it
+            draw_grid(run)
         clock = time.perf_counter()
         for batch in steps:
             metrics = trainer.step(batch)
@@ -139,7 +146,7 @@ def _train(run: Run) -> None:
                 if stop.number and not last:
                     raise Interrupted(f"stopped at step {metrics.step} of {total}; {saved} is kept", stop.number)
             if last or due(metrics.step, samples.every):
-                _draw_samples(run)
+                draw_grid(run)
             clock = time.perf_counter()
 
 
@@ -153,9 +160,7 @@ def _finish(run: Run) -> None:
     config, folder = run.config, run.folder
     with run.trainer.averaged():
         difference = export(run.model, folder)
-    first, last = folder / "samples/step-0.png", folder / f"samples/step-{config.max_train_steps}.png"
-    if run.samples.prompts and first.exists():
-        side_by_side(first, last, folder / "samples/before-after.png")
+    lay_side_by_side(run)
     run.accelerator.end_training()
     run_folder.finish(folder, {"steps": run.trainer.steps_done, "reloaded_output_difference": difference})
     what = exported(folder)
@@ -239,25 +244,3 @@ def _trainer(config: ResolvedConfig, model: DiffusionModel) -> Trainer:
         ema=ema,
         seed=config.seed,
     )
-
-
-def _draw_samples(run: Run) -> None:
-    """A grid with the same prompts and seeds each time, as samples/step-N.png, unless it is there already."""
-    config, model, step = run.config, run.model, run.trainer.steps_done
-    path = run.folder / f"samples/step-{step}.png"
-    if not run.samples.prompts or path.exists():
-        return
-    with run.trainer.averaged(), run.trainer.autocast():
-        rows = draw_pictures(
-            model,
-            run.samples.prompts,
-            range(run.samples.pictures),
-            resolution=config.resolution,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-        )
-    model.conditioner.to("cpu")
-    if not config.live_encoding:
-        model.encoder.to("cpu")
-    save_picture(grid(rows, run.samples.prompts, title=f"step {step}"), path)
-    tracking.track_pictures(run.accelerator, step, path)

@@ -309,3 +309,32 @@ def test_a_signal_to_the_command_and_its_workers_keeps_a_checkpoint(
     assert "stopped at step" in error.splitlines()[-1]
     assert "is kept" in error.splitlines()[-1]
     assert checkpoint.latest(log.parent) is not None
+
+
+def grids_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "samples").iterdir()}
+
+
+def test_the_end_of_a_run_is_repeated_from_wherever_it_was_cut_off(pictures: Path, tmp_path: Path) -> None:
+    config = options(pictures, tmp_path / "out", sample_every=2, eval_batch_size=1, num_inference_steps=2)
+    out = fine_tune(config)
+    exported, grids = (out / LORA).read_bytes(), grids_of(out)
+    for lost in (["step-4.png"], ["before-after.png"], ["step-0.png", "step-4.png", "before-after.png"]):
+        for name in (*(f"samples/{name}" for name in lost), "result.json", LORA):
+            (out / name).unlink()
+        assert fine_tune(config) == out  # killed after the last checkpoint
+        assert grids_of(out) == {name: grids[name] for name in grids_of(out)}
+        assert set(lost) <= set(grids_of(out))
+        assert (out / LORA).read_bytes() == exported
+
+
+def test_grids_of_other_prompts_or_of_a_later_step_do_not_stay(pictures: Path, tmp_path: Path) -> None:
+    drawn = {"sample_every": 2, "eval_batch_size": 1, "num_inference_steps": 2, "checkpoints_total_limit": 0}
+    config = options(pictures, tmp_path / "out", checkpointing_steps=2, sample_prompts=["a disc"], **drawn)
+    out = fine_tune(config)
+    first = grids_of(out)
+    other = replace(config, sample_prompts=["a red disc"], resume_from_checkpoint=str(out / "checkpoint-2"))
+    fine_tune(other)
+    assert all(grids_of(out)[name] != content for name, content in first.items())
+    fine_tune(replace(config, resume_from_checkpoint=str(out / "checkpoint-2")))
+    assert grids_of(out) == first

@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from finetune.files import write_whole
 from finetune.models.loading import DiffusionModel
 
 MARGIN = 8
 """Pixels between the pictures of a grid."""
+_SHOWS = "finetune"
 
 
 @torch.no_grad()
@@ -124,8 +126,18 @@ def side_by_side(before: Path, after: Path, to: Path) -> None:
     save_picture(sheet, to)
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
-    content = io.BytesIO()
-    picture.save(content, format="PNG")
+def save_picture(picture: Image.Image, path: Path, *, shows: str = "") -> None:
+    """Write a PNG, whole or not at all; `shows` says what it is a picture of, for `already_shows`."""
+    content, note = io.BytesIO(), PngInfo()
+    if shows:
+        note.add_text(_SHOWS, shows)
+    picture.save(content, format="PNG", pnginfo=note)
     write_whole(path, content.getvalue())
+
+
+def already_shows(path: Path, shows: str) -> bool:
+    """Whether `save_picture` has written this very picture there before."""
+    if not path.exists():
+        return False
+    with Image.open(path) as picture:
+        return picture.info.get(_SHOWS) == shows

@@ -1,0 +1,59 @@
+"""The sample grids of a run. Each belongs to a step, prompts and settings; what does not belong is drawn anew."""
+
+import re
+from pathlib import Path
+
+from finetune.results import tracking
+from finetune.results.sampling import already_shows, draw_pictures, grid, save_picture, side_by_side
+from finetune.run.parts import Run
+from finetune.seeding import fold
+
+_NAME = re.compile(r"step-(\d+)\.png")
+
+
+def draw_grid(run: Run) -> None:
+    """A grid with the same prompts and seeds each time, as samples/step-N.png, unless it is there already."""
+    config, model, samples, step = run.config, run.model, run.samples, run.trainer.steps_done
+    path = _path(run, step)
+    if not samples.prompts or already_shows(path, _settings(run)):
+        return
+    with run.trainer.averaged(), run.trainer.autocast():
+        rows = draw_pictures(
+            model,
+            samples.prompts,
+            range(samples.pictures),
+            resolution=config.resolution,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+        )
+    model.conditioner.to("cpu")
+    if not config.live_encoding:
+        model.encoder.to("cpu")
+    save_picture(grid(rows, samples.prompts, title=f"step {step}"), path, shows=_settings(run))
+    tracking.track_pictures(run.accelerator, step, path)
+
+
+def discard_strangers(run: Run) -> None:
+    """Delete grids of later steps, which this run may not come to, and those of other prompts or settings."""
+    for path in (run.folder / "samples").iterdir():
+        match = _NAME.fullmatch(path.name)
+        if match and (int(match[1]) > run.trainer.steps_done or not already_shows(path, _settings(run))):
+            path.unlink()
+
+
+def lay_side_by_side(run: Run) -> None:
+    """samples/before-after.png from the first grid and the last."""
+    if run.samples.prompts:
+        last = _path(run, run.config.max_train_steps)
+        side_by_side(_path(run, 0), last, run.folder / "samples/before-after.png")
+
+
+def _path(run: Run, step: int) -> Path:
+    return run.folder / f"samples/step-{step}.png"
+
+
+def _settings(run: Run) -> str:
+    """A digest of everything but the weights that decides what a grid shows."""
+    config, samples = run.config, run.samples
+    settings = (samples.pictures, config.resolution, config.num_inference_steps, config.guidance_scale)
+    return f"{fold(*samples.prompts, *map(str, settings)):016x}"
