@@ -40,7 +40,7 @@ def save(run_folder: Path, state: Mapping[str, Any], keep: int = 0) -> Path:
     for name in files:
         tensors = {key: tensor.detach().contiguous() for key, tensor in contents[name].items()}
         save_file(tensors, scratch / _FILES[name])
-    record = {"step": state["step"], "scaler": state["scaler"], "optimizer": plain, "files": files}
+    record = {"step": state["step"], "updates": state["updates"], "scaler": state["scaler"], "optimizer": plain, "files": files}
     (scratch / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     flush_tree(scratch)
     if folder.exists():
@@ -87,6 +87,7 @@ def load(folder: Path) -> dict[str, Any]:
             "ema": tensors["ema"],
             "scaler": record["scaler"],
             "step": record["step"],
+            "updates": record.get("updates", record["step"]),  # version 0.1.0 counted the steps that fp16 skipped
         }
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise RunError(f"{folder} is not a readable checkpoint: {error}") from error

@@ -53,11 +53,11 @@ class Trainer:
         encoder: turns what a batch stores into x0.
         objective: draws noise and timesteps, measures the error.
         optimizer: over the trainable parameters.
-        learning_rate: step (0 for the first) -> rate; None keeps the optimizer's own.
+        learning_rate: updates done before (0 for the first) -> rate; None keeps the optimizer's own.
         micro_batch_size: examples per forward pass; None: the whole batch at once. Changes nothing but memory.
         max_grad_norm: clip to this norm; 0: never.
         precision: dtype of autocast; None computes in the weights' own. fp16 scales the loss dynamically.
-        ema: updated after each step.
+        ema: follows each update.
         seed: of the dropout inside the network, anew for each step and micro-batch.
     """
 
@@ -87,6 +87,8 @@ class Trainer:
         self.ema = ema
         self.seed = seed
         self.steps_done = 0
+        self.updates = 0
+        """Steps that changed the weights: all but those that fp16 skipped. The learning rate and the EMA count these."""
         self.overflows = 0
         self.parameters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
@@ -125,8 +127,10 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(self.steps_done)
+        if not self.overflows:
+            if self.ema is not None:
+                self.ema.update(self.updates)
+            self.updates += 1
         self.steps_done += 1
         return StepMetrics(self.steps_done, loss, None if self.overflows else grad_norm, lr, len(batch))
 
@@ -148,7 +152,7 @@ class Trainer:
     def _set_learning_rate(self) -> float:
         if self.learning_rate is not None:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(self.steps_done)
+                group["lr"] = self.learning_rate(self.updates)
         return self.optimizer.param_groups[0]["lr"]
 
     def _refuse_or_skip(self, batch: Batch, losses: Tensor, loss: float, grad_norm: float) -> None:
@@ -187,6 +191,7 @@ class Trainer:
             "ema": {} if self.ema is None else self.ema.shadow,
             "scaler": self.scaler.state_dict(),
             "step": self.steps_done,
+            "updates": self.updates,
         }
 
     @torch.no_grad()
@@ -204,4 +209,4 @@ class Trainer:
         if self.ema is not None:
             self.ema.load(state["ema"])
         self.scaler.load_state_dict(dict(state["scaler"]))
-        self.steps_done = state["step"]
+        self.steps_done, self.updates = state["step"], state["updates"]

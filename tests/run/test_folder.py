@@ -12,7 +12,7 @@ from finetune.run import folder as runs
 from finetune.run.resolve import resolve
 from finetune.training import checkpoint
 
-STATE = {"weights": {}, "optimizer": {"state": {}, "param_groups": []}, "ema": {}, "scaler": {}, "step": 5}
+STATE = {"weights": {}, "optimizer": {"state": {}, "param_groups": []}, "ema": {}, "scaler": {}, "step": 5, "updates": 5}
 GIVEN = TrainConfig(model="tiny", data="images", lr_scheduler="constant", max_train_steps=10, prompt="a butterfly")
 
 

@@ -19,6 +19,7 @@ def state(step: int, optimizer: str = "adamw") -> dict:
         "ema": {"a.weight": torch.ones(2, 3)},
         "scaler": {},
         "step": step,
+        "updates": step - 1,
     }
 
 

@@ -15,6 +15,7 @@ from finetune.errors import RunError
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.lora import add_lora, trainable
 from finetune.training.ema import Ema
+from finetune.training.ema import Ema
 from finetune.training.objective import NoisePrediction
 from finetune.training.trainer import Trainer
 
@@ -125,9 +126,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_example
     assert trainer.steps_done == 0
 
 
-def overflowing(encoded: Encoded, overflows: int) -> Trainer:
+def overflowing(encoded: Encoded, overflows: int, **options: object) -> Trainer:
     """A trainer in fp16 (on the CPU) whose gradient is infinite in its first steps."""
-    _, trainer = make("lora", precision=torch.float16)
+    _, trainer = make("lora", precision=torch.float16, **options)
+    trainer.ema = Ema(trainer.parameters)
     batch = next(steps(encoded, 1, batch_size=2))
     calls = iter(range(1000))
     parameter = next(iter(trainer.parameters.values()))
@@ -143,6 +145,14 @@ def overflowing(encoded: Encoded, overflows: int) -> Trainer:
 
 def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(encoded: Encoded) -> None:
     assert overflowing(encoded, 2).scaler.get_scale() == 2**16 / 4
+
+
+def test_schedule_and_average_wait_while_fp16_skips_steps(encoded: Encoded) -> None:
+    trainer = overflowing(encoded, 2, learning_rate=lambda update: (1e-4, 2e-4)[update])
+    assert (trainer.steps_done, trainer.updates) == (3, 1)
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-4  # the rate of the first update, at the third step
+    for name, parameter in trainer.parameters.items():  # the first update replaces the average, a third would not
+        assert torch.equal(trainer.ema.shadow[name], parameter)
 
 
 def test_fp16_that_only_overflows_is_an_error(encoded: Encoded) -> None:
