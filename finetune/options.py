@@ -15,7 +15,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
-Change = Literal["another run", "on resume", "length", "free"]
+Change = Literal["another run", "on resume", "length", "machine", "free"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class About:
     """What must be there for the option to do anything: a key of `finetune.run.resolve.NEEDS`."""
     change: Change = "another run"
     """What another value makes of a run: another run; the same, if it is resumed by name ("length": and its learning
-    rate does not depend on the length); or always the same ("free": says nothing about the result)."""
+    rate does not depend on the length); the same, if the machine and not the user chose it; or always the same
+    ("free": says nothing about the result)."""
     names: tuple[str, ...] = ()
     """Other names under which it is accepted: those of the Hugging Face tutorial and scripts."""
     called: tuple[str, ...] = ()
@@ -75,8 +76,8 @@ class ModelOptions:
     """Layer names (their endings) that get an adapter. Default: attention and feed-forward."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """auto: bf16 where the hardware multiplies it natively (CPUs included), else no."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = option("auto", change="machine")
+    """auto: bf16 where the hardware multiplies it natively (CPUs included), else fp16 on a GPU and no on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """fine_tune(config): puts the parts together and owns the loop, in plain sight."""
 
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -54,9 +55,12 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
         FinetuneError: of the kinds in `finetune.errors`, each with one line that says what to do.
     """
     quiet_libraries()
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UsageError(f"{processes} processes were launched; this version trains on one")
     if config.push_to_hub:
         hub.check_login(config.hub_model_id)
-    accelerator = _accelerator(config)
+    tracking.check_installed(config.report_to)
+    accelerator = Accelerator(log_with=list(config.report_to) or None, project_dir="runs")
     config, found, pictures = _decide(config, dataset, accelerator.device)
     folder = run_folder.choose(config, digest(pictures))
     if folder.note:
@@ -64,8 +68,23 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
     if folder.finished:
         _push(config, folder.path)
         return folder.path
-    run_folder.prepare(folder)
+    with run_folder.occupied(folder):
+        run = _put_together(config, found, pictures, folder, accelerator)
+        try:
+            _begin(run, folder.checkpoint)
+            _train(run)
+            _finish(run)
+        except torch.OutOfMemoryError as error:
+            raise RunError(f"out of memory: {_LESS_MEMORY}") from error
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{folder.path}: {error}; what was saved before is whole") from error
+    return folder.path
 
+
+def _put_together(
+    config: ResolvedConfig, found: Location, pictures: Pictures, folder: run_folder.RunFolder, accelerator: Accelerator
+) -> Run:
+    """Load the model, encode the pictures, and record and say what is going to happen."""
     model = _load(config, found).to(accelerator.device)
     encoded = encode(
         pictures,
@@ -80,15 +99,7 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
     run = Run(config, model, pictures, encoded, trainer, samples, folder.path, accelerator)
     print_summary(run)
     tracking.start_trackers(accelerator, folder.path, as_settings(config))
-    try:
-        _begin(run, folder.checkpoint)
-        _train(run)
-        _finish(run)
-    except torch.OutOfMemoryError as error:
-        raise RunError(f"out of memory: {_LESS_MEMORY}") from error
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{folder.path}: {error}; what was saved before is whole") from error
-    return folder.path
+    return run
 
 
 def _decide(
@@ -175,14 +186,6 @@ def _push(config: ResolvedConfig, folder: Path) -> None:
     if config.push_to_hub:
         private = bool(config.hub_private_repo)
         print("pushed:", hub.push(folder, config.hub_model_id, private=private, settings=as_settings(config)))
-
-
-def _accelerator(config: TrainConfig) -> Accelerator:
-    tracking.check_installed(config.report_to)
-    accelerator = Accelerator(log_with=list(config.report_to) or None, project_dir="runs")
-    if accelerator.num_processes > 1:
-        raise UsageError(f"{accelerator.num_processes} processes were launched; this version trains on one")
-    return accelerator
 
 
 def _load(config: ResolvedConfig, found: Location) -> DiffusionModel:

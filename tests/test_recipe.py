@@ -338,3 +338,12 @@ def test_grids_of_other_prompts_or_of_a_later_step_do_not_stay(pictures: Path, t
     assert all(grids_of(out)[name] != content for name, content in first.items())
     fine_tune(replace(config, resume_from_checkpoint=str(out / "checkpoint-2")))
     assert grids_of(out) == first
+
+
+def test_several_processes_are_refused_before_anything_is_written(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="2 processes were launched; this version trains on one"):
+        fine_tune(options(pictures, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

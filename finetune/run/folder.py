@@ -1,10 +1,13 @@
 """Run folders: what is in one, and what a command does with it, by one table."""
 
+import fcntl
 import itertools
 import json
+import os
 import tempfile
 import typing
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -107,10 +110,18 @@ def _folder(deed: Deed, asked: str, path: Path, checkpoint: Path | None, config:
         how = "give more --max_train_steps to go on" if "resume" in asked else "change an option to start another"
         note = f"{path}: this run is finished; {how}"
     elif checkpoint:
-        note = f"resuming {checkpoint}"
+        note = f"resuming {checkpoint}{_on_another_machine(path, config)}"
     elif deed == "go on" or asked == "resume latest":
         note = f"{path}: no checkpoint {'yet' if deed == 'go on' else 'found'}, starting from the beginning"
     return RunFolder(path, checkpoint, finished=deed == "say finished", note=note, overwrite=deed == "replace")
+
+
+def _on_another_machine(path: Path, config: ResolvedConfig) -> str:
+    """What this machine decides otherwise than the one on which the run began, should it differ."""
+    earlier, now = as_dict(load_resolved(path / "config.toml")), as_dict(config)
+    machine = [name for name, known in about().items() if known.change == "machine"]
+    changed = [f"{name}: {earlier[name]} -> {now[name]}" for name in machine if earlier[name] != now[name]]
+    return f" ({'; '.join(changed)}: from here on its bits are this machine's)" if changed else ""
 
 
 def _state(path: Path, checkpoint: Path | None, config: ResolvedConfig, data: str) -> tuple[State, str]:
@@ -179,11 +190,14 @@ def _resume_folder(config: TrainConfig) -> Path:
     return max(numbered, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=base)
 
 
-def prepare(folder: RunFolder) -> None:
-    """Make the folder and show that it can be written, before anything heavy is loaded.
+@contextmanager
+def occupied(folder: RunFolder) -> Iterator[None]:
+    """Make the folder, show that it can be written, and hold it: inside, no other process can run in it.
+
+    The system drops the lock when the process ends, however it ends.
 
     Raises:
-        UsageError: it cannot be written.
+        UsageError: it cannot be written, or another process holds it.
     """
     try:
         (folder.path / "samples").mkdir(parents=True, exist_ok=True)
@@ -191,6 +205,14 @@ def prepare(folder: RunFolder) -> None:
             pass
     except OSError as error:
         raise UsageError(f"output_dir {folder.path} cannot be written: {error.strerror}") from error
+    descriptor = os.open(folder.path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UsageError(f"output_dir {folder.path}: another process is training in it") from error
+    finally:
+        os.close(descriptor)
 
 
 def begin(folder: RunFolder, config: ResolvedConfig, data: str) -> None:
@@ -218,7 +240,7 @@ def differences(a: ResolvedConfig, b: ResolvedConfig, *, resumed: bool = False) 
     return [
         f"{name}: {mine[name]} -> {theirs[name]}"
         for name, known in about().items()
-        if known.change not in free and mine[name] != theirs[name]
+        if known.change not in free | ({"machine"} if name not in b.given else set()) and mine[name] != theirs[name]
     ]
 
 

@@ -12,7 +12,7 @@ def resolve_precision(wanted: str, device: torch.device, *, small: bool) -> str:
     """ "no", "fp16" or "bf16".
 
     Args:
-        wanted: also "auto": bf16 where the hardware multiplies it natively, else no.
+        wanted: also "auto": bf16 where the hardware multiplies it natively, else fp16 on a GPU and no on a CPU.
         device: where the UNet runs.
         small: a network that gains nothing from bf16 on a CPU; "auto" then means no there.
 
@@ -24,7 +24,7 @@ def resolve_precision(wanted: str, device: torch.device, *, small: bool) -> str:
     if wanted != "auto":
         return wanted
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if (
         device.type == "cpu"
         and not small

@@ -40,7 +40,7 @@ def save(run_folder: Path, state: Mapping[str, Any], keep: int = 0) -> Path:
     for name in files:
         tensors = {key: tensor.detach().contiguous() for key, tensor in contents[name].items()}
         save_file(tensors, scratch / _FILES[name])
-    record = {"step": state["step"], "updates": state["updates"], "scaler": state["scaler"], "optimizer": plain, "files": files}
+    record = {name: state[name] for name in ("step", "updates", "scaler")} | {"optimizer": plain, "files": files}
     (scratch / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     flush_tree(scratch)
     if folder.exists():

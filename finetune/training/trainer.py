@@ -88,7 +88,7 @@ class Trainer:
         self.seed = seed
         self.steps_done = 0
         self.updates = 0
-        """Steps that changed the weights: all but those that fp16 skipped. The learning rate and the EMA count these."""
+        """Steps that changed the weights: all but those that fp16 skipped. Learning rate and EMA count these."""
         self.overflows = 0
         self.parameters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)

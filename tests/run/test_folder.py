@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,14 @@ from finetune.run import folder as runs
 from finetune.run.resolve import resolve
 from finetune.training import checkpoint
 
-STATE = {"weights": {}, "optimizer": {"state": {}, "param_groups": []}, "ema": {}, "scaler": {}, "step": 5, "updates": 5}
+STATE = {
+    "weights": {},
+    "optimizer": {"state": {}, "param_groups": []},
+    "ema": {},
+    "scaler": {},
+    "step": 5,
+    "updates": 5,
+}
 GIVEN = TrainConfig(model="tiny", data="images", lr_scheduler="constant", max_train_steps=10, prompt="a butterfly")
 
 
@@ -35,8 +44,8 @@ def choose(config: ResolvedConfig, data: str = "digest") -> runs.RunFolder:
 
 def started(config: ResolvedConfig, finished: bool = False) -> Path:
     folder = choose(config)
-    runs.prepare(folder)
-    runs.begin(folder, config, "digest")
+    with runs.occupied(folder):
+        runs.begin(folder, config, "digest")
     (folder.path / "metrics.jsonl").write_text("")
     checkpoint.save(folder.path, STATE)
     if finished:
@@ -113,8 +122,8 @@ def test_other_pictures_or_captions_are_another_run() -> None:
 
 def test_a_start_that_failed_does_not_occupy_the_folder() -> None:
     folder = choose(CONFIG)
-    runs.prepare(folder)
-    runs.begin(folder, CONFIG, "digest")
+    with runs.occupied(folder):
+        runs.begin(folder, CONFIG, "digest")
     assert choose(replace(CONFIG, seed=1)).path == folder.path
 
 
@@ -167,8 +176,8 @@ def test_a_path_that_is_no_checkpoint_is_refused() -> None:
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = replace(CONFIG, output_dir="file/out")
-    with pytest.raises(UsageError, match="file/out cannot be written"):
-        runs.prepare(choose(config))
+    with pytest.raises(UsageError, match="file/out cannot be written"), runs.occupied(choose(config)):
+        pass
 
 
 def test_the_recorded_config_repeats_the_run() -> None:
@@ -266,3 +275,34 @@ def test_a_run_whose_first_checkpoint_was_never_written_starts_over() -> None:
     again = choose(CONFIG)
     assert (again.path, again.checkpoint) == (path, None)
     assert "no checkpoint yet, starting from the beginning" in again.note
+
+
+def test_a_folder_in_which_another_process_trains_is_refused_until_that_process_is_gone() -> None:
+    folder = choose(CONFIG)
+    code = f"""
+import time
+from pathlib import Path
+from finetune.run.folder import RunFolder, occupied
+with occupied(RunFolder(Path({str(folder.path)!r}))):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match="another process is training in it"), runs.occupied(folder):
+            pass
+        other.kill()
+    with runs.occupied(folder):
+        pass
+
+
+def test_a_precision_that_the_machine_chose_makes_no_other_run_and_is_told() -> None:
+    path = started(CONFIG)
+    elsewhere = replace(CONFIG, mixed_precision="bf16")
+    again = choose(elsewhere)
+    assert (again.path, again.checkpoint) == (path, path / "checkpoint-5")
+    assert "mixed_precision: no -> bf16" in again.note
+    assert "mixed_precision" not in choose(CONFIG).note
+    asked = replace(elsewhere, elsewhere.given | {"mixed_precision"})
+    assert choose(asked).path == Path("runs/images-tiny-2")

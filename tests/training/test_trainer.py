@@ -15,7 +15,6 @@ from finetune.errors import RunError
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.lora import add_lora, trainable
 from finetune.training.ema import Ema
-from finetune.training.ema import Ema
 from finetune.training.objective import NoisePrediction
 from finetune.training.trainer import Trainer
 

@@ -1,0 +1,20 @@
+import pytest
+import torch
+
+from finetune.errors import UsageError
+from finetune.run.precision import resolve_precision
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_a_gpu_computes_in_half_precision_also_where_it_has_no_bf16(
+    monkeypatch: pytest.MonkeyPatch, native: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert resolve_precision("auto", torch.device("cuda"), small=True) == expected
+
+
+def test_a_cpu_refuses_fp16_and_leaves_small_networks_in_fp32() -> None:
+    assert resolve_precision("auto", torch.device("cpu"), small=True) == "no"
+    assert resolve_precision("bf16", torch.device("cpu"), small=True) == "bf16"
+    with pytest.raises(UsageError, match="a CPU cannot compute in fp16; allowed here is bf16, no or auto"):
+        resolve_precision("fp16", torch.device("cpu"), small=False)
