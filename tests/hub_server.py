@@ -87,7 +87,8 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{wanted['organization'] or OWNER}/{wanted['name']}"
         exists = name in self.hub.repositories
         if not exists:
-            self.hub.repositories[name] = Repository(wanted.get("visibility") == "private")
+            asked = wanted.get("visibility") == "private" or wanted.get("private") is True  # as newer and older say it
+            self.hub.repositories[name] = Repository(asked)
         self._send({"url": f"{self.hub.url}/{name}"}, 409 if exists else 200)
 
     def do_GET(self) -> None:

@@ -5,7 +5,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 from tqdm.auto import tqdm
 
 from finetune import seeding
@@ -80,11 +79,11 @@ def _each_once(what: str, names: Iterable[str], encode: Callable[[str], T]) -> d
 
 
 def _encode_picture(pictures: Pictures, index: int, encoder: Encoder, seed: int) -> tuple[Tensor, Tensor]:
-    """A picture's encodings (F, C, h, w), F = 2 with its mirror image where flips are wanted, and its geometry (6,)."""
+    """A picture's encodings (F, C, h, w), F = 2 with its mirror image where flips are wanted; their geometry (F, 6)."""
     name = pictures.ids[index]
-    pixels, geometry = pixels_of(pictures, index, seeding.example_key(seed, name, 0), flip=False)
-    versions = [pixels, functional.horizontal_flip(pixels)] if wants_flips(pictures) else [pixels]
-    stored = encoder.encode(normalize(torch.stack(versions))).cpu()
+    key, flips = seeding.example_key(seed, name, 0), (False, True) if wants_flips(pictures) else (False,)
+    pixels, geometries = zip(*[pixels_of(pictures, index, key, flip) for flip in flips], strict=True)
+    stored = encoder.encode(normalize(torch.stack(pixels))).cpu()
     if not stored.float().isfinite().all():
         raise DataError(f"{name}: its encoding is not finite")
-    return stored, geometry
+    return stored, torch.stack(geometries)

@@ -19,11 +19,12 @@ class Kept:
     stored: Sequence[Tensor]
     """Per picture (F, C, h, w): F = 1, or 2 where flips are wanted (as it is, mirrored)."""
     geometry: Sequence[Tensor]
+    """Per picture (F, 6)."""
 
     def load(self, index: int, key: int) -> tuple[Tensor, Tensor]:
         """The stored encoding (C, h, w), mirrored half of the time if flips are kept, and its geometry (6,)."""
-        versions = self.stored[index]
-        return versions[int(len(versions) > 1 and _flipped(key))], self.geometry[index]
+        version = int(len(self.stored[index]) > 1 and _flipped(key))
+        return self.stored[index][version], self.geometry[index][version]
 
 
 @dataclass(frozen=True)

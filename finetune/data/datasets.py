@@ -131,7 +131,9 @@ def _picture_column(rows: "datasets.Dataset", column: str) -> "datasets.Dataset"
         pictures = rows.with_format(None).select_columns([column])
         return pictures.cast_column(column, datasets.Image(decode=False)).rename_column(column, "picture")
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise DataError(f"--image_column {column}: holds {rows.features[column]}, not pictures") from error
+        kind = rows.features[column]
+        plain = f"Value({kind.dtype!r})" if isinstance(kind, datasets.Value) else kind
+        raise DataError(f"--image_column {column}: holds {plain}, not pictures") from error
 
 
 def _caption_texts(rows: "datasets.Dataset", column: str) -> list[str | None]:

@@ -33,8 +33,8 @@ def check_login(repository: str | None = None) -> None:
     if constants.HF_HUB_OFFLINE:
         raise UsageError("push_to_hub: HF_HUB_OFFLINE is set; unset it to push")
     try:
-        validate_repo_id(repository or "any")
-    except HFValidationError as error:
+        validate_repo_id((repository or "any").encode("ascii").decode())  # older hub libraries let letters like é pass
+    except (HFValidationError, UnicodeEncodeError) as error:
         allowed = "owner/name or name, of letters, digits and single '-', '_', '.'"
         raise UsageError(f"hub_model_id {repository!r}: allowed is {allowed}") from error
 

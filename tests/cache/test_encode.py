@@ -14,6 +14,7 @@ from finetune.data.transforms import Preprocess, normalize
 from finetune.errors import DataError
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.lora import add_lora, trainable
+from finetune.seeding import example_key
 from finetune.training.objective import NoisePrediction
 from finetune.training.trainer import Trainer
 
@@ -99,6 +100,23 @@ def test_a_random_crop_is_drawn_once_when_kept_and_at_each_visit_when_live(
                 seen.setdefault(name, set()).add(tuple(row))
         wide = seen["00.png"]  # 80 x 64: the crop can move
         assert len(wide) > 1 if live else len(wide) == 1
+
+
+def test_a_mirrored_picture_has_the_mirrored_corner(pictures: Path, tiny: DiffusionModel) -> None:
+    images = ImageFolder(pictures, resolution=64, center_crop=False, random_flip=True)
+    place = images.ids.index("00.png")  # 80 x 64: the crop can move
+    key = example_key(0, "00.png", 0)
+    plain, mirrored = (
+        Preprocess(64, center_crop=False)(images[place].image, key, flip)[1].tolist() for flip in (False, True)
+    )
+    assert plain[3] + mirrored[3] == 80 - 64
+    seen: dict[bool, list[int]] = {}
+    encoded = encode(images, tiny)
+    for batch in batches(encoded, batch_size=6, steps=20):
+        row = batch.ids.index("00.png")
+        flipped = torch.equal(batch.stored[row], encoded.visits.stored[place][1])
+        seen[flipped] = batch.geometry[row].tolist()
+    assert seen == {False: plain, True: mirrored}
 
 
 class Squares(Dataset):

@@ -42,7 +42,7 @@ def test_the_training_schedule_is_a_ddpm_scheduler_and_the_pipeline_keeps_its_ow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_unet_holds_what_diffusers_loads(dtype: torch.dtype) -> None:
     ours = load_model("tiny", dtype=dtype).unet.state_dict()
-    theirs = StableDiffusionPipeline.from_pretrained(tiny_folder(), dtype=dtype).unet.state_dict()
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_folder()).unet.to(dtype).state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) and tensor.dtype == dtype for name, tensor in ours.items())
 
