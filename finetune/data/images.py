@@ -1,5 +1,7 @@
 """Find pictures in a folder and open them, whatever they are, as upright 8 bit RGB."""
 
+import io
+import logging
 import os
 import struct
 import zlib
@@ -11,10 +13,12 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from tqdm import tqdm
 
 from finetune.errors import DataError
+
+_log = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 """Endings (in any case) of the files that are read as pictures."""
@@ -117,7 +121,7 @@ def open_image(source: PictureFile, name: str | None = None) -> Image.Image:
         raise DataError(f"{name or source}: {_reason(error)}") from error
 
 
-def _decode(source: PictureFile) -> Image.Image:
+def _decode(source: PictureFile, name: str | None = None) -> Image.Image:
     Image.init()  # all formats, before threads race to register them
     formats = [name for name in Image.ID if name in _FORMATS]
     if isinstance(source, Path) and source.exists() and not source.is_file():
@@ -127,7 +131,7 @@ def _decode(source: PictureFile) -> Image.Image:
             raise ValueError("the file is empty")
         with Image.open(file, formats=formats) as image:
             image.load()
-            return to_rgb(image)
+            return to_rgb(image, name)
 
 
 def _reason(error: Exception) -> str:
@@ -141,8 +145,11 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     """`image` as 8 bit RGB: turned as its EXIF says, alpha and palette transparency over white, 16 bit grey scaled.
+
+    An embedded colour profile is converted to sRGB; one that is broken or does not fit the pixels is ignored, which is
+    told where the picture has a `name`.
 
     Raises:
         ValueError: the pixels have no known range (floats, or whole numbers beyond 16 bits).
@@ -153,8 +160,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         opaque = image.convert("RGBA")
         white = Image.new("RGBA", opaque.size, "white")
-        return Image.alpha_composite(white, opaque).convert("RGB")
-    return image.convert("RGB")
+        return _in_srgb(Image.alpha_composite(white, opaque).convert("RGB"), image.info.get("icc_profile"), name)
+    return _in_srgb(image.convert("RGB") if image.mode in ("1", "P") else image, image.info.get("icc_profile"), name)
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None, name: str | None) -> Image.Image:
+    """RGB pixels that look the same without the profile as `image` with it."""
+    if not profile:
+        return image.convert("RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if ImageCms.getProfileDescription(source).startswith("sRGB"):
+            return image.convert("RGB")
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError) as error:
+        if name is not None:
+            _log.warning("%s: its colour profile is ignored: %s", name, error)
+        return image.convert("RGB")
+    return converted or image
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -188,7 +211,7 @@ def check_images(names: Sequence[str], source: Callable[[int], PictureFile]) -> 
 
     def check(position: int) -> tuple[int, int] | Skipped:
         try:
-            size = _decode(source(position)).size
+            size = _decode(source(position), names[position]).size
         except _READ_ERRORS as error:
             return Skipped(names[position], _reason(error))
         if max(size) > _LONGEST_STRIP * min(size):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms
 
 from finetune.data.images import Skipped, check_images, find_images, list_files, open_image, to_rgb
 from finetune.errors import DataError
@@ -219,3 +219,35 @@ def test_a_name_that_is_not_utf8_can_be_found_and_opened(tmp_path: Path):
         pytest.skip("this file system allows no such name")
     assert find_images(tmp_path) == [path]
     assert pixels(open_image(path)) == [[list(RED)] * 2]
+
+
+def swapped_profile() -> bytes:
+    """A colour profile like sRGB, but with red and green exchanged: red pixels are meant to look green."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"....", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"....", b"gXYZ", 1)
+    return swapped.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_a_colour_profile_is_converted_to_srgb(mode: str) -> None:
+    image = Image.new("RGB", (2, 2), RED).convert(mode)
+    stored = encoded(image, "PNG", icc_profile=swapped_profile())
+    assert pixels(open_image(io.BytesIO(stored))) == [[list(GREEN)] * 2] * 2
+
+
+def test_srgb_itself_changes_no_pixel() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    stored = encoded(Image.fromarray(UPRIGHT), "PNG", icc_profile=profile)
+    assert pixels(open_image(io.BytesIO(stored))) == UPRIGHT.tolist()
+
+
+@pytest.mark.parametrize(("mode", "profile"), [("RGB", b"no profile"), ("L", swapped_profile())])
+def test_a_profile_that_is_broken_or_does_not_fit_is_told_and_ignored(
+    mode: str, profile: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "odd.png").write_bytes(encoded(Image.new("RGB", (1, 1), RED).convert(mode), "PNG", icc_profile=profile))
+    plain = Image.new("RGB", (1, 1), RED).convert(mode).convert("RGB")
+    assert pixels(open_image(tmp_path / "odd.png")) == pixels(plain)
+    assert caplog.text == ""  # training tells it once, when it checks the pictures
+    assert check_images(["odd.png"], lambda _: tmp_path / "odd.png") == [(1, 1)]
+    assert "odd.png: its colour profile is ignored: cannot " in caplog.text
