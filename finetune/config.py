@@ -20,6 +20,7 @@ import tomli_w
 
 from finetune.errors import UsageError
 from finetune.options import (
+    ELSEWHERE,
     SECTIONS,
     DataOptions,
     ModelOptions,
@@ -104,8 +105,10 @@ def _settle(config: TrainConfig, values: Mapping[str, Any], given: typing.Iterab
 
 
 def suggest(word: str, known: typing.Iterable[str]) -> str:
-    """'; did you mean X?' when something known is near, or is what we call it; else an empty string."""
+    """'; did you mean X?' when something known is near, or is what we call it, or why there is none; or nothing."""
     known, bare = list(known), word.lstrip("-")
+    if bare in ELSEWHERE:
+        return f"; {ELSEWHERE[bare]}"
     ours = next((name for name, meaning in about().items() if bare in meaning.called), bare)
     if (ours := word.replace(bare, ours)) in known:
         return f"; did you mean {ours}?"

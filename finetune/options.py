@@ -64,13 +64,13 @@ class ModelOptions:
     """sd15, sd21, ddpm, tiny, a hub id (owner/name), or a local diffusers folder."""
     method: Literal["lora", "full"] | None = None
     """lora: train a small adapter (default for latent models). full: every weight of the UNet (default for ddpm)."""
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(None, called=("v_parameterization",))
     """What the UNet predicts. Default: as the model's scheduler config says."""
     rank: int = option(16, AT_LEAST_ONE, needs="method lora", called=("network_dim",))
     """LoRA rank."""
     lora_alpha: float | None = option(None, POSITIVE, needs="method lora", called=("network_alpha",))
     """LoRA alpha; the update is scaled by alpha / rank. Default: equal to rank."""
-    lora_dropout: float = option(0.0, BELOW_ONE, needs="method lora")
+    lora_dropout: float = option(0.0, BELOW_ONE, needs="method lora", called=("network_dropout",))
     """Dropout inside the LoRA layers, in [0, 1)."""
     lora_target_modules: tuple[str, ...] | None = option(None, needs="method lora")
     """Layer names (their endings) that get an adapter. Default: attention and feed-forward."""
@@ -84,7 +84,7 @@ class ModelOptions:
 class DataOptions:
     """Pictures and captions."""
 
-    data: str = option("", names=("train_data_dir", "instance_data_dir"))
+    data: str = option("", names=("train_data_dir", "instance_data_dir"), called=("dataset_name",))
     """A folder of pictures, a folder of parquet/arrow files, or a Hugging Face dataset id."""
     prompt: str | None = option(
         None, needs="text", names=("instance_prompt",), called=("caption",), decided_by="transform"
@@ -98,9 +98,9 @@ class DataOptions:
     """crop: shorter side to the resolution, then a square crop. squash: both sides at once, as the tutorial does."""
     center_crop: bool = option(True, decided_by="transform")
     """Crop the centre; with --no-center_crop a random place, drawn once per picture (--live_encoding: per visit)."""
-    random_flip: bool = option(False, decided_by="transform")
+    random_flip: bool = option(False, decided_by="transform", called=("flip_aug",))
     """Mirror half of the visits left to right."""
-    caption_dropout: float | None = option(None, BELOW_ONE, needs="text")
+    caption_dropout: float | None = option(None, BELOW_ONE, needs="text", called=("caption_dropout_rate",))
     """Share of visits trained with an empty caption. Default: 0.05 where captions vary, else 0."""
     max_token_length: Literal[77, 150, 225] = option(77, needs="text")
     """Longest caption in tokens; 150 and 225 are encoded in chunks of 75."""
@@ -112,7 +112,7 @@ class DataOptions:
     """Caption column of a Hugging Face dataset."""
     live_encoding: bool = False
     """Send each picture through the VAE at every visit instead of once per run."""
-    dataloader_num_workers: int = option(0, NOT_NEGATIVE, change="free")
+    dataloader_num_workers: int = option(0, NOT_NEGATIVE, change="free", called=("max_data_loader_n_workers",))
     """Processes that prepare pictures. Changes speed only."""
 
 
@@ -123,20 +123,20 @@ class TrainingOptions:
     max_train_steps: int | None = option(None, AT_LEAST_ONE, change="length", called=("steps",))
     """Length of the run in optimizer steps."""
     num_train_epochs: int | None = option(
-        None, AT_LEAST_ONE, change="length", names=("num_epochs",), called=("epochs",)
+        None, AT_LEAST_ONE, change="length", names=("num_epochs",), called=("epochs", "max_train_epochs")
     )
     """Length of the run in passes over the pictures (max_train_steps wins)."""
     train_batch_size: int | None = option(None, AT_LEAST_ONE, called=("batch_size",))
     """Pictures per device in one forward pass."""
     gradient_accumulation_steps: int = option(1, AT_LEAST_ONE)
     """Forward passes per optimizer step."""
-    learning_rate: float | None = option(None, POSITIVE, called=("lr",))
+    learning_rate: float | None = option(None, POSITIVE, called=("lr", "unet_lr"))
     """Highest learning rate of the schedule."""
     lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"] | None = None
     """Shape of the learning rate after the warm-up."""
     lr_warmup_steps: int | None = option(None, NOT_NEGATIVE)
     """Optimizer steps over which the learning rate rises from 0. Default: min(100, 5 % of the run)."""
-    optimizer: Literal["adamw", "adafactor", "prodigy", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adafactor", "prodigy", "sgd"] = option("adamw", called=("optimizer_type",))
     """prodigy finds its own step size: it needs the package prodigyopt and --learning_rate 1."""
     adam_beta1: float | None = option(None, BELOW_ONE, needs="optimizer adamw or prodigy")
     """Decay of AdamW's first moment."""
@@ -148,13 +148,13 @@ class TrainingOptions:
     """AdamW's epsilon."""
     max_grad_norm: float = option(1.0, NOT_NEGATIVE)
     """Clip the gradient to this norm; 0 turns clipping off."""
-    snr_gamma: float | None = option(None, POSITIVE)
+    snr_gamma: float | None = option(None, POSITIVE, called=("min_snr_gamma",))
     """Min-SNR loss weighting (Hang et al. 2023); 5.0 is usual. Default: off."""
     noise_offset: float = option(0.0, NOT_NEGATIVE)
     """Strength of a per-channel constant added to the noise; 0.05 to 0.1 helps very dark and bright pictures."""
     input_perturbation: float = option(0.0, NOT_NEGATIVE)
     """Strength of extra noise on the UNet's input (Ning et al. 2023); 0.1 is usual."""
-    use_ema: bool | None = None
+    use_ema: bool | None = option(None, called=("ema",))
     """Keep an exponential moving average of the weights and export that."""
     ema_inv_gamma: float = option(1.0, POSITIVE, needs="use_ema")
     """EMA decay at step s is 1 - (1 + s / inv_gamma) ** -power, at most ema_max_decay."""
@@ -171,16 +171,22 @@ class SampleOptions:
     """Pictures drawn while training."""
 
     sample_prompts: tuple[str, ...] | None = option(
-        None, needs="text", change="on resume", names=("validation_prompts",)
+        None, needs="text", change="on resume", names=("validation_prompts",), called=("validation_prompt",)
     )
     """Prompts of the sample grids. Default: a training caption, the subject in a new place, the class alone."""
-    sample_every: int | None = option(None, NOT_NEGATIVE, change="on resume", names=("validation_steps",))
+    sample_every: int | None = option(
+        None, NOT_NEGATIVE, change="on resume", names=("validation_steps",), called=("sample_every_n_steps",)
+    )
     """Draw a grid every this many steps, beside the first and last; 0: none. Default: what 5 % of the run allows."""
-    save_image_epochs: int | None = option(None, AT_LEAST_ONE, needs="sample_every left out", change="on resume")
+    save_image_epochs: int | None = option(
+        None, AT_LEAST_ONE, needs="sample_every left out", change="on resume", called=("sample_every_n_epochs",)
+    )
     """Draw a grid every this many epochs."""
     eval_batch_size: int | None = option(None, AT_LEAST_ONE, change="on resume")
     """Pictures per prompt in a grid."""
-    num_inference_steps: int | None = option(None, NOT_NEGATIVE, change="on resume")
+    num_inference_steps: int | None = option(
+        None, NOT_NEGATIVE, change="on resume", called=("ddpm_num_inference_steps",)
+    )
     """Sampler steps per picture; 0 turns sampling off."""
     guidance_scale: float | None = option(None, NOT_NEGATIVE, needs="a model that takes text", change="on resume")
     """Classifier-free guidance of the grids; 1 is none. Default: the model's own (sd15, sd21: 7.5; tiny: 3)."""
@@ -194,15 +200,17 @@ class OutputOptions:
     """Run folder. Default: runs/<data>-<model>; the same command resumes it, another config takes a new number."""
     overwrite_output_dir: bool = option(False, change="free")
     """Delete what an earlier run left in output_dir."""
-    resume_from_checkpoint: str | None = option(None, change="free")
+    resume_from_checkpoint: str | None = option(None, change="free", called=("resume",))
     """"latest" or the path of a checkpoint folder."""
-    checkpointing_steps: int = option(500, NOT_NEGATIVE, change="on resume")
+    checkpointing_steps: int = option(
+        500, NOT_NEGATIVE, change="on resume", called=("save_every_n_steps", "save_steps")
+    )
     """Write a resumable checkpoint every this many steps (and at the end); 0: only at the end."""
-    save_model_epochs: int | None = option(None, AT_LEAST_ONE, change="on resume")
+    save_model_epochs: int | None = option(None, AT_LEAST_ONE, change="on resume", called=("save_every_n_epochs",))
     """Write a checkpoint every this many epochs, beside checkpointing_steps."""
-    checkpoints_total_limit: int = option(2, NOT_NEGATIVE, change="on resume")
+    checkpoints_total_limit: int = option(2, NOT_NEGATIVE, change="on resume", called=("save_last_n_steps_state",))
     """How many checkpoints to keep; 0 keeps all."""
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option((), change="free")
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option((), change="free", called=("log_with",))
     """Trackers that get the metrics, beside metrics.jsonl."""
     push_to_hub: bool = option(False, change="free")
     """Upload the result and a model card to the Hugging Face hub."""
@@ -211,6 +219,32 @@ class OutputOptions:
     hub_private_repo: bool | None = option(None, needs="push_to_hub", change="free")
     """Create the repository as private."""
 
+
+_FROZEN = "the text encoder stays frozen here"
+_ONCE = "every picture and caption is encoded once anyway"
+_ATTENTION = "torch's own fast attention is used anyway"
+_LATER = "it comes with a later version"
+ELSEWHERE = {
+    **dict.fromkeys(
+        ("train_text_encoder", "text_encoder_lr", "learning_rate_te", "stop_text_encoder_training"), _FROZEN
+    ),
+    "network_train_unet_only": "only the UNet is trained anyway",
+    **dict.fromkeys(("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs"), _ONCE),
+    **dict.fromkeys(("xformers", "sdpa", "mem_eff_attn", "enable_xformers_memory_efficient_attention"), _ATTENTION),
+    "save_model_as": "exports are safetensors",
+    "save_precision": "a LoRA is exported in fp32",
+    "save_state": "every checkpoint can be resumed",
+    "logging_dir": "trackers write into logs/ of the run folder",
+    "output_name": "the export lies in --output_dir under the name that diffusers looks for",
+    "scale_lr": "the learning rate is taken as it is given",
+    "use_8bit_adam": f"8-bit optimizers: {_LATER}; --optimizer adafactor takes little memory",
+    **dict.fromkeys(("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"), f"buckets: {_LATER}"),
+    **dict.fromkeys(
+        ("with_prior_preservation", "class_data_dir", "reg_data_dir", "class_prompt"), f"class pictures: {_LATER}"
+    ),
+    **dict.fromkeys(("shuffle_caption", "keep_tokens", "dataset_config"), _LATER),
+}
+"""What other tools have and this one has not -> why, in the words of an error."""
 
 SECTIONS: dict[str, type] = {
     "model": ModelOptions,

@@ -16,7 +16,7 @@ from finetune.cli import VERBS, main, parse_train
 from finetune.config import TrainConfig, config_text
 from finetune.errors import DataError, Interrupted
 from finetune.models.families import FAMILIES
-from finetune.options import SECTIONS, option_types
+from finetune.options import ELSEWHERE, SECTIONS, about, option_types
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +134,21 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("--leraning_rate 1", "unknown option --leraning_rate; did you mean --learning_rate?"),
         ("--leraning-rate=1", "unknown option --leraning-rate; did you mean --learning_rate?"),
         ("--lr 1e-4", "unknown option --lr; did you mean --learning_rate?"),
+        ("--network_dim 8", "unknown option --network_dim; did you mean --rank?"),
+        ("--unet_lr 1e-4", "unknown option --unet_lr; did you mean --learning_rate?"),
+        ("--flip_aug", "unknown option --flip_aug; did you mean --random_flip?"),
+        ("--log_with wandb", "unknown option --log_with; did you mean --report_to?"),
+        ("--resume x", "unknown option --resume; did you mean --resume_from_checkpoint?"),
+        ("--save_every_n_steps 5", "unknown option --save_every_n_steps; did you mean --checkpointing_steps?"),
+        ("--save_model_as safetensors", "unknown option --save_model_as; exports are safetensors"),
+        ("--cache_latents", "unknown option --cache_latents; every picture and caption is encoded once anyway"),
+        ("--train_text_encoder", "unknown option --train_text_encoder; the text encoder stays frozen here"),
+        ("--logging_dir x", "unknown option --logging_dir; trackers write into logs/ of the run folder"),
+        (
+            "--use_8bit_adam",
+            "unknown option --use_8bit_adam; 8-bit optimizers: it comes with a later version; "
+            "--optimizer adafactor takes little memory",
+        ),
         ("--no-centre_crop", "unknown option --no-centre_crop; did you mean --no_center_crop?"),
         ("--no_rank", "unknown option --no_rank; did you mean --rank?"),
         ("-rank 4", "unknown option -rank; did you mean --rank?"),
@@ -317,3 +332,10 @@ def test_reader_who_leaves_early() -> None:
     with process.stderr:
         assert process.stderr.read() == ""
     assert process.wait(timeout=30) == 141
+
+
+def test_what_other_tools_call_an_option_names_one_thing() -> None:
+    called = [name for known in about().values() for name in (*known.names, *known.called)]
+    assert len(called) == len(set(called))
+    assert not set(called) & (set(option_types()) | set(ELSEWHERE))
+    assert not set(option_types()) & set(ELSEWHERE)
