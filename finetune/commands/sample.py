@@ -71,16 +71,16 @@ def run(options: Options) -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--output {output} cannot be written: {error.strerror}") from error
-    with torch.autocast(device.type, dtype=half, enabled=half is not None):
-        rows = draw_pictures(
-            model.to(device),
-            options.prompt or ("",),
-            range(options.seed, options.seed + options.num_images),
-            resolution=resolution,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=options.negative_prompt,
-        )
+    rows = draw_pictures(
+        model.to(device),
+        options.prompt or ("",),
+        range(options.seed, options.seed + options.num_images),
+        resolution=resolution,
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=options.negative_prompt,
+        precision=half,
+    )
     _save(rows, options.prompt or ("unconditional",), options.seed, output)
 
 

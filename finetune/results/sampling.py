@@ -4,8 +4,10 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, StableDiffusionPipeline
@@ -30,6 +32,7 @@ def draw_pictures(
     num_inference_steps: int,
     guidance_scale: float = 7.5,
     negative_prompt: str = "",
+    precision: torch.dtype | None = None,
 ) -> list[list[Image.Image]]:
     """Pictures for each prompt (outer) and seed (inner), the UNet in eval mode.
 
@@ -37,40 +40,64 @@ def draw_pictures(
     every device, and in a plain pipeline call.
 
     Args:
-        model: on the device where it should run; call under its autocast where weights are half precision.
+        model: on the device where it should run.
         prompts: ignored in pixel mode but for their number, which is then 1.
         seeds: one picture each.
         resolution: pixels per side.
         num_inference_steps: sampler steps; pixel mode uses DDIM.
         guidance_scale: classifier-free guidance, 1 is none; latent mode only.
         negative_prompt: what guidance leads away from.
+        precision: dtype that the UNet computes in, as it did in training; VAE and text encoder stay in their own.
     """
     model.to(model.unet.device)  # `encode` has sent the frozen parts to the CPU
     model.unet.eval()
     pipeline = model.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     if isinstance(pipeline, DDPMPipeline):
-        return [_draw_unconditional(pipeline, seeds, num_inference_steps)]
+        with _computing_in(precision, model.unet):
+            return [_draw_unconditional(pipeline, seeds, num_inference_steps)]
     assert isinstance(pipeline, StableDiffusionPipeline)
     device = model.unet.device
     negative = model.conditioner.encode([negative_prompt])["encoder_hidden_states"].to(device)
     rows = []
     for prompt in prompts:
         embedding = model.conditioner.encode([prompt])["encoder_hidden_states"].to(device)
-        row = [
-            pipeline(
-                prompt_embeds=embedding,
-                negative_prompt_embeds=negative,
-                generator=torch.Generator().manual_seed(seed),
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                height=resolution,
-                width=resolution,
-            ).images[0]
-            for seed in seeds
-        ]
+        with _computing_in(precision, model.unet):
+            row = [
+                pipeline(
+                    prompt_embeds=embedding,
+                    negative_prompt_embeds=negative,
+                    generator=torch.Generator().manual_seed(seed),
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    height=resolution,
+                    width=resolution,
+                ).images[0]
+                for seed in seeds
+            ]
         rows.append(row)
     return rows
+
+
+@contextmanager
+def _computing_in(precision: torch.dtype | None, unet: Any) -> Iterator[None]:
+    """Inside, the UNet alone runs under autocast, and answers in fp32: guidance magnifies what is rounded off."""
+    if precision is None:
+        yield
+        return
+    plain = unet.forward
+
+    def forward(*args: Any, return_dict: bool = True, **options: Any) -> Any:
+        with torch.autocast(unet.device.type, dtype=precision):
+            answer = plain(*args, return_dict=True, **options)
+        answer.sample = answer.sample.float()
+        return answer if return_dict else (answer.sample,)
+
+    unet.forward = forward
+    try:
+        yield
+    finally:
+        del unet.forward
 
 
 def _draw_unconditional(pipeline: DDPMPipeline, seeds: Sequence[int], steps: int) -> list[Image.Image]:

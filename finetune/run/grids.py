@@ -17,7 +17,7 @@ def draw_grid(run: Run) -> None:
     path = _path(run, step)
     if not samples.prompts or already_shows(path, _settings(run)):
         return
-    with run.trainer.averaged(), run.trainer.autocast():
+    with run.trainer.averaged():
         rows = draw_pictures(
             model,
             samples.prompts,
@@ -25,6 +25,7 @@ def draw_grid(run: Run) -> None:
             resolution=config.resolution,
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
+            precision=run.trainer.precision,
         )
     model.conditioner.to("cpu")
     if not config.live_encoding:

@@ -27,6 +27,23 @@ def test_the_unet_samples_in_eval_mode() -> None:
     assert not model.unet.training
 
 
+def test_the_unet_alone_draws_in_half_precision() -> None:
+    model = load_model("tiny")
+    seen: dict[str, bool] = {}
+    parts = {"unet": model.unet.conv_in, "vae": model.encoder.vae.decoder, "text": model.conditioner.text_encoder}
+    for name, part in parts.items():
+        part.register_forward_hook(lambda *_, name=name: seen.update({name: torch.is_autocast_enabled("cpu")}))
+    settings = {"resolution": 64, "num_inference_steps": 2, "guidance_scale": 3.0}
+    (half,), (whole,) = (
+        draw_pictures(model, ["a dog"], [0], precision=precision, **settings)[0] for precision in (torch.bfloat16, None)
+    )
+    assert seen == {"unet": False, "vae": False, "text": False}  # of the second call, which is in fp32 again
+    draw_pictures(model, ["a dog"], [0], precision=torch.bfloat16, **settings)
+    assert seen == {"unet": True, "vae": False, "text": False}
+    difference = np.abs(np.asarray(half).astype(int) - np.asarray(whole))
+    assert 0 < difference.max() < 64
+
+
 def test_pixel_models_draw_with_few_ddim_steps_one_picture_a_seed() -> None:
     model = load_model("ddpm", resolution=32)
     (row,) = draw_pictures(model, [""], [0, 1], resolution=32, num_inference_steps=2)
