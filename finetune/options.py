@@ -137,7 +137,7 @@ class TrainingOptions:
     lr_warmup_steps: int | None = option(None, NOT_NEGATIVE)
     """Optimizer steps over which the learning rate rises from 0. Default: min(100, 5 % of the run)."""
     optimizer: Literal["adamw", "adafactor", "prodigy", "sgd"] = option("adamw", called=("optimizer_type",))
-    """prodigy finds its own step size: it needs the package prodigyopt and --learning_rate 1."""
+    """Each has a learning rate of its own by default. prodigy finds its step size; it needs the package prodigyopt."""
     adam_beta1: float | None = option(None, BELOW_ONE, needs="optimizer adamw or prodigy")
     """Decay of AdamW's first moment."""
     adam_beta2: float = option(0.999, BELOW_ONE, needs="optimizer adamw or prodigy")

@@ -55,7 +55,7 @@ class Pictures(Dataset[Example], ABC):
         return len(self.ids)
 
     @abstractmethod
-    def __getitem__(self, index: int, /) -> Example:
+    def __getitem__(self, index: int) -> Example:
         """Raises DataError if the picture can be read no longer."""
 
     def notes(self) -> list[str]:

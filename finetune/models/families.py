@@ -86,12 +86,15 @@ def default_method(family: Family) -> str:
     return "lora" if family.latent else "full"
 
 
-def defaults(family: Family, method: str, pictures: int, resolution: int, varied_captions: bool) -> dict[str, Any]:
+def defaults(
+    family: Family, method: str, optimizer: str, *, pictures: int, resolution: int, varied_captions: bool
+) -> dict[str, Any]:
     """Every family-dependent option with its value.
 
     Args:
         family: a row of the table.
         method: "lora" or "full".
+        optimizer: "adamw", "adafactor", "prodigy" or "sgd".
         pictures: number of pictures to train on, at least 1.
         resolution: pixels per side.
         varied_captions: True when the pictures do not all share one caption.
@@ -111,7 +114,17 @@ def defaults(family: Family, method: str, pictures: int, resolution: int, varied
     }
     if not family.latent:
         values |= _pixel_defaults(resolution)
-    return values | dict(family.suited.get("both", {})) | dict(family.suited.get(method, {}))
+    values |= dict(family.suited.get("both", {})) | dict(family.suited.get(method, {}))
+    return values | _optimizer_defaults(optimizer, method, values["learning_rate"])
+
+
+def _optimizer_defaults(optimizer: str, method: str, adamw_rate: float) -> dict[str, Any]:
+    """What suits an optimizer whose rate means something else than AdamW's."""
+    if optimizer == "adafactor":  # torch's takes a share of a weight's size, and a LoRA begins at zero
+        return {"learning_rate": adamw_rate * (50 if method == "lora" else 10)}
+    if optimizer == "prodigy":  # Mishchenko & Defazio 2023: a multiple of the rate that it finds; annealed
+        return {"learning_rate": 1.0, "lr_scheduler": "cosine"}
+    return {"learning_rate": 0.3} if optimizer == "sgd" else {}
 
 
 def _pixel_defaults(resolution: int) -> dict[str, Any]:

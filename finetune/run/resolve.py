@@ -38,7 +38,14 @@ def resolve(
     method = config.method or default_method(found.family)
     _refuse_unusable(config, found, method)
     resolution = config.resolution or found.resolution
-    suited = defaults(found.family, method, pictures, resolution, varied_captions)
+    suited = defaults(
+        found.family,
+        method,
+        config.optimizer,
+        pictures=pictures,
+        resolution=resolution,
+        varied_captions=varied_captions,
+    )
     derived = {name: value for name, value in suited.items() if getattr(config, name) is None}
     batch = config.train_batch_size or suited["train_batch_size"]
     epochs = config.num_train_epochs

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,9 @@ def make_optimizer(
         from prodigyopt import Prodigy
     except ImportError as error:
         raise UsageError("optimizer = 'prodigy' needs a package: pip install prodigyopt") from error
-    return Prodigy(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon)  # pyright: ignore[reportArgumentType] # says int, takes a fraction
+    weights: Any = {"weight_decay": weight_decay}  # Prodigy says int, and takes a fraction
+    # Without the safeguard a warm-up spoils its estimate of the step size.
+    return Prodigy(parameters, lr=learning_rate, betas=betas, eps=epsilon, safeguard_warmup=True, **weights)
 
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: int) -> float:

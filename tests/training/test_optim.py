@@ -1,9 +1,20 @@
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
 
+from finetune.cache.encode import encode
+from finetune.data.datasets import ImageFolder
+from finetune.data.loader import batches
 from finetune.errors import UsageError
+from finetune.models.families import FAMILIES, defaults
+from finetune.models.loading import load_model
+from finetune.models.lora import add_lora, trainable
+from finetune.training.objective import NoisePrediction
 from finetune.training.optim import learning_rate, make_optimizer
+from finetune.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "polynomial"])
@@ -26,6 +37,22 @@ def test_each_optimizer_moves_the_weights_downhill(name: str) -> None:
     weight.square().sum().backward()
     optimizer.step()
     assert (weight < 2).all()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy", "sgd"])
+def test_each_optimizer_learns_with_its_default_rate(pictures: Path, name: str, method: str) -> None:
+    family, steps = FAMILIES["tiny"], 24
+    suited = defaults(family, method, name, pictures=6, resolution=64, varied_captions=True)
+    model = load_model("tiny")
+    if method == "lora":
+        add_lora(model.unet, rank=4, target_modules=suited["lora_target_modules"])
+    (batch,) = batches(encode(ImageFolder(pictures, resolution=64), model), batch_size=2, steps=1)
+    rate = partial(learning_rate, peak=suited["learning_rate"], schedule=suited["lr_scheduler"], warmup=1, total=steps)
+    optimizer = make_optimizer(name, trainable(model.unet), learning_rate=suited["learning_rate"])
+    trainer = Trainer(model.unet, model.encoder, NoisePrediction(model.scheduler), optimizer, learning_rate=rate)
+    losses = [trainer.step(batch).loss for _ in range(steps)]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_an_unknown_optimizer_is_refused() -> None:
