@@ -20,6 +20,7 @@ import tomli_w
 
 from finetune.errors import UsageError
 from finetune.options import (
+    ATTENTION_AND_FEED_FORWARD,
     ELSEWHERE,
     SECTIONS,
     DataOptions,
@@ -245,7 +246,11 @@ def load_resolved(path: Path) -> ResolvedConfig:
     """The config that a run recorded, with what it had decided itself. Raises UsageError as `read_options` does."""
     given, derived = _read(path)
     try:
-        return ResolvedConfig(TrainConfig(**given), **derived)
+        config = TrainConfig(**given)
+        if not derived:  # written by version 0.1.0, as if all were given, but for what it decided in the end
+            targets = config.lora_target_modules or ATTENTION_AND_FEED_FORWARD
+            derived = {"lora_target_modules": targets, "lora_alpha": config.lora_alpha or float(config.rank)}
+        return ResolvedConfig(config, **derived)
     except UsageError as error:
         raise UsageError(f"config file {path}: {error}") from error
 

@@ -38,7 +38,7 @@ class About:
 
     range: Range | None = None
     needs: str | None = None
-    """What must be there for the option to do anything: a key of `finetune.run.resolve.NEEDS`."""
+    """What must be there for the option to do anything, as `finetune/run/resolve.py` checks it."""
     change: Change = "another run"
     """What another value makes of a run: another run; the same, if it is resumed by name ("length": and its learning
     rate does not depend on the length); the same, if the machine and not the user chose it; or always the same
@@ -219,6 +219,9 @@ class OutputOptions:
     hub_private_repo: bool | None = option(None, needs="push_to_hub", change="free")
     """Create the repository as private."""
 
+
+ATTENTION_AND_FEED_FORWARD = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+"""The layers that a LoRA adapts unless the model's family says otherwise."""
 
 _FROZEN = "the text encoder stays frozen here"
 _ONCE = "every picture and caption is encoded once anyway"

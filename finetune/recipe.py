@@ -55,7 +55,7 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
         FinetuneError: of the kinds in `finetune.errors`, each with one line that says what to do.
     """
     quiet_libraries()
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+    if (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
         raise UsageError(f"{processes} processes were launched; this version trains on one")
     if config.push_to_hub:
         hub.check_login(config.hub_model_id)

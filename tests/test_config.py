@@ -21,6 +21,7 @@ from finetune.config import (
     config_text,
     fitted,
     load_config,
+    load_resolved,
     read_options,
     readable,
     replace,
@@ -245,3 +246,21 @@ def test_values_of_other_types_that_commands_use() -> None:
 def test_importing_the_config_imports_no_torch() -> None:
     code = "import sys, finetune.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_run_of_version_0_1_0_is_read_as_it_was(tmp_path: Path) -> None:
+    """Its config.toml had every option in the sections, given or not, but left out the LoRA's layers."""
+    decided = {"method": "full", "mixed_precision": "no", "resolution": 64, "caption_dropout": 0.05}
+    decided |= {"max_train_steps": 10, "train_batch_size": 8, "learning_rate": 1e-4, "lr_scheduler": "constant"}
+    decided |= {"lr_warmup_steps": 0, "adam_beta1": 0.9, "use_ema": False, "eval_batch_size": 2}
+    text = config_text(TrainConfig(model="tiny", data="images", num_inference_steps=20, guidance_scale=7.5, **decided))
+    (tmp_path / "config.toml").write_text(text)
+    resolved = load_resolved(tmp_path / "config.toml")
+    assert (resolved.method, resolved.max_train_steps, resolved.guidance_scale) == ("full", 10, 7.5)
+    assert (resolved.lora_alpha, resolved.lora_target_modules[0]) == (16.0, "to_q")
+
+
+def test_a_recorded_config_with_something_left_open_is_told(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[model]\nmodel = "tiny"\n')
+    with pytest.raises(UsageError, match=r"config\.toml: method, mixed_precision, .*left open"):
+        load_resolved(tmp_path / "config.toml")

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from math import ceil, sqrt
 from typing import Any
 
+from finetune.options import ATTENTION_AND_FEED_FORWARD
+
 _STABLE_DIFFUSION = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-ATTENTION_AND_FEED_FORWARD = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from finetune.errors import ModelError, UsageError
-from finetune.models.families import ATTENTION_AND_FEED_FORWARD
+from finetune.options import ATTENTION_AND_FEED_FORWARD
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name under which diffusers looks for a LoRA in a folder."""

@@ -207,10 +207,13 @@ def occupied(folder: RunFolder) -> Iterator[None]:
         raise UsageError(f"output_dir {folder.path} cannot be written: {error.strerror}") from error
     descriptor = os.open(folder.path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"output_dir {folder.path}: another process is training in it") from error
+        except OSError as error:
+            print(f"output_dir {folder.path} cannot be locked ({error.strerror}): start no second run in it")
         yield
-    except BlockingIOError as error:
-        raise UsageError(f"output_dir {folder.path}: another process is training in it") from error
     finally:
         os.close(descriptor)
 

@@ -35,10 +35,11 @@ def draw_grid(run: Run) -> None:
 
 
 def discard_strangers(run: Run) -> None:
-    """Delete grids of later steps, which this run may not come to, and those of other prompts or settings."""
+    """Delete grids of later steps, which this run may not come to, and, if it draws any, those of other settings."""
     for path in (run.folder / "samples").iterdir():
         match = _NAME.fullmatch(path.name)
-        if match and (int(match[1]) > run.trainer.steps_done or not already_shows(path, _settings(run))):
+        others = run.samples.prompts and not already_shows(path, _settings(run))
+        if match and (others or int(match[1]) > run.trainer.steps_done):
             path.unlink()
 
 
