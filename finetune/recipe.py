@@ -155,7 +155,8 @@ def _train(run: Run) -> None:
             if last or stop.number or due(metrics.step, config.checkpointing_steps) or due(metrics.step, every_epochs):
                 saved = checkpoint.save(run.folder, trainer.state_dict(), keep=config.checkpoints_total_limit)
                 if stop.number and not last:
-                    raise Interrupted(f"stopped at step {metrics.step} of {total}; {saved} is kept", stop.number)
+                    kept = f"{saved} is kept, and the same command goes on from there"
+                    raise Interrupted(f"stopped at step {metrics.step} of {total}; {kept}", stop.number)
             if last or due(metrics.step, samples.every):
                 draw_grid(run)
             clock = time.perf_counter()

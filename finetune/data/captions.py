@@ -15,8 +15,8 @@ from finetune.errors import DataError
 TRIGGER = "[trigger]"
 """Stands for the trigger word in a caption."""
 
-_SIDECARS = (".txt", ".caption")
-_METADATA = ("metadata.csv", "metadata.jsonl")
+CAPTION_SUFFIXES = (".txt", ".caption")
+METADATA = ("metadata.csv", "metadata.jsonl")
 _OTHER_NAMES = {"caption", "captions", "prompt", "prompts", "description", "txt"}
 
 
@@ -50,8 +50,10 @@ def find_captions(
         DataError: a caption or metadata file is not UTF-8 or malformed, or metadata names a file that is no picture.
     """
     files = list_files(folder)
-    sidecars = {(file.with_suffix(""), file.suffix.lower()): file for file in files if file.suffix.lower() in _SIDECARS}
-    metadata = _read_metadata([file for file in files if file.name in _METADATA], pictures)
+    sidecars = {
+        (file.with_suffix(""), file.suffix.lower()): file for file in files if file.suffix.lower() in CAPTION_SUFFIXES
+    }
+    metadata = _read_metadata([file for file in files if file.name in METADATA], pictures)
 
     def beside(picture: Path, suffix: str) -> str | None:
         file = sidecars.get((picture.with_suffix(""), suffix))

@@ -3,12 +3,13 @@
 import glob
 import io
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from finetune.data.captions import find_captions, first_caption
+from finetune.data.captions import CAPTION_SUFFIXES, METADATA, find_captions, first_caption
 from finetune.data.images import PICTURE_SUFFIXES, PictureFile, find_images, list_files
-from finetune.data.pictures import PictureFiles
+from finetune.data.pictures import PictureFiles, listed
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError, UsageError, hub_errors
 
@@ -56,6 +57,9 @@ class ImageFolder(PictureFiles):
         if not self._files:
             raise DataError(f"{folder}: no picture found; allowed are {' '.join(PICTURE_SUFFIXES)}")
         captions, orphans = find_captions(root, self._files, prompt)
+        strangers = set(list_files(root)).difference(self._files)
+        endings = [file.suffix.lower() or "without an ending" for file in strangers if file.name not in METADATA]
+        self._others = Counter(ending for ending in endings if ending not in CAPTION_SUFFIXES)
         super().__init__(
             str(folder),
             [file.relative_to(root).as_posix() for file in self._files],
@@ -67,6 +71,10 @@ class ImageFolder(PictureFiles):
 
     def _file(self, place: int) -> PictureFile:
         return self._files[place]
+
+    def notes(self) -> list[str]:
+        kinds = listed([f"{count} {suffix}" for suffix, count in sorted(self._others.items())])
+        return super().notes() + ([f"files that are neither pictures nor captions: {kinds}"] if kinds else [])
 
 
 class HuggingFaceDataset(PictureFiles):

@@ -71,7 +71,8 @@ def locate(name: str) -> Location:
         return _from_hub(name, FAMILIES[name].hub_id or "")
     if Path(name).expanduser().is_dir():
         return _inspect(name, Path(name).expanduser())
-    if name.count("/") == 1 and not name.startswith((".", "~", "/")):
+    local = Path(name).parent.is_dir()  # runs/nope beside a folder runs is a misspelt folder, not an owner on the hub
+    if name.count("/") == 1 and not name.startswith((".", "~", "/")) and not local:
         return _from_hub(name, name)
     near = difflib.get_close_matches(name, FAMILIES, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""

@@ -159,10 +159,17 @@ def _state_to_resume(path: Path, checkpoint: Path | None, config: ResolvedConfig
 
 
 def with_earlier(config: TrainConfig) -> TrainConfig:
-    """A resumed run takes what is not given from the earlier part of the run, but for a length if one is given."""
+    """A resumed run takes what is not given from the earlier part of the run, but for a length if one is given.
+
+    Raises:
+        UsageError: a path that is no checkpoint.
+    """
     if config.resume_from_checkpoint is None:
         return config
-    recorded = _resume_folder(config) / "config.toml"
+    path = _resume_folder(config)
+    if config.resume_from_checkpoint != "latest" and not (Path(config.resume_from_checkpoint) / "state.json").is_file():
+        raise UsageError(f"resume_from_checkpoint {config.resume_from_checkpoint}: no checkpoint of a run in {path}")
+    recorded = path / "config.toml"
     if not recorded.exists():
         return config
     earlier = load_resolved(recorded)

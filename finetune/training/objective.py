@@ -40,7 +40,8 @@ class NoisePrediction:
         input_perturbation: strength of extra noise in x_t but not in the target (Ning et al. 2023, alg. 1).
 
     Raises:
-        UsageError: the scheduler's `prediction_type` is none of epsilon, v_prediction and sample.
+        UsageError: the scheduler's `prediction_type` is none of epsilon, v_prediction and sample, or its last timestep
+            is pure noise (zero terminal SNR; Lin et al. 2023) and could not be learned.
     """
 
     def __init__(
@@ -55,6 +56,11 @@ class NoisePrediction:
         self.prediction_type: str = scheduler.config["prediction_type"]
         if self.prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise UsageError(f"prediction_type {self.prediction_type!r}: allowed is epsilon, v_prediction or sample")
+        pure_noise = self.alphas_cumprod[-1] < 1e-6  # Stable Diffusion's own schedule ends at 5e-3
+        if pure_noise and self.prediction_type == "epsilon":
+            raise UsageError("prediction_type epsilon: at zero terminal SNR the noise tells nothing; use v_prediction")
+        if pure_noise and snr_gamma is not None:
+            raise UsageError("snr_gamma would give the last timestep of a zero-terminal-SNR schedule no weight at all")
         self.snr_gamma = snr_gamma
         self.noise_offset = noise_offset
         self.input_perturbation = input_perturbation

@@ -339,3 +339,12 @@ except DataError as error:
     assert result.stdout.endswith("); give a local folder of pictures\n")
     assert result.stdout.count("\n") == 1
     assert "Retrying" not in result.stderr
+
+
+def test_files_of_other_kinds_are_counted(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name in ("a.txt", "b.docx", "c.DOCX", "LICENSE", "metadata.jsonl", ".hidden.zip"):
+        (tmp_path / name).write_text("")
+    assert ImageFolder(tmp_path, resolution=8).notes() == [
+        "files that are neither pictures nor captions: 2 .docx, 1 without an ending"
+    ]

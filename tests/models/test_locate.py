@@ -98,7 +98,8 @@ def test_an_unknown_name_is_answered_with_the_families_and_the_nearest():
 
 def test_a_path_that_is_none_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    for name in (str(tmp_path / "none"), "./none", "../none", "~/none", "/none", "a/b/c"):
+    (tmp_path / "runs").mkdir()
+    for name in (str(tmp_path / "none"), "./none", "../none", "~/none", "/none", "a/b/c", "runs/none"):
         with pytest.raises(UsageError, match="no such folder, and not one of"):
             locate(name)
 

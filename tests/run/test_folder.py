@@ -171,6 +171,8 @@ def test_latest_without_any_checkpoint_starts_from_the_beginning_and_says_so() -
 def test_a_path_that_is_no_checkpoint_is_refused() -> None:
     with pytest.raises(UsageError, match="nowhere: no checkpoint of a run"):
         choose(replace(CONFIG, resume_from_checkpoint="nowhere"))
+    with pytest.raises(UsageError, match="nowhere: no checkpoint of a run"):  # before other options are looked at
+        runs.with_earlier(replace(GIVEN, resume_from_checkpoint="nowhere"))
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from torch.nn import functional
 
+from finetune.errors import UsageError
 from finetune.training.objective import NoisePrediction
 
 TYPES = ("epsilon", "v_prediction", "sample")
@@ -68,13 +69,6 @@ def test_snr_weights_equal_the_papers_formula(prediction_type: str) -> None:
     torch.testing.assert_close(weighted, plain * expected)
 
 
-def test_snr_weight_is_finite_at_zero_terminal_snr() -> None:
-    for prediction_type in TYPES:
-        scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type=prediction_type)
-        x0, noise, t = tensors()
-        assert NoisePrediction(scheduler, snr_gamma=5.0).noised(x0, noise, t).snr_weight.isfinite().all()
-
-
 def test_draws_are_functions_of_the_key_and_offset_is_constant_per_channel() -> None:
     scheduler = DDPMScheduler()
     x0 = torch.zeros(3, 4, 8, 8)
@@ -111,3 +105,19 @@ def test_extra_channels_reach_the_unet() -> None:
     noised = objective.draw(torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]))
     objective.loss(unet, noised, {}, extra=torch.zeros(2, 5, 8, 8))
     assert seen == [(2, 9, 8, 8)]
+
+
+def test_what_cannot_be_learned_at_zero_terminal_snr_is_refused() -> None:
+    def objective(prediction_type: str, snr_gamma: float | None = None) -> NoisePrediction:
+        scheduler = DDPMScheduler(
+            beta_schedule="scaled_linear", prediction_type=prediction_type, rescale_betas_zero_snr=True
+        )
+        return NoisePrediction(scheduler, snr_gamma=snr_gamma)
+
+    with pytest.raises(UsageError, match="prediction_type epsilon: at zero terminal SNR"):
+        objective("epsilon")
+    with pytest.raises(
+        UsageError, match="snr_gamma would give the last timestep of a zero-terminal-SNR schedule no weight"
+    ):
+        objective("v_prediction", 5.0)
+    assert objective("v_prediction").alphas_cumprod[-1] < 1e-6
