@@ -1,6 +1,6 @@
 """Measure the embedded model: what it knows, how well it learns butterflies, and what it forgets over them.
 
-    python benchmarks/tiny.py                     # everything, about 40 minutes on 2 cores
+    python benchmarks/tiny.py                     # everything, about an hour on 2 cores
     python benchmarks/tiny.py obedience demo      # some of it
 
 Prints every figure with its aim; runs and pictures to look at are left in --work.
@@ -183,7 +183,8 @@ class Exam:
     def judge(self, who: str, pictures: Sequence[Image.Image]) -> None:
         """Say how true the pictures drawn after `prompts` are, how near to real ones, and whether they are copies."""
         self.say_traits(who, pictures, {"view": "95 %", "shape": "60 %"})
-        say(f"{who}: shape distance", f"{energy_distance(self.reader.features(pictures), self.seen):.2f}", "1.5")
+        distance = energy_distance(self.reader.features(pictures), self.seen)
+        say(f"{who}: shape distance", f"{distance:.2f}", "0.6, a twelfth of tiny's")
         seen = features(pictures)
         say(f"{who}: colour distance", f"{energy_distance(seen, features(self.held)):.4f}")
         say(f"{who}: near copies", f"{copies(seen, features(self.training), self.threshold):.1%}")
