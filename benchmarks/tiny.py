@@ -1,6 +1,6 @@
 """Measure the embedded model: what it knows, how well it learns butterflies, and what it forgets over them.
 
-    python benchmarks/tiny.py                     # everything, about an hour on 2 cores
+    python benchmarks/tiny.py                     # everything
     python benchmarks/tiny.py obedience demo      # some of it
 
 Prints every figure with its aim; runs and pictures to look at are left in --work.
