@@ -2,6 +2,7 @@
 
 import os
 import time
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -129,8 +130,8 @@ def _train(run: Run) -> None:
     """The loop: from the trainer's step to the last."""
     config, trainer, samples = run.config, run.trainer, run.samples
     total = config.max_train_steps
-    epochs, epoch = config.save_model_epochs, steps_per_epoch(len(run.encoded), config.global_batch)
-    every_epochs = epochs and epochs * epoch
+    epoch = steps_per_epoch(len(run.encoded), config.global_batch)
+    every_epochs = config.save_model_epochs and config.save_model_epochs * epoch
     log = tracking.Log(run.folder, trainer.steps_done)
     steps = batches(
         run.encoded,
@@ -162,9 +163,9 @@ def _train(run: Run) -> None:
             clock = time.perf_counter()
 
 
-def due(step: int, every: int | None) -> bool:
-    """True at each multiple of `every`; None and 0 are never."""
-    return bool(every) and step % every == 0
+def due(step: int, every: int | Fraction | None) -> bool:
+    """True at the first step at or after each multiple of `every`; None and 0 are never."""
+    return bool(every) and step // every > (step - 1) // every
 
 
 def _finish(run: Run) -> None:

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from finetune.config import TrainConfig, load_resolved, replace
 from finetune.data.datasets import ImageFolder
+from finetune.data.sampler import steps_per_epoch
 from finetune.errors import DataError, FinetuneError, Interrupted, UsageError
 from finetune.models.tiny import tiny_folder
-from finetune.recipe import fine_tune
+from finetune.recipe import due, fine_tune
 from finetune.training import checkpoint
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -155,6 +156,14 @@ def test_a_finished_run_can_be_made_longer(pictures: Path, tmp_path: Path) -> No
     fine_tune(config)
     longer = fine_tune(replace(config, max_train_steps=6, resume_from_checkpoint="latest"))
     assert (longer / LORA).read_bytes() == (straight / LORA).read_bytes()
+
+
+def test_what_happens_every_few_epochs_happens_when_they_are_over() -> None:
+    every = steps_per_epoch(5, 4)  # 1.25, 2.5, 3.75, 5
+    assert [step for step in range(1, 11) if due(step, every)] == [2, 3, 4, 5, 7, 8, 9, 10]
+    assert [step for step in range(1, 11) if due(step, 4)] == [4, 8]
+    assert not due(4, None)
+    assert not due(4, 0)
 
 
 def test_checkpoints_are_kept_up_to_the_limit(pictures: Path, tmp_path: Path) -> None:

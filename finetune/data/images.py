@@ -1,5 +1,6 @@
 """Find pictures in a folder and open them, whatever they are, as upright 8 bit RGB."""
 
+import hashlib
 import io
 import logging
 import os
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
@@ -145,6 +146,13 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def digest_of(source: PictureFile) -> str:
+    """A digest of the bytes of a file that can seek."""
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+        file.seek(0)
+        return hashlib.file_digest(cast(Any, file), lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     """`image` as 8 bit RGB: turned as its EXIF says, alpha and palette transparency over white, 16 bit grey scaled.
 
@@ -201,23 +209,34 @@ def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def check_images(names: Sequence[str], source: Callable[[int], PictureFile]) -> list[tuple[int, int] | Skipped]:
-    """Decode every picture in full, in threads: its upright (width, height) in pixels, or why it must be left out.
+class Checked(NamedTuple):
+    """What is known of a picture that can be read."""
+
+    size: tuple[int, int]
+    """Width and height in pixels, upright."""
+    digest: str
+    """Of the file's bytes: another one is another picture."""
+
+
+def check_images(names: Sequence[str], source: Callable[[int], PictureFile]) -> list[Checked | Skipped]:
+    """Decode every picture in full, in threads: what it is, or why it must be left out.
 
     Args:
         names: what each picture is called in the result.
         source: position in `names` -> where the picture is; may raise ValueError with the reason that there is none.
     """
 
-    def check(position: int) -> tuple[int, int] | Skipped:
+    def check(position: int) -> Checked | Skipped:
         try:
-            size = _decode(source(position), names[position]).size
+            file = source(position)
+            size = _decode(file, names[position]).size
+            digest = digest_of(file)
         except _READ_ERRORS as error:
             return Skipped(names[position], _reason(error))
         if max(size) > _LONGEST_STRIP * min(size):
             shape = f"{size[0]} x {size[1]} pixels"
             return Skipped(names[position], f"{shape}: one side is over {_LONGEST_STRIP} times the other")
-        return size
+        return Checked(size, digest)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(check, range(len(names)))

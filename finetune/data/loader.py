@@ -66,7 +66,7 @@ def batches(
     num_workers: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
-    """The batches of optimizer steps `start` to `steps` (not included), each `batch_size` examples or an epoch's rest.
+    """The batches of optimizer steps `start` to `steps` (not included), each of `batch_size` examples.
 
     Args:
         source: from `encode`.

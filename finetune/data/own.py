@@ -1,10 +1,12 @@
 """A dataset of the user's own, checked, with our caption rules and preprocessing put over it."""
 
+import io
 from typing import Any, Protocol
 
 from PIL import Image
 
 from finetune.data.captions import first_caption
+from finetune.data.images import digest_of
 from finetune.data.pictures import Example, Pictures
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError
@@ -22,7 +24,8 @@ class OwnPictures(Pictures):
     """Rows of (picture, caption, id) that are trained on like a folder of pictures.
 
     Args:
-        rows: map-style; its attributes `ids` and `captions`, where it has them, spare opening every picture once.
+        rows: map-style; its attributes `ids` and `captions`, where it has them, spare opening every picture once, and
+            vouch for what they name (with `contents`, a digest of each picture, a changed one is noticed).
         prompt: caption of the pictures whose own is empty or None.
         trigger: word put in place of every [trigger], or in front of each caption.
         transform: how the pictures become squares; None: they are of one size that the model can take.
@@ -42,16 +45,17 @@ class OwnPictures(Pictures):
         if not len(rows):
             raise DataError("the dataset is empty")
         self._rows = rows
-        ids, texts = getattr(rows, "ids", None), getattr(rows, "captions", None)
+        ids, texts, contents = (getattr(rows, name, None) for name in ("ids", "captions", "contents"))
         if ids is None or texts is None:
-            opened = [_checked(rows[index], index)[1:] for index in range(len(rows))]
-            texts, ids = [text for text, _ in opened], [name for _, name in opened]
+            opened = [_checked(rows[index], index) for index in range(len(rows))]
+            texts, ids = [text for _, text, _ in opened], [name for _, _, name in opened]
+            contents = [digest_of(io.BytesIO(image.tobytes())) for image, _, _ in opened]
         if not len(ids) == len(texts) == len(rows):
             raise DataError(f"the dataset has {len(rows)} rows, {len(ids)} ids and {len(texts)} captions")
         if strange := [text for text in texts if not isinstance(text, str | None)]:
             raise DataError(f"a caption of the dataset is {strange[0]!r}; it should be text or None")
         captions = [first_caption((("the dataset", text), ("prompt", prompt))) for text in texts]
-        super().__init__(ids, captions, trigger=trigger, transform=transform)
+        super().__init__(ids, captions, contents or (), trigger=trigger, transform=transform)
 
     def __getitem__(self, index: int) -> Example:
         return Example(_checked(self._rows[index], index)[0], self.captions[index], self.ids[index])

@@ -30,6 +30,7 @@ class Pictures(Dataset[Example], ABC):
     Args:
         ids: of the pictures.
         captions: theirs.
+        contents: a digest of each picture itself; none where the dataset vouches for its ids.
         trigger: word put in place of every [trigger], or in front of each caption.
         transform: how the pictures become squares; None: they are of one size that the model can take.
 
@@ -38,9 +39,15 @@ class Pictures(Dataset[Example], ABC):
     """
 
     def __init__(
-        self, ids: Sequence[str], captions: Sequence[Caption], *, trigger: str | None, transform: Preprocess | None
+        self,
+        ids: Sequence[str],
+        captions: Sequence[Caption],
+        contents: Sequence[str],
+        *,
+        trigger: str | None,
+        transform: Preprocess | None,
     ) -> None:
-        self.ids, self.transform = list(ids), transform
+        self.ids, self.contents, self.transform = list(ids), list(contents), transform
         self.captions = [with_trigger(caption.text, trigger) for caption in captions]
         """With the trigger word; empty where there is neither a caption nor a prompt."""
         self.sources = Counter(caption.source for caption in captions)
@@ -85,19 +92,20 @@ class PictureFiles(Pictures):
         orphans: Sequence[str] = (),
     ) -> None:
         checked = check_images(names, self._file)
-        sizes = {place: size for place, size in enumerate(checked) if not isinstance(size, Skipped)}
+        good = {place: found for place, found in enumerate(checked) if not isinstance(found, Skipped)}
         self.skipped = [problem for problem in checked if isinstance(problem, Skipped)]
         """Pictures that cannot be read."""
-        if not sizes:
+        if not good:
             raise DataError(f"{where}: none of {len(names)} pictures can be read; the first: {self.skipped[0]}")
-        self._places = list(sizes)
+        self._places = list(good)
         self.orphans = list(orphans)
         """Caption files without a picture, relative to the folder."""
-        self.small = sum(min(size) < transform.resolution for size in sizes.values())
+        self.small = sum(min(found.size) < transform.resolution for found in good.values())
         """How many pictures have a side below the resolution, and will be enlarged."""
         super().__init__(
-            [names[place] for place in sizes],
-            [captions[place] for place in sizes],
+            [names[place] for place in good],
+            [captions[place] for place in good],
+            [found.digest for found in good.values()],
             trigger=trigger,
             transform=transform,
         )

@@ -1,7 +1,7 @@
 """The order of the examples: a pure function of (seed, step), independent of ranks, workers and micro-batch."""
 
+from fractions import Fraction
 from functools import lru_cache
-from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -18,9 +18,9 @@ class Visit(NamedTuple):
     """How many times it has been visited before."""
 
 
-def steps_per_epoch(size: int, batch_size: int) -> int:
-    """Optimizer steps in which every example is visited once; the last may be short."""
-    return ceil(size / batch_size)
+def steps_per_epoch(size: int, batch_size: int) -> Fraction:
+    """Optimizer steps in which every example is visited once: no whole number where a step runs into the next epoch."""
+    return Fraction(size, batch_size)
 
 
 @lru_cache(maxsize=2)
@@ -30,11 +30,10 @@ def _order(seed: int, epoch: int, size: int) -> list[int]:
 
 
 def step_visits(step: int, *, size: int, batch_size: int, seed: int) -> list[Visit]:
-    """The visits of optimizer step `step` (0 for the first).
+    """The `batch_size` visits of optimizer step `step` (0 for the first).
 
-    Every epoch is a fresh permutation of all `size` examples, cut into batches of `batch_size`; none is left out,
-    so an epoch's last batch holds what remains.
+    Every epoch is a fresh permutation of all `size` examples. One follows the other without a gap, and steps are cut
+    from that: an epoch may end within a step, and no step is short, which would teach its few examples at the full rate.
     """
-    epoch, position = divmod(step, steps_per_epoch(size, batch_size))
-    start = position * batch_size
-    return [Visit(example, epoch) for example in _order(seed, epoch, size)[start : start + batch_size]]
+    places = (divmod(position, size) for position in range(step * batch_size, (step + 1) * batch_size))
+    return [Visit(_order(seed, epoch, size)[place], epoch) for epoch, place in places]

@@ -143,13 +143,10 @@ def _pixel_defaults(resolution: int) -> dict[str, Any]:
 
 
 def total_steps(pictures: int, global_batch: int, epochs: int | None, steps: int | None) -> int:
-    """Optimizer steps of a run: `steps` if given, else `epochs` of ceil(N / global batch), else by `pictures_seen`."""
+    """Optimizer steps of a run: `steps` if given, else as many as `epochs` or `pictures_seen` need."""
     if steps is not None:
         return steps
-    steps_per_epoch = ceil(pictures / global_batch)
-    if epochs is not None:
-        return epochs * steps_per_epoch
-    return ceil(pictures_seen(pictures) * steps_per_epoch / pictures)
+    return ceil((pictures_seen(pictures) if epochs is None else epochs * pictures) / global_batch)
 
 
 def warmup_steps(total: int, family: Family, resolution: int) -> int:

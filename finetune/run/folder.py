@@ -60,7 +60,7 @@ def choose(config: ResolvedConfig, data: str) -> RunFolder:
 
     Args:
         config: what is to be run.
-        data: digest of the pictures' names and captions.
+        data: digest of the pictures, their names and captions.
 
     Raises:
         UsageError: the folder asked for holds something else, or lies among the pictures, or the run to be resumed
@@ -148,7 +148,7 @@ def _state_to_resume(path: Path, checkpoint: Path | None, config: ResolvedConfig
     earlier = load_resolved(path / "config.toml")
     changed = differences(earlier, config, resumed=True)
     if _digest(path) != data:
-        changed.append("the pictures or their captions")
+        changed.append("the pictures, their names or captions")
     if changed:
         return "another run", f"{checkpoint} belongs to a run with other options: {'; '.join(changed)}"
     number = checkpoint.name.rpartition("-")[2]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from finetune.config import ResolvedConfig, TrainConfig
 from finetune.data.captions import TRIGGER, with_trigger
@@ -19,7 +20,7 @@ class SamplePlan:
     """() : no grids. Pixel mode has the one prompt ""."""
     pictures: int = 0
     """Per prompt."""
-    every: int | None = None
+    every: int | Fraction | None = None
     """Steps between grids, beside the first and the last."""
     share: float = 0.0
     """Estimated share of the run's time."""
@@ -47,7 +48,7 @@ def plan_samples(config: ResolvedConfig, *, latent: bool, captions: Sequence[str
     training = (2 if config.method == "lora" else 3) * config.global_batch * total
     chosen = config.eval_batch_size
 
-    def plan(prompts: tuple[str, ...], pictures: int, every: int | None) -> SamplePlan:
+    def plan(prompts: tuple[str, ...], pictures: int, every: int | Fraction | None) -> SamplePlan:
         grids = 2 + ((total - 1) // every if every else 0)
         return SamplePlan(prompts, pictures, every, grids * len(prompts) * pictures * per_picture / training)
 

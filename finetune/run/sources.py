@@ -63,5 +63,5 @@ def _own_pictures(config: TrainConfig, dataset: Rows, resolution: int) -> Pictur
 
 
 def digest(pictures: Pictures) -> str:
-    """A digest of the pictures' names and captions: another one is another run."""
-    return f"{fold(*pictures.ids, *pictures.captions):016x}"
+    """A digest of the pictures, their names and their captions: another one is another run."""
+    return f"{fold(*pictures.ids, *pictures.captions, *pictures.contents):016x}"

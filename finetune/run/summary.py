@@ -11,12 +11,11 @@ from finetune.run.samples import SamplePlan
 def print_summary(run: Run) -> None:
     """Model, pictures, captions, schedule, precision, samples and output, a line each; then what was noticed."""
     config, encoded, family = run.config, run.encoded, run.model.family
-    batch = min(config.global_batch, len(encoded))
-    epochs = config.max_train_steps / steps_per_epoch(len(encoded), batch)
+    epochs = float(config.max_train_steps / steps_per_epoch(len(encoded), config.global_batch))
     rows = {
         "model": f"{config.model} ({family.description}), predicts {run.model.scheduler.config['prediction_type']}",
         "learns": f"{_learns(run)} parameters",
-        "pictures": f"{len(encoded)} photos: {config.max_train_steps} steps of {batch}, {epochs:.4g} epochs, "
+        "pictures": f"{len(encoded)} photos: {config.max_train_steps} steps of {config.global_batch}, {epochs:.4g} epochs, "
         f"{config.resolution} px",
         "captions": _captions(run) if family.latent else "",
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_scheduler}, "
@@ -51,7 +50,7 @@ def _captions(run: Run) -> str:
 def _samples(samples: SamplePlan) -> str:
     if not samples.prompts:
         return "none: they would take over 5 % of so short a run (ask with --sample_every) or are turned off"
-    when = f", every {samples.every} steps" if samples.every else ""
+    when = f", every {float(samples.every):.4g} steps" if samples.every else ""
     return (
         f"{len(samples.prompts)} prompts x {samples.pictures} pictures at the start and the end{when}: "
         f"about {100 * samples.share:.1f} % of the run"

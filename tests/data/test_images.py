@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 
-from finetune.data.images import Skipped, check_images, find_images, list_files, open_image, to_rgb
+from finetune.data.images import Skipped, check_images, digest_of, find_images, list_files, open_image, to_rgb
 from finetune.errors import DataError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -200,7 +200,7 @@ def test_check_gives_upright_sizes_and_reasons_in_order(tmp_path: Path):
             raise ValueError("not there")
         return tmp_path / names[position]
 
-    assert check_images(names, source) == [
+    assert [getattr(found, "size", found) for found in check_images(names, source)] == [
         (3, 4),
         Skipped("b.png", "the file is empty"),
         (5, 2),
@@ -249,5 +249,6 @@ def test_a_profile_that_is_broken_or_does_not_fit_is_told_and_ignored(
     plain = Image.new("RGB", (1, 1), RED).convert(mode).convert("RGB")
     assert pixels(open_image(tmp_path / "odd.png")) == pixels(plain)
     assert caplog.text == ""  # training tells it once, when it checks the pictures
-    assert check_images(["odd.png"], lambda _: tmp_path / "odd.png") == [(1, 1)]
+    (checked,) = check_images(["odd.png"], lambda _: tmp_path / "odd.png")
+    assert checked == ((1, 1), digest_of(tmp_path / "odd.png"))
     assert "odd.png: its colour profile is ignored: cannot " in caplog.text

@@ -116,7 +116,7 @@ def test_a_foreign_config_is_neither_overwritten_nor_deleted(tmp_path: Path) -> 
 def test_other_pictures_or_captions_are_another_run() -> None:
     path = started(CONFIG)
     assert choose(CONFIG, "other").path == Path("runs/images-tiny-2")
-    with pytest.raises(UsageError, match="the pictures or their captions"):
+    with pytest.raises(UsageError, match="the pictures, their names or captions"):
         choose(replace(CONFIG, output_dir=str(path), resume_from_checkpoint="latest"), "other")
 
 
