@@ -46,7 +46,7 @@ from torchvision.transforms.v2 import functional as vision
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import finetune as ft
-from finetune.models.loading import quiet_libraries
+from finetune.models.loading import without_library_bars
 from finetune.models.tiny import tiny_folder
 from finetune.run.precision import DTYPES, resolve_precision
 from finetune.training.optim import make_optimizer
@@ -58,9 +58,9 @@ CAPTION = "a picture of noise"
 LEARNING_RATE = 1e-5
 
 
+@without_library_bars()
 def main() -> None:
     options = parse_options()
-    quiet_libraries()
     folder = build_model(options.model_dir, options.width)
     if options.only:
         print(peak_bytes_alone(options, folder))

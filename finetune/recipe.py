@@ -18,13 +18,13 @@ from finetune.data.own import Rows
 from finetune.data.pictures import Pictures
 from finetune.data.sampler import steps_per_epoch
 from finetune.errors import Interrupted, RunError, UsageError
-from finetune.models.loading import DiffusionModel, check_resolution, load_model, quiet_libraries
+from finetune.models.loading import DiffusionModel, check_resolution, load_model
 from finetune.models.locate import Location, locate
 from finetune.models.lora import add_lora, trainable
 from finetune.results import hub, tracking
 from finetune.results.export import export, exported
 from finetune.run import folder as run_folder
-from finetune.run.grids import discard_strangers, draw_grid, lay_side_by_side
+from finetune.run.grids import FIRST_STEPS, discard_strangers, draw_grid, lay_side_by_side, steps_between
 from finetune.run.parts import Run
 from finetune.run.precision import DTYPES
 from finetune.run.resolve import resolve, with_absolute_paths
@@ -55,7 +55,6 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
     Raises:
         FinetuneError: of the kinds in `finetune.errors`, each with one line that says what to do.
     """
-    quiet_libraries()
     if (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
         raise UsageError(f"{processes} processes were launched; this version trains on one")
     if config.push_to_hub:
@@ -128,7 +127,7 @@ def _begin(run: Run, resumed: Path | None) -> None:
 
 def _train(run: Run) -> None:
     """The loop: from the trainer's step to the last."""
-    config, trainer, samples = run.config, run.trainer, run.samples
+    config, trainer = run.config, run.trainer
     total = config.max_train_steps
     epoch = steps_per_epoch(len(run.encoded), config.global_batch)
     every_epochs = config.save_model_epochs and config.save_model_epochs * epoch
@@ -142,24 +141,29 @@ def _train(run: Run) -> None:
         num_workers=config.dataloader_num_workers,
         device=run.accelerator.device,
     )
-    with catch_signals() as stop, tracking.progress_bar(trainer.steps_done, total) as bar:
-        if trainer.steps_done == total or due(trainer.steps_done, samples.every):  # the last part stopped before it
+    every = steps_between(run)
+    with catch_signals() as stop, tracking.progress(trainer.steps_done, total) as progress:
+        if trainer.steps_done == total or due(trainer.steps_done, every):  # the last part stopped before it
             draw_grid(run)
+            progress.resume()
         clock = time.perf_counter()
         for batch in steps:
             metrics = trainer.step(batch)
             seconds = time.perf_counter() - clock
             log.write(metrics, seconds)
             tracking.track(run.accelerator, metrics)
-            bar.show(metrics, seconds)
+            progress.show(metrics, seconds)
+            if metrics.step == FIRST_STEPS:
+                every = steps_between(run)
             last = metrics.step == total
             if last or stop.number or due(metrics.step, config.checkpointing_steps) or due(metrics.step, every_epochs):
                 saved = checkpoint.save(run.folder, trainer.state_dict(), keep=config.checkpoints_total_limit)
                 if stop.number and not last:
                     kept = f"{saved} is kept, and the same command goes on from there"
                     raise Interrupted(f"stopped at step {metrics.step} of {total}; {kept}", stop.number)
-            if last or due(metrics.step, samples.every):
+            if last or due(metrics.step, every):
                 draw_grid(run)
+                progress.resume()
             clock = time.perf_counter()
 
 

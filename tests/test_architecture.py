@@ -28,7 +28,7 @@ LAYERS = [
     {"data", "models"},
     {"batch", "seeding", "config", "files"},
     {"options"},
-    {"errors"},
+    {"errors", "wording"},
 ]
 """From the top down; a part imports only from layers below it, or from itself."""
 

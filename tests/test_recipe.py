@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ def global_generator_untouched() -> None:
 
 def options(pictures: Path, output: Path, **more: object) -> TrainConfig:
     basic = {"data": str(pictures), "output_dir": str(output), "max_train_steps": 4, "train_batch_size": 2}
+    basic |= {"num_inference_steps": 0}
     return TrainConfig(**(basic | ({"rank": 4} if more.get("method") != "full" else {}) | more))
 
 
@@ -90,7 +92,7 @@ def test_a_pixel_run_gives_a_ddpm_pipeline(pictures: Path, tmp_path: Path) -> No
     )  # fmt: skip
     out = fine_tune(config)
     assert DDPMPipeline.from_pretrained(out).unet.config["sample_size"] == 32
-    assert Image.open(out / "samples/step-2.png").size[0] == 2 * 32 + 3 * 8
+    assert Image.open(out / "samples/step-2.png").size[0] == 2 * 5 * 32 + 3 * 8
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -238,7 +240,7 @@ def test_options_hold_for_a_dataset_of_ones_own(tmp_path: Path, monkeypatch: pyt
         ([], {}, "the dataset is empty"),
         ([(Image.new("RGB", (64, 64)), "a")], {}, "row 0 of the dataset is no .picture, caption, id. but tuple"),
         ([(torch.zeros(3, 64, 64), "a", "1")], {}, "row 0 of the dataset is .Tensor, str, str.; it should be"),
-        ([(Image.new("RGB", (64, 64)), None, "1")], {}, "1 of 1 pictures have no caption: give --prompt"),
+        ([(Image.new("RGB", (64, 64)), None, "1")], {}, "1 of 1 picture without a caption: give --prompt"),
         ([(Image.new("RGB", (64, 64)), "a", "1")], {"image_column": "x"}, "image_column cannot be used with a dataset"),
     ],
 )
@@ -279,7 +281,7 @@ def test_a_pixel_model_of_another_size_draws_in_the_size_it_is_trained_at(pictur
 def test_a_picture_without_any_caption_is_an_error(make_pictures: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_pictures(tmp_path / "data", count=3)
     (folder / "01.txt").write_text("a disc")
-    with pytest.raises(UsageError, match="2 of 3 pictures have no caption: give --prompt"):
+    with pytest.raises(UsageError, match="2 of 3 pictures without a caption: give --prompt"):
         fine_tune(options(folder, tmp_path / "out"))
 
 
@@ -318,6 +320,31 @@ def test_a_signal_to_the_command_and_its_workers_keeps_a_checkpoint(
     assert "stopped at step" in error.splitlines()[-1]
     assert "is kept" in error.splitlines()[-1]
     assert checkpoint.latest(log.parent) is not None
+
+
+def test_a_run_shows_how_far_it_is_without_a_terminal(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fine_tune(options(pictures, tmp_path / "out", optimizer="prodigy"))
+    said = capsys.readouterr()
+    lines = [line for line in said.out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 1  # less than half a minute: the last step alone
+    assert re.fullmatch(r"step 4 of 4: smoothed loss 0\.\d{4}, [\d.]+ images/s, \d+\.\d GB", lines[0])
+    assert said.err == ""  # no bars of other libraries, nor of ours
+    assert "decoupled" not in said.out
+
+
+def test_a_short_run_still_draws_before_and_after(pictures: Path, tmp_path: Path) -> None:
+    out = fine_tune(TrainConfig(data=str(pictures), output_dir=str(tmp_path / "out"), max_train_steps=2, rank=4))
+    assert {path.name for path in (out / "samples").iterdir()} == {"step-0.png", "step-2.png", "before-after.png"}
+    longer = {"max_train_steps": 3, "resume_from_checkpoint": "latest", "lr_scheduler": "cosine"}
+    config = TrainConfig(data=str(pictures), output_dir=str(tmp_path / "more"), max_train_steps=2, rank=4)
+    flat = replace(config, lr_scheduler="constant", lr_warmup_steps=0)
+    fine_tune(flat)
+    extended = fine_tune(replace(flat, **{**longer, "lr_scheduler": "constant"}))
+    assert {path.name for path in (extended / "samples").iterdir()} == {
+        "step-0.png", "step-2.png", "step-3.png", "before-after.png",
+    }  # fmt: skip
 
 
 def grids_of(folder: Path) -> dict[str, bytes]:

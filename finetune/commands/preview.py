@@ -56,6 +56,7 @@ def run(options: Options) -> None:
     from finetune.models.locate import locate
     from finetune.results.contact_sheet import contact_sheet
     from finetune.seeding import example_key
+    from finetune.wording import counted
 
     if options.max_pictures < 1:
         raise UsageError(f"--max_pictures {options.max_pictures}: allowed is 1 or more")
@@ -88,9 +89,9 @@ def run(options: Options) -> None:
         sheet.save(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"--output {path} cannot be written: {error}") from error
-    print(f"{path}: {len(cells)} of {len(pictures)} pictures at {resolution} px")
-    for bad in pictures.skipped:
-        print(f"skipped: {bad}")
+    print(f"{path}: {len(cells)} of {counted(len(pictures), 'picture')} at {resolution} px")
+    for line in pictures.notes():
+        print(f"note: {line}")
     for name, count in zip(pictures.ids, counts, strict=True):
         if limit and count > limit:
             print(f"{name}: {count} tokens, of which the model reads {limit}")

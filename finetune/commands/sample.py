@@ -87,12 +87,11 @@ def run(options: Options) -> None:
 def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype") -> "tuple[DiffusionModel, int]":
     """The model, with what the run with this `config` has learned, and the pixels per side to draw."""
     from finetune.models.conditioners import ClipConditioner, spelt_words
-    from finetune.models.loading import check_resolution, load_model, quiet_libraries
+    from finetune.models.loading import check_resolution, load_model
     from finetune.models.locate import locate
     from finetune.models.lora import Adapter
     from finetune.results.export import exported
 
-    quiet_libraries()
     folder = Path(options.model).expanduser()
     made = exported(folder) if config else None
     if config and made is None:

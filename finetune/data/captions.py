@@ -1,5 +1,6 @@
 """Where a picture's caption comes from, and the trigger word in it."""
 
+import codecs
 import csv
 import io
 import json
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 from finetune.data.images import list_files
 from finetune.errors import DataError
+from finetune.wording import counted, listed
 
 TRIGGER = "[trigger]"
 """Stands for the trigger word in a caption."""
@@ -28,6 +30,17 @@ class Caption(NamedTuple):
     """txt, caption, metadata, column, the dataset or prompt; none, with an empty text, where there is no caption."""
 
 
+class FoundCaptions(NamedTuple):
+    """What `find_captions` has found."""
+
+    captions: list[Caption]
+    """Of each picture."""
+    orphans: list[Path]
+    """Caption files that no picture belongs to."""
+    empty: list[Path]
+    """Caption files beside a picture that say nothing."""
+
+
 def first_caption(candidates: Iterable[tuple[str, str | None]]) -> Caption:
     """The first of (source, text) whose text says something; line breaks become single spaces."""
     for source, text in candidates:
@@ -37,17 +50,16 @@ def first_caption(candidates: Iterable[tuple[str, str | None]]) -> Caption:
     return Caption("", "none")
 
 
-def find_captions(
-    folder: Path, pictures: Sequence[Path], prompt: str | None = None
-) -> tuple[list[Caption], list[Path]]:
-    """The caption of each picture below `folder`, and the caption files that no picture belongs to.
+def find_captions(folder: Path, pictures: Sequence[Path], prompt: str | None = None) -> FoundCaptions:
+    """The caption of each picture below `folder`.
 
     In order of precedence: NAME.txt beside the picture; NAME.caption beside it; metadata.jsonl or metadata.csv in the
     folder or in any folder below it (the nearest to the picture wins, jsonl before csv); `prompt`.
     What is empty counts as absent.
 
     Raises:
-        DataError: a caption or metadata file is not UTF-8 or malformed, or metadata names a file that is no picture.
+        DataError: caption files are not UTF-8 (all are named), a metadata file is not or is malformed, or it names a
+            file that is no picture.
     """
     files = list_files(folder)
     sidecars = {
@@ -55,9 +67,21 @@ def find_captions(
     }
     metadata = _read_metadata([file for file in files if file.name in METADATA], pictures)
 
+    unreadable: list[Path] = []
+    empty: list[Path] = []
+
     def beside(picture: Path, suffix: str) -> str | None:
         file = sidecars.get((picture.with_suffix(""), suffix))
-        return None if file is None else _read_text(file)
+        if file is None:
+            return None
+        try:
+            text = _decoded(file)
+        except UnicodeDecodeError:
+            unreadable.append(file)
+            return None
+        if not text.strip():
+            empty.append(file)
+        return text
 
     captions = [
         first_caption(
@@ -70,8 +94,12 @@ def find_captions(
         )
         for picture in pictures
     ]
+    if unreadable:
+        names = listed([str(file.relative_to(folder)) for file in unreadable], most=20)
+        raise DataError(f"{folder}: not UTF-8 {counted(len(unreadable), 'caption file')}: {names}; save as UTF-8")
     stems = {picture.with_suffix("") for picture in pictures}
-    return captions, [file for (stem, _), file in sidecars.items() if stem not in stems]
+    orphans = [file for (stem, _), file in sidecars.items() if stem not in stems]
+    return FoundCaptions(captions, orphans, empty)
 
 
 def with_trigger(caption: str, trigger: str | None) -> str:
@@ -88,13 +116,27 @@ def with_trigger(caption: str, trigger: str | None) -> str:
     return rest.lstrip(" ,;:.-").rstrip()
 
 
-def _read_text(path: Path) -> str:
+def placed_trigger(caption: str) -> str | None:
+    """A caption that says "of a dog" with [trigger] where it reads well, "of [trigger] dog"; None for all others."""
+    placed = re.sub(r"\bof (an?|the|my) ", f"of {TRIGGER} ", caption, count=1)
+    return placed if placed != caption else None
+
+
+def _decoded(path: Path) -> str:
+    """The text of a file: UTF-8, or UTF-16 where it begins with a byte order mark. Raises UnicodeDecodeError."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if wide else "utf-8-sig")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return _decoded(path)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
 def _read_metadata(files: list[Path], pictures: Sequence[Path]) -> dict[Path, str | None]:

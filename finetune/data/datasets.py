@@ -3,15 +3,17 @@
 import glob
 import io
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.data.captions import CAPTION_SUFFIXES, METADATA, find_captions, first_caption
 from finetune.data.images import PICTURE_SUFFIXES, PictureFile, find_images, list_files
-from finetune.data.pictures import PictureFiles, listed
+from finetune.data.pictures import PictureFiles
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError, UsageError, hub_errors
+from finetune.wording import listed
 
 if TYPE_CHECKING:
     import datasets
@@ -56,17 +58,18 @@ class ImageFolder(PictureFiles):
         self._files = find_images(root)
         if not self._files:
             raise DataError(f"{folder}: no picture found; allowed are {' '.join(PICTURE_SUFFIXES)}")
-        captions, orphans = find_captions(root, self._files, prompt)
+        found = find_captions(root, self._files, prompt)
         strangers = set(list_files(root)).difference(self._files)
         endings = [file.suffix.lower() or "without an ending" for file in strangers if file.name not in METADATA]
         self._others = Counter(ending for ending in endings if ending not in CAPTION_SUFFIXES)
         super().__init__(
             str(folder),
-            [file.relative_to(root).as_posix() for file in self._files],
-            captions,
+            [_below(root, file) for file in self._files],
+            found.captions,
             trigger=trigger,
             transform=transform,
-            orphans=[file.relative_to(root).as_posix() for file in orphans],
+            orphans=[_below(root, file) for file in found.orphans],
+            empty=[_below(root, file) for file in found.empty],
         )
 
     def _file(self, place: int) -> PictureFile:
@@ -74,7 +77,17 @@ class ImageFolder(PictureFiles):
 
     def notes(self) -> list[str]:
         kinds = listed([f"{count} {suffix}" for suffix, count in sorted(self._others.items())])
-        return super().notes() + ([f"files that are neither pictures nor captions: {kinds}"] if kinds else [])
+        repeats = sorted({name.split("/")[0] for name in self.ids if re.match(r"\d+_[^/]+/", name)})
+        lines = {
+            f"files that are neither pictures nor captions: {kinds}": kinds,
+            f"repeats in the names of folders are not read, pictures come once an epoch: {listed(repeats)}": repeats,
+        }
+        return super().notes() + [line for line, found in lines.items() if found]
+
+
+def _below(root: Path, file: Path) -> str:
+    """The path relative to the folder, with forward slashes."""
+    return file.relative_to(root).as_posix()
 
 
 class HuggingFaceDataset(PictureFiles):

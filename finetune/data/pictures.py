@@ -8,10 +8,11 @@ from typing import NamedTuple
 from PIL import Image
 from torch.utils.data import Dataset
 
-from finetune.data.captions import TRIGGER, Caption, with_trigger
+from finetune.data.captions import TRIGGER, Caption, placed_trigger, with_trigger
 from finetune.data.images import PictureFile, Skipped, check_images, open_image
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError
+from finetune.wording import counted, listed
 
 
 class Example(NamedTuple):
@@ -54,6 +55,9 @@ class Pictures(Dataset[Example], ABC):
         """How many captions came from where: txt, caption, metadata, column, prompt, none."""
         self.triggerless = 0 if trigger else sum(TRIGGER in caption.text for caption in captions)
         """How many captions say [trigger] although no trigger word was given."""
+        glued = [text for caption in captions if TRIGGER not in (text := caption.text) and placed_trigger(text)]
+        self.glued = glued if trigger else []
+        """Captions that read badly with the trigger word in front."""
         doubled = [name for name, count in Counter(ids).items() if count > 1]
         if doubled:
             raise DataError(f"two pictures have the id {doubled[0]!r}")
@@ -67,8 +71,14 @@ class Pictures(Dataset[Example], ABC):
 
     def notes(self) -> list[str]:
         """Lines for the user about what was found: what is left out, or looks wrong."""
-        said = f"{self.triggerless} captions say [trigger], but no --trigger is given: it is left out of them"
-        return [said] if self.triggerless else []
+        lines = []
+        if self.triggerless:
+            captions = counted(self.triggerless, "caption")
+            lines.append(f"[trigger] stands in {captions}, but no --trigger is given: it is left out")
+        if self.glued:
+            captions, better = counted(len(self.glued), "caption"), placed_trigger(self.glued[0])
+            lines.append(f"the trigger is put in front of {captions}; better say where it belongs: {better!r}")
+        return lines
 
 
 class PictureFiles(Pictures):
@@ -90,16 +100,21 @@ class PictureFiles(Pictures):
         trigger: str | None,
         transform: Preprocess,
         orphans: Sequence[str] = (),
+        empty: Sequence[str] = (),
     ) -> None:
         checked = check_images(names, self._file)
         good = {place: found for place, found in enumerate(checked) if not isinstance(found, Skipped)}
         self.skipped = [problem for problem in checked if isinstance(problem, Skipped)]
         """Pictures that cannot be read."""
         if not good:
-            raise DataError(f"{where}: none of {len(names)} pictures can be read; the first: {self.skipped[0]}")
+            raise DataError(
+                f"{where}: none of {counted(len(names), 'picture')} can be read; the first: {self.skipped[0]}"
+            )
         self._places = list(good)
         self.orphans = list(orphans)
         """Caption files without a picture, relative to the folder."""
+        self.empty = list(empty)
+        """Caption files beside a picture that say nothing, likewise."""
         self.small = sum(min(found.size) < transform.resolution for found in good.values())
         """How many pictures have a side below the resolution, and will be enlarged."""
         super().__init__(
@@ -124,12 +139,7 @@ class PictureFiles(Pictures):
         lines = {
             f"{len(reasons)} skipped: {listed(reasons)}": reasons,
             f"caption files without a picture, {len(self.orphans)}: {listed(self.orphans)}": self.orphans,
-            f"smaller than {resolution} px and enlarged: {self.small} pictures": self.small,
+            f"empty caption files, {len(self.empty)}: {listed(self.empty)}": self.empty,
+            f"smaller than {resolution} px and enlarged: {counted(self.small, 'picture')}": self.small,
         }
         return [line for line, found in lines.items() if found] + super().notes()
-
-
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

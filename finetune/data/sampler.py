@@ -33,7 +33,7 @@ def step_visits(step: int, *, size: int, batch_size: int, seed: int) -> list[Vis
     """The `batch_size` visits of optimizer step `step` (0 for the first).
 
     Every epoch is a fresh permutation of all `size` examples. One follows the other without a gap, and steps are cut
-    from that: an epoch may end within a step, and no step is short, which would teach its few examples at the full rate.
+    from that: an epoch may end within a step, and no step is short, so none teaches few examples at the full rate.
     """
     places = (divmod(position, size) for position in range(step * batch_size, (step + 1) * batch_size))
     return [Visit(_order(seed, epoch, size)[place], epoch) for epoch, place in places]

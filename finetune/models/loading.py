@@ -3,7 +3,8 @@
 # diffusers annotates its own methods narrower than what they take and give.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -100,10 +101,17 @@ def load_model(
     return _latent_model(found, found.folder, unet, scheduler, sampler, max_token_length, clip_skip)
 
 
-def quiet_libraries() -> None:
-    """Turn off the bars that transformers and diffusers draw for loading files; ours say what matters."""
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
+@contextmanager
+def without_library_bars() -> Iterator[None]:
+    """Inside, transformers and diffusers draw no bars for loading files; ours say what matters."""
+    loggers = [library for library in (transformers_logging, diffusers_logging) if library.is_progress_bar_enabled()]
+    for library in loggers:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in loggers:
+            library.enable_progress_bar()
 
 
 def check_resolution(found: Location, resolution: int) -> None:
@@ -127,10 +135,11 @@ def _latent_model(
     clip_skip: int | None,
 ) -> DiffusionModel:
     try:
-        vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True, use_safetensors=True).float()
-        text_encoder = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
+        with without_library_bars():
+            vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True, use_safetensors=True).float()
+            text_encoder = CLIPTextModel.from_pretrained(
+                folder / "text_encoder", dtype=torch.float32, local_files_only=True, use_safetensors=True
+            )
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from finetune.results.sampling import MARGIN, fitting
+from finetune.results.lettering import fitting, width_of, write
+from finetune.results.sampling import MARGIN
 
 CELL = 192
 """Width and height of a picture on the sheet, in pixels."""
 COLUMNS = 5
+_LETTERS = 11
 
 
 def contact_sheet(
@@ -23,7 +25,6 @@ def contact_sheet(
         names, captions, tokens: of at least as many pictures.
         limit: tokens that the model reads; 0: no token counts.
     """
-    font = ImageFont.load_default(size=11)
     line = 14
     cell_height = CELL + 4 * line + MARGIN
     columns = min(COLUMNS, len(pixels))
@@ -34,17 +35,17 @@ def contact_sheet(
         x = MARGIN + number % columns * (CELL + MARGIN)
         y = MARGIN + number // columns * cell_height
         sheet.paste(to_pil_image(picture).resize((CELL, CELL), Image.Resampling.LANCZOS), (x, y))
-        first, second = _two_lines(captions[number], font)
+        first, second = _two_lines(captions[number])
         count = f"{tokens[number]} of {limit} tokens" if limit else ""
         texts = ((names[number], "gray"), (first, "black"), (second, "black"))
         for row, (text, colour) in enumerate((*texts, (count, "red" if tokens[number] > limit else "gray"))):
-            draw.text((x, y + CELL + row * line), fitting(text, font, CELL), fill=colour, font=font)
+            write(draw, (x, y + CELL + row * line), fitting(text, _LETTERS, CELL), _LETTERS, colour)
     return sheet
 
 
-def _two_lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> tuple[str, str]:
+def _two_lines(text: str) -> tuple[str, str]:
     """The text broken after the last word that fits into one line; what is left may still be too long."""
     words, first = text.split(), ""
-    while words and font.getlength(f"{first} {words[0]}".strip()) <= CELL:
+    while words and width_of(f"{first} {words[0]}".strip(), _LETTERS) <= CELL:
         first = f"{first} {words.pop(0)}".strip()
     return (first, " ".join(words)) if first else (text, "")

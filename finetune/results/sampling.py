@@ -11,14 +11,19 @@ from typing import Any
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, StableDiffusionPipeline
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
+from torch import nn
+from tqdm import tqdm
 
 from finetune.files import write_whole
 from finetune.models.loading import DiffusionModel
+from finetune.results.lettering import fitting, write
 
 MARGIN = 8
 """Pixels between the pictures of a grid."""
+READABLE = 160
+"""Pixels that a picture in a grid is wide at least: smaller ones are enlarged."""
 _SHOWS = "finetune"
 
 
@@ -33,6 +38,7 @@ def draw_pictures(
     guidance_scale: float = 7.5,
     negative_prompt: str = "",
     precision: torch.dtype | None = None,
+    at_once: int = 1,
 ) -> list[list[Image.Image]]:
     """Pictures for each prompt (outer) and seed (inner), the UNet in eval mode.
 
@@ -48,35 +54,49 @@ def draw_pictures(
         guidance_scale: classifier-free guidance, 1 is none; latent mode only.
         negative_prompt: what guidance leads away from.
         precision: dtype that the UNet computes in, as it did in training; VAE and text encoder stay in their own.
+        at_once: pictures of a prompt that are drawn as one batch: quicker, but rounded otherwise than one by one.
     """
     model.to(model.unet.device)  # `encode` has sent the frozen parts to the CPU
     model.unet.eval()
     pipeline = model.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     if isinstance(pipeline, DDPMPipeline):
-        with _computing_in(precision, model.unet):
+        with _computing_in(precision, model.unet), _progress(model.unet, num_inference_steps):
             return [_draw_unconditional(pipeline, seeds, num_inference_steps)]
     assert isinstance(pipeline, StableDiffusionPipeline)
     device = model.unet.device
     negative = model.conditioner.encode([negative_prompt])["encoder_hidden_states"].to(device)
+    batches = [seeds[start : start + at_once] for start in range(0, len(seeds), at_once)]
     rows = []
-    for prompt in prompts:
-        embedding = model.conditioner.encode([prompt])["encoder_hidden_states"].to(device)
-        with _computing_in(precision, model.unet):
-            row = [
-                pipeline(
-                    prompt_embeds=embedding,
-                    negative_prompt_embeds=negative,
-                    generator=torch.Generator().manual_seed(seed),
-                    num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
-                    height=resolution,
-                    width=resolution,
-                ).images[0]
-                for seed in seeds
-            ]
-        rows.append(row)
+    with _progress(model.unet, num_inference_steps * len(batches) * len(prompts)):
+        for prompt in prompts:
+            embedding = model.conditioner.encode([prompt])["encoder_hidden_states"].to(device)
+            row: list[Image.Image] = []
+            for some in batches:
+                with _computing_in(precision, model.unet):
+                    row += pipeline(
+                        prompt_embeds=embedding,
+                        negative_prompt_embeds=negative,
+                        num_images_per_prompt=len(some),
+                        generator=[torch.Generator().manual_seed(seed) for seed in some],
+                        num_inference_steps=num_inference_steps,
+                        guidance_scale=guidance_scale,
+                        height=resolution,
+                        width=resolution,
+                    ).images
+            rows.append(row)
     return rows
+
+
+@contextmanager
+def _progress(unet: nn.Module, steps: int) -> Iterator[None]:
+    """A bar that counts the UNet's answers, for drawing that takes long; none without a terminal."""
+    with tqdm(total=steps, desc="drawing", unit="step", delay=3, leave=False, disable=None) as bar:
+        counting = unet.register_forward_hook(lambda *_: bar.update() and None)
+        try:
+            yield
+        finally:
+            counting.remove()
 
 
 @contextmanager
@@ -110,38 +130,31 @@ def _draw_unconditional(pipeline: DDPMPipeline, seeds: Sequence[int], steps: int
 def grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], title: str = "") -> Image.Image:
     """One picture of all: a row of pictures for each label, the label above it.
 
-    A single unlabelled row is folded into a square.
+    A single unlabelled row is folded into a square. Small pictures are enlarged, so that labels fit above them.
     """
     if len(rows) == 1 and not any(labels):
         side = max(1, round(len(rows[0]) ** 0.5))
         rows = [rows[0][start : start + side] for start in range(0, len(rows[0]), side)]
         labels = [""] * len(rows)
-    cell_width, cell_height = rows[0][0].size
-    font = ImageFont.load_default(size=max(10, min(20, cell_width // 12)))
+    larger = -(-READABLE // min(READABLE, rows[0][0].width))
+    cell_width, cell_height = (side * larger for side in rows[0][0].size)
+    letters = min(20, cell_width // 12)
     columns = max(len(row) for row in rows)
     width = MARGIN + columns * (cell_width + MARGIN)
-    strip = 2 * MARGIN + 10 if any(labels) else MARGIN
-    top = 2 * MARGIN + 10 if title else 0
+    line = letters + 2 * MARGIN
+    strip = line if any(labels) else MARGIN
+    top = line if title else 0
     sheet = Image.new("RGB", (width, top + len(rows) * (cell_height + strip) + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((MARGIN, MARGIN), title, fill="black", font=font)
+        write(draw, (MARGIN, MARGIN), title, letters, "black")
     for number, (row, label) in enumerate(zip(rows, labels, strict=True)):
         y = top + number * (cell_height + strip)
-        draw.text((MARGIN, y + MARGIN // 2), fitting(label, font, width - 2 * MARGIN), fill="black", font=font)
+        write(draw, (MARGIN, y + MARGIN // 2), fitting(label, letters, width - 2 * MARGIN), letters, "black")
         for column, picture in enumerate(row):
-            sheet.paste(picture, (MARGIN + column * (cell_width + MARGIN), y + strip))
+            enlarged = picture.resize((cell_width, cell_height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (MARGIN + column * (cell_width + MARGIN), y + strip))
     return sheet
-
-
-def fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """The text on one line, cut with an ellipsis where it is wider than `width` pixels."""
-    text = text.replace("\n", " ")[:width]  # no letter is narrower than a pixel, and captions may be very long
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
 
 
 def side_by_side(before: Path, after: Path, to: Path) -> None:

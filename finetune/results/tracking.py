@@ -4,9 +4,11 @@ import importlib.util
 import json
 import resource
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,17 @@ class Log:
                 file.write(json.dumps(record) + "\n")
 
 
+def note_grid(folder: Path, step: int, seconds: float) -> None:
+    """Record in timings.jsonl how long a sample grid has taken."""
+    with (folder / "timings.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "grid_seconds": round(seconds, 4)}) + "\n")
+
+
+def timings(folder: Path) -> list[dict[str, Any]]:
+    """The lines of timings.jsonl."""
+    return [json.loads(line) for line in (folder / "timings.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def _cut(path: Path, step: int) -> None:
     """Keep the lines of steps 1 to `step`."""
     if not path.exists():
@@ -67,29 +80,50 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-class ProgressBar:
-    """tqdm with the smoothed loss, seconds per step, images per second and peak memory beside the time left."""
+class Progress:
+    """Steps done, the smoothed loss, images per second and peak memory: as a bar, or without a terminal as lines.
 
-    def __init__(self, bar: tqdm):
-        self._bar = bar
+    Args:
+        bar: disabled where there is no terminal.
+        total: steps of the run.
+        pause: seconds between two lines.
+    """
+
+    def __init__(self, bar: tqdm, total: int, pause: float):
+        self._bar, self._total, self._pause = bar, total, pause
         self._loss: float | None = None
+        self._seconds: float | None = None
+        self._said = time.monotonic()
 
     def show(self, metrics: StepMetrics, seconds: float) -> None:
-        """Advance by one step; the loss is smoothed over about 20 steps."""
-        self._loss = metrics.loss if self._loss is None else self._loss + 0.05 * (metrics.loss - self._loss)
-        self._bar.set_postfix_str(
-            f"loss {self._loss:.4f}, {seconds:.2f} s/step, {metrics.examples / seconds:.1f} images/s, "
-            f"{peak_memory_gb():.1f} GB",
-            refresh=False,
-        )
+        """Advance by one step that took so many seconds; loss and speed are smoothed over about 20 steps."""
+        self._loss = _smoothed(self._loss, metrics.loss)
+        self._seconds = _smoothed(self._seconds, seconds)
+        text = f"smoothed loss {self._loss:.4f}, {metrics.examples / self._seconds:.3g} images/s"
+        text += f", {peak_memory_gb():.1f} GB"
+        self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
+        last = metrics.step == self._total
+        if self._bar.disable and (last or time.monotonic() - self._said >= self._pause):
+            self._said = time.monotonic()
+            left = timedelta(seconds=round((self._total - metrics.step) * self._seconds))
+            print(f"step {metrics.step} of {self._total}: {text}{'' if last else f', {left} left'}", flush=True)
+
+    def resume(self) -> None:
+        """What was done since the last step (a grid, a checkpoint) does not count into the time of the next."""
+        self._bar.unpause()
+
+
+def _smoothed(before: float | None, now: float) -> float:
+    return now if before is None else before + 0.05 * (now - before)
 
 
 @contextmanager
-def progress_bar(done: int, total: int) -> Iterator[ProgressBar]:
-    """A bar from `done` to `total` steps."""
-    with tqdm(total=total, initial=done, unit="step", dynamic_ncols=True) as bar:
-        yield ProgressBar(bar)
+def progress(done: int, total: int, pause: float = 30) -> Iterator[Progress]:
+    """Progress from `done` to `total` steps."""
+    # With disable=None a bar is only drawn on a terminal, or in a notebook.
+    with tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=None) as bar:
+        yield Progress(bar, total, pause)
 
 
 def check_installed(trackers: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finetune import seeding
 from finetune.errors import RunError
-from finetune.models.loading import DiffusionModel
+from finetune.models.loading import DiffusionModel, without_library_bars
 from finetune.models.lora import LORA_FILE, Adapter
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -50,7 +50,8 @@ def _compare_adapter(adapter: Adapter, model: DiffusionModel, folder: Path) -> t
 
 
 def _compare_pipeline(model: DiffusionModel, folder: Path) -> tuple[list[str], float]:
-    reloaded: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    with without_library_bars():
+        reloaded: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     # Not diffusers' own `to`, which warns of a dtype.
     unet: Any = nn.Module.to(reloaded.unet, model.unet.device, model.unet.dtype).eval()
     differing = _differing(model.unet.state_dict(), unet.state_dict())

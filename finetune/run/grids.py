@@ -1,12 +1,22 @@
-"""The sample grids of a run. Each belongs to a step, prompts and settings; what does not belong is drawn anew."""
+"""The sample grids of a run, timed. Each belongs to a step, prompts and settings; what does not is drawn anew."""
 
 import re
+import time
+from fractions import Fraction
 from pathlib import Path
+from statistics import median
 
 from finetune.results import tracking
 from finetune.results.sampling import already_shows, draw_pictures, grid, save_picture, side_by_side
 from finetune.run.parts import Run
+from finetune.run.samples import interval
 from finetune.seeding import fold
+
+AT_ONCE = 4
+"""Pictures of one prompt that are drawn as one batch: what fits where a step of training fits."""
+
+FIRST_STEPS = 6
+"""After so many steps of training it is known how long one takes."""
 
 _NAME = re.compile(r"step-(\d+)\.png")
 
@@ -17,6 +27,7 @@ def draw_grid(run: Run) -> None:
     path = _path(run, step)
     if not samples.prompts or already_shows(path, _settings(run)):
         return
+    clock = time.perf_counter()
     with run.trainer.averaged():
         rows = draw_pictures(
             model,
@@ -26,12 +37,29 @@ def draw_grid(run: Run) -> None:
             num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
             precision=run.trainer.precision,
+            at_once=AT_ONCE,
         )
     model.conditioner.to("cpu")
     if not config.live_encoding:
         model.encoder.to("cpu")
     save_picture(grid(rows, samples.prompts, title=f"step {step}"), path, shows=_settings(run))
+    tracking.note_grid(run.folder, step, time.perf_counter() - clock)
     tracking.track_pictures(run.accelerator, step, path)
+
+
+def steps_between(run: Run) -> int | Fraction | None:
+    """As asked for; else what the first grid and the first steps leave room for, and None while that is not known.
+
+    Both are read from timings.jsonl, so that a resumed run draws at the steps at which it would have drawn before.
+    """
+    if run.samples.every or not run.samples.prompts:
+        return run.samples.every
+    records = tracking.timings(run.folder)
+    grids = [record["grid_seconds"] for record in records if "grid_seconds" in record]
+    first = [record["seconds"] for record in records if "seconds" in record and 1 < record["step"] <= FIRST_STEPS]
+    if not grids or len(first) < FIRST_STEPS - 1:
+        return None
+    return interval(grids[0], median(first), run.config.max_train_steps)
 
 
 def discard_strangers(run: Run) -> None:

@@ -8,6 +8,7 @@ from finetune.config import ResolvedConfig, TrainConfig
 from finetune.data.captions import TRIGGER, with_trigger
 from finetune.data.sampler import steps_per_epoch
 
+MOST_GRIDS = 10
 SAMPLING_SHARE = 0.05
 """Share of a run's time that sample grids may take unless they were asked for."""
 
@@ -21,16 +22,18 @@ class SamplePlan:
     pictures: int = 0
     """Per prompt."""
     every: int | Fraction | None = None
-    """Steps between grids, beside the first and the last."""
+    """Steps between grids, beside the first and the last, where the user has said so."""
     share: float = 0.0
-    """Estimated share of the run's time."""
+    """Estimated share of the run's time, without those that are drawn if time allows."""
 
 
 def plan_samples(config: ResolvedConfig, *, latent: bool, captions: Sequence[str], pictures: int) -> SamplePlan:
-    """Grids as asked for, or the largest that `SAMPLING_SHARE` of the run allows.
+    """Grids as asked for, or a first and a last of the largest size that `SAMPLING_SHARE` of the run allows.
 
-    The cost is counted in UNet passes over one picture: a sampler step is one (two with guidance), a training
-    example three (forward, and a backward of about two), or two where frozen weights need no gradient (LoRA).
+    At least one picture is drawn before and after, unless none is wanted. How many grids fit between them, `interval`
+    says, when the run knows how long it takes. Beforehand the cost is counted in UNet passes over one picture: a
+    sampler step is one (two with guidance), a training example three (forward, and a backward of about two), or two
+    where frozen weights need no gradient (LoRA).
 
     Args:
         config: resolved.
@@ -55,12 +58,20 @@ def plan_samples(config: ResolvedConfig, *, latent: bool, captions: Sequence[str
     if every or config.sample_prompts:
         return plan(prompts, chosen, every)
     smaller = [(prompts, chosen), (prompts, -(-chosen // 2)), (prompts, -(-chosen // 4)), (prompts[:1], 1)]
-    for some, number in smaller:
-        grid = plan(some, number, None)
-        if grid.share <= SAMPLING_SHARE:
-            more = min(10, int(SAMPLING_SHARE / grid.share * 2)) - 1  # grids after the first, the last included
-            return plan(some, number, -(-total // more)) if more > 1 else grid
-    return SamplePlan()
+    plans = [plan(some, number, None) for some, number in smaller]
+    return next((grid for grid in plans if grid.share <= SAMPLING_SHARE), plans[-1])
+
+
+def interval(grid_seconds: float, step_seconds: float, total: int) -> int | None:
+    """Steps between grids, so that all of them take no more than `SAMPLING_SHARE` of the time; None: no room for any.
+
+    Args:
+        grid_seconds: what the first grid has taken.
+        step_seconds: what a step of training takes.
+        total: steps of the run.
+    """
+    after_first = min(MOST_GRIDS, int(SAMPLING_SHARE * total * step_seconds / grid_seconds)) - 1
+    return -(-total // after_first) if after_first > 1 else None
 
 
 def default_prompts(config: TrainConfig, captions: Sequence[str]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from finetune.errors import UsageError
 from finetune.models.locate import Location
 from finetune.options import about
 from finetune.seeding import fold
+from finetune.wording import counted
 
 
 def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) -> Pictures:
@@ -40,7 +41,9 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
         )
     empty = pictures.captions.count("")
     if found.family.latent and empty:
-        raise UsageError(f"{empty} of {len(pictures)} pictures have no caption: give --prompt, or captions beside them")
+        raise UsageError(
+            f"{empty} of {counted(len(pictures), 'picture')} without a caption: give --prompt, or captions beside them"
+        )
     return pictures
 
 

@@ -1,11 +1,11 @@
 """The lines a run prints before it starts: everything that a person would want to stop it for."""
 
-from finetune.data.pictures import listed
 from finetune.data.sampler import steps_per_epoch
 from finetune.models.conditioners import ClipConditioner, spelt_words
 from finetune.models.lora import trainable
 from finetune.run.parts import Run
-from finetune.run.samples import SamplePlan
+from finetune.run.samples import SAMPLING_SHARE, SamplePlan
+from finetune.wording import counted, listed
 
 
 def print_summary(run: Run) -> None:
@@ -15,8 +15,8 @@ def print_summary(run: Run) -> None:
     rows = {
         "model": f"{config.model} ({family.description}), predicts {run.model.scheduler.config['prediction_type']}",
         "learns": f"{_learns(run)} parameters",
-        "pictures": f"{len(encoded)} photos: {config.max_train_steps} steps of {config.global_batch}, {epochs:.4g} epochs, "
-        f"{config.resolution} px",
+        "pictures": f"{counted(len(encoded), 'photo')}: {counted(config.max_train_steps, 'step')} of "
+        f"{config.global_batch}, {epochs:.4g} epochs, {config.resolution} px",
         "captions": _captions(run) if family.latent else "",
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_scheduler}, "
         f"{config.lr_warmup_steps} warm-up steps{', EMA' if config.use_ema else ''}",
@@ -49,12 +49,13 @@ def _captions(run: Run) -> str:
 
 def _samples(samples: SamplePlan) -> str:
     if not samples.prompts:
-        return "none: they would take over 5 % of so short a run (ask with --sample_every) or are turned off"
-    when = f", every {float(samples.every):.4g} steps" if samples.every else ""
-    return (
-        f"{len(samples.prompts)} prompts x {samples.pictures} pictures at the start and the end{when}: "
-        f"about {100 * samples.share:.1f} % of the run"
-    )
+        return "none: turned off"
+    if samples.every:
+        when = f", every {float(samples.every):.4g} steps"
+    else:
+        when = f", and between as often as {SAMPLING_SHARE:.0%} of the time allows"
+    size = f"{counted(len(samples.prompts), 'prompt')} x {counted(samples.pictures, 'picture')}"
+    return f"{size} at the start and the end{when}; about {100 * samples.share:.2g} % of the run"
 
 
 def _about_words(run: Run) -> list[str]:
@@ -69,5 +70,5 @@ def _about_words(run: Run) -> list[str]:
     counts, limit = conditioner.token_counts(encoded.captions), conditioner.token_limit
     long = [f"{name} ({count})" for name, count in zip(encoded.ids, counts, strict=True) if count > limit]
     if long:
-        lines.append(f"{len(long)} captions are over {limit} tokens and are cut: {listed(long)}")
+        lines.append(f"over {limit} tokens and cut, {counted(len(long), 'caption')}: {listed(long)}")
     return lines

@@ -1,5 +1,7 @@
 """Optimizers by name, and the learning rate as a pure function of the step."""
 
+import contextlib
+import io
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -40,8 +42,9 @@ def make_optimizer(
     except ImportError as error:
         raise UsageError("optimizer = 'prodigy' needs a package: pip install prodigyopt") from error
     weights: Any = {"weight_decay": weight_decay}  # Prodigy says int, and takes a fraction
-    # Without the safeguard a warm-up spoils its estimate of the step size.
-    return Prodigy(parameters, lr=learning_rate, betas=betas, eps=epsilon, safeguard_warmup=True, **weights)
+    with contextlib.redirect_stdout(io.StringIO()):  # it says how it decays weights
+        # Without the safeguard a warm-up spoils its estimate of the step size.
+        return Prodigy(parameters, lr=learning_rate, betas=betas, eps=epsilon, safeguard_warmup=True, **weights)
 
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: int) -> float:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.captions import TRIGGER, Caption, find_captions, first_caption, with_trigger
+from finetune.data.captions import TRIGGER, Caption, find_captions, first_caption, placed_trigger, with_trigger
 from finetune.data.images import find_images
 from finetune.errors import DataError
 
@@ -22,7 +22,7 @@ def make(folder: Path, **files: str) -> list[Path]:
 
 def captions(folder: Path, prompt: str | None = None) -> dict[str, Caption]:
     pictures = find_images(folder)
-    found, _ = find_captions(folder, pictures, prompt)
+    found = find_captions(folder, pictures, prompt).captions
     return {picture.relative_to(folder).as_posix(): caption for picture, caption in zip(pictures, found, strict=True)}
 
 
@@ -134,7 +134,43 @@ def test_malformed_metadata_names_file_and_line(tmp_path: Path, name: str, conte
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.caption", "metadata.csv", "metadata.jsonl"])
+def test_all_caption_files_that_are_not_utf8_are_named_at_once(tmp_path: Path):
+    make(tmp_path, a_DOT_png="", sub__b_DOT_png="", c_DOT_png="", c_DOT_txt="fine")
+    for name in ("a.txt", "sub/b.caption"):
+        (tmp_path / name).write_bytes("un café".encode("latin-1"))
+    with pytest.raises(DataError, match=r"not UTF-8 2 caption files: a\.txt, sub/b\.caption; save as UTF-8$"):
+        captions(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig"])
+def test_a_byte_order_mark_says_how_a_file_is_read(tmp_path: Path, encoding: str):
+    make(tmp_path, a_DOT_png="")
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / "a.txt").write_bytes((mark + "un café").encode(encoding))
+    assert captions(tmp_path) == {"a.png": Caption("un café", "txt")}
+
+
+def test_empty_caption_files_are_named(tmp_path: Path):
+    pictures = make(tmp_path, a_DOT_png="", a_DOT_txt=" \n", b_DOT_png="", b_DOT_txt="b", c_DOT_txt="")
+    found = find_captions(tmp_path, pictures, "the prompt")
+    assert [caption.text for caption in found.captions] == ["the prompt", "b"]
+    assert (found.empty, found.orphans) == ([tmp_path / "a.txt"], [tmp_path / "c.txt"])
+
+
+@pytest.mark.parametrize(
+    ("caption", "placed"),
+    [
+        ("a photo of a dog", "a photo of [trigger] dog"),
+        ("an image of the dog of my aunt", "an image of [trigger] dog of my aunt"),
+        ("dog, grass", None),
+        ("a dog", None),
+    ],
+)
+def test_where_the_trigger_would_read_well(caption: str, placed: str | None):
+    assert placed_trigger(caption) == placed
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
 def test_what_is_not_utf8_is_an_error_that_names_the_file(tmp_path: Path, name: str):
     make(tmp_path, a_DOT_png="")
     (tmp_path / name).write_bytes("un café".encode("latin-1"))

@@ -209,7 +209,7 @@ def test_selected_and_formatted_rows_are_taken_as_they_are():
         (
             {"image": [b""]},
             {},
-            "the dataset: none of 1 pictures can be read; the first: row 0: the file is empty",
+            "the dataset: none of 1 picture can be read; the first: row 0: the file is empty",
         ),
     ],
 )
@@ -345,6 +345,23 @@ def test_files_of_other_kinds_are_counted(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     for name in ("a.txt", "b.docx", "c.DOCX", "LICENSE", "metadata.jsonl", ".hidden.zip"):
         (tmp_path / name).write_text("")
-    assert ImageFolder(tmp_path, resolution=8).notes() == [
-        "files that are neither pictures nor captions: 2 .docx, 1 without an ending"
-    ]
+    notes = ImageFolder(tmp_path, resolution=8).notes()
+    assert "files that are neither pictures nor captions: 2 .docx, 1 without an ending" in notes
+
+
+def test_folders_named_for_repeats_and_triggers_that_read_badly_are_noted(tmp_path: Path):
+    for name in ("10_dog/a.png", "10_dog/b.png", "cats/c.png"):
+        save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text("a photo of a dog")
+    (tmp_path / "cats/c.txt").write_text("a photo of [trigger] cat")
+    notes = ImageFolder(tmp_path, trigger="sks", resolution=4).notes()
+    assert "repeats in the names of folders are not read, pictures come once an epoch: 10_dog" in notes
+    where = "the trigger is put in front of 2 captions; better say where it belongs: 'a photo of [trigger] dog'"
+    assert where in notes
+    assert not any("trigger is put" in note for note in ImageFolder(tmp_path, resolution=4).notes())
+
+
+def test_empty_caption_files_are_counted(tmp_path: Path):
+    save(tmp_path / "a.png")
+    (tmp_path / "a.txt").touch()
+    assert "empty caption files, 1: a.txt" in ImageFolder(tmp_path, prompt="x", resolution=4).notes()

@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from finetune.models.loading import load_model
-from finetune.results.sampling import MARGIN, draw_pictures, grid, side_by_side
+from finetune.results.sampling import MARGIN, READABLE, draw_pictures, grid, side_by_side
 
 
 def test_pictures_equal_a_plain_pipeline_call() -> None:
@@ -53,16 +53,34 @@ def test_pixel_models_draw_with_few_ddim_steps_one_picture_a_seed() -> None:
     assert abs(difference).max() <= 1  # a batch of two rounds differently
 
 
+def test_pictures_of_a_prompt_drawn_as_one_batch_are_those_drawn_one_by_one() -> None:
+    model = load_model("tiny")
+    settings = {"resolution": 64, "num_inference_steps": 3, "guidance_scale": 3.0}
+    calls = []
+    model.unet.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
+    (together,) = draw_pictures(model, ["a dog"], [0, 1, 2], at_once=2, **settings)
+    assert set(calls) == {4, 2}  # two pictures and their negatives, then the third
+    (alone,) = draw_pictures(model, ["a dog"], [0, 1, 2], **settings)
+    difference = np.abs(np.stack(together).astype(int) - np.stack(alone))
+    assert difference.max() <= 1  # a batch of two rounds differently
+
+
 def test_a_grid_has_a_row_for_each_prompt_and_its_pictures_unchanged() -> None:
-    red, blue = Image.new("RGB", (32, 32), "red"), Image.new("RGB", (32, 32), "blue")
+    red, blue = Image.new("RGB", (200, 200), "red"), Image.new("RGB", (200, 200), "blue")
     sheet = grid([[red, red], [blue, blue]], ["a red one with a rather long name", "a blue one"], title="step 0")
     pixels = np.asarray(sheet)
-    assert (pixels == (255, 0, 0)).all(-1).sum() == (pixels == (0, 0, 255)).all(-1).sum() == 2 * 32 * 32
+    assert (pixels == (255, 0, 0)).all(-1).sum() == (pixels == (0, 0, 255)).all(-1).sum() == 2 * 200 * 200
+
+
+def test_small_pictures_are_enlarged_so_that_their_labels_fit() -> None:
+    sheet = grid([[Image.new("RGB", (64, 64), "red")]], ["a red one"])
+    assert (np.asarray(sheet) == (255, 0, 0)).all(-1).sum() == (3 * 64) ** 2
+    assert READABLE <= 3 * 64
 
 
 def test_one_unlabelled_row_becomes_a_square() -> None:
-    sheet = grid([[Image.new("RGB", (32, 32))] * 16], [""])
-    assert sheet.width == 4 * 32 + 5 * MARGIN
+    sheet = grid([[Image.new("RGB", (200, 200))] * 16], [""])
+    assert sheet.width == 4 * 200 + 5 * MARGIN
 
 
 def test_before_and_after_lie_side_by_side(tmp_path) -> None:
