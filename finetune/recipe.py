@@ -1,6 +1,7 @@
 """fine_tune(config): puts the parts together and owns the loop, in plain sight."""
 
 import os
+import shlex
 import time
 from fractions import Fraction
 from functools import partial
@@ -106,6 +107,8 @@ def _decide(
     config: TrainConfig, dataset: Rows | None, device: torch.device
 ) -> tuple[ResolvedConfig, Location, Pictures]:
     """Everything that can be known before weights are loaded: each option's value, the model, the pictures."""
+    if dataset is None:
+        config = run_folder.with_newest(config)
     config = run_folder.with_earlier(with_absolute_paths(config))
     if dataset is None:
         check_source(config.data)  # before a model is downloaded in vain
@@ -185,6 +188,9 @@ def _finish(run: Run) -> None:
     print(f"done: {what.load.format(folder)}, loaded back and compared (largest difference {difference:.0e})")
     if run.samples.prompts:
         print(f"pictures: {folder / 'samples'}")
+    if config.lr_scheduler == "constant" and config.data:  # any other schedule has ended
+        more = f"--resume_from_checkpoint latest --max_train_steps {2 * config.max_train_steps}"
+        print(f"to go on for longer: finetune-unet --output_dir {shlex.quote(str(folder))} {more}")
     _push(config, folder)
 
 

@@ -17,6 +17,7 @@ from diffusers import DDPMPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from finetune.cli import parse_train
 from finetune.config import TrainConfig, load_resolved, replace
 from finetune.data.datasets import ImageFolder
 from finetune.data.sampler import steps_per_epoch
@@ -151,12 +152,17 @@ def test_a_run_interrupted_and_resumed_equals_an_uninterrupted_one(
     assert "this run is finished" in capsys.readouterr().out
 
 
-def test_a_finished_run_can_be_made_longer(pictures: Path, tmp_path: Path) -> None:
+def test_a_finished_run_can_be_made_longer_as_it_says_itself(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flat = {"lr_scheduler": "constant", "lr_warmup_steps": 0}
     straight = fine_tune(options(pictures, tmp_path / "straight", max_train_steps=6, **flat))
     config = options(pictures, tmp_path / "out", **flat)
+    capsys.readouterr()
     fine_tune(config)
-    longer = fine_tune(replace(config, max_train_steps=6, resume_from_checkpoint="latest"))
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "go on for longer" in line]
+    assert said.endswith(f"--output_dir {tmp_path / 'out'} --resume_from_checkpoint latest --max_train_steps 8")
+    longer = fine_tune(parse_train(said.replace("steps 8", "steps 6").split()[6:]))
     assert (longer / LORA).read_bytes() == (straight / LORA).read_bytes()
 
 

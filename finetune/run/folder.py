@@ -126,16 +126,16 @@ def _on_another_machine(path: Path, config: ResolvedConfig) -> str:
 
 def _state(path: Path, checkpoint: Path | None, config: ResolvedConfig, data: str) -> tuple[State, str]:
     """What is in a folder, and why it cannot be had, should the table say so."""
-    reason = (
-        f"output_dir {path} holds another run or model: give another --output_dir, "
-        "--overwrite_output_dir to delete that run, or --resume_from_checkpoint latest to go on with it"
-    )
     if not _is_run(path):
         foreign = (path / "config.toml").exists() and not (path / "data.json").exists()
+        reason = f"output_dir {path} holds a model or somebody's files, but no run: give another --output_dir"
         return ("taken" if foreign or _holds_a_model(path) or _has_trained(path) else "new"), reason
-    if differences(load_resolved(path / "config.toml"), config) or _digest(path) != data:
-        return "another run", reason
-    return ("finished" if (path / "result.json").exists() else "unfinished"), reason
+    if changed := _changes(path, config, data):
+        resumable = checkpoint is not None and not _changes(path, config, data, resumed=True)
+        go_on = ", --resume_from_checkpoint latest to go on with it" if resumable else ""
+        reason = f"output_dir {path} holds another run ({'; '.join(changed)})"
+        return "another run", f"{reason}: give another --output_dir{go_on}, or --overwrite_output_dir to delete it"
+    return ("finished" if (path / "result.json").exists() else "unfinished"), ""
 
 
 def _state_to_resume(path: Path, checkpoint: Path | None, config: ResolvedConfig, data: str) -> tuple[State, str]:
@@ -146,16 +146,28 @@ def _state_to_resume(path: Path, checkpoint: Path | None, config: ResolvedConfig
     if not (checkpoint / "state.json").is_file() or not _is_run(path):
         return "taken", f"resume_from_checkpoint {checkpoint}: no checkpoint of a run in {path}"
     earlier = load_resolved(path / "config.toml")
-    changed = differences(earlier, config, resumed=True)
-    if _digest(path) != data:
-        changed.append("the pictures, their names or captions")
-    if changed:
+    if changed := _changes(path, config, data, resumed=True):
         return "another run", f"{checkpoint} belongs to a run with other options: {'; '.join(changed)}"
     number = checkpoint.name.rpartition("-")[2]
     if config.max_train_steps < (done := int(number) if number.isdigit() else 0):
         return "another run", f"max_train_steps = {config.max_train_steps}: {checkpoint} has done {done} already"
     ended = earlier.max_train_steps == config.max_train_steps and (path / "result.json").exists()
     return ("finished" if ended else "unfinished"), ""
+
+
+def with_newest(config: TrainConfig) -> TrainConfig:
+    """A resume that names neither pictures nor a folder means the run in runs/ that was started last.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if config.resume_from_checkpoint != "latest" or config.data or config.output_dir is not None:
+        return config
+    records = list(Path("runs").glob("*/data.json"))
+    if not records:
+        raise UsageError("resume_from_checkpoint latest: there is no run in runs/; give --output_dir, or --data")
+    newest = max(records, key=lambda record: record.stat().st_mtime)
+    return replace(config, output_dir=str(newest.parent))
 
 
 def with_earlier(config: TrainConfig) -> TrainConfig:
@@ -252,6 +264,12 @@ def differences(a: ResolvedConfig, b: ResolvedConfig, *, resumed: bool = False) 
         for name, known in about().items()
         if known.change not in free | ({"machine"} if name not in b.given else set()) and mine[name] != theirs[name]
     ]
+
+
+def _changes(path: Path, config: ResolvedConfig, data: str, *, resumed: bool = False) -> list[str]:
+    """What makes this another run than the one in the folder."""
+    changed = differences(load_resolved(path / "config.toml"), config, resumed=resumed)
+    return changed + ([] if _digest(path) == data else ["the pictures, their names or captions"])
 
 
 def _is_run(path: Path) -> bool:

@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -77,12 +78,37 @@ def test_logging_and_workers_do_not_make_another_run() -> None:
 def test_a_named_folder_with_another_run_or_a_model_is_refused(tmp_path: Path) -> None:
     named = replace(CONFIG, output_dir="out")
     started(named)
-    with pytest.raises(UsageError, match="out holds another run"):
+    with pytest.raises(
+        UsageError, match=r"out holds another run \(seed: 0 -> 1\): give another --output_dir, or --over"
+    ):
         choose(replace(named, seed=1))
     (tmp_path / "model").mkdir()
     (tmp_path / "model/model_index.json").write_text("{}")
-    with pytest.raises(UsageError, match="holds another run or model"):
+    with pytest.raises(UsageError, match="holds a model or somebody's files, but no run"):
         choose(replace(CONFIG, output_dir="model"))
+
+
+def test_a_resume_is_only_advised_where_it_would_be_accepted() -> None:
+    named = replace(CONFIG, output_dir="out")
+    started(named)
+    advice = "--resume_from_checkpoint latest to go on"
+    with pytest.raises(UsageError, match=advice):  # longer, under a constant learning rate
+        choose(replace(named, max_train_steps=20))
+    with pytest.raises(UsageError, match=r"out holds another run \(the pictures, their names or captions\)") as caught:
+        choose(named, data="one picture more")
+    assert advice not in str(caught.value)
+
+
+def test_a_resume_that_names_nothing_means_the_run_started_last() -> None:
+    with pytest.raises(UsageError, match="there is no run in runs/; give --output_dir, or --data"):
+        runs.with_newest(TrainConfig(resume_from_checkpoint="latest"))
+    first, second = started(CONFIG), started(replace(CONFIG, data="others"))
+    os.utime(second / "data.json", (1, 1))
+    newest = runs.with_earlier(runs.with_newest(TrainConfig(resume_from_checkpoint="latest", max_train_steps=20)))
+    assert (newest.output_dir, newest.data, newest.prompt) == (str(first), "images", "a butterfly")
+    assert choose(resolved(newest)).checkpoint == first / "checkpoint-5"
+    elsewhere = TrainConfig(resume_from_checkpoint="latest", output_dir=str(second))
+    assert runs.with_earlier(runs.with_newest(elsewhere)).data == "others"
 
 
 def test_overwrite_deletes_what_a_run_wrote_and_nothing_else() -> None:
@@ -100,7 +126,7 @@ def test_overwrite_deletes_what_a_run_wrote_and_nothing_else() -> None:
 def test_overwrite_never_deletes_a_folder_that_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "model/unet").mkdir(parents=True)
     (tmp_path / "model/model_index.json").write_text("{}")
-    with pytest.raises(UsageError, match="holds another run or model"):
+    with pytest.raises(UsageError, match="holds a model or somebody's files, but no run"):
         choose(replace(CONFIG, output_dir="model", overwrite_output_dir=True))
     assert (tmp_path / "model/unet").is_dir()
 
@@ -109,7 +135,7 @@ def test_a_foreign_config_is_neither_overwritten_nor_deleted(tmp_path: Path) -> 
     (tmp_path / "project/samples").mkdir(parents=True)
     (tmp_path / "project/config.toml").write_text("[tool]")
     for overwrite in (False, True):
-        with pytest.raises(UsageError, match="holds another run or model"):
+        with pytest.raises(UsageError, match="holds a model or somebody's files, but no run"):
             choose(replace(CONFIG, output_dir="project", overwrite_output_dir=overwrite))
 
 
