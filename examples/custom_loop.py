@@ -29,13 +29,16 @@ encoded = ft.encode(images, model)  # each picture and caption once
 objective = ft.NoisePrediction(model.scheduler, snr_gamma=5.0)
 optimizer = torch.optim.AdamW(ft.trainable(model.unet), lr=1e-4)
 
-for batch in ft.batches(encoded, batch_size=4, steps=args.steps, seed=0, device=device):
+steps = ft.batches(encoded, batch_size=4, steps=args.steps, seed=0, device=device)
+for step, batch in enumerate(steps, start=1):
     x0 = model.encoder.sample(batch.stored, batch.keys)  # (B, 4, H/8, W/8)
     noised = objective.draw(x0, batch.keys)  # x_t, t, target
     loss = objective.loss(model.unet, noised, batch.cond)  # (B,)
     ((batch.weight * loss).sum() / batch.weight.sum()).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if step % 10 == 0:
+        print(f"step {step} of {args.steps}: loss {loss.mean().item():.4f}")
 
 ft.export(model, args.output)  # any diffusers pipeline loads it
 print(f'pipeline.load_lora_weights("{args.output}")')

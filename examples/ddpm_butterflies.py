@@ -18,6 +18,7 @@ import torch
 from datasets import load_dataset
 from torch.utils.data import DataLoader
 from torchvision import transforms
+from tqdm.auto import tqdm
 
 import finetune as ft
 from finetune.training.optim import learning_rate
@@ -60,7 +61,7 @@ trainer = ft.Trainer(
 
 for epoch in range(1, args.epochs + 1):
     steps = []
-    for batch in loader:
+    for batch in tqdm(loader, f"epoch {epoch} of {args.epochs}", leave=False):
         steps.append(trainer.step(ft.as_batch(model, batch["images"], seed=0, step=trainer.steps_done)))
     loss = sum(step.loss for step in steps) / len(steps)
     print(f"epoch {epoch} of {args.epochs}: loss {loss:.4f}, learning rate {steps[-1].lr:.1e}")

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.config import TrainConfig, alternatives, fitted, read_options, readable, suggest
+from finetune.data.source import check_source
 from finetune.errors import FinetuneError, UsageError
 from finetune.models.families import FAMILIES
+from finetune.models.locate import check_name
 from finetune.options import SECTIONS, about_field, meanings
 
 PROGRAM = "finetune-unet"
@@ -109,7 +111,10 @@ def _dispatch(argv: list[str]) -> int:
         _show_help(TRAIN_SECTIONS, PROGRAM, _overview())
     else:
         config = parse_train(argv)
-        from finetune.recipe import fine_tune  # loads torch, which a wrong option need not wait for
+        check_name(config.model)
+        if config.resume_from_checkpoint is None:
+            check_source(config.data)
+        from finetune.recipe import fine_tune  # loads torch, which a wrong option, model or folder need not wait for
 
         fine_tune(config)
     return 0

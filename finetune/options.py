@@ -113,7 +113,7 @@ class DataOptions:
     live_encoding: bool = False
     """Send each picture through the VAE at every visit instead of once per run."""
     dataloader_num_workers: int = option(0, NOT_NEGATIVE, change="free", called=("max_data_loader_n_workers",))
-    """Processes that prepare pictures. Changes speed only."""
+    """Processes that prepare pictures under --live_encoding; kept encodings need none. Changes speed only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +162,8 @@ class TrainingOptions:
     """See ema_inv_gamma."""
     ema_max_decay: float = option(0.9999, BELOW_ONE, needs="use_ema")
     """See ema_inv_gamma."""
+    deterministic: bool = option(False, change="on resume")
+    """On a GPU: only algorithms that give the same bits every time, which are slower. A CPU always does."""
     seed: int = option(0, NOT_NEGATIVE)
     """The run is a function of this number: order, noise, timesteps, crops, flips, initial weights."""
 
@@ -173,7 +175,8 @@ class SampleOptions:
     sample_prompts: tuple[str, ...] | None = option(
         None, needs="text", change="on resume", names=("validation_prompts",), called=("validation_prompt",)
     )
-    """Prompts of the sample grids. Default: a training caption, the subject in a new place, the class alone."""
+    """Prompts of the sample grids, or a file with one a line (sd-scripts' --n --s --l --d at its end hold).
+    Default: a training caption, the subject in a new place, the class alone."""
     sample_every: int | None = option(
         None, NOT_NEGATIVE, change="on resume", names=("validation_steps",), called=("sample_every_n_steps",)
     )

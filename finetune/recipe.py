@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 
 from finetune.cache.encode import encode
 from finetune.config import ResolvedConfig, TrainConfig, as_settings
-from finetune.data.datasets import check_source
 from finetune.data.loader import batches
 from finetune.data.own import Rows
 from finetune.data.pictures import Pictures
 from finetune.data.sampler import steps_per_epoch
+from finetune.data.source import check_source
 from finetune.errors import Interrupted, RunError, UsageError
 from finetune.models.loading import DiffusionModel, check_resolution, load_model
 from finetune.models.locate import Location, locate
@@ -27,7 +27,7 @@ from finetune.results.export import export, exported
 from finetune.run import folder as run_folder
 from finetune.run.grids import FIRST_STEPS, discard_strangers, draw_grid, lay_side_by_side, steps_between
 from finetune.run.parts import Run
-from finetune.run.precision import DTYPES
+from finetune.run.precision import DTYPES, deterministic
 from finetune.run.resolve import resolve, with_absolute_paths
 from finetune.run.samples import plan_samples
 from finetune.run.signals import catch_signals
@@ -48,7 +48,8 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
 
     Args:
         config: options; those left None take the model family's defaults.
-        dataset: pictures to train on instead of `config.data`; a map-style dataset of (image, caption, id).
+        dataset: pictures to train on instead of `config.data`: a map-style dataset of (image, caption, id), or a
+            `datasets.Dataset` with the columns `config.image_column` and `config.caption_column`.
 
     Returns:
         The run folder: the export, `samples/`, `metrics.jsonl`, `config.toml` and checkpoints.
@@ -69,7 +70,7 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
     if folder.finished:
         _push(config, folder.path)
         return folder.path
-    with run_folder.occupied(folder):
+    with run_folder.occupied(folder), deterministic(config.deterministic):
         run = _put_together(config, found, pictures, folder, accelerator)
         try:
             _begin(run, folder.checkpoint)
@@ -185,7 +186,8 @@ def _finish(run: Run) -> None:
     run_folder.finish(folder, {"steps": run.trainer.steps_done, "reloaded_output_difference": difference})
     what = exported(folder)
     assert what is not None
-    print(f"done: {what.load.format(folder)}, loaded back and compared (largest difference {difference:.0e})")
+    load = what.load.format(folder).replace("\n", "; ")
+    print(f"done: {load}, loaded back and compared (largest difference {difference:.0e})")
     if run.samples.prompts:
         print(f"pictures: {folder / 'samples'}")
     if config.lr_scheduler == "constant" and config.data:  # any other schedule has ended

@@ -52,6 +52,10 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
     return calls
 
 
+SOME = ["--rank", "4", "--data", "."]
+"""Options of a run whose pictures lie somewhere."""
+
+
 def stand_in_recipe(monkeypatch: pytest.MonkeyPatch, fine_tune: Callable[[TrainConfig], Any]) -> None:
     module = types.ModuleType("finetune.recipe")
     module.__dict__["fine_tune"] = fine_tune
@@ -193,8 +197,8 @@ def test_a_wrong_file_is_told_in_one_line(capsys: pytest.CaptureFixture[str], tm
 def test_training_gets_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     configs: list[TrainConfig] = []
     stand_in_recipe(monkeypatch, configs.append)
-    assert main(["--rank", "4", "--debug", "--seed", "1"]) == 0
-    assert configs == [TrainConfig(rank=4, seed=1)]
+    assert main([*SOME, "--debug", "--seed", "1"]) == 0
+    assert configs == [TrainConfig(data=".", rank=4, seed=1)]
 
 
 def test_environment_is_set_before_training_unless_the_user_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +209,7 @@ def test_environment_is_set_before_training_unless_the_user_set_it(monkeypatch: 
 
     stand_in_recipe(monkeypatch, fine_tune)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
-    main(["--rank", "4"])
+    main(SOME)
     assert seen == [("PASSIVE", "true")]
 
 
@@ -221,13 +225,13 @@ def test_errors_of_a_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, message: str
 ) -> None:
     stand_in_recipe(monkeypatch, raising(error))
-    assert main(["--rank", "4"]) == code
+    assert main(SOME) == code
     assert capsys.readouterr().err == f"finetune-unet: {message}\n"
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     stand_in_recipe(monkeypatch, raising(DataError("no pictures")))
-    assert main(["--debug", "--rank", "4"]) == 1
+    assert main(["--debug", *SOME]) == 1
     error = capsys.readouterr().err
     assert error.startswith("Traceback")
     assert error.endswith("finetune-unet: no pictures\n")
@@ -236,7 +240,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_bugs_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in_recipe(monkeypatch, raising(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
-        main(["--rank", "4"])
+        main(SOME)
 
 
 def test_verb_gets_its_options(sampled: list[Options]) -> None:
@@ -308,10 +312,16 @@ import sys
 from finetune.cli import main
 assert main(["--help"]) == 0
 assert main(["--rank", "many"]) == 2
+assert main(["--model", "sd16", "--data", "."]) == 2
+assert main(["--data", "nowhere"]) == 2
 sys.exit(", ".join({"torch", "diffusers", "transformers", "accelerate"} & sys.modules.keys()) or 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "finetune-unet: --rank many: allowed is a whole number\n")
+    assert done.returncode == 0, done.stderr
+    lines = [line.removeprefix("finetune-unet: ") for line in done.stderr.splitlines()]
+    assert lines[0] == "--rank many: allowed is a whole number"
+    assert lines[1].startswith("--model sd16: no such folder, and not one of sd15")
+    assert lines[2] == "--data nowhere: no such folder, nor an id as on the Hugging Face hub (owner/name)"
 
 
 def test_exit_code_of_the_process() -> None:

@@ -70,3 +70,10 @@ def test_a_longer_run_resumes(pictures: Path, tmp_path: Path, precision: str) ->
     assert losses(resumed) == pytest.approx(losses(straight), rel=1e-4)
     ours, theirs = (load_file(out / "checkpoint-10/optimizer.safetensors") for out in (resumed, straight))
     assert all(torch.allclose(tensor, theirs[name], rtol=1e-2, atol=1e-6) for name, tensor in ours.items())
+
+
+def test_a_deterministic_run_gives_the_same_bits(pictures: Path, tmp_path: Path) -> None:
+    a, b = (run(pictures, tmp_path / name, deterministic=True, method="full") for name in "ab")
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    assert (a / unet).read_bytes() == (b / unet).read_bytes()

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from diffusers import DDPMPipeline, StableDiffusionPipeline
@@ -266,6 +267,20 @@ def test_a_dataset_with_a_transform_of_its_own_keeps_it(pictures: Path, tmp_path
             fine_tune(TrainConfig(output_dir=str(tmp_path / "out"), max_train_steps=1, **more), images)
 
 
+def test_a_table_of_pictures_and_texts_is_taken_as_it_is(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = datasets.Dataset.from_dict(
+        {"picture": [str(path) for path in sorted(pictures.glob("*.png"))], "text": ["a disc"] * 5 + [None]}
+    )
+    config = TrainConfig(
+        output_dir=str(tmp_path / "out"), max_train_steps=1, rank=4, num_inference_steps=0, image_column="picture",
+        prompt="a red disc",
+    )  # fmt: skip
+    fine_tune(config, rows)
+    assert "5 from column, 1 from --prompt (2 distinct)" in capsys.readouterr().out
+
+
 def test_other_datasets_of_ones_own_are_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = TrainConfig(max_train_steps=1, rank=4)
@@ -338,48 +353,6 @@ def test_a_run_shows_how_far_it_is_without_a_terminal(
     assert re.fullmatch(r"step 4 of 4: smoothed loss 0\.\d{4}, [\d.]+ images/s, \d+\.\d GB", lines[0])
     assert said.err == ""  # no bars of other libraries, nor of ours
     assert "decoupled" not in said.out
-
-
-def test_a_short_run_still_draws_before_and_after(pictures: Path, tmp_path: Path) -> None:
-    out = fine_tune(TrainConfig(data=str(pictures), output_dir=str(tmp_path / "out"), max_train_steps=2, rank=4))
-    assert {path.name for path in (out / "samples").iterdir()} == {"step-0.png", "step-2.png", "before-after.png"}
-    longer = {"max_train_steps": 3, "resume_from_checkpoint": "latest", "lr_scheduler": "cosine"}
-    config = TrainConfig(data=str(pictures), output_dir=str(tmp_path / "more"), max_train_steps=2, rank=4)
-    flat = replace(config, lr_scheduler="constant", lr_warmup_steps=0)
-    fine_tune(flat)
-    extended = fine_tune(replace(flat, **{**longer, "lr_scheduler": "constant"}))
-    assert {path.name for path in (extended / "samples").iterdir()} == {
-        "step-0.png", "step-2.png", "step-3.png", "before-after.png",
-    }  # fmt: skip
-
-
-def grids_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (folder / "samples").iterdir()}
-
-
-def test_the_end_of_a_run_is_repeated_from_wherever_it_was_cut_off(pictures: Path, tmp_path: Path) -> None:
-    config = options(pictures, tmp_path / "out", sample_every=2, eval_batch_size=1, num_inference_steps=2)
-    out = fine_tune(config)
-    exported, grids = (out / LORA).read_bytes(), grids_of(out)
-    for lost in (["step-4.png"], ["before-after.png"], ["step-0.png", "step-4.png", "before-after.png"]):
-        for name in (*(f"samples/{name}" for name in lost), "result.json", LORA):
-            (out / name).unlink()
-        assert fine_tune(config) == out  # killed after the last checkpoint
-        assert grids_of(out) == {name: grids[name] for name in grids_of(out)}
-        assert set(lost) <= set(grids_of(out))
-        assert (out / LORA).read_bytes() == exported
-
-
-def test_grids_of_other_prompts_or_of_a_later_step_do_not_stay(pictures: Path, tmp_path: Path) -> None:
-    drawn = {"sample_every": 2, "eval_batch_size": 1, "num_inference_steps": 2, "checkpoints_total_limit": 0}
-    config = options(pictures, tmp_path / "out", checkpointing_steps=2, sample_prompts=["a disc"], **drawn)
-    out = fine_tune(config)
-    first = grids_of(out)
-    other = replace(config, sample_prompts=["a red disc"], resume_from_checkpoint=str(out / "checkpoint-2"))
-    fine_tune(other)
-    assert all(grids_of(out)[name] != content for name, content in first.items())
-    fine_tune(replace(config, resume_from_checkpoint=str(out / "checkpoint-2")))
-    assert grids_of(out) == first
 
 
 def test_several_processes_are_refused_before_anything_is_written(

@@ -16,6 +16,8 @@ from finetune.data.pictures import Pictures
 class Kept:
     """Visits to encodings that are held in memory."""
 
+    in_memory = True
+
     stored: Sequence[Tensor]
     """Per picture (F, C, h, w): F = 1, or 2 where flips are wanted (as it is, mirrored)."""
     geometry: Sequence[Tensor]
@@ -30,6 +32,8 @@ class Kept:
 @dataclass(frozen=True)
 class Live:
     """Visits to the pictures themselves; crop and flip are drawn anew each time."""
+
+    in_memory = False
 
     pictures: Pictures
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from finetune.data.captions import CAPTION_SUFFIXES, METADATA, find_captions, first_caption
 from finetune.data.images import PICTURE_SUFFIXES, PictureFile, find_images, list_files
 from finetune.data.pictures import PictureFiles
+from finetune.data.source import check_source
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError, UsageError, hub_errors
 from finetune.wording import listed
@@ -150,7 +151,7 @@ def _picture_column(rows: "datasets.Dataset", column: str) -> "datasets.Dataset"
         raise DataError(f"--image_column {column}: no such column; there are {', '.join(rows.column_names)}")
     try:
         pictures = rows.with_format(None).select_columns([column])
-        return pictures.cast_column(column, datasets.Image(decode=False)).rename_column(column, "picture")
+        return pictures.cast_column(column, datasets.Image(decode=False)).rename_columns({column: "picture"})
     except (ValueError, TypeError, NotImplementedError) as error:
         kind = rows.features[column]
         plain = f"Value({kind.dtype!r})" if isinstance(kind, datasets.Value) else kind
@@ -171,8 +172,13 @@ def _caption_texts(rows: "datasets.Dataset", column: str) -> list[str | None]:
     return texts
 
 
+def is_table(dataset: Any) -> bool:
+    """Whether it is a `datasets.Dataset`, without importing that library for what is none."""
+    return type(dataset).__module__.partition(".")[0] == "datasets"
+
+
 def open_dataset(
-    source: str,
+    source: "str | datasets.Dataset",
     prompt: str | None = None,
     *,
     image_column: str = IMAGE_COLUMN,
@@ -183,17 +189,19 @@ def open_dataset(
 
     Args:
         source: a folder of pictures; a folder written by `Dataset.save_to_disk`; a folder of parquet or arrow files,
-            or one such file; or the id of a dataset on the Hugging Face hub (its split "train"). Only a source that
-            does not exist on this machine is looked for on the hub.
+            or one such file; the id of a dataset on the Hugging Face hub (its split "train"); or a Dataset itself.
+            Only a source that does not exist on this machine is looked for on the hub.
         prompt, image_column, caption_column, options: as for `ImageFolder` and `HuggingFaceDataset`.
 
     Raises:
         UsageError: `source` is empty or neither a path nor an id, or a column is named for a folder of pictures.
         DataError: there is nothing to train on, or the hub cannot be reached.
     """
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    if not isinstance(source, str):
+        return HuggingFaceDataset(source, prompt, **columns, **options)
     check_source(source)
     path = Path(os.path.expanduser(source))
-    columns = {"image_column": image_column, "caption_column": caption_column}
     if not os.path.exists(path):
         return HuggingFaceDataset(_load_from_hub(source), prompt, **columns, **options)
     if _holds_tables(path):
@@ -201,15 +209,6 @@ def open_dataset(
     if (image_column, caption_column) != (IMAGE_COLUMN, CAPTION_COLUMN):
         raise UsageError(f"--image_column and --caption_column are for Hugging Face datasets; {source} holds pictures")
     return ImageFolder(path, prompt, **options)
-
-
-def check_source(source: str) -> None:
-    """Raise UsageError for what `open_dataset` could not find; opens nothing and asks nobody."""
-    if not source:
-        raise UsageError("--data is empty; give a folder of pictures or a dataset id")
-    if not os.path.exists(os.path.expanduser(source)) and "/" not in source:
-        # A plain word is a misspelt folder sooner than one of the hub's few datasets without an owner.
-        raise UsageError(f"--data {source}: no such folder, nor an id as on the Hugging Face hub (owner/name)")
 
 
 def _holds_tables(path: Path) -> bool:

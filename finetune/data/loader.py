@@ -30,6 +30,9 @@ class Examples(Protocol):
 class Visits(Protocol):
     """The part of it that worker processes run."""
 
+    in_memory: bool
+    """Nothing is left to be prepared, and workers would only be sent copies."""
+
     def load(self, index: int, key: int) -> Any:
         """What one visit needs, on the CPU."""
         ...
@@ -74,7 +77,7 @@ def batches(
         steps: length of the whole run, in optimizer steps.
         seed: decides order and every draw at every visit.
         start: the first step wanted; a resumed run gets the very batches it would have had.
-        num_workers: processes that load visits; changes nothing but speed.
+        num_workers: processes that load visits; changes nothing but speed. None are started for what is in memory.
         device: where the tensors go (the keys stay on the CPU).
 
     Raises:
@@ -91,7 +94,7 @@ def batches(
     loader = DataLoader(
         _Loads(source.visits),
         batch_sampler=_Plan(plan),
-        num_workers=num_workers,
+        num_workers=0 if source.visits.in_memory else num_workers,
         collate_fn=_keep,
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # DataLoader draws a seed for its workers; not from the global one

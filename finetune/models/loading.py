@@ -44,6 +44,8 @@ class DiffusionModel:
     family: Family
     around: Callable[[Any], DiffusionPipeline]
     """A UNet -> the pipeline around it, with the folder's own sampler."""
+    new_prediction_type: str | None = None
+    """What the UNet is to predict, where that is not what its folder says."""
 
     def pipeline(self) -> DiffusionPipeline:
         """A diffusers pipeline over the live UNet (no copy of any weight)."""
@@ -89,7 +91,8 @@ def load_model(
     changes = {"prediction_type": prediction_type} if prediction_type else {}
     if found.folder is None:
         return _from_scratch(found, resolution, changes, seed)
-    scheduler = DDPMScheduler.from_config(read_json(found.folder / "scheduler/scheduler_config.json"), **changes)
+    own = read_json(found.folder / "scheduler/scheduler_config.json")
+    scheduler = DDPMScheduler.from_config(own, **changes)
     if not found.family.latent:
         unet = UNet2DModel.from_pretrained(found.folder / "unet", local_files_only=True, use_safetensors=True)
         nn.Module.to(unet, dtype)  # `from_pretrained` has another name for it in each generation, `unet.to` warns
@@ -98,7 +101,10 @@ def load_model(
         return _pixel_model(found, unet, scheduler)
     sampler = _sampler(found.folder / "scheduler/scheduler_config.json", changes)
     unet = load_unet(found.folder / "unet", dtype)
-    return _latent_model(found, found.folder, unet, scheduler, sampler, max_token_length, clip_skip)
+    model = _latent_model(found, found.folder, unet, scheduler, sampler, max_token_length, clip_skip)
+    if prediction_type != own.get("prediction_type", "epsilon"):
+        model.new_prediction_type = prediction_type
+    return model
 
 
 @contextmanager

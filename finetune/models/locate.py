@@ -55,6 +55,20 @@ class Location:
     """Height and width must be multiples of this many pixels."""
 
 
+def check_name(name: str) -> None:
+    """Raise UsageError for what can be neither a family, nor a local folder, nor a repository on the hub."""
+    if name in FAMILIES or Path(name).expanduser().is_dir() or _may_be_on_the_hub(name):
+        return
+    near = difflib.get_close_matches(name, FAMILIES, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UsageError(f"--model {name}: no such folder, and not one of {', '.join(FAMILIES)} or a hub id{hint}")
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    # runs/nope beside a folder runs is a misspelt folder, not an owner on the hub
+    return name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).parent.is_dir()
+
+
 def locate(name: str) -> Location:
     """Find a model by family name, local folder or hub id (downloaded if it is not in the hub cache yet).
 
@@ -62,6 +76,7 @@ def locate(name: str) -> Location:
         UsageError: nothing has that name.
         ModelError: a part is missing, the kind is not supported, or the hub is out of reach.
     """
+    check_name(name)
     if name == "ddpm":
         family = FAMILIES["ddpm"]
         return Location(name, family, None, family.resolution, multiple=8)
@@ -71,12 +86,7 @@ def locate(name: str) -> Location:
         return _from_hub(name, FAMILIES[name].hub_id or "")
     if Path(name).expanduser().is_dir():
         return _inspect(name, Path(name).expanduser())
-    local = Path(name).parent.is_dir()  # runs/nope beside a folder runs is a misspelt folder, not an owner on the hub
-    if name.count("/") == 1 and not name.startswith((".", "~", "/")) and not local:
-        return _from_hub(name, name)
-    near = difflib.get_close_matches(name, FAMILIES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UsageError(f"--model {name}: no such folder, and not one of {', '.join(FAMILIES)} or a hub id{hint}")
+    return _from_hub(name, name)
 
 
 def scratch_multiple(resolution: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -21,6 +21,9 @@ from finetune.options import ATTENTION_AND_FEED_FORWARD
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name under which diffusers looks for a LoRA in a folder."""
+
+
+_PREDICTION_TYPE = "finetune.prediction_type"
 
 
 def add_lora(
@@ -114,16 +117,34 @@ class Adapter:
         weights = get_peft_model_state_dict(self.unet, adapter_name=self.name)
         return {f"unet.{name}": tensor.contiguous() for name, tensor in weights.items()}
 
-    def save(self, folder: Path) -> None:
+    @staticmethod
+    def prediction_type(folder: Path) -> str | None:
+        """What the UNet predicts with the adapter saved in `folder`, where that is not what its base model predicts.
+
+        Raises ModelError when the file is damaged.
+        """
+        try:
+            with safe_open(folder / LORA_FILE, "pt") as file:
+                settings = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        except SafetensorError as error:
+            raise ModelError(f"{folder / LORA_FILE} cannot be loaded: {error}") from error
+        return settings.get(_PREDICTION_TYPE)
+
+    def save(self, folder: Path, prediction_type: str | None = None) -> None:
         """Write the adapter's tensors, and beside them its config, so that alpha and rank survive exactly.
 
         Its dropout is left out: a pipeline that loads the file would apply it while drawing (diffusers adds the
         adapter in train mode).
 
+        `prediction_type` is kept there too, where it is not the base model's; diffusers passes it over.
+
         One metadata entry only: safetensors writes several in random order, and files could not be compared.
         """
         settings = self.unet.peft_config[self.name].to_dict() | {"lora_dropout": 0.0}
-        text = json.dumps({f"unet.{n}": v for n, v in settings.items()}, sort_keys=True, default=sorted)
+        told = {f"unet.{n}": v for n, v in settings.items()}
+        if prediction_type is not None:
+            told[_PREDICTION_TYPE] = prediction_type
+        text = json.dumps(told, sort_keys=True, default=sorted)
         # `save_file` would make the file private to the user
         (folder / LORA_FILE).write_bytes(save(self.state(), {LORA_ADAPTER_METADATA_KEY: text}))
 

@@ -22,7 +22,7 @@ class Exported:
 
     files: tuple[Path, ...]
     load: str
-    """Python, with the folder's name to be filled in."""
+    """Python, a statement a line, with the folder's name to be filled in."""
     adapter: bool
     """A LoRA, to be put on its base model; False: a pipeline."""
     takes_text: bool
@@ -36,7 +36,11 @@ def names_of_exports() -> tuple[str, ...]:
 def exported(folder: Path) -> Exported | None:
     """The export in a folder, None where there is none."""
     if Adapter.saved_in(folder):
-        return Exported((folder / LORA_FILE,), 'pipeline.load_lora_weights("{}")', adapter=True, takes_text=True)
+        load = 'pipeline.load_lora_weights("{}")'
+        if predicts := Adapter.prediction_type(folder):
+            scheduler = "pipeline.scheduler"
+            load = f'{scheduler} = {scheduler}.from_config({scheduler}.config, prediction_type="{predicts}")\n{load}'
+        return Exported((folder / LORA_FILE,), load, adapter=True, takes_text=True)
     index = folder / INDEX
     if not index.is_file():
         return None
@@ -67,7 +71,7 @@ def export(model: DiffusionModel, folder: str | Path) -> float:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     if adapter := Adapter.of(model.unet):
-        adapter.save(scratch)
+        adapter.save(scratch, model.new_prediction_type)
     else:
         model.pipeline().save_pretrained(scratch)
     difference = verify_export(model, scratch)

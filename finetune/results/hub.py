@@ -134,6 +134,10 @@ def model_card(folder: Path, repository: str, settings: Mapping[str, Any]) -> st
     known = about()
     told = {name: value for name, value in settings.items() if name not in known or known[name].change != "free"}
     told |= {name: _without_folders(str(told[name])) for name in ("model", "data") if name in told}
+    if "sample_prompts" in told:
+        told["sample_prompts"] = [
+            Path(given).name if Path(given).is_absolute() else given for given in told["sample_prompts"]
+        ]
     model, data = str(settings.get("model", "tiny")), str(settings.get("data", ""))
     base = FAMILIES[model].hub_id if model in FAMILIES else _hub_id(model)
     front = ModelCardData(
@@ -149,24 +153,23 @@ def model_card(folder: Path, repository: str, settings: Mapping[str, Any]) -> st
     return (
         f"---\n{front.to_yaml()}\n---\n\n# {repository.split('/')[-1]}\n\n"
         f"{kind}, trained{f' from `{base}`' if base else ''} with finetune-unet.\n\n{grid}"
-        f"```python\n{_loading(repository, model, base) if found.adapter else _LOADING.format(repository)}\n"
+        f"```python\n{_loading(found.load.format(repository), found.adapter, model, base)}\n"
         f"picture = pipeline({prompt if found.takes_text else ''}).images[0]\n```\n\n"
         f"Its settings, as a file for `finetune-unet --config`:\n\n```toml\n{tomli_w.dumps(told)}```\n"
     )
 
 
-_LOADING = 'from diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline.from_pretrained("{}")'
-
-
-def _loading(repository: str, model: str, base: str | None) -> str:
-    """Python that makes a pipeline of the base model and puts the LoRA on it."""
+def _loading(load: str, adapter: bool, model: str, base: str | None) -> str:
+    """Python that makes a pipeline of the export, or of the base model with the adapter on it."""
+    if not adapter:
+        return f"from diffusers import DiffusionPipeline\n\npipeline = {load}"
     if model in FAMILIES and base is None:  # it lies in the package
         lines = ["import finetune", "", f'pipeline = finetune.load_model("{model}").pipeline()']
     else:
         made = f"StableDiffusionPipeline.from_pretrained({_literal(base or Path(model).name)})"
         local = "" if base else "  # a folder that is not on the hub"
         lines = ["from diffusers import StableDiffusionPipeline", "", f"pipeline = {made}{local}"]
-    return "\n".join([*lines, f'pipeline.load_lora_weights("{repository}")'])
+    return "\n".join([*lines, load])
 
 
 def _literal(text: str) -> str:

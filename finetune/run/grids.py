@@ -29,20 +29,25 @@ def draw_grid(run: Run) -> None:
         return
     clock = time.perf_counter()
     with run.trainer.averaged():
-        rows = draw_pictures(
-            model,
-            samples.prompts,
-            range(samples.pictures),
-            resolution=config.resolution,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            precision=run.trainer.precision,
-            at_once=AT_ONCE,
-        )
+        rows = [
+            draw_pictures(
+                model,
+                [prompt.text],
+                range(prompt.seed, prompt.seed + samples.pictures),
+                resolution=config.resolution,
+                num_inference_steps=prompt.num_inference_steps or config.num_inference_steps,
+                guidance_scale=config.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale,
+                negative_prompt=prompt.negative,
+                precision=run.trainer.precision,
+                at_once=AT_ONCE,
+            )[0]
+            for prompt in samples.prompts
+        ]
     model.conditioner.to("cpu")
     if not config.live_encoding:
         model.encoder.to("cpu")
-    save_picture(grid(rows, samples.prompts, title=f"step {step}"), path, shows=_settings(run))
+    labels = [prompt.text for prompt in samples.prompts]
+    save_picture(grid(rows, labels, title=f"step {step}"), path, shows=_settings(run))
     tracking.note_grid(run.folder, step, time.perf_counter() - clock)
     tracking.track_pictures(run.accelerator, step, path)
 
@@ -86,4 +91,4 @@ def _settings(run: Run) -> str:
     """A digest of everything but the weights that decides what a grid shows."""
     config, samples = run.config, run.samples
     settings = (samples.pictures, config.resolution, config.num_inference_steps, config.guidance_scale)
-    return f"{fold(*samples.prompts, *map(str, settings)):016x}"
+    return f"{fold(*map(repr, samples.prompts), *map(str, settings)):016x}"

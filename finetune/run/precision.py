@@ -1,4 +1,8 @@
-"""Which number format a run computes in."""
+"""Which number format a run computes in, and whether it adds up in the same order every time."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -32,3 +36,23 @@ def resolve_precision(wanted: str, device: torch.device, *, small: bool) -> str:
     ):
         return "bf16"
     return "no"
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside, if wanted, a GPU takes only algorithms that give the same bits every time; torch's setting is put back.
+
+    cuBLAS reads its part of it from the environment when it is first used: nothing may have multiplied before.
+    """
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

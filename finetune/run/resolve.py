@@ -1,6 +1,7 @@
 """From what was given to a config with nothing left open, decided and checked before any weight is loaded."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,6 +11,7 @@ from finetune.models.families import FAMILIES, default_method, defaults, total_s
 from finetune.models.locate import Location
 from finetune.options import about
 from finetune.run.precision import resolve_precision
+from finetune.run.prompts import is_prompt_file
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -17,7 +19,13 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     local = {"data": Path(config.data).expanduser()} if config.data else {}
     if config.model not in FAMILIES:
         local["model"] = Path(config.model).expanduser()
-    return replace(config, **{name: str(path.absolute()) for name, path in local.items() if path.exists()})
+    paths: dict[str, Any] = {name: str(path.absolute()) for name, path in local.items() if path.exists()}
+    if config.sample_prompts:
+        paths["sample_prompts"] = [
+            str(Path(given).expanduser().absolute()) if is_prompt_file(given) else given
+            for given in config.sample_prompts
+        ]
+    return replace(config, **paths)
 
 
 def resolve(

@@ -7,6 +7,7 @@ from fractions import Fraction
 from finetune.config import ResolvedConfig, TrainConfig
 from finetune.data.captions import TRIGGER, with_trigger
 from finetune.data.sampler import steps_per_epoch
+from finetune.run.prompts import SamplePrompt, sample_prompts
 
 MOST_GRIDS = 10
 SAMPLING_SHARE = 0.05
@@ -17,7 +18,7 @@ SAMPLING_SHARE = 0.05
 class SamplePlan:
     """Which sample grids a run draws."""
 
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[SamplePrompt, ...] = ()
     """() : no grids. Pixel mode has the one prompt ""."""
     pictures: int = 0
     """Per prompt."""
@@ -45,13 +46,13 @@ def plan_samples(config: ResolvedConfig, *, latent: bool, captions: Sequence[str
         return SamplePlan()
     epoch = steps_per_epoch(pictures, config.global_batch)
     every = config.sample_every or (config.save_image_epochs * epoch if config.save_image_epochs else None)
-    prompts = config.sample_prompts or (default_prompts(config, captions) if latent else ("",))
+    prompts = sample_prompts(config.sample_prompts or (default_prompts(config, captions) if latent else ("",)))
     per_picture = config.num_inference_steps * (2 if latent and config.guidance_scale > 1 else 1)
     total = config.max_train_steps
     training = (2 if config.method == "lora" else 3) * config.global_batch * total
     chosen = config.eval_batch_size
 
-    def plan(prompts: tuple[str, ...], pictures: int, every: int | Fraction | None) -> SamplePlan:
+    def plan(prompts: tuple[SamplePrompt, ...], pictures: int, every: int | Fraction | None) -> SamplePlan:
         grids = 2 + ((total - 1) // every if every else 0)
         return SamplePlan(prompts, pictures, every, grids * len(prompts) * pictures * per_picture / training)
 

@@ -1,7 +1,9 @@
 """The pictures of a run: what `--data` names, or a dataset of the user's own."""
 
+from typing import Any, cast
+
 from finetune.config import TrainConfig
-from finetune.data.datasets import open_dataset
+from finetune.data.datasets import is_table, open_dataset
 from finetune.data.own import OwnPictures, Rows
 from finetune.data.pictures import Pictures
 from finetune.data.transforms import Preprocess
@@ -18,18 +20,18 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
     Args:
         config: says where pictures and captions come from, and how they become squares.
         found: the model that will learn them.
-        dataset: of the user's own, instead of `config.data`.
+        dataset: of the user's own, instead of `config.data`; also a `datasets.Dataset`.
 
     Raises:
         UsageError: the source is not there, or an option says what the dataset has decided already.
         DataError: there is nothing to train on, or a latent model would get pictures without a caption.
     """
     resolution = config.resolution or found.resolution
-    if dataset is not None:
+    if dataset is not None and not is_table(dataset):
         pictures = _own_pictures(config, dataset, resolution)
     else:
         pictures = open_dataset(
-            config.data,
+            config.data if dataset is None else cast(Any, dataset),
             prompt=config.prompt,
             trigger=config.trigger,
             resolution=resolution,

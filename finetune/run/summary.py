@@ -28,7 +28,7 @@ def print_summary(run: Run) -> None:
     for name, text in rows.items():
         if text:
             print(f"{name:>10}  {text}")
-    for line in [*run.pictures.notes(), *_about_words(run)]:
+    for line in [*run.pictures.notes(), *_about_words(run), *_about_sizes(run.samples)]:
         print(f"{'note':>10}  {line}")
 
 
@@ -56,6 +56,11 @@ def _samples(samples: SamplePlan) -> str:
         when = f", and between as often as {SAMPLING_SHARE:.0%} of the time allows"
     size = f"{counted(len(samples.prompts), 'prompt')} x {counted(samples.pictures, 'picture')}"
     return f"{size} at the start and the end{when}; about {100 * samples.share:.2g} % of the run"
+
+
+def _about_sizes(samples: SamplePlan) -> list[str]:
+    other = sum(prompt.other_size for prompt in samples.prompts)
+    return [f"--w and --h of {counted(other, 'sample prompt')}: grids have the resolution of the run"] if other else []
 
 
 def _about_words(run: Run) -> list[str]:

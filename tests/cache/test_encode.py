@@ -1,4 +1,6 @@
-from collections.abc import Callable
+import multiprocessing
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,33 @@ def test_worker_count_changes_nothing_to_the_bit(pictures: Path, tiny: Diffusion
             assert torch.equal(a.stored, b.stored)
             assert torch.equal(a.geometry, b.geometry)
             assert torch.equal(a.cond["encoder_hidden_states"], b.cond["encoder_hidden_states"])
+
+
+def test_workers_are_started_only_where_there_is_something_to_prepare(pictures: Path, tiny: DiffusionModel) -> None:
+    images = ImageFolder(pictures, resolution=64)
+    for live, workers in ((False, 0), (True, 2)):
+        steps = batches(encode(images, tiny, live=live), batch_size=2, steps=8, num_workers=2)
+        next(steps)
+        assert len(multiprocessing.active_children()) == workers
+        del steps
+
+
+@pytest.fixture
+def spawning() -> Iterator[None]:
+    """New processes start from nothing, as on macOS."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.usefixtures("spawning")
+def test_workers_that_are_spawned_get_no_tensors_and_change_nothing(pictures: Path, tiny: DiffusionModel) -> None:
+    encoded = encode(ImageFolder(pictures, resolution=64), tiny, live=True)
+    sent = pickle.dumps(encoded.visits)
+    assert len(sent) < 10_000  # paths and captions
+    (alone,), (spawned,) = (list(batches(encoded, batch_size=4, steps=1, num_workers=n)) for n in (0, 1))
+    assert torch.equal(alone.stored, spawned.stored)
 
 
 def test_each_picture_gets_its_own_caption_and_dropped_ones_the_empty_prompt(

@@ -1,6 +1,7 @@
 """The examples, run as a reader would run them, only smaller."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,20 @@ def test_the_custom_loop_leaves_a_lora_that_changes_the_picture(tmp_path: Path) 
     assert np.array_equal(draw(pipeline), before)
     pipeline.load_lora_weights(str(tmp_path / "out"))
     assert not np.array_equal(draw(pipeline), before)
+
+
+def test_the_loop_in_the_readme_runs_as_it_stands_and_shows_the_loss(tmp_path: Path) -> None:
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    (loop,) = [part.partition("```")[0] for part in readme.split("```python\n") if "ft.batches" in part]
+    for large, small in (("sd15", "tiny"), ("./images", str(EXAMPLES / "butterflies")), ("steps=1000", "steps=10")):
+        assert large in loop
+        loop = loop.replace(large, small)
+    command = [sys.executable, "-c", loop.replace("resolution=512", "resolution=64")]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert re.fullmatch(r"step 10: loss \d\.\d{4}\n", done.stdout), done.stderr
+    assert "Loading weights" not in done.stderr
+    assert (tmp_path / "output/pytorch_lora_weights.safetensors").is_file()
 
 
 def test_the_tutorials_own_loader_trains_a_ddpm(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from finetune.config import TrainConfig, as_settings
 from finetune.errors import RunError, UsageError
@@ -58,6 +60,7 @@ def run_folder(tmp_path: Path) -> Path:
     for name in [*pushed, *private, *scratch, "unet/config.json", ".metrics.jsonl.part"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
+    save_file({"unet.some.lora_A.weight": torch.zeros(1)}, folder / LORA)
     return folder
 
 
@@ -94,7 +97,7 @@ def test_exactly_the_results_of_a_lora_run_are_pushed(hub: Hub, run_folder: Path
     files = hub.repositories["someone/cats"].files
     pictures = {f"samples/step-{step}.png" for step in (0, 9, 10)}
     assert files.keys() == {LORA, "metrics.jsonl", "README.md"} | pictures
-    assert all(files[name] == name.encode() for name in files.keys() - {"README.md"})
+    assert all(files[name] == (run_folder / name).read_bytes() for name in files.keys() - {"README.md"})
     assert address == f"{hub.url}/someone/cats"
     assert not (run_folder / "README.md").exists()  # output_dir may be a folder that has one
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from finetune.errors import UsageError
-from finetune.run.precision import resolve_precision
+from finetune.run.precision import deterministic, resolve_precision
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])
@@ -18,3 +18,10 @@ def test_a_cpu_refuses_fp16_and_leaves_small_networks_in_fp32() -> None:
     assert resolve_precision("bf16", torch.device("cpu"), small=True) == "bf16"
     with pytest.raises(UsageError, match="a CPU cannot compute in fp16; allowed here is bf16, no or auto"):
         resolve_precision("fp16", torch.device("cpu"), small=False)
+
+
+def test_deterministic_algorithms_are_asked_for_and_put_back() -> None:
+    for wanted in (True, False):
+        with deterministic(wanted):
+            assert torch.are_deterministic_algorithms_enabled() == wanted
+        assert not torch.are_deterministic_algorithms_enabled()

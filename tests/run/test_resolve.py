@@ -7,6 +7,7 @@ from finetune.config import TrainConfig
 from finetune.errors import UsageError
 from finetune.models.families import FAMILIES, pictures_seen
 from finetune.models.locate import Location
+from finetune.run.prompts import SamplePrompt
 from finetune.run.resolve import resolve
 from finetune.run.samples import SAMPLING_SHARE, default_prompts, interval, plan_samples
 
@@ -126,7 +127,7 @@ def test_grids_that_are_asked_for_are_drawn_whatever_they_cost() -> None:
     assert (len(asked.prompts), asked.pictures, asked.every) == (3, 2, 5)
     assert asked.share > 1
     assert planned(save_image_epochs=2).every == 6  # three steps an epoch
-    assert planned(sample_prompts=["x"], max_train_steps=10).prompts == ("x",)
+    assert planned(sample_prompts=["x"], max_train_steps=10).prompts == (SamplePrompt("x"),)
 
 
 def test_zero_turns_grids_off() -> None:

@@ -1,0 +1,97 @@
+"""Prompts of the sample grids: texts, or files with a prompt a line and sd-scripts' settings at its end."""
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UsageError
+
+_SETTINGS: dict[str, tuple[str, type]] = {
+    "n": ("negative", str),
+    "s": ("num_inference_steps", int),
+    "l": ("guidance_scale", float),
+    "d": ("seed", int),
+}
+"""sd-scripts' letters -> field of `SamplePrompt`, and its type."""
+_SIZES = ("w", "h")
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """What one row of a grid shows."""
+
+    text: str
+    negative: str = ""
+    num_inference_steps: int | None = None
+    """None: the run's."""
+    guidance_scale: float | None = None
+    """None: the run's."""
+    seed: int = 0
+    """Of the row's first picture."""
+    other_size: bool = False
+    """The line asks for a width or height, which a grid cannot give: its pictures have the run's resolution."""
+
+
+def is_prompt_file(given: str) -> bool:
+    """Whether an element of `--sample_prompts` names a file that exists."""
+    return os.path.isfile(os.path.expanduser(given))
+
+
+def sample_prompts(given: Iterable[str]) -> tuple[SamplePrompt, ...]:
+    """The prompts that `--sample_prompts` stands for.
+
+    A line of a file is a prompt, perhaps with `--n NEGATIVE`, `--s STEPS`, `--l GUIDANCE`, `--d SEED`, `--w WIDTH` and
+    `--h HEIGHT` behind it; empty lines and those that begin with # are left out.
+
+    Raises:
+        UsageError: a file is not UTF-8 or holds no prompt, or a line has a setting that is unknown or no number.
+    """
+    prompts: list[SamplePrompt] = []
+    for text in given:
+        prompts += _read(Path(text).expanduser()) if is_prompt_file(text) else [SamplePrompt(text)]
+    return tuple(prompts)
+
+
+def _read(path: Path) -> list[SamplePrompt]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"sample_prompts {path}: cannot be read as UTF-8 text") from error
+    prompts = [
+        _parse(line.strip(), f"sample_prompts {path}, line {number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+    if not prompts:
+        raise UsageError(f"sample_prompts {path}: no prompt in it")
+    return prompts
+
+
+def _parse(line: str, where: str) -> SamplePrompt:
+    text, *settings = re.split(r"\s+--(?=[a-z])", line)
+    prompt = SamplePrompt(text)
+    for setting in settings:
+        letter, _, value = setting.partition(" ")
+        if letter in _SIZES:
+            prompt = replace(prompt, other_size=True)
+            continue
+        if letter not in _SETTINGS:
+            known = " ".join(f"--{known}" for known in (*_SETTINGS, *_SIZES))
+            raise UsageError(f"{where}: unknown setting --{letter}; allowed are {known}")
+        field, kind = _SETTINGS[letter]
+        prompt = replace(prompt, **{field: _number(kind, value.strip(), f"{where}: --{letter}")})
+    return prompt
+
+
+def _number(kind: type, value: str, where: str) -> Any:
+    try:
+        number = kind(value)
+    except ValueError as error:
+        raise UsageError(f"{where} {value}: a number is needed") from error
+    least = 1 if where.endswith("--s") else 0
+    if kind is not str and not least <= number < 2**63:
+        raise UsageError(f"{where} {value}: allowed is {least} or more")
+    return number
