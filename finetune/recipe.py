@@ -26,6 +26,7 @@ from finetune.results import hub, tracking
 from finetune.results.export import export, exported
 from finetune.run import folder as run_folder
 from finetune.run.grids import FIRST_STEPS, discard_strangers, draw_grid, lay_side_by_side, steps_between
+from finetune.run.memory import check_memory
 from finetune.run.parts import Run
 from finetune.run.precision import DTYPES, deterministic
 from finetune.run.resolve import resolve, with_absolute_paths
@@ -70,6 +71,7 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
     if folder.finished:
         _push(config, folder.path)
         return folder.path
+    print(f"{'memory':>10}  {check_memory(config, found, accelerator.device)}")
     with run_folder.occupied(folder), deterministic(config.deterministic):
         run = _put_together(config, found, pictures, folder, accelerator)
         try:

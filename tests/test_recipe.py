@@ -175,6 +175,26 @@ def test_what_happens_every_few_epochs_happens_when_they_are_over() -> None:
     assert not due(4, 0)
 
 
+def test_options_given_beside_a_runs_own_file_win_over_what_that_run_had_derived(
+    make_pictures: Callable[..., Path], tmp_path: Path
+) -> None:
+    few, many = (make_pictures(tmp_path / str(n), count=n, captions=True) for n in (2, 5))
+    config = TrainConfig(
+        data=str(few), output_dir=str(tmp_path / "out"), num_train_epochs=2, rank=4, train_batch_size=1,
+        num_inference_steps=0,
+    )  # fmt: skip
+    recorded = str(fine_tune(config) / "config.toml")
+    assert load_resolved(Path(recorded)).max_train_steps == 4
+    words = ["--config", recorded, "--output_dir", str(tmp_path / "again")]
+    again = fine_tune(parse_train(words))
+    assert (again / LORA).read_bytes() == (tmp_path / "out" / LORA).read_bytes()
+    other = fine_tune(parse_train([*words[:2], "--output_dir", str(tmp_path / "other"), "--data", str(many)]))
+    assert load_resolved(other / "config.toml").max_train_steps == 10
+    longer = ["--num_train_epochs", "3", "--output_dir", str(tmp_path / "longer")]
+    longest = fine_tune(parse_train([*words[:2], *longer]))
+    assert load_resolved(longest / "config.toml").max_train_steps == 6
+
+
 def test_checkpoints_are_kept_up_to_the_limit(pictures: Path, tmp_path: Path) -> None:
     out = fine_tune(options(pictures, tmp_path / "out", max_train_steps=6, checkpointing_steps=2))
     assert [step for step, _ in checkpoint.checkpoints(out)] == [4, 6]

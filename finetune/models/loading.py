@@ -173,28 +173,30 @@ def _latent_model(
 def _from_scratch(found: Location, resolution: int, changes: dict[str, str], seed: int) -> DiffusionModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        unet = UNet2DModel(sample_size=resolution, layers_per_block=2, **_architecture(resolution))
+        unet = scratch_unet(resolution)
     scheduler = DDPMScheduler(num_train_timesteps=1000, **changes)
     return _pixel_model(found, unet, scheduler)
 
 
-def _architecture(resolution: int) -> dict[str, Any]:
-    """Block layout of a from-scratch UNet2DModel.
+def scratch_unet(resolution: int) -> UNet2DModel:
+    """A UNet2DModel to be trained from nothing, its weights drawn from torch's generator.
 
     Above 64 px: that of the Hugging Face tutorial "Train a diffusion model" (113.7 M parameters). Up to 64 px:
     the same idea at half the width and four levels.
     """
     if resolution <= 64:
-        return {
-            "block_out_channels": (64, 128, 128, 256),
-            "down_block_types": ("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        }
-    return {
-        "block_out_channels": (128, 128, 256, 256, 512, 512),
-        "down_block_types": (*("DownBlock2D",) * 4, "AttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", *("UpBlock2D",) * 4),
-    }
+        return UNet2DModel(
+            sample_size=resolution,
+            block_out_channels=(64, 128, 128, 256),
+            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        )
+    return UNet2DModel(
+        sample_size=resolution,
+        block_out_channels=(128, 128, 256, 256, 512, 512),
+        down_block_types=(*("DownBlock2D",) * 4, "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", *("UpBlock2D",) * 4),
+    )
 
 
 def _pixel_model(found: Location, unet: UNet2DModel, scheduler: DDPMScheduler) -> DiffusionModel:

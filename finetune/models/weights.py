@@ -4,6 +4,7 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
 
 import json
+from math import prod
 from pathlib import Path
 
 import torch
@@ -34,6 +35,15 @@ def weight_files(folder: Path) -> list[Path]:
                 raise ModelError(f"{folder}: part missing: {missing[0]} (named by {index.name})")
             return [folder / name for name in shards]
     raise ModelError(f"{folder}: part missing: {STEM}.safetensors")
+
+
+def count_numbers(folder: Path) -> int:
+    """How many numbers a component's safetensors hold, read from their headers."""
+    total = 0
+    for path in weight_files(folder) if list(folder.glob(f"{STEM}*")) else folder.glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            total += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 # no dict
+    return total
 
 
 def load_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:

@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from finetune.config import ResolvedConfig, TrainConfig
+from finetune.errors import UsageError
+from finetune.models.loading import load_model
+from finetune.models.locate import locate
+from finetune.recipe import fine_tune
+from finetune.run.memory import LIBRARIES, check_memory, kept_numbers, needed_bytes
+from finetune.run.resolve import resolve
+
+CPU = torch.device("cpu")
+SD15 = {
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+}
+
+
+def resolved(**options: object) -> ResolvedConfig:
+    config = TrainConfig(**options)
+    return resolve(config, locate(config.model), pictures=9, varied_captions=False, device=CPU)
+
+
+@pytest.mark.parametrize(("model", "side"), [("tiny", 16), ("tiny", 32), ("ddpm", 32)])
+def test_what_is_kept_for_the_backward_pass_is_as_counted(model: str, side: int) -> None:
+    unet = load_model(model, resolution=32 if model == "ddpm" else None).unet
+    weights = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    latent = model == "tiny"
+    cond = {"encoder_hidden_states": torch.zeros(1, 77, 96)} if latent else {}
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        unet(torch.zeros(1, unet.config["in_channels"], side, side), torch.tensor([5]), **cond)
+    counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 4
+    assert kept_numbers(unet.config, side, latent=latent) == pytest.approx(counted, rel=0.06)
+
+
+def test_stable_diffusion_at_512_pixels_keeps_what_was_counted() -> None:
+    assert kept_numbers(SD15, 64, latent=True) == pytest.approx(467_768_192, rel=0.01)
+
+
+def test_what_learns_and_how_it_computes_counts() -> None:
+    def needed(**options: object) -> float:
+        return needed_bytes(resolved(model="tiny", data="x", **options), locate("tiny"), CPU)
+
+    lora, full = needed(), needed(method="full", use_ema=False)
+    weights = 4_707_556  # of its UNet
+    assert lora > LIBRARIES + 4 * weights
+    assert full - lora == 4 * 3 * weights  # gradients and two moments
+    assert needed(method="full", use_ema=True) - full == 4 * weights
+    assert needed(method="full", use_ema=False, optimizer="sgd") == full - 4 * 2 * weights
+    assert needed(train_batch_size=16) > lora > needed(gradient_checkpointing=True)
+
+
+def test_sizes_that_cannot_work_are_refused_before_anything_is_made(pictures: Path, tmp_path: Path) -> None:
+    config = TrainConfig(model="ddpm", resolution=4096, data=str(pictures), output_dir=str(tmp_path / "out"))
+    with pytest.raises(UsageError, match=r"training 16 x 4096 px at once would take about [\d.]+ GB of the .* GB here"):
+        fine_tune(config)
+    assert not (tmp_path / "out").exists()
+    assert check_memory(resolved(data="x"), locate("tiny"), CPU).startswith("about 0.")
