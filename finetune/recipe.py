@@ -23,7 +23,8 @@ from finetune.models.loading import DiffusionModel, check_resolution, load_model
 from finetune.models.locate import Location, locate
 from finetune.models.lora import add_lora, trainable
 from finetune.results import hub, tracking
-from finetune.results.export import export, exported
+from finetune.results.export import discard_steps_after, export, export_step, exported
+from finetune.results.lora_facts import LoraFacts
 from finetune.run import folder as run_folder
 from finetune.run.grids import FIRST_STEPS, discard_strangers, draw_grid, lay_side_by_side, steps_between
 from finetune.run.memory import check_memory
@@ -128,6 +129,7 @@ def _begin(run: Run, resumed: Path | None) -> None:
     if resumed:
         run.trainer.load_state_dict(checkpoint.load(resumed))
         checkpoint.discard_after(run.folder, run.trainer.steps_done)
+        discard_steps_after(run.folder, run.trainer.steps_done)
     discard_strangers(run)
 
 
@@ -164,6 +166,9 @@ def _train(run: Run) -> None:
             last = metrics.step == total
             if last or stop.number or due(metrics.step, config.checkpointing_steps) or due(metrics.step, every_epochs):
                 saved = checkpoint.save(run.folder, trainer.state_dict(), keep=config.checkpoints_total_limit)
+                if not last:
+                    with trainer.averaged():
+                        export_step(run.model, run.folder, metrics.step, told_of(run))
                 if stop.number and not last:
                     kept = f"{saved} is kept, and the same command goes on from there"
                     raise Interrupted(f"stopped at step {metrics.step} of {total}; {kept}", stop.number)
@@ -182,7 +187,7 @@ def _finish(run: Run) -> None:
     """Export, prove the export, and say where everything is."""
     config, folder = run.config, run.folder
     with run.trainer.averaged():
-        difference = export(run.model, folder)
+        difference = export(run.model, folder, told_of(run))
     lay_side_by_side(run)
     run.accelerator.end_training()
     run_folder.finish(folder, {"steps": run.trainer.steps_done, "reloaded_output_difference": difference})
@@ -196,6 +201,28 @@ def _finish(run: Run) -> None:
         more = f"--resume_from_checkpoint latest --max_train_steps {2 * config.max_train_steps}"
         print(f"to go on for longer: finetune-unet --output_dir {shlex.quote(str(folder))} {more}")
     _push(config, folder)
+
+
+def told_of(run: Run) -> dict[str, str]:
+    """What a LoRA file says of the run so far."""
+    config, step = run.config, run.trainer.steps_done
+    facts = LoraFacts(
+        model=Path(config.model).name if Path(config.model).is_absolute() else config.model,
+        family=run.model.family.name,
+        prediction_type=run.model.scheduler.config["prediction_type"],
+        resolution=config.resolution,
+        batch_size=config.global_batch,
+        epoch_steps=float(steps_per_epoch(len(run.encoded), config.global_batch)),
+        learning_rate=config.learning_rate,
+        optimizer=config.optimizer,
+        lr_scheduler=config.lr_scheduler,
+        seed=config.seed,
+        trigger=config.trigger,
+        data=Path(config.data).name or "dataset",
+        captions=run.encoded.captions,
+    )
+    title = run.folder.resolve().name
+    return facts.metadata(title if step == config.max_train_steps else f"{title}-{step:06d}", step)
 
 
 def _push(config: ResolvedConfig, folder: Path) -> None:

@@ -10,9 +10,6 @@ from finetune.errors import ModelError, UsageError, hub_errors
 from finetune.models.families import FAMILIES, Family
 from finetune.models.tiny import tiny_folder
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""The name under which diffusers looks for a LoRA in a folder."""
-
 HUB_FILES = [
     "model_index.json",
     "unet/config.json",

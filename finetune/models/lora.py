@@ -2,27 +2,31 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from finetune.errors import ModelError, UsageError
+from finetune.models.lora_layouts import from_kohya, to_kohya
+from finetune.models.tensor_file import data_digest, write_tensors
 from finetune.options import ATTENTION_AND_FEED_FORWARD
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name under which diffusers looks for a LoRA in a folder."""
 
 
+_RELOADED = "reloaded"
 _PREDICTION_TYPE = "finetune.prediction_type"
 
 
@@ -148,6 +152,28 @@ class Adapter:
         # `save_file` would make the file private to the user
         (folder / LORA_FILE).write_bytes(save(self.state(), {LORA_ADAPTER_METADATA_KEY: text}))
 
+    def save_kohya(self, path: Path, told: Mapping[str, str]) -> None:
+        """Write the adapter's tensors in kohya's layout, with what is `told` of them as metadata."""
+        settings = self.unet.peft_config[self.name]
+        tensors = to_kohya(self.state(), settings.lora_alpha)
+        digest = data_digest(tensors)
+        known = {
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": str(settings.r),
+            "ss_network_alpha": f"{settings.lora_alpha:g}",
+            "sshs_model_hash": digest,
+            "modelspec.hash_sha256": f"0x{digest}",
+        }
+        write_tensors(path, tensors, known | dict(told))
+
+    def read_kohya(self, path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The tensors of a kohya file under this adapter's keys, and alpha of each layer. Raises ModelError."""
+        modules = [name.removesuffix(".base_layer") for name, _ in self.unet.named_modules()]
+        try:
+            return from_kohya(load_file(path, device=str(self.unet.device)), modules)
+        except SafetensorError as error:
+            raise ModelError(f"{path} cannot be loaded: {error}") from error
+
     @contextmanager
     def rounded(self) -> Iterator[None]:
         """Inside, the trained adapter has the base's dtype, which is what diffusers rounds a loaded one to."""
@@ -160,17 +186,29 @@ class Adapter:
             for parameter, data in learned.items():
                 parameter.data = data
 
-    @contextmanager
-    def replaced_by_file(self, folder: Path) -> Iterator[None]:
+    def replaced_by_file(self, folder: Path) -> AbstractContextManager[None]:
         """Inside, the UNet has the adapter that was saved in `folder` in place of its own."""
+        return self._replaced(lambda: self.load(self.unet, folder, _RELOADED))
+
+    def replaced_by_kohya(self, path: Path) -> AbstractContextManager[None]:
+        """Inside, the UNet has the adapter of a kohya file in place of its own, as diffusers reads it."""
+
+        def load() -> None:
+            state, alphas, *_ = StableDiffusionLoraLoaderMixin.lora_state_dict(load_file(path))
+            self.unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, adapter_name=_RELOADED)
+
+        return self._replaced(load)
+
+    @contextmanager
+    def _replaced(self, load: Callable[[], None]) -> Iterator[None]:
         # peft draws first values before it reads the file, and warns that there are two adapters and that one goes.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="peft")
             try:
-                self.load(self.unet, folder, "reloaded")
-                self.unet.set_adapters("reloaded")
+                load()
+                self.unet.set_adapters(_RELOADED)
                 yield
             finally:
-                if "reloaded" in self.unet.peft_config:
-                    self.unet.delete_adapters("reloaded")
+                if _RELOADED in self.unet.peft_config:
+                    self.unet.delete_adapters(_RELOADED)
                 self.unet.set_adapters(self.name)

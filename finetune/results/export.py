@@ -1,16 +1,18 @@
 """Export: what a run gives away, as safetensors that diffusers loads."""
 
 import json
+import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.errors import UsageError
+from finetune.errors import RunError, UsageError
 from finetune.files import flush_to_disk, flush_tree, remove
 from finetune.models.families import FAMILIES
 from finetune.models.loading import DiffusionModel
 from finetune.models.lora import LORA_FILE, Adapter
-from finetune.results.verify import verify_export
+from finetune.results.verify import differing_from_kohya, verify_export, verify_kohya
 
 INDEX = "model_index.json"
 """What makes a folder a diffusers pipeline."""
@@ -33,6 +35,19 @@ def names_of_exports() -> tuple[str, ...]:
     return (LORA_FILE, INDEX, *dict.fromkeys(part for family in FAMILIES.values() for part in family.parts))
 
 
+def kohya_file(folder: Path, step: int | None = None) -> Path:
+    """The LoRA in kohya's layout, named after the folder; that of a checkpoint with its step."""
+    name = folder.resolve().name
+    return folder / (f"{name}.safetensors" if step is None else f"{name}-{step:06d}.safetensors")
+
+
+def kohya_files(folder: Path) -> list[tuple[int | None, Path]]:
+    """(step, file) of every LoRA in kohya's layout in a folder; the step of the final one is None."""
+    name = re.escape(folder.resolve().name)
+    found = [(path, re.fullmatch(rf"{name}(?:-(\d{{6,}}))?\.safetensors", path.name)) for path in folder.glob("*")]
+    return [(int(match[1]) if match[1] else None, path) for path, match in sorted(found) if match]
+
+
 def exported(folder: Path) -> Exported | None:
     """The export in a folder, None where there is none."""
     if Adapter.saved_in(folder):
@@ -40,7 +55,9 @@ def exported(folder: Path) -> Exported | None:
         if predicts := Adapter.prediction_type(folder):
             scheduler = "pipeline.scheduler"
             load = f'{scheduler} = {scheduler}.from_config({scheduler}.config, prediction_type="{predicts}")\n{load}'
-        return Exported((folder / LORA_FILE,), load, adapter=True, takes_text=True)
+        viewers = kohya_file(folder)
+        files = (folder / LORA_FILE, *([viewers] if viewers.is_file() else []))
+        return Exported(files, load, adapter=True, takes_text=True)
     index = folder / INDEX
     if not index.is_file():
         return None
@@ -51,11 +68,17 @@ def exported(folder: Path) -> Exported | None:
     return Exported((index, *files), load, adapter=False, takes_text="text_encoder" in parts)
 
 
-def export(model: DiffusionModel, folder: str | Path) -> float:
+def export(model: DiffusionModel, folder: str | Path, told: Mapping[str, str] | None = None) -> float:
     """Write the trained model to `folder`, load it back through diffusers and compare.
 
-    With an adapter: `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights(folder)`. Otherwise a whole
-    pipeline folder, for `DiffusionPipeline.from_pretrained(folder)`. Files appear whole or not at all.
+    With an adapter: `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights(folder)`, and the same in
+    kohya's layout as `<name of the folder>.safetensors`, for ComfyUI, A1111 and Forge. Otherwise a whole pipeline
+    folder, for `DiffusionPipeline.from_pretrained(folder)`. Files appear whole or not at all.
+
+    Args:
+        model: with an adapter, or with trained weights.
+        folder: made if it is not there.
+        told: metadata of the kohya file, beside what the adapter itself knows.
 
     Returns:
         The largest difference between the trained and the reloaded UNet's outputs, relative to the largest output.
@@ -72,9 +95,12 @@ def export(model: DiffusionModel, folder: str | Path) -> float:
     scratch.mkdir()
     if adapter := Adapter.of(model.unet):
         adapter.save(scratch, model.new_prediction_type)
+        viewers = scratch / kohya_file(folder).name
+        adapter.save_kohya(viewers, told or {})
+        difference = max(verify_export(model, scratch), verify_kohya(model, viewers))
     else:
         model.pipeline().save_pretrained(scratch)
-    difference = verify_export(model, scratch)
+        difference = verify_export(model, scratch)
     flush_tree(scratch)
     index = folder / INDEX
     index.unlink(missing_ok=True)  # while parts are exchanged the folder is no pipeline; the index comes back last
@@ -85,6 +111,26 @@ def export(model: DiffusionModel, folder: str | Path) -> float:
     scratch.rmdir()
     flush_to_disk(folder)
     return difference
+
+
+def export_step(model: DiffusionModel, folder: Path, step: int, told: Mapping[str, str]) -> None:
+    """Write what an adapter has learned so far in kohya's layout, for a look at it in a viewer; no adapter: nothing.
+
+    Raises:
+        RunError: the file does not hold the adapter's very tensors.
+    """
+    if adapter := Adapter.of(model.unet):
+        path = kohya_file(folder, step)
+        adapter.save_kohya(path, told)
+        if differing := differing_from_kohya(adapter, path):
+            raise RunError(f"{path} does not hold what was learned: {differing[0]} differs")
+
+
+def discard_steps_after(folder: Path, step: int) -> None:
+    """Delete the files of steps above `step`: a run that resumes from there will not come to the same ones."""
+    for later, path in kohya_files(folder):
+        if later is not None and later > step:
+            path.unlink()
 
 
 def _refuse_foreign_parts(model: DiffusionModel, folder: Path) -> None:

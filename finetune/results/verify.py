@@ -12,6 +12,7 @@ from finetune import seeding
 from finetune.errors import RunError
 from finetune.models.loading import DiffusionModel, without_library_bars
 from finetune.models.lora import LORA_FILE, Adapter
+from finetune.models.lora_layouts import PEFT_PREFIX
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Largest allowed difference of the outputs, relative to the largest output: a few roundings of the UNet's dtype.
@@ -32,11 +33,7 @@ def verify_export(model: DiffusionModel, folder: Path) -> float:
     model.unet.eval()
     adapter = Adapter.of(model.unet)
     differing, difference = _compare_adapter(adapter, model, folder) if adapter else _compare_pipeline(model, folder)
-    if differing or not difference <= TOLERANCES[model.unet.dtype]:
-        what = (
-            f"{len(differing)} weights differ: {differing[0]}" if differing else f"outputs differ by {difference:.1e}"
-        )
-        raise RunError(f"the export in {folder} does not load back to the trained model: {what}")
+    _refuse(folder, differing, difference, model.unet.dtype)
     return difference
 
 
@@ -47,6 +44,45 @@ def _compare_adapter(adapter: Adapter, model: DiffusionModel, folder: Path) -> t
         trained = _answer(model)
     with adapter.replaced_by_file(folder):
         return differing, _distance(trained, _answer(model))
+
+
+def verify_kohya(model: DiffusionModel, path: Path) -> float:
+    """Compare the adapter on the UNet with a kohya file of it.
+
+    Every tensor and alpha is read back by the layout's definition, and compared to the bit; then diffusers' own
+    converter loads the file, and the outputs are compared.
+
+    Returns, raises: as `verify_export`.
+    """
+    adapter = Adapter.of(model.unet)
+    assert adapter is not None
+    model.unet.eval()
+    differing = differing_from_kohya(adapter, path)
+    with adapter.rounded():
+        trained = _answer(model)
+    difference = float("inf")
+    if not differing:
+        with adapter.replaced_by_kohya(path):
+            difference = _distance(trained, _answer(model))
+    _refuse(path, differing, difference, model.unet.dtype)
+    return difference
+
+
+def differing_from_kohya(adapter: Adapter, path: Path) -> list[str]:
+    """The tensors and alphas that a kohya file has otherwise than the adapter, or not, or beside it."""
+    tensors, alphas = adapter.read_kohya(path)
+    state = adapter.state()
+    layers = {key.rsplit(".lora_", 1)[0].removeprefix(PEFT_PREFIX) for key in state}
+    alpha = float(adapter.unet.peft_config[adapter.name].lora_alpha)
+    wrong = [f"{layer}.alpha" for layer in sorted(layers | alphas.keys()) if alphas.get(layer) != alpha]
+    return _differing(state, tensors) + wrong
+
+
+def _refuse(place: Path, differing: list[str], difference: float, dtype: torch.dtype) -> None:
+    if not differing and difference <= TOLERANCES[dtype]:
+        return
+    what = f"{len(differing)} weights differ: {differing[0]}" if differing else f"outputs differ by {difference:.1e}"
+    raise RunError(f"the export in {place} does not load back to the trained model: {what}")
 
 
 def _compare_pipeline(model: DiffusionModel, folder: Path) -> tuple[list[str], float]:

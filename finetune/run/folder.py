@@ -16,7 +16,7 @@ from finetune.config import ResolvedConfig, TrainConfig, as_dict, config_text, l
 from finetune.errors import UsageError
 from finetune.files import is_inside, remove, write_whole
 from finetune.options import about
-from finetune.results.export import INDEX, names_of_exports
+from finetune.results.export import INDEX, kohya_files, names_of_exports
 from finetune.training.checkpoint import checkpoints, latest
 
 State = Literal["new", "unfinished", "finished", "another run", "taken"]
@@ -299,6 +299,6 @@ def _clear(path: Path) -> None:
     for pattern in (*_LEFT_BY_A_RUN, *names_of_exports()[: None if pipeline else 1]):
         for entry in path.glob(pattern):
             remove(entry)
-    for _, checkpoint in checkpoints(path):
-        remove(checkpoint)
+    for _, written in (*checkpoints(path), *kohya_files(path)):
+        remove(written)
     (path / "config.toml").unlink(missing_ok=True)

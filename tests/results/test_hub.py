@@ -316,7 +316,7 @@ def test_a_run_is_pushed_and_its_card_tells_how_to_draw_with_it(tmp_path: Path, 
     assert TOKEN not in ran.stdout + ran.stderr
     repository = hub.repositories["someone/discs"]
     assert repository.private
-    assert repository.files.keys() == {LORA, "metrics.jsonl", "README.md"}
+    assert repository.files.keys() == {LORA, "out.safetensors", "metrics.jsonl", "README.md"}
     assert repository.files[LORA] == (tmp_path / "out" / LORA).read_bytes()
     assert b"learning_rate = 0.0003" in repository.files["README.md"]
     assert all(str(tmp_path).encode() not in content for content in repository.files.values())

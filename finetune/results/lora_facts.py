@@ -1,0 +1,76 @@
+"""What a LoRA file says of itself in its metadata, so that viewers can show and sort it.
+
+`ss_*` is what sd-scripts writes and A1111 reads, `modelspec.*` the Stability AI Model Metadata Standard 1.0.1. Dates
+are left out, although the standard asks for one: equal runs make equal files.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MOST_TAGS = 500
+"""Of the tags in the captions, the most frequent are told."""
+
+_VERSIONS = {"sd15": ("sd_v1", "stable-diffusion-v1"), "sd21": ("sd_v2_base", "stable-diffusion-v2-512")}
+"""Family -> sd-scripts' name of the base model, and the standard's architecture."""
+
+
+@dataclass(frozen=True)
+class LoraFacts:
+    """What is known of the run that made a LoRA."""
+
+    model: str
+    """The base model, as the user named it."""
+    family: str
+    prediction_type: str
+    resolution: int
+    """Pixels per side."""
+    batch_size: int
+    """Pictures per optimizer step."""
+    epoch_steps: float
+    """Optimizer steps in an epoch."""
+    learning_rate: float
+    optimizer: str
+    lr_scheduler: str
+    seed: int
+    trigger: str | None
+    data: str
+    """What the pictures lie in, without the folders above it."""
+    captions: Sequence[str]
+
+    def metadata(self, title: str, step: int) -> dict[str, str]:
+        """The entries for a file called `title` with what was learned in `step` steps."""
+        version, architecture = _VERSIONS.get(self.family, (self.family, self.family))
+        velocity = self.prediction_type == "v_prediction"
+        if self.family == "sd21" and velocity:
+            version, architecture = "sd_v2_v", "stable-diffusion-v2-768-v"
+        known = {
+            "ss_output_name": title,
+            "ss_sd_model_name": self.model,
+            "ss_base_model_version": version,
+            "ss_v2": str(self.family == "sd21"),
+            "ss_steps": str(step),
+            "ss_epoch": str(int(step / self.epoch_steps)),
+            "ss_num_train_images": str(len(self.captions)),
+            "ss_total_batch_size": str(self.batch_size),
+            "ss_learning_rate": f"{self.learning_rate:g}",
+            "ss_unet_lr": f"{self.learning_rate:g}",
+            "ss_optimizer": self.optimizer,
+            "ss_lr_scheduler": self.lr_scheduler,
+            "ss_seed": str(self.seed),
+            "ss_resolution": f"({self.resolution}, {self.resolution})",
+            "ss_tag_frequency": json.dumps({self.data: self._tags()}, ensure_ascii=False),
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": f"{architecture}/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.title": title,
+            "modelspec.resolution": f"{self.resolution}x{self.resolution}",
+            "modelspec.prediction_type": "v" if velocity else self.prediction_type,
+        }
+        return known | ({"modelspec.trigger_phrase": self.trigger} if self.trigger else {})
+
+    def _tags(self) -> dict[str, int]:
+        """How often each part of the captions between commas comes; of equal ones, that which came first."""
+        parts = (part.strip() for caption in self.captions for part in caption.split(","))
+        return dict(Counter(part for part in parts if part).most_common(MOST_TAGS))

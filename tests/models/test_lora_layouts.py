@@ -1,0 +1,102 @@
+import re
+from collections.abc import Iterable
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from finetune.errors import ModelError
+from finetune.models.lora import Adapter, add_lora
+from finetune.models.lora_layouts import from_kohya, to_kohya
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+EVERYTHING = (
+    *ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "conv_in",
+    "conv_out", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv",
+)  # fmt: skip
+SMALL = {"block_out_channels": (32, 64, 64, 64), "norm_num_groups": 8, "cross_attention_dim": 32, "sample_size": 16}
+CROSS, CROSS_UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+SHAPES = {
+    "sd15": SMALL | {"attention_head_dim": 8},
+    "sd21": SMALL | {"attention_head_dim": (2, 4, 4, 4), "use_linear_projection": True},
+    "sdxl": SMALL
+    | {
+        "block_out_channels": (32, 64, 64),
+        "down_block_types": ("DownBlock2D", CROSS, CROSS),
+        "up_block_types": (CROSS_UP, CROSS_UP, "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 3),
+        "attention_head_dim": (2, 4, 4),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 80,
+    },
+}
+"""The block layouts of the families, narrow."""
+
+
+def adapted(shape: str, targets: Iterable[str]) -> Adapter:
+    """An adapter of alpha 3 on rank 4, its weights far from zero."""
+    with torch.random.fork_rng(devices=[]):
+        unet = UNet2DConditionModel(**SHAPES[shape])
+    add_lora(unet, rank=4, alpha=3, target_modules=tuple(targets))
+    source = torch.Generator().manual_seed(1)
+    for parameter in unet.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=source)
+    return Adapter(unet)
+
+
+def keys_that_comfyui_uses(keys: Iterable[str], weights: Iterable[str]) -> set[str]:
+    """The keys of a LoRA file that ComfyUI's map of a UNet finds, written down from its description.
+
+    A diffusers name X of a weight is known as lora_unet_X and lycoris_X, dots as underscores, and as X and unet.X with
+    `.to_` written `.processor.to_` and `to_out.0` as `to_out`; behind it come `.alpha` and pairs of suffixes.
+    """
+    pairs = (
+        (".lora_up.weight", ".lora_down.weight"), ("_lora.up.weight", "_lora.down.weight"),
+        (".lora_B.weight", ".lora_A.weight"), (".lora.up.weight", ".lora.down.weight"),
+    )  # fmt: skip
+    there, used = set(keys), set()
+    for weight in weights:
+        name = weight.removesuffix(".weight")
+        old = name.replace(".to_", ".processor.to_").replace("to_out.0", "to_out")
+        for known in (f"lora_unet_{name.replace('.', '_')}", f"lycoris_{name.replace('.', '_')}", old, f"unet.{old}"):
+            for pair in pairs:
+                if {known + suffix for suffix in pair} <= there:
+                    used |= {known + suffix for suffix in (*pair, ".alpha")} & there
+    return used
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "convolutions too"])
+def test_comfyui_uses_every_tensor(shape: str, targets: tuple[str, ...]) -> None:
+    adapter = adapted(shape, targets)
+    with torch.random.fork_rng(devices=[]):
+        weights = UNet2DConditionModel(**SHAPES[shape]).state_dict()
+    file = to_kohya(adapter.state(), alpha=3)
+    assert keys_that_comfyui_uses(file, weights) == file.keys()
+    assert not keys_that_comfyui_uses([key for key in adapter.state() if "attn" in key], weights)  # hence the file
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_there_and_back_is_equal_to_the_bit(shape: str) -> None:
+    adapter = adapted(shape, EVERYTHING)
+    state = adapter.state()
+    modules = [name for name, _ in adapter.unet.named_modules()]
+    back, alphas = from_kohya(to_kohya(state, alpha=3), modules)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
+    assert set(alphas.values()) == {3.0}
+    assert len(alphas) == len(state) / 2
+
+
+@pytest.mark.parametrize("key", ["lora_unet_conv_in.lora_mid.weight", "lora_te_x.lora_up.weight", "unet.conv_in.alpha"])
+def test_keys_of_another_kind_are_named(key: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(f"{key}: no LoRA tensor for this UNet")):
+        from_kohya({key: torch.zeros(1)}, ["conv_in"])
+
+
+def test_what_is_no_lora_is_not_renamed() -> None:
+    with pytest.raises(ModelError, match=r"conv_in\.weight: no tensor of a LoRA"):
+        to_kohya({"unet.conv_in.weight": torch.zeros(1)}, alpha=1)
