@@ -76,6 +76,7 @@ class ResolvedConfig(TrainConfig):
     caption_dropout: float
     max_train_steps: int
     train_batch_size: int
+    gradient_accumulation_steps: int
     learning_rate: float
     lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"]
     lr_warmup_steps: int

@@ -61,7 +61,7 @@ class ModelOptions:
     """What learns."""
 
     model: str = option("tiny", names=("pretrained_model_name_or_path",))
-    """sd15, sd21, ddpm, tiny, a hub id (owner/name), or a local diffusers folder."""
+    """sd15, sd21, sdxl, ddpm, tiny, a hub id (owner/name), or a local diffusers folder."""
     method: Literal["lora", "full"] | None = None
     """lora: train a small adapter (default for latent models). full: every weight of the UNet (default for ddpm)."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(None, called=("v_parameterization",))
@@ -128,8 +128,8 @@ class TrainingOptions:
     """Length of the run in passes over the pictures (max_train_steps wins)."""
     train_batch_size: int | None = option(None, AT_LEAST_ONE, called=("batch_size",))
     """Pictures per device in one forward pass."""
-    gradient_accumulation_steps: int = option(1, AT_LEAST_ONE)
-    """Forward passes per optimizer step."""
+    gradient_accumulation_steps: int | None = option(None, AT_LEAST_ONE)
+    """Forward passes per optimizer step. Default: 1 (sdxl: 4)."""
     learning_rate: float | None = option(None, POSITIVE, called=("lr", "unet_lr"))
     """Highest learning rate of the schedule."""
     lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"] | None = None
@@ -192,7 +192,7 @@ class SampleOptions:
     )
     """Sampler steps per picture; 0 turns sampling off."""
     guidance_scale: float | None = option(None, NOT_NEGATIVE, needs="a model that takes text", change="on resume")
-    """Classifier-free guidance of the grids; 1 is none. Default: the model's own (sd15, sd21: 7.5; tiny: 3)."""
+    """Classifier-free guidance of the grids; 1 is none. Default: the model's own (sd15: 7.5, sdxl: 5, tiny: 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)

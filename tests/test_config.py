@@ -252,7 +252,13 @@ def test_a_run_of_version_0_1_0_is_read_as_it_was(tmp_path: Path) -> None:
     """Its config.toml had every option in the sections, given or not, but left out the LoRA's layers."""
     decided = {"method": "full", "mixed_precision": "no", "resolution": 64, "caption_dropout": 0.05}
     decided |= {"max_train_steps": 10, "train_batch_size": 8, "learning_rate": 1e-4, "lr_scheduler": "constant"}
-    decided |= {"lr_warmup_steps": 0, "adam_beta1": 0.9, "use_ema": False, "eval_batch_size": 2}
+    decided |= {
+        "gradient_accumulation_steps": 1,
+        "lr_warmup_steps": 0,
+        "adam_beta1": 0.9,
+        "use_ema": False,
+        "eval_batch_size": 2,
+    }
     text = config_text(TrainConfig(model="tiny", data="images", num_inference_steps=20, guidance_scale=7.5, **decided))
     (tmp_path / "config.toml").write_text(text)
     resolved = load_resolved(tmp_path / "config.toml")

@@ -86,7 +86,7 @@ def run(options: Options) -> None:
 
 def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype") -> "tuple[DiffusionModel, int]":
     """The model, with what the run with this `config` has learned, and the pixels per side to draw."""
-    from finetune.models.conditioners import ClipConditioner, spelt_words
+    from finetune.models.conditioners import spelt_words
     from finetune.models.loading import check_resolution, load_model
     from finetune.models.locate import locate
     from finetune.models.lora import Adapter
@@ -113,7 +113,7 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
         max_token_length=config.max_token_length if config else 77,
         clip_skip=config.clip_skip if config else None,
     )
-    tokenizer = model.conditioner.tokenizer if isinstance(model.conditioner, ClipConditioner) else None
+    tokenizer = model.conditioner.tokenizer
     if tokenizer and found.family.few_words and (spelt := spelt_words(tokenizer, options.prompt)):
         print(f"{base} does not know, and spells: {', '.join(spelt)}", file=sys.stderr)
     if adapted:

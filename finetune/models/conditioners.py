@@ -9,11 +9,14 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 
 class Conditioner(Protocol):
     """What the UNet is told beside x_t and t."""
+
+    tokenizer: CLIPTokenizer | None
+    """What cuts prompts into tokens; None where there are no prompts."""
 
     def encode(self, prompts: Sequence[str]) -> Mapping[str, Any]:
         """Prompts -> tensors of first size B, stored per distinct caption."""
@@ -21,6 +24,10 @@ class Conditioner(Protocol):
 
     def kwargs(self, stored: Mapping[str, Any], geometry: Tensor) -> Mapping[str, Any]:
         """Stored tensors and geometry (B, 6) -> the UNet's keyword arguments at this visit."""
+        ...
+
+    def pipeline_arguments(self, prompt: str, negative_prompt: str) -> Mapping[str, Any]:
+        """A prompt, and what guidance leads away from, as its pipeline takes them when they are encoded already."""
         ...
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
@@ -38,6 +45,7 @@ class Conditioner(Protocol):
 class NoCondition:
     """Pixel-space DDPM: the UNet sees x_t and t alone."""
 
+    tokenizer = None
     token_limit = 0
 
     def to(self, device: torch.device | str) -> Self:
@@ -49,6 +57,9 @@ class NoCondition:
     def kwargs(self, stored: Mapping[str, Any], geometry: Tensor) -> Mapping[str, Any]:
         return {}
 
+    def pipeline_arguments(self, prompt: str, negative_prompt: str) -> Mapping[str, Any]:
+        return {}
+
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         return [0] * len(prompts)
 
@@ -56,6 +67,26 @@ class NoCondition:
 def count_tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> list[int]:
     """Tokens of each prompt without start and end marks, before any cutting."""
     return [len(ids) - 2 for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int) -> Tensor:
+    """Prompts -> token ids (B, chunks, 77) int64, each chunk with start, end and padding."""
+    body = tokenizer.model_max_length - 2
+    rows = tokenizer(list(prompts), truncation=True, max_length=chunks * body + 2, verbose=False)
+    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    result = []
+    for ids in rows["input_ids"]:
+        words = ids[1:-1]
+        pieces = [words[i * body : (i + 1) * body] for i in range(chunks)]
+        result.append([[start, *piece, end, *[pad] * (body - len(piece))] for piece in pieces])
+    return torch.tensor(result)
+
+
+def joined(states: Sequence[Tensor]) -> Tensor:
+    """Hidden states of the chunks, (B, 77, D) each -> (B, L, D): one pair of marks around the words of all."""
+    if len(states) == 1:
+        return states[0]
+    return torch.cat([states[0][:, :1], *[state[:, 1:-1] for state in states], states[-1][:, -1:]], dim=1)
 
 
 def spelt_words(tokenizer: CLIPTokenizer, prompts: Iterable[str]) -> list[str]:
@@ -104,27 +135,15 @@ class ClipConditioner:
         return count_tokens(self.tokenizer, prompts)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> token ids (B, chunks, 77) int64, each chunk with start, end and padding."""
-        length = self.tokenizer.model_max_length
-        body = length - 2
-        rows = self.tokenizer(list(prompts), truncation=True, max_length=self.chunks * body + 2, verbose=False)
-        start, end, pad = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        chunks = []
-        for ids in rows["input_ids"]:
-            words = ids[1:-1]
-            pieces = [words[i * body : (i + 1) * body] for i in range(self.chunks)]
-            chunks.append([[start, *piece, end, *[pad] * (body - len(piece))] for piece in pieces])
-        return torch.tensor(chunks)
+        """Prompts -> token ids (B, chunks, 77) int64."""
+        return tokenize(self.tokenizer, prompts, self.chunks)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts -> {"encoder_hidden_states": (B, L, D)} with L = 77, or 75 x chunks + 2."""
         tokens = self.tokenize(prompts)
         states = [self._hidden(tokens[:, i].to(self.text_encoder.device)) for i in range(self.chunks)]
-        if self.chunks > 1:
-            inner = [state[:, 1:-1] for state in states]
-            states = [states[0][:, :1], *inner, states[-1][:, -1:]]
-        return {"encoder_hidden_states": torch.cat(states, dim=1)}
+        return {"encoder_hidden_states": joined(states)}
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         if self.clip_skip is None or self.clip_skip == 1:
@@ -135,3 +154,80 @@ class ClipConditioner:
 
     def kwargs(self, stored: Mapping[str, Any], geometry: Tensor) -> Mapping[str, Any]:
         return stored
+
+    def pipeline_arguments(self, prompt: str, negative_prompt: str) -> Mapping[str, Any]:
+        prompts = {"prompt_embeds": prompt, "negative_prompt_embeds": negative_prompt}
+        return {name: self.encode([text])["encoder_hidden_states"] for name, text in prompts.items()}
+
+
+class SdxlConditioner:
+    """The two frozen CLIP text encoders of Stable Diffusion XL (Podell et al. 2023, section 2).
+
+    Their hidden states lie side by side in the channels; the second one's pooled embedding, and size and crop of the
+    picture, are told beside them.
+
+    Args:
+        tokenizers, text_encoders: of both, the second encoder with its projection.
+        max_token_length: as for `ClipConditioner`; the pooled embedding is that of the first chunk.
+        clip_skip: hidden state to take, counted from the end, 1 = the last; default: 2. No norm follows it.
+        zeros_for_empty: an empty negative prompt stands for zeros in pictures, as the model's pipeline has it.
+    """
+
+    def __init__(
+        self,
+        tokenizers: tuple[CLIPTokenizer, CLIPTokenizer],
+        text_encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection],
+        max_token_length: int = 77,
+        clip_skip: int | None = None,
+        zeros_for_empty: bool = True,
+    ):
+        self.tokenizer: CLIPTokenizer | None = tokenizers[0]
+        self.tokenizers = tokenizers
+        self.text_encoders = text_encoders
+        for encoder in text_encoders:
+            encoder.requires_grad_(False).eval()
+        self.chunks = chunks_of(max_token_length)
+        self.clip_skip = clip_skip or 2
+        self.zeros_for_empty = zeros_for_empty
+
+    @property
+    def token_limit(self) -> int:
+        return self.chunks * (self.tokenizers[0].model_max_length - 2)
+
+    def to(self, device: torch.device | str) -> Self:
+        for encoder in self.text_encoders:
+            encoder.to(device)
+        return self
+
+    def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        return count_tokens(self.tokenizers[0], prompts)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Prompts -> {"encoder_hidden_states": (B, L, D1 + D2), "text_embeds": (B, P)}."""
+        sides, pooled = [], []
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            tokens = tokenize(tokenizer, prompts, self.chunks).to(encoder.device)
+            answers = [encoder(tokens[:, i], output_hidden_states=True) for i in range(self.chunks)]
+            sides.append(joined([answer.hidden_states[-self.clip_skip] for answer in answers]))
+            pooled.append(answers[0][0])  # the projection, of the encoder that has one
+        return {"encoder_hidden_states": torch.cat(sides, dim=-1), "text_embeds": pooled[-1]}
+
+    def kwargs(self, stored: Mapping[str, Any], geometry: Tensor) -> Mapping[str, Any]:
+        """The time ids are the geometry: original height and width, crop top and left, target height and width."""
+        text_embeds = stored["text_embeds"]
+        return {
+            "encoder_hidden_states": stored["encoder_hidden_states"],
+            "added_cond_kwargs": {"text_embeds": text_embeds, "time_ids": geometry.to(text_embeds)},
+        }
+
+    def pipeline_arguments(self, prompt: str, negative_prompt: str) -> Mapping[str, Any]:
+        wanted, unwanted = self.encode([prompt]), self.encode([negative_prompt])
+        if self.zeros_for_empty and not negative_prompt:
+            unwanted = {name: torch.zeros_like(tensor) for name, tensor in unwanted.items()}
+        return {
+            "prompt_embeds": wanted["encoder_hidden_states"],
+            "pooled_prompt_embeds": wanted["text_embeds"],
+            "negative_prompt_embeds": unwanted["encoder_hidden_states"],
+            "negative_pooled_prompt_embeds": unwanted["text_embeds"],
+        }

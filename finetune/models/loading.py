@@ -21,11 +21,11 @@ from diffusers import (
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from finetune.errors import ModelError, UsageError
-from finetune.models.conditioners import ClipConditioner, Conditioner, NoCondition
+from finetune.models.conditioners import ClipConditioner, Conditioner, NoCondition, SdxlConditioner
 from finetune.models.encoders import Encoder, PixelEncoder, VaeEncoder
 from finetune.models.families import Family
 from finetune.models.locate import Location, locate, read_json, scratch_multiple
@@ -72,7 +72,7 @@ def load_model(
     """Load a model for training, on the CPU. VAE and text encoder are frozen, in eval mode and in fp32.
 
     Args:
-        name_or_path: sd15, sd21, ddpm, tiny, a hub id, a local diffusers folder, or what `locate` returned.
+        name_or_path: sd15, sd21, sdxl, ddpm, tiny, a hub id, a local diffusers folder, or what `locate` returned.
         resolution: pixels per side of a `ddpm` from scratch; what a DDPM draws at; otherwise only checked. Default: the
             model's own.
         dtype: of the UNet's weights; fp32 to train them all, bf16 or fp16 halve the memory under a LoRA.
@@ -143,31 +143,35 @@ def _latent_model(
     try:
         with without_library_bars():
             vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True, use_safetensors=True).float()
-            text_encoder = CLIPTextModel.from_pretrained(
-                folder / "text_encoder", dtype=torch.float32, local_files_only=True, use_safetensors=True
-            )
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+            text = {part: _text_part(folder, part) for part in found.family.parts if part.startswith(("text", "token"))}
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
     vae.register_to_config(_name_or_path="")  # or an export would name the user's folder
-    layers = text_encoder.config.num_hidden_layers
+    layers = text["text_encoder"].config.num_hidden_layers
     if clip_skip is not None and clip_skip > layers:
         raise UsageError(f"clip_skip = {clip_skip}: allowed is 1 to {layers}, the layers of the text encoder")
+    if "text_encoder_2" in text:
+        zeros = read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", True)
+        pairs = (text["tokenizer"], text["tokenizer_2"]), (text["text_encoder"], text["text_encoder_2"])
+        conditioner = SdxlConditioner(*pairs, max_token_length, clip_skip, zeros)
+        more = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
+    else:
+        conditioner = ClipConditioner(text["tokenizer"], text["text_encoder"], max_token_length, clip_skip)
+        more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     def around(unet: UNet2DConditionModel) -> DiffusionPipeline:
-        return getattr(diffusers, found.family.pipeline)(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=sampler.from_config(sampler.config),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        scheduler = sampler.from_config(sampler.config)
+        return getattr(diffusers, found.family.pipeline)(unet=unet, vae=vae, scheduler=scheduler, **text, **more)
 
-    conditioner = ClipConditioner(tokenizer, text_encoder, max_token_length, clip_skip)
     return DiffusionModel(unet, VaeEncoder(vae), conditioner, scheduler, found.family, around)
+
+
+def _text_part(folder: Path, part: str) -> Any:
+    """A tokenizer or text encoder; the second encoder of Stable Diffusion XL has a projection."""
+    if part.startswith("tokenizer"):
+        return CLIPTokenizer.from_pretrained(folder / part, local_files_only=True)
+    kind = CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
+    return kind.from_pretrained(folder / part, dtype=torch.float32, local_files_only=True, use_safetensors=True)
 
 
 def _from_scratch(found: Location, resolution: int, changes: dict[str, str], seed: int) -> DiffusionModel:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,26 +16,28 @@ HUB_FILES = [
     "unet/config.json",
     "vae/config.json",
     "text_encoder/config.json",
+    "text_encoder_2/config.json",
     "scheduler/scheduler_config.json",
     "tokenizer/*.json",
     "tokenizer/merges.txt",
+    "tokenizer_2/*.json",
+    "tokenizer_2/merges.txt",
     "*/diffusion_pytorch_model.safetensors",
     "*/diffusion_pytorch_model.safetensors.index.json",
     "*/diffusion_pytorch_model-?????-of-?????.safetensors",
     "text_encoder/model.safetensors",
+    "text_encoder_2/model.safetensors",
 ]
 """What a download takes of a repository: the parts that are used, in full precision, safetensors only."""
 
-_LATENT_PARTS = (
-    "unet/config.json",
-    "vae/config.json",
-    "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/config.json",
-    "text_encoder/model.safetensors",
-    "tokenizer/tokenizer_config.json",
-    "scheduler/scheduler_config.json",
-)
-_PIXEL_PARTS = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json")
+_FILES = {
+    "unet": ("config.json",),
+    "vae": ("config.json", "diffusion_pytorch_model.safetensors"),
+    "text_encoder": ("config.json", "model.safetensors"),
+    "tokenizer": ("tokenizer_config.json",),
+    "scheduler": ("scheduler_config.json",),
+}
+"""What must lie in a part of a model, beside the UNet's weights, which may be sharded or in half precision."""
 
 
 @dataclass(frozen=True)
@@ -129,24 +132,21 @@ def _kind(name: str, folder: Path) -> dict[str, Any]:
         raise ModelError(f"--model {name}: part missing: unet/config.json ({what})")
     unet = read_json(folder / "unet/config.json")
     kind = unet.get("_class_name")
-    if (folder / "text_encoder_2").exists() or unet.get("addition_embed_type") == "text_time":
-        kind = "Stable Diffusion XL"
     if kind not in ("UNet2DModel", "UNet2DConditionModel"):
-        raise ModelError(f"--model {name}: only Stable Diffusion 1 and 2 and DDPM folders can be trained, not {kind}")
+        raise ModelError(
+            f"--model {name}: only Stable Diffusion 1, 2 and XL and DDPM folders can be trained, not {kind}"
+        )
     return unet
 
 
 def _inspect(name: str, folder: Path) -> Location:
     unet = _kind(name, folder)
-    latent = unet["_class_name"] == "UNet2DConditionModel"
-    # Without either, transformers makes a tokenizer of two words, and says nothing.
-    words = () if (folder / "tokenizer/tokenizer.json").is_file() else ("tokenizer/vocab.json", "tokenizer/merges.txt")
-    for part in (*_LATENT_PARTS, *words) if latent else _PIXEL_PARTS:
-        if not (folder / part).is_file():
-            raise ModelError(f"--model {name}: part missing: {part}")
+    family = _family(name, unet)
+    for file in _needed(folder, family):
+        if not (folder / file).is_file():
+            raise ModelError(f"--model {name}: part missing: {file}")
     blocks = len(_listed(unet, "block_out_channels", folder / "unet/config.json"))
-    if not latent:
-        family = FAMILIES["ddpm"]
+    if not family.latent:
         return Location(name, family, folder, _side(unet, family.resolution), multiple=2 ** (blocks - 1))
     vae = read_json(folder / "vae/config.json")
     if unet.get("in_channels") != vae.get("latent_channels"):
@@ -156,9 +156,27 @@ def _inspect(name: str, folder: Path) -> Location:
         )
     factor = 2 ** (len(_listed(vae, "block_out_channels", folder / "vae/config.json")) - 1)
     multiple = max(factor, 8)  # less than 8 is what pipelines refuse
-    kin = FAMILIES["sd21" if unet.get("use_linear_projection") else "sd15"]
-    family = FAMILIES.get(name, kin)
     return Location(name, family, folder, _side(unet, family.resolution // factor) * factor, multiple)
+
+
+def _family(name: str, unet: dict[str, Any]) -> Family:
+    """The kind of model, by its UNet's config; by its name only where that is one of ours."""
+    if unet["_class_name"] == "UNet2DModel":
+        return FAMILIES["ddpm"]
+    if unet.get("addition_embed_type") == "text_time":
+        return FAMILIES["sdxl"]
+    return FAMILIES.get(name, FAMILIES["sd21" if unet.get("use_linear_projection") else "sd15"])
+
+
+def _needed(folder: Path, family: Family) -> Iterator[str]:
+    """The files that a model of this kind cannot be loaded without."""
+    if not family.latent:
+        yield "unet/diffusion_pytorch_model.safetensors"
+    for part in family.parts:
+        yield from (f"{part}/{file}" for file in _FILES[part.removesuffix("_2")])
+        # Without either, transformers makes a tokenizer of two words, and says nothing.
+        if part.startswith("tokenizer") and not (folder / part / "tokenizer.json").is_file():
+            yield from (f"{part}/vocab.json", f"{part}/merges.txt")
 
 
 def _listed(config: dict[str, Any], key: str, path: Path) -> list[Any]:

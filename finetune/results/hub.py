@@ -166,9 +166,9 @@ def _loading(load: str, adapter: bool, model: str, base: str | None) -> str:
     if model in FAMILIES and base is None:  # it lies in the package
         lines = ["import finetune", "", f'pipeline = finetune.load_model("{model}").pipeline()']
     else:
-        made = f"StableDiffusionPipeline.from_pretrained({_literal(base or Path(model).name)})"
+        made = f"DiffusionPipeline.from_pretrained({_literal(base or Path(model).name)})"
         local = "" if base else "  # a folder that is not on the hub"
-        lines = ["from diffusers import StableDiffusionPipeline", "", f"pipeline = {made}{local}"]
+        lines = ["from diffusers import DiffusionPipeline", "", f"pipeline = {made}{local}"]
     return "\n".join([*lines, load])
 
 

@@ -12,7 +12,11 @@ from dataclasses import dataclass
 MOST_TAGS = 500
 """Of the tags in the captions, the most frequent are told."""
 
-_VERSIONS = {"sd15": ("sd_v1", "stable-diffusion-v1"), "sd21": ("sd_v2_base", "stable-diffusion-v2-512")}
+_VERSIONS = {
+    "sd15": ("sd_v1", "stable-diffusion-v1"),
+    "sd21": ("sd_v2_base", "stable-diffusion-v2-512"),
+    "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+}
 """Family -> sd-scripts' name of the base model, and the standard's architecture."""
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, StableDiffusionPipeline
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
@@ -63,20 +63,17 @@ def draw_pictures(
     if isinstance(pipeline, DDPMPipeline):
         with _computing_in(precision, model.unet), _progress(model.unet, num_inference_steps):
             return [_draw_unconditional(pipeline, seeds, num_inference_steps)]
-    assert isinstance(pipeline, StableDiffusionPipeline)
-    device = model.unet.device
-    negative = model.conditioner.encode([negative_prompt])["encoder_hidden_states"].to(device)
+    draw: Any = pipeline
     batches = [seeds[start : start + at_once] for start in range(0, len(seeds), at_once)]
     rows = []
     with _progress(model.unet, num_inference_steps * len(batches) * len(prompts)):
         for prompt in prompts:
-            embedding = model.conditioner.encode([prompt])["encoder_hidden_states"].to(device)
+            encoded = model.conditioner.pipeline_arguments(prompt, negative_prompt)
             row: list[Image.Image] = []
             for some in batches:
                 with _computing_in(precision, model.unet):
-                    row += pipeline(
-                        prompt_embeds=embedding,
-                        negative_prompt_embeds=negative,
+                    row += draw(
+                        **encoded,
                         num_images_per_prompt=len(some),
                         generator=[torch.Generator().manual_seed(seed) for seed in some],
                         num_inference_steps=num_inference_steps,

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from finetune import seeding
+from finetune.batch import map_tensors
 from finetune.errors import RunError
 from finetune.models.loading import DiffusionModel, without_library_bars
 from finetune.models.lora import LORA_FILE, Adapter
@@ -118,7 +119,8 @@ def _answer(model: DiffusionModel) -> Tensor:
     unet = model.unet
     size = 2 ** (len(unet.config["block_out_channels"]) - 1)
     x = seeding.normal(torch.tensor([0]), "verify", (unet.config["in_channels"], size, size)).to(unet.device)
-    cond = model.conditioner.encode([""]) if model.conditioner.token_limit else {}
-    cond = {name: tensor.to(unet.device, unet.dtype) for name, tensor in cond.items()}
+    geometry = torch.tensor([[size, size, 0, 0, size, size]])
+    cond = model.conditioner.kwargs(model.conditioner.encode([""]), geometry) if model.conditioner.tokenizer else {}
+    cond = map_tensors(lambda tensor: tensor.to(unet.device, unet.dtype), cond)
     t = torch.tensor([500], device=unet.device)
     return unet(x.to(unet.dtype), t, **cond).sample.float()

@@ -35,14 +35,16 @@ def kept_numbers(unet: Mapping[str, Any], side: int, *, latent: bool) -> float:
         side: height and width of what it sees (latents, or pixels).
         latent: it looks at a prompt as well.
     """
-    attention = _TRANSFORMER if latent else _ATTENTION
-    blocks = zip(unet["block_out_channels"], unet["down_block_types"], strict=True)
+    blocks = list(zip(unet["block_out_channels"], unet["down_block_types"], strict=True))
+    deep = unet.get("transformer_layers_per_block") or 1
+    layers = [deep] * len(blocks) if isinstance(deep, int) else list(deep)
     total = 0.0
     for level, (channels, kind) in enumerate(blocks):
         positions = side**2 / 4**level
+        attention = _TRANSFORMER * layers[level] if latent else _ATTENTION
         each = _RESIDUAL + (attention if "Attn" in kind else 0)
         total += positions * channels * each * (2 * unet["layers_per_block"] + 1)  # those down, and one more up
-        if level == len(unet["block_out_channels"]) - 1:  # the middle: two residual blocks around an attention
+        if level == len(blocks) - 1:  # the middle: two residual blocks around an attention
             total += positions * channels * (2 * _RESIDUAL + attention)
     return total
 
@@ -57,7 +59,9 @@ def needed_bytes(config: ResolvedConfig, found: Location, device: torch.device) 
     else:
         shape, weights = read_json(found.folder / "unet/config.json"), count_numbers(found.folder / "unet")
         if latent:
-            frozen = count_numbers(found.folder / "vae") + count_numbers(found.folder / "text_encoder")
+            frozen = sum(
+                count_numbers(found.folder / part) for part in found.family.parts if part[:4] in ("vae", "text")
+            )
             side //= 2 ** (len(read_json(found.folder / "vae/config.json")["block_out_channels"]) - 1)
     kept = kept_numbers(shape, side, latent=latent) * config.train_batch_size
     kept *= _CHECKPOINTED if config.gradient_checkpointing else 1

@@ -55,11 +55,13 @@ def resolve(
         varied_captions=varied_captions,
     )
     derived = {name: value for name, value in suited.items() if getattr(config, name) is None}
-    batch = config.train_batch_size or suited["train_batch_size"]
+    batch = (config.train_batch_size or suited["train_batch_size"]) * (
+        config.gradient_accumulation_steps or suited["gradient_accumulation_steps"]
+    )
     epochs = config.num_train_epochs
     if epochs is None and config.max_train_steps is None:
         epochs = suited["num_train_epochs"]
-    steps = total_steps(pictures, batch * config.gradient_accumulation_steps, epochs, config.max_train_steps)
+    steps = total_steps(pictures, batch, epochs, config.max_train_steps)
     warmup = config.lr_warmup_steps
     if warmup is None:
         warmup = warmup_steps(steps, found.family, resolution)

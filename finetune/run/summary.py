@@ -1,7 +1,7 @@
 """The lines a run prints before it starts: everything that a person would want to stop it for."""
 
 from finetune.data.sampler import steps_per_epoch
-from finetune.models.conditioners import ClipConditioner, spelt_words
+from finetune.models.conditioners import spelt_words
 from finetune.models.lora import trainable
 from finetune.run.parts import Run
 from finetune.run.samples import SAMPLING_SHARE, SamplePlan
@@ -66,7 +66,7 @@ def _about_sizes(samples: SamplePlan) -> list[str]:
 def _about_words(run: Run) -> list[str]:
     """Captions that the tokenizer will spell or cut."""
     conditioner, encoded = run.model.conditioner, run.encoded
-    if not isinstance(conditioner, ClipConditioner):
+    if conditioner.tokenizer is None:
         return []
     lines = []
     spelt = spelt_words(conditioner.tokenizer, encoded.captions) if run.model.family.few_words else []

@@ -172,13 +172,17 @@ def test_a_damaged_config_is_named(folder: Path):
 
 def test_a_unet_of_another_kind_is_refused(folder: Path):
     change(folder / "unet/config.json", _class_name="UNet3DConditionModel")
-    assert "only Stable Diffusion 1 and 2 and DDPM" in refused(folder)
+    assert "only Stable Diffusion 1, 2 and XL and DDPM" in refused(folder)
     assert refused(folder).endswith("not UNet3DConditionModel")
 
 
-def test_stable_diffusion_xl_is_refused_by_name(folder: Path):
-    (folder / "text_encoder_2").mkdir()
-    assert refused(folder).endswith("not Stable Diffusion XL")
+def test_stable_diffusion_xl_needs_a_second_text_encoder_and_tokenizer(folder: Path):
+    change(folder / "unet/config.json", addition_embed_type="text_time")
+    assert "part missing: text_encoder_2/config.json" in refused(folder)
+    shutil.copytree(folder / "text_encoder", folder / "text_encoder_2")
+    assert "part missing: tokenizer_2/tokenizer_config.json" in refused(folder)
+    shutil.copytree(folder / "tokenizer", folder / "tokenizer_2")
+    assert locate(str(folder)).family.name == "sdxl"
 
 
 def test_a_download_takes_what_is_used_and_no_more():
@@ -243,14 +247,14 @@ def test_a_model_is_downloaded_once_and_loads_to_the_same_weights(whole: Path, t
 
 def test_what_cannot_be_trained_is_refused_before_its_weights_are_downloaded(whole: Path, tmp_path: Path):
     config = json.loads((whole / "unet/config.json").read_text())
-    xl = {name: name.encode() for name in [*SD15_NEEDED, "text_encoder_2/config.json"]}
-    xl["unet/config.json"] = json.dumps(config | {"addition_embed_type": "text_time"}).encode()
+    video = {name: name.encode() for name in SD15_NEEDED}
+    video["unet/config.json"] = json.dumps(config | {"_class_name": "UNet3DConditionModel"}).encode()
     with Hub() as hub:
-        hub.repositories["someone/xl"] = Repository(files=xl)
+        hub.repositories["someone/video"] = Repository(files=video)
         hub.repositories["someone/lora"] = Repository(files={"pytorch_lora_weights.safetensors": b""})
-        told = run_with_hub(LOCATE, hub.url, tmp_path, "someone/xl", "someone/lora", "someone/else", "some one/x")
-    assert told[0].startswith("ModelError: --model someone/xl: only")
-    assert told[0].endswith("not Stable Diffusion XL")
+        told = run_with_hub(LOCATE, hub.url, tmp_path, "someone/video", "someone/lora", "someone/else", "some one/x")
+    assert told[0].startswith("ModelError: --model someone/video: only")
+    assert told[0].endswith("not UNet3DConditionModel")
     assert told[1].startswith("ModelError: --model someone/lora: part missing: unet/config.json")
     assert told[2].startswith("UsageError: --model someone/else: no such folder here and no such repository on the hub")
     assert told[3].startswith("UsageError: --model some one/x: no such folder here and no such repository")

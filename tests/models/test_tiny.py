@@ -52,6 +52,7 @@ def test_a_damaged_file_is_named_with_its_hash(tmp_path: Path) -> None:
 
 def test_its_words_are_single_tokens_and_others_are_spelt() -> None:
     tokenizer = load_model("tiny").conditioner.tokenizer
+    assert tokenizer is not None
     known = "a red circle on a pale blue background, a butterfly with orange spots, lumo, sks, ladybird, shaded"
     assert spelt_words(tokenizer, [known]) == []
     assert spelt_words(tokenizer, ["a zebra on a Skateboard", "a zebra"]) == ["skateboard", "zebra"]
