@@ -61,7 +61,10 @@ class ModelOptions:
     """What learns."""
 
     model: str = option("tiny", names=("pretrained_model_name_or_path",))
-    """sd15, sd21, sdxl, ddpm, tiny, a hub id (owner/name), or a local diffusers folder."""
+    """sd15, sd21, sdxl, ddpm, tiny, a hub id (owner/name), a local diffusers folder, or a .safetensors checkpoint."""
+    tokenizer: str | None = option(None, needs="text")
+    """For a checkpoint in one file: a tokenizer's folder, or bpe_simple_vocab_16e6.txt.gz. Default: from the package
+    open_clip, or the hub's cache."""
     method: Literal["lora", "full"] | None = None
     """lora: train a small adapter (default for latent models). full: every weight of the UNet (default for ddpm)."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(None, called=("v_parameterization",))

@@ -241,6 +241,7 @@ def _load(config: ResolvedConfig, found: Location) -> DiffusionModel:
         prediction_type=config.prediction_type,
         max_token_length=config.max_token_length,
         clip_skip=config.clip_skip,
+        tokenizer=config.tokenizer,
         seed=config.seed,
     )
     if config.gradient_checkpointing:

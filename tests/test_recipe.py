@@ -303,7 +303,7 @@ def test_a_table_of_pictures_and_texts_is_taken_as_it_is(
 
 def test_other_datasets_of_ones_own_are_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    config = TrainConfig(max_train_steps=1, rank=4)
+    config = TrainConfig(max_train_steps=1, rank=4, num_inference_steps=0)
     first = fine_tune(config, [(Image.new("RGB", (64, 64)), "a", "1")])
     second = fine_tune(config, [(Image.new("RGB", (64, 64)), "b", "1")])
     assert (first.name, second.name) == ("dataset-tiny", "dataset-tiny-2")

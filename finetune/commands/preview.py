@@ -16,6 +16,8 @@ class Options:
     """A folder of pictures, a folder of parquet/arrow files, or a Hugging Face dataset id."""
     model: str = "tiny"
     """Model to be trained; its tokenizer counts, and its resolution is the default."""
+    tokenizer: str | None = None
+    """For a checkpoint in one file: as in training."""
     prompt: str | None = None
     """Caption for every picture that has none of its own."""
     trigger: str | None = None
@@ -47,13 +49,12 @@ def run(options: Options) -> None:
         UsageError: `max_pictures` below 1, or the sheet cannot be written.
         DataError: as for training.
     """
-    from transformers import CLIPTokenizer
-
     from finetune.cache.visits import pixels_of
     from finetune.data.datasets import open_dataset
     from finetune.models.conditioners import chunks_of, count_tokens
     from finetune.models.loading import check_resolution
     from finetune.models.locate import locate
+    from finetune.models.source import open_source
     from finetune.results.contact_sheet import contact_sheet
     from finetune.seeding import example_key
     from finetune.wording import counted
@@ -77,8 +78,8 @@ def run(options: Options) -> None:
         caption_column=options.caption_column,
     )
     counts, limit = [0] * len(pictures), 0
-    if found.folder is not None and found.family.latent:
-        tokenizer = CLIPTokenizer.from_pretrained(found.folder / "tokenizer", local_files_only=True)
+    if found.family.latent:
+        tokenizer = open_source(found, options.tokenizer).tokenizer("tokenizer")
         counts = count_tokens(tokenizer, pictures.captions)
         limit = chunks_of(options.max_token_length) * (tokenizer.model_max_length - 2)
     shown = range(min(len(pictures), options.max_pictures))

@@ -34,6 +34,8 @@ class Options:
     """Sampler steps."""
     guidance_scale: float | None = None
     """Classifier-free guidance; 1 is none. Default: that of the run's grids, else what suits the model."""
+    tokenizer: str | None = None
+    """For a checkpoint in one file: as in training."""
     resolution: int | None = None
     """Pixels per side. Default: what the run was trained at, else the model's own."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -99,7 +101,7 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
     adapted = config is not None and made is not None and made.adapter
     base = config.model if config and adapted else options.model
     found = locate(base)
-    if found.folder is None:
+    if found.scratch:
         raise UsageError("--model ddpm is untrained; give the folder of a run")
     if found.family.latent == (not options.prompt):
         raise UsageError("give --prompt" if found.family.latent else f"--prompt cannot be used: {base} takes no text")
@@ -112,6 +114,7 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
         prediction_type=config.prediction_type if config else None,
         max_token_length=config.max_token_length if config else 77,
         clip_skip=config.clip_skip if config else None,
+        tokenizer=options.tokenizer or (config.tokenizer if config else None),
     )
     tokenizer = model.conditioner.tokenizer
     if tokenizer and found.family.few_words and (spelt := spelt_words(tokenizer, options.prompt)):

@@ -11,25 +11,17 @@ from typing import Any, Self
 
 import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
-    DiffusionPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
-from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from finetune.errors import ModelError, UsageError
 from finetune.models.conditioners import ClipConditioner, Conditioner, NoCondition, SdxlConditioner
 from finetune.models.encoders import Encoder, PixelEncoder, VaeEncoder
 from finetune.models.families import Family
-from finetune.models.locate import Location, locate, read_json, scratch_multiple
-from finetune.models.weights import load_unet
+from finetune.models.locate import Location, locate, scratch_multiple
+from finetune.models.source import ModelSource, open_source
 
 
 @dataclass
@@ -67,18 +59,21 @@ def load_model(
     prediction_type: str | None = None,
     max_token_length: int = 77,
     clip_skip: int | None = None,
+    tokenizer: str | None = None,
     seed: int = 0,
 ) -> DiffusionModel:
     """Load a model for training, on the CPU. VAE and text encoder are frozen, in eval mode and in fp32.
 
     Args:
-        name_or_path: sd15, sd21, sdxl, ddpm, tiny, a hub id, a local diffusers folder, or what `locate` returned.
+        name_or_path: sd15, sd21, sdxl, ddpm, tiny, a hub id, a local diffusers folder, a checkpoint in one safetensors
+            file, or what `locate` returned.
         resolution: pixels per side of a `ddpm` from scratch; what a DDPM draws at; otherwise only checked. Default: the
             model's own.
         dtype: of the UNet's weights; fp32 to train them all, bf16 or fp16 halve the memory under a LoRA.
         prediction_type: "epsilon", "v_prediction" or "sample"; default: as the scheduler config says.
         max_token_length: 77, 150 or 225.
         clip_skip: hidden state of the text encoder to take, counted from the end, 1 = the last.
+        tokenizer: for a checkpoint in one file, see `finetune.models.vocabulary.clip_tokenizer`.
         seed: of a from-scratch UNet's initial weights.
 
     Raises:
@@ -89,19 +84,18 @@ def load_model(
     resolution = resolution or found.resolution
     check_resolution(found, resolution)
     changes = {"prediction_type": prediction_type} if prediction_type else {}
-    if found.folder is None:
+    if found.scratch:
         return _from_scratch(found, resolution, changes, seed)
-    own = read_json(found.folder / "scheduler/scheduler_config.json")
+    source = open_source(found, tokenizer)
+    own = dict(source.config("scheduler"))
     scheduler = DDPMScheduler.from_config(own, **changes)
-    if not found.family.latent:
-        unet = UNet2DModel.from_pretrained(found.folder / "unet", local_files_only=True, use_safetensors=True)
-        nn.Module.to(unet, dtype)  # `from_pretrained` has another name for it in each generation, `unet.to` warns
+    unet = source.unet(dtype)
+    if isinstance(unet, UNet2DModel):
         # Pipelines draw in the size of the config; the folder's own name would be the user's, in every export.
         unet.register_to_config(sample_size=resolution, _name_or_path="")
         return _pixel_model(found, unet, scheduler)
-    sampler = _sampler(found.folder / "scheduler/scheduler_config.json", changes)
-    unet = load_unet(found.folder / "unet", dtype)
-    model = _latent_model(found, found.folder, unet, scheduler, sampler, max_token_length, clip_skip)
+    sampler = _sampler(source.place, own, changes)
+    model = _latent_model(found, source, unet, scheduler, sampler, max_token_length, clip_skip)
     if prediction_type != own.get("prediction_type", "epsilon"):
         model.new_prediction_type = prediction_type
     return model
@@ -122,7 +116,7 @@ def without_library_bars() -> Iterator[None]:
 
 def check_resolution(found: Location, resolution: int) -> None:
     """Raise UsageError, naming the nearest that fit, unless the model can take pictures of this size."""
-    multiple = scratch_multiple(resolution) if found.folder is None else found.multiple
+    multiple = scratch_multiple(resolution) if found.scratch else found.multiple
     if resolution % multiple:
         below, above = resolution // multiple * multiple, -(-resolution // multiple) * multiple
         fitting = f"{below} and {above}" if below else str(above)
@@ -133,7 +127,7 @@ def check_resolution(found: Location, resolution: int) -> None:
 
 def _latent_model(
     found: Location,
-    folder: Path,
+    source: ModelSource,
     unet: UNet2DConditionModel,
     scheduler: DDPMScheduler,
     sampler: Any,
@@ -142,16 +136,21 @@ def _latent_model(
 ) -> DiffusionModel:
     try:
         with without_library_bars():
-            vae = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True, use_safetensors=True).float()
-            text = {part: _text_part(folder, part) for part in found.family.parts if part.startswith(("text", "token"))}
+            vae = source.vae()
+            text: dict[str, Any] = {}
+            for part in found.family.parts:
+                if part.startswith("text_encoder"):
+                    text[part] = source.text_encoder(part)
+                elif part.startswith("tokenizer"):
+                    text[part] = source.tokenizer(part)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{source.place} cannot be loaded: {str(error).splitlines()[0]}") from error
     vae.register_to_config(_name_or_path="")  # or an export would name the user's folder
     layers = text["text_encoder"].config.num_hidden_layers
     if clip_skip is not None and clip_skip > layers:
         raise UsageError(f"clip_skip = {clip_skip}: allowed is 1 to {layers}, the layers of the text encoder")
     if "text_encoder_2" in text:
-        zeros = read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", True)
+        zeros = source.config("model_index").get("force_zeros_for_empty_prompt", True)
         pairs = (text["tokenizer"], text["tokenizer_2"]), (text["text_encoder"], text["text_encoder_2"])
         conditioner = SdxlConditioner(*pairs, max_token_length, clip_skip, zeros)
         more = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
@@ -164,14 +163,6 @@ def _latent_model(
         return getattr(diffusers, found.family.pipeline)(unet=unet, vae=vae, scheduler=scheduler, **text, **more)
 
     return DiffusionModel(unet, VaeEncoder(vae), conditioner, scheduler, found.family, around)
-
-
-def _text_part(folder: Path, part: str) -> Any:
-    """A tokenizer or text encoder; the second encoder of Stable Diffusion XL has a projection."""
-    if part.startswith("tokenizer"):
-        return CLIPTokenizer.from_pretrained(folder / part, local_files_only=True)
-    kind = CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
-    return kind.from_pretrained(folder / part, dtype=torch.float32, local_files_only=True, use_safetensors=True)
 
 
 def _from_scratch(found: Location, resolution: int, changes: dict[str, str], seed: int) -> DiffusionModel:
@@ -210,10 +201,9 @@ def _pixel_model(found: Location, unet: UNet2DModel, scheduler: DDPMScheduler) -
     return DiffusionModel(unet.eval(), PixelEncoder(), NoCondition(), scheduler, found.family, around)
 
 
-def _sampler(path: Path, changes: dict[str, str]) -> Any:
-    """The folder's own sampler. Only schedulers that diffusers itself ships are made; nothing else is imported."""
-    config = read_json(path)
+def _sampler(place: Path, config: dict[str, Any], changes: dict[str, str]) -> Any:
+    """The model's own sampler. Only schedulers that diffusers itself ships are made; nothing else is imported."""
     kind = getattr(diffusers, config.get("_class_name", ""), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise ModelError(f"{path}: {config.get('_class_name')!r} is no scheduler of diffusers")
+        raise ModelError(f"{place}: scheduler: {config.get('_class_name')!r} is no scheduler of diffusers")
     return kind.from_config(config, **changes)

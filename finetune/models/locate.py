@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune.errors import ModelError, UsageError, hub_errors
 from finetune.models.families import FAMILIES, Family
+from finetune.models.single_file import Checkpoint, inspect
 from finetune.models.tiny import tiny_folder
 
 HUB_FILES = [
@@ -48,16 +49,23 @@ class Location:
     """As the user named it."""
     family: Family
     folder: Path | None
-    """None: a DDPM to be built from scratch."""
+    """In diffusers layout; None: a checkpoint in one file, or a DDPM to be built from scratch."""
     resolution: int
     """Pixels per side that it was made for."""
     multiple: int
     """Height and width must be multiples of this many pixels."""
+    checkpoint: Checkpoint | None = None
+    """A model in one file."""
+
+    @property
+    def scratch(self) -> bool:
+        """To be built, with nothing learned yet."""
+        return self.folder is None and self.checkpoint is None
 
 
 def check_name(name: str) -> None:
     """Raise UsageError for what can be neither a family, nor a local folder, nor a repository on the hub."""
-    if name in FAMILIES or Path(name).expanduser().is_dir() or _may_be_on_the_hub(name):
+    if name in FAMILIES or Path(name).expanduser().exists() or _may_be_on_the_hub(name):
         return
     near = difflib.get_close_matches(name, FAMILIES, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
@@ -86,6 +94,8 @@ def locate(name: str) -> Location:
         return _from_hub(name, FAMILIES[name].hub_id or "")
     if Path(name).expanduser().is_dir():
         return _inspect(name, Path(name).expanduser())
+    if Path(name).expanduser().exists():
+        return _in_a_file(name, Path(name).expanduser())
     return _from_hub(name, name)
 
 
@@ -157,6 +167,17 @@ def _inspect(name: str, folder: Path) -> Location:
     factor = 2 ** (len(_listed(vae, "block_out_channels", folder / "vae/config.json")) - 1)
     multiple = max(factor, 8)  # less than 8 is what pipelines refuse
     return Location(name, family, folder, _side(unet, family.resolution // factor) * factor, multiple)
+
+
+def _in_a_file(name: str, path: Path) -> Location:
+    """A checkpoint in one file."""
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ModelError(f"--model {name}: a pickle may run any code and is not read; convert it to .safetensors")
+    checkpoint = inspect(path)
+    unet = checkpoint.configs["unet"]
+    if unet["in_channels"] != 4:
+        raise ModelError(f"--model {name}: its UNet takes {unet['in_channels']} channels; inpainting cannot be trained")
+    return Location(name, FAMILIES[checkpoint.family], None, unet["sample_size"] * 8, 8, checkpoint)
 
 
 def _family(name: str, unet: dict[str, Any]) -> Family:

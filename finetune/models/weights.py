@@ -1,14 +1,11 @@
 """Reading safetensors into a module with no more memory than the module itself needs."""
 
-# diffusers annotates its own methods narrower than what they take and give.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
-
 import json
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -46,20 +43,14 @@ def count_numbers(folder: Path) -> int:
     return total
 
 
-def load_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
-    """A UNet2DConditionModel from a diffusers `unet` folder, on the CPU, in eval mode.
+def read_weights(files: Iterable[Path], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every tensor of the files, each converted as it is read.
 
-    The module is made without storage and filled tensor by tensor, each converted as it is read. Opening the file
-    anew for each tensor lets the system drop the pages already read: loading SD1.5's fp32 file as bf16 peaks at
-    the size of the bf16 weights, where `from_pretrained` holds the file as well.
-
-    Raises:
-        ModelError: no safetensors, damaged file, or keys that do not fit the config.
+    Opening a file anew for each tensor lets the system drop the pages already read: loading SD1.5's fp32 file as bf16
+    peaks at the size of the bf16 weights, where `from_pretrained` holds the file as well. Raises ModelError.
     """
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
     state: dict[str, Tensor] = {}
-    for path in weight_files(folder):
+    for path in files:
         try:
             with safe_open(path, "pt") as file:
                 names = list(file.keys())
@@ -68,18 +59,18 @@ def load_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
                     state[name] = file.get_tensor(name).to(dtype, copy=True)
         except SafetensorError as error:
             raise ModelError(f"{path} is damaged: {error}") from error
-    _assign(unet, state, folder)
-    return unet.eval()
+    return state
 
 
-def _assign(module: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+def assign(module: nn.Module, state: dict[str, Tensor], place: Path) -> None:
+    """Fill a module that was made without storage. Raises ModelError where tensors do not fit its config."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         name = wrong[0]
         raise ModelError(
-            f"{folder}: weights do not fit config.json: {name} is {found.get(name, 'missing')}, "
+            f"{place}: weights do not fit the config: {name} is {found.get(name, 'missing')}, "
             f"expected {expected.get(name, 'none')} ({len(wrong)} such)"
         )
     module.load_state_dict(state, strict=True, assign=True)

@@ -195,7 +195,7 @@ def with_earlier(config: TrainConfig) -> TrainConfig:
 def default_folder(config: TrainConfig) -> Path:
     """runs/<data>-<model>, relative to the working directory."""
     data = Path(config.data).name or "dataset"
-    return Path("runs") / f"{data}-{Path(config.model).name}"
+    return Path("runs") / f"{data}-{Path(config.model).name.removesuffix('.safetensors')}"
 
 
 def _resume_folder(config: TrainConfig) -> Path:

@@ -9,8 +9,8 @@ import torch
 from finetune.config import ResolvedConfig
 from finetune.errors import UsageError
 from finetune.models.loading import scratch_unet
-from finetune.models.locate import Location, read_json
-from finetune.models.weights import count_numbers
+from finetune.models.locate import Location
+from finetune.models.source import open_source
 
 LIBRARIES = 0.8e9
 """Bytes that Python and the libraries take in main memory."""
@@ -52,17 +52,16 @@ def kept_numbers(unet: Mapping[str, Any], side: int, *, latent: bool) -> float:
 def needed_bytes(config: ResolvedConfig, found: Location, device: torch.device) -> float:
     """What training takes where the UNet is: its weights, what learns, and a micro-batch on its way."""
     latent, side, frozen = found.family.latent, config.resolution, 0
-    if found.folder is None:
+    if found.scratch:
         with torch.device("meta"):
             unet = scratch_unet(config.resolution)
         shape, weights = dict(unet.config), sum(p.numel() for p in unet.parameters())
     else:
-        shape, weights = read_json(found.folder / "unet/config.json"), count_numbers(found.folder / "unet")
+        source = open_source(found)
+        shape, weights = source.config("unet"), source.numbers("unet")
         if latent:
-            frozen = sum(
-                count_numbers(found.folder / part) for part in found.family.parts if part[:4] in ("vae", "text")
-            )
-            side //= 2 ** (len(read_json(found.folder / "vae/config.json")["block_out_channels"]) - 1)
+            frozen = sum(source.numbers(part) for part in found.family.parts if part[:4] in ("vae", "text"))
+            side //= 2 ** (len(source.config("vae")["block_out_channels"]) - 1)
     kept = kept_numbers(shape, side, latent=latent) * config.train_batch_size
     kept *= _CHECKPOINTED if config.gradient_checkpointing else 1
     bytes_each = 4 if config.mixed_precision == "no" else 2

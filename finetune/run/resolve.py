@@ -19,6 +19,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     local = {"data": Path(config.data).expanduser()} if config.data else {}
     if config.model not in FAMILIES:
         local["model"] = Path(config.model).expanduser()
+    if config.tokenizer:
+        local["tokenizer"] = Path(config.tokenizer).expanduser()
     paths: dict[str, Any] = {name: str(path.absolute()) for name, path in local.items() if path.exists()}
     if config.sample_prompts:
         paths["sample_prompts"] = [

@@ -101,7 +101,7 @@ def test_damaged_weights_and_weights_of_another_shape_are_named(tmp_path: Path) 
     path.write_bytes(whole)
     config = tmp_path / "unet/config.json"
     config.write_text(config.read_text().replace('"cross_attention_dim": 96', '"cross_attention_dim": 64'))
-    with pytest.raises(ModelError, match=r"weights do not fit config.json: .*attn2.to_k.weight is \(\d+, 96\)"):
+    with pytest.raises(ModelError, match=r"weights do not fit the config: .*attn2.to_k.weight is \(\d+, 96\)"):
         load_model(tmp_path)
 
 

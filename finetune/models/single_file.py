@@ -1,0 +1,220 @@
+"""A checkpoint in one `.safetensors` file: what it is, read from its header alone. Free of torch.
+
+The configs that a diffusers folder would have are derived from the shapes of the tensors, so that nothing is asked of
+the hub.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune.errors import ModelError
+from finetune.models.ldm_keys import UNET, VAE
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+LARGEST_HEADER = 100_000_000
+"""Bytes that safetensors allows a header."""
+
+CLIP = {
+    "sd15": "cond_stage_model.transformer.",
+    "sd21": "cond_stage_model.model.",
+    "sdxl": "conditioner.embedders.0.transformer.",
+}
+"""Family -> what the keys of its first text encoder begin with."""
+OPENCLIP_XL = "conditioner.embedders.1.model."
+V_PREDICTION, ZERO_TERMINAL_SNR = "v_pred", "ztsnr"
+"""Empty tensors by which an SDXL checkpoint says how it was trained, for ComfyUI and A1111."""
+
+_BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_VELOCITY_MARK = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_OTHERS = (
+    ("double_blocks.", "a FLUX checkpoint"),
+    ("joint_blocks.", "a Stable Diffusion 3 checkpoint"),
+    ("lora_", "a LoRA; give its base model"),
+    (".hada_w1", "a LoHa; give its base model"),
+    (".lokr_w", "a LoKr; give its base model"),
+    (UNET + "input_blocks.0.0.weight", "a UNet without its text encoder and VAE"),
+    ("input_blocks.0.0.weight", "a UNet without its text encoder and VAE"),
+    ("down_blocks.0.resnets", "a part of a diffusers folder; give the folder"),
+    ("decoder.up.0.block", "a VAE"),
+    ("emb_params", "a textual inversion"),
+)
+"""What a key holds -> what such a file is."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is in a file."""
+
+    path: Path
+    family: str
+    shapes: Shapes
+    prediction_type: str
+    configs: Mapping[str, Mapping[str, Any]]
+    """Part -> the config that a diffusers folder would have for it."""
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: tensor -> dtype, shape, data_offsets. Raises ModelError for a broken one."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= min(LARGEST_HEADER, size - 8):
+                raise ModelError(f"{path} is no safetensors file, or is cut off: its header would have {length} bytes")
+            header = json.loads(file.read(length))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is no readable safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    ends = [entry["data_offsets"][1] for entry in header.values()]
+    if not ends or max(ends) + 8 + length != size:
+        raise ModelError(f"{path} is cut off, or holds no tensors: {size} bytes")
+    return header
+
+
+def inspect(path: Path) -> Checkpoint:
+    """What the file is. Raises ModelError for one that is broken, or of a kind that cannot be trained."""
+    header = read_header(path)
+    shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+    family = next((name for name, prefix in CLIP.items() if any(key.startswith(prefix) for key in shapes)), None)
+    if family is None or UNET + "input_blocks.0.0.weight" not in shapes or VAE + "encoder.conv_in.weight" not in shapes:
+        what = next((what for part, what in _OTHERS if any(part in key for key in shapes)), "a file of unknown kind")
+        raise ModelError(f"--model {path}: {what}, not a checkpoint of Stable Diffusion 1, 2 or XL")
+    prediction_type = _prediction_type(path, family, header)
+    configs = _configs(shapes, family, prediction_type, ZERO_TERMINAL_SNR in shapes)
+    return Checkpoint(path, family, shapes, prediction_type, configs)
+
+
+def _prediction_type(path: Path, family: str, header: Mapping[str, Any]) -> str:
+    """As ComfyUI tells it: SDXL by a mark, SD 2 by the spread of one bias, SD 1 always predicts noise."""
+    velocity = family == "sdxl" and V_PREDICTION in header
+    if family == "sd21" and _VELOCITY_MARK in header:
+        velocity = _values(path, header[_VELOCITY_MARK]).std() > 0.09
+    return "v_prediction" if velocity else "epsilon"
+
+
+def _values(path: Path, entry: Mapping[str, Any]) -> np.ndarray[Any, Any]:
+    """The numbers of one small tensor, fp32."""
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        begin, end = entry["data_offsets"]
+        file.seek(start + begin)
+        content = file.read(end - begin)
+    if entry["dtype"] == "BF16":
+        return (np.frombuffer(content, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(content, {"F16": np.float16, "F32": np.float32, "F64": np.float64}[entry["dtype"]]) * 1.0
+
+
+def _configs(shapes: Shapes, family: str, prediction_type: str, zero_snr: bool) -> dict[str, dict[str, Any]]:
+    configs = {
+        "unet": _unet(shapes, family, prediction_type),
+        "vae": _vae(shapes, family),
+        "scheduler": _scheduler(family, prediction_type, zero_snr),
+    }
+    if family == "sd21":
+        configs["text_encoder"] = _openclip(shapes, CLIP[family], dropped=1)  # the last block is never used
+    else:
+        configs["text_encoder"] = _clip(shapes, CLIP[family])
+    if family == "sdxl":
+        configs["text_encoder_2"] = _openclip(shapes, OPENCLIP_XL, dropped=0)
+    return configs
+
+
+def _unet(shapes: Shapes, family: str, prediction_type: str) -> dict[str, Any]:
+    width, inputs = shapes[UNET + "input_blocks.0.0.weight"][:2]
+    xl = family == "sdxl"
+    channels = [width * factor for factor in ((1, 2, 4) if xl else (1, 2, 4, 4))]
+    cross = next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
+    config: dict[str, Any] = {
+        "_class_name": "UNet2DConditionModel",
+        "in_channels": inputs,
+        "out_channels": 4,
+        "layers_per_block": 2,
+        "block_out_channels": channels,
+        "cross_attention_dim": cross,
+        "attention_head_dim": 8 if family == "sd15" else [count // 64 for count in channels],
+        "use_linear_projection": family != "sd15",
+        "sample_size": 128 if xl else 96 if family == "sd21" and prediction_type == "v_prediction" else 64,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    }
+    if xl:
+        added = shapes[UNET + "label_emb.0.0.weight"][1]
+        pooled = shapes[OPENCLIP_XL + "text_projection"][1]
+        config |= {
+            "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+            "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+            "transformer_layers_per_block": [1, *_depths(shapes)],
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": (added - pooled) // 6,
+            "projection_class_embeddings_input_dim": added,
+        }
+    return config
+
+
+def _depths(shapes: Shapes) -> list[int]:
+    """How many transformers follow one another in SDXL's second and third level: 2 and 10."""
+    blocks = (f"{UNET}input_blocks.{number}.1.transformer_blocks." for number in (4, 7))
+    return [len({key.removeprefix(block).split(".")[0] for key in shapes if key.startswith(block)}) for block in blocks]
+
+
+def _vae(shapes: Shapes, family: str) -> dict[str, Any]:
+    width = shapes[VAE + "encoder.conv_in.weight"][0]
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "layers_per_block": 2,
+        "block_out_channels": [width, 2 * width, 4 * width, 4 * width],
+        "norm_num_groups": min(32, width),
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "sample_size": 1024 if family == "sdxl" else 512,
+        "scaling_factor": 0.13025 if family == "sdxl" else 0.18215,
+    }
+
+
+def _text(hidden: int, vocabulary: int, layers: int, projection: int, activation: str) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "max_position_embeddings": 77,
+        "hidden_act": activation,
+        "projection_dim": projection,
+        "bos_token_id": vocabulary - 2,  # start and end are the last two words of CLIP's vocabulary
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": vocabulary - 1,
+    }
+
+
+def _clip(shapes: Shapes, prefix: str) -> dict[str, Any]:
+    vocabulary, hidden = shapes[f"{prefix}text_model.embeddings.token_embedding.weight"]
+    layers = sum(key.startswith(prefix) and key.endswith("layer_norm1.weight") for key in shapes)
+    return _text(hidden, vocabulary, layers, hidden, "quick_gelu")
+
+
+def _openclip(shapes: Shapes, prefix: str, dropped: int) -> dict[str, Any]:
+    vocabulary, hidden = shapes[f"{prefix}token_embedding.weight"]
+    layers = sum(key.startswith(prefix) and key.endswith("ln_1.weight") for key in shapes) - dropped
+    projection = shapes.get(f"{prefix}text_projection", (hidden, hidden))[1]
+    return _text(hidden, vocabulary, layers, projection, "gelu")
+
+
+def _scheduler(family: str, prediction_type: str, zero_snr: bool) -> dict[str, Any]:
+    common = {**_BETAS, "prediction_type": prediction_type, "steps_offset": 1}
+    if family == "sdxl":
+        spacing = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {}
+        return {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", **common, **spacing}
+    common |= {"set_alpha_to_one": False, "clip_sample": False}
+    if family == "sd21":
+        return {"_class_name": "DDIMScheduler", **common}
+    return {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **common}

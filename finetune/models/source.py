@@ -1,0 +1,180 @@
+"""Where a model's parts are read from: a diffusers folder, or a checkpoint in one file."""
+
+# diffusers annotates its own methods narrower than what they take and give.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
+
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from finetune.errors import ModelError
+from finetune.models.ldm_keys import UNET, VAE, is_vae_attention, openclip_keys, unet_keys, vae_keys
+from finetune.models.locate import Location, read_json
+from finetune.models.single_file import CLIP, OPENCLIP_XL, Checkpoint
+from finetune.models.vocabulary import END, clip_tokenizer
+from finetune.models.weights import assign, count_numbers, read_weights, weight_files
+
+
+class ModelSource(Protocol):
+    """The parts of a model, each read when it is asked for, on the CPU."""
+
+    place: Path
+
+    def config(self, part: str) -> Mapping[str, Any]:
+        """What a diffusers folder says of a part ("model_index": of the whole)."""
+        ...
+
+    def numbers(self, part: str) -> int:
+        """How many numbers its weights are."""
+        ...
+
+    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel | UNet2DModel: ...
+
+    def vae(self) -> AutoencoderKL:
+        """In fp32."""
+        ...
+
+    def text_encoder(self, part: str) -> CLIPTextModel | CLIPTextModelWithProjection:
+        """In fp32; the second one with its projection."""
+        ...
+
+    def tokenizer(self, part: str) -> CLIPTokenizer: ...
+
+
+def open_source(found: Location, tokenizer: str | None = None) -> ModelSource:
+    """The source of a located model that is not built from scratch.
+
+    Args:
+        found: a folder or a file.
+        tokenizer: for a file, see `clip_tokenizer`; a folder has its own.
+    """
+    if found.checkpoint is not None:
+        return FileSource(found.checkpoint, tokenizer)
+    assert found.folder is not None
+    return FolderSource(found.folder)
+
+
+class FolderSource:
+    """A folder in diffusers layout."""
+
+    def __init__(self, folder: Path):
+        self.place = folder
+
+    def config(self, part: str) -> Mapping[str, Any]:
+        inside = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
+        return read_json(self.place / inside.get(part, f"{part}/config.json"))
+
+    def numbers(self, part: str) -> int:
+        return count_numbers(self.place / part)
+
+    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel | UNet2DModel:
+        folder = self.place / "unet"
+        if self.config("unet")["_class_name"] == "UNet2DModel":
+            unet = UNet2DModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            return nn.Module.to(unet, dtype)  # `from_pretrained` has another name for it in each generation
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+        assign(unet, read_weights(weight_files(folder), dtype), folder)
+        return unet.eval()
+
+    def vae(self) -> AutoencoderKL:
+        return AutoencoderKL.from_pretrained(self.place / "vae", local_files_only=True, use_safetensors=True).float()
+
+    def text_encoder(self, part: str) -> CLIPTextModel | CLIPTextModelWithProjection:
+        return _text_model(part).from_pretrained(
+            self.place / part, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+
+    def tokenizer(self, part: str) -> CLIPTokenizer:
+        return CLIPTokenizer.from_pretrained(self.place / part, local_files_only=True)
+
+
+class FileSource:
+    """A checkpoint in one file, in LDM layout; each tensor is read and converted by itself."""
+
+    def __init__(self, checkpoint: Checkpoint, tokenizer: str | None):
+        self.place = checkpoint.path
+        self.checkpoint = checkpoint
+        self._tokenizer = tokenizer
+
+    def config(self, part: str) -> Mapping[str, Any]:
+        return {} if part == "model_index" else self.checkpoint.configs[part]
+
+    def numbers(self, part: str) -> int:
+        begins = {"unet": UNET, "vae": VAE, "text_encoder": CLIP[self.checkpoint.family], "text_encoder_2": OPENCLIP_XL}
+        shapes = self.checkpoint.shapes
+        return sum(prod(shape) for name, shape in shapes.items() if name.startswith(begins[part]))
+
+    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(dict(self.config("unet")))
+        keys = unet_keys(self.config("unet"), unet.state_dict())
+        assign(unet, dict(self._read(keys, lambda _, tensor: tensor.to(dtype, copy=True))), self.place)
+        return unet.eval()
+
+    def vae(self) -> AutoencoderKL:
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(dict(self.config("vae")))
+        keys = vae_keys(self.config("vae"), vae.state_dict())
+
+        def convert(key: str, tensor: Tensor) -> Tensor:
+            tensor = tensor.to(torch.float32, copy=True)
+            return tensor[:, :, 0, 0] if is_vae_attention(key) and tensor.ndim == 4 else tensor
+
+        assign(vae, dict(self._read(keys, convert)), self.place)
+        return vae
+
+    def text_encoder(self, part: str) -> CLIPTextModel | CLIPTextModelWithProjection:
+        config = CLIPTextConfig(**self.config(part))
+        prefix = OPENCLIP_XL if part == "text_encoder_2" else CLIP[self.checkpoint.family]
+        openclip = part == "text_encoder_2" or self.checkpoint.family == "sd21"
+        state = self._openclip(prefix, config) if openclip else self._clip(prefix)
+        return _text_model(part).from_pretrained(None, config=config, state_dict=state).float()
+
+    def tokenizer(self, part: str) -> CLIPTokenizer:
+        openclip = part == "tokenizer_2" or self.checkpoint.family == "sd21"
+        return clip_tokenizer(self._tokenizer, pad="!" if openclip else END)
+
+    def _clip(self, prefix: str) -> dict[str, Tensor]:
+        """transformers' own names lie behind the prefix. An old table of positions (0, 1, 2 ...) is no weight."""
+        names = [name for name in self.checkpoint.shapes if name.startswith(prefix) and "position_ids" not in name]
+        keys = {name.removeprefix(prefix): name for name in names}
+        return dict(self._read(keys, lambda _, tensor: tensor.float()))
+
+    def _openclip(self, prefix: str, config: CLIPTextConfig) -> dict[str, Tensor]:
+        rows = list(openclip_keys(config.num_hidden_layers))
+        thirds = {ours: third for ours, _, third in rows}
+
+        def convert(key: str, tensor: Tensor) -> Tensor:
+            third = thirds[key]
+            return (tensor if third is None else tensor.chunk(3)[third]).to(torch.float32, copy=True)
+
+        state = dict(self._read({ours: prefix + theirs for ours, theirs, _ in rows}, convert))
+        projection = f"{prefix}text_projection"
+        if projection in self.checkpoint.shapes:
+            keys = {"text_projection.weight": projection}
+            state |= dict(self._read(keys, lambda _, tensor: tensor.float().T.contiguous()))
+        return state
+
+    def _read(self, keys: Mapping[str, str], convert: Callable[[str, Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Our key -> tensor. Raises ModelError for a key that the file has not."""
+        missing = [theirs for theirs in keys.values() if theirs not in self.checkpoint.shapes]
+        if missing:
+            raise ModelError(f"--model {self.place}: {len(missing)} tensors are missing, such as {missing[0]}")
+        for ours, theirs in keys.items():
+            try:
+                with safe_open(self.place, "pt") as file:  # opened anew, the system drops the pages that were read
+                    yield ours, convert(ours, file.get_tensor(theirs))
+            except SafetensorError as error:
+                raise ModelError(f"{self.place} is damaged: {error}") from error
+
+
+def _text_model(part: str) -> Any:
+    return CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel

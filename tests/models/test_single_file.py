@@ -1,0 +1,194 @@
+"""Checkpoints in one file: what they are, and that they load to the same weights as their folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from safetensors.torch import load_file, save_file
+
+from finetune.config import TrainConfig
+from finetune.errors import ModelError, UsageError
+from finetune.models import vocabulary
+from finetune.models.ldm_file import checkpoint_tensors
+from finetune.models.loading import load_model
+from finetune.models.locate import locate
+from finetune.models.single_file import inspect, read_header
+from finetune.models.tiny import tiny_folder
+from finetune.models.vocabulary import clip_tokenizer
+from finetune.recipe import fine_tune
+from tests.small_models import small_pipeline, write_single_file
+
+TOKENIZER = str(tiny_folder() / "tokenizer")
+FAMILIES = ["sd15", "sd21", "sdxl"]
+
+
+@pytest.fixture(autouse=True)
+def global_generator_untouched() -> None:
+    """Modules that diffusers and transformers make draw first values from torch's global generator."""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {family: write_single_file(folder / f"{family}.safetensors", family) for family in FAMILIES}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_loads_to_the_weights_and_configs_of_its_folder(files: dict[str, Path], family: str) -> None:
+    expected, loaded = small_pipeline(family), load_model(files[family], tokenizer=TOKENIZER).pipeline()
+    for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if family == "sdxl" else [])):
+        ours, theirs = getattr(loaded, part), getattr(expected, part)
+        assert equal(ours.state_dict(), theirs.state_dict()), part
+    for part, names in {
+        "unet": ("attention_head_dim", "sample_size", "transformer_layers_per_block", "use_linear_projection"),
+        "vae": ("scaling_factor", "block_out_channels", "norm_num_groups"),
+        "scheduler": ("prediction_type", "beta_start", "timestep_spacing", "_class_name"),
+    }.items():
+        ours, theirs = getattr(loaded, part).config, getattr(expected, part).config
+        for name in names:
+            values = [list(v) if isinstance(v, tuple) else v for v in (ours.get(name), theirs.get(name))]
+            assert values[0] == values[1], name
+    assert loaded.text_encoder.config.hidden_act == expected.text_encoder.config.hidden_act
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_keys_are_those_that_diffusers_own_converter_reads(files: dict[str, Path], family: str) -> None:
+    expected, tensors = small_pipeline(family), load_file(files[family])
+    unet = dict(expected.unet.config) | {"class_embed_type": None}
+    assert equal(convert_ldm_unet_checkpoint(dict(tensors), unet), expected.unet.state_dict())
+    assert equal(convert_ldm_vae_checkpoint(dict(tensors), dict(expected.vae.config)), expected.vae.state_dict())
+    if family == "sdxl":
+        converted = convert_open_clip_checkpoint(
+            expected.text_encoder_2, dict(tensors), "conditioner.embedders.1.model."
+        )
+        found = {name.removeprefix("text_model."): tensor for name, tensor in converted.items()}
+        for name, tensor in expected.text_encoder_2.state_dict().items():
+            assert torch.equal(found[name.removeprefix("text_model.")], tensor), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_file_to_model_to_file_is_equal_to_the_bit(files: dict[str, Path], family: str) -> None:
+    again = checkpoint_tensors(load_model(files[family], tokenizer=TOKENIZER).pipeline(), family)
+    before = load_file(files[family])
+    left = {name for name in before if "resblocks.3." in name}  # SD 2's unused block
+    assert equal(again, {name: tensor for name, tensor in before.items() if name not in left})
+    assert bool(left) == (family == "sd21")
+
+
+def test_a_file_in_half_precision_loads_and_frozen_parts_are_fp32(files: dict[str, Path], tmp_path: Path) -> None:
+    tensors = {name: tensor.half() for name, tensor in load_file(files["sd15"]).items()}
+    save_file(tensors, tmp_path / "half.safetensors")
+    model = load_model(tmp_path / "half.safetensors", tokenizer=TOKENIZER, dtype=torch.bfloat16)
+    pipeline: Any = model.pipeline()
+    assert {p.dtype for p in model.unet.parameters()} == {torch.bfloat16}
+    frozen = [*pipeline.vae.parameters(), *pipeline.text_encoder.parameters()]
+    assert {p.dtype for p in frozen} == {torch.float32}
+
+
+def test_marks_say_what_an_xl_checkpoint_predicts(tmp_path: Path) -> None:
+    pipeline = small_pipeline("sdxl")
+    mark = torch.empty(0)
+    path = write_single_file(tmp_path / "v.safetensors", "sdxl", pipeline, v_pred=mark, ztsnr=mark)
+    scheduler = inspect(path).configs["scheduler"]
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert (scheduler["rescale_betas_zero_snr"], scheduler["timestep_spacing"]) == (True, "trailing")
+    model = load_model(path, tokenizer=TOKENIZER)
+    assert model.scheduler.alphas_cumprod[-1] == 0
+    plain = inspect(write_single_file(tmp_path / "plain.safetensors", "sdxl", pipeline))
+    assert (plain.prediction_type, plain.configs["scheduler"]["timestep_spacing"]) == ("epsilon", "leading")
+
+
+@pytest.mark.parametrize(("spread", "predicts", "resolution"), [(0.01, "epsilon", 512), (0.2, "v_prediction", 768)])
+def test_stable_diffusion_2_is_told_apart_by_the_spread_of_a_bias(
+    tmp_path: Path, spread: float, predicts: str, resolution: int
+) -> None:
+    pipeline = small_pipeline("sd21")
+    bias = pipeline.unet.up_blocks[3].attentions[2].transformer_blocks[0].norm1.bias
+    bias.data = spread * torch.randn(bias.shape, generator=torch.Generator().manual_seed(0))
+    path = write_single_file(tmp_path / "two.safetensors", "sd21", pipeline)
+    assert inspect(path).prediction_type == predicts
+    assert locate(str(path)).resolution == resolution
+
+
+@pytest.mark.parametrize(
+    ("keys", "what"),
+    [
+        (["lora_unet_conv_in.lora_down.weight"], "a LoRA; give its base model"),
+        (["unet.conv_in.lora_A.weight"], "a LoRA; give its base model"),
+        (["encoder.conv_in.weight", "decoder.up.0.block.0.conv1.weight"], "a VAE"),
+        (["model.diffusion_model.input_blocks.0.0.weight"], "a UNet without its text encoder and VAE"),
+        (["model.diffusion_model.joint_blocks.0.x"], "a Stable Diffusion 3 checkpoint"),
+        (["model.diffusion_model.double_blocks.0.x"], "a FLUX checkpoint"),
+        (["down_blocks.0.resnets.0.conv1.weight"], "a part of a diffusers folder; give the folder"),
+        (["x"], "a file of unknown kind"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_as_what_it_is(tmp_path: Path, keys: list[str], what: str) -> None:
+    path = tmp_path / "file.safetensors"
+    save_file({key: torch.zeros(1) for key in keys}, path)
+    with pytest.raises(ModelError, match=f"{path}: {what}, not a checkpoint of Stable Diffusion"):
+        locate(str(path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"\x01", (10**10).to_bytes(8, "little") + b"{}", (2**40).to_bytes(8, "little") + b"{}",
+        (4).to_bytes(8, "little") + b"nope", (2).to_bytes(8, "little") + b"{}",
+    ],
+)  # fmt: skip
+def test_a_broken_header_is_told_and_not_believed(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=str(path)):
+        read_header(path)
+
+
+def test_a_file_that_is_cut_off_or_lacks_a_tensor_is_told(files: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(files["sd15"].read_bytes()[:-1000])
+    with pytest.raises(ModelError, match="is cut off"):
+        locate(str(path))
+    tensors = load_file(files["sd15"])
+    del tensors["model.diffusion_model.middle_block.1.norm.weight"]
+    save_file(tensors, path)
+    with pytest.raises(ModelError, match=r"1 tensors are missing, such as model\.diffusion_model\.middle_block\.1"):
+        load_model(path, tokenizer=TOKENIZER)
+
+
+def test_a_pickle_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"a pickle may run any code and is not read"):
+        locate(str(tmp_path / "model.ckpt"))
+
+
+def test_the_tokenizer_comes_from_where_it_is_and_else_the_way_to_it_is_told(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary, "_installed", lambda: None)
+    with pytest.raises(ModelError, match=r"give --tokenizer PATH .* or pip install .finetune-unet.single-file"):
+        load_model(files["sd15"])
+    with pytest.raises(UsageError, match=r"no tokenizer; allowed is a folder with vocab\.json"):
+        clip_tokenizer(str(tmp_path))
+    assert (clip_tokenizer(TOKENIZER).pad_token, clip_tokenizer(TOKENIZER, "!").pad_token) == ("<|endoftext|>", "!")
+
+
+def test_a_run_on_a_file_trains_records_and_samples(files: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    config = TrainConfig(
+        model=str(files["sd15"]), tokenizer=TOKENIZER, data=str(pictures), output_dir=str(tmp_path / "out"),
+        resolution=64, rank=4, max_train_steps=1, num_inference_steps=1, train_batch_size=1,
+    )  # fmt: skip
+    out = fine_tune(config)
+    assert (out / "out.safetensors").is_file()
+    assert json.loads((out / "result.json").read_text())["reloaded_output_difference"] < 1e-5
