@@ -32,6 +32,7 @@ PROGRAM = "finetune-unet"
 
 VERBS = {
     "sample": "draw pictures with a trained model",
+    "export": "write what a run has learned as another kind of file",
     "preview": "see the pictures as training will see them",
 }
 """First words that do something other than train -> what. Each is a module of `finetune.commands`."""

@@ -72,9 +72,5 @@ def small_pipeline(family: str, prediction_type: str = "epsilon") -> Any:
 def write_single_file(path: Path, family: str, pipeline: Any = None, **more: torch.Tensor) -> Path:
     """The pipeline as a checkpoint in one file, with more tensors, such as marks, beside."""
     tensors = checkpoint_tensors(pipeline or small_pipeline(family), family) | more
-    if family == "sd21":  # its file has a last block that nobody uses
-        begin = f"{single_file.CLIP[family]}transformer.resblocks."
-        for name in [name for name in tensors if name.startswith(f"{begin}2.")]:
-            tensors[name.replace(f"{begin}2.", f"{begin}3.")] = torch.zeros_like(tensors[name])
     write_tensors(path, tensors, {})
     return path

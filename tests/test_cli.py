@@ -176,10 +176,13 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("--no-use_ema True", "--no-use_ema takes no value, but 'True' follows"),
         ("--prompt a butterfly", "--prompt takes one value, but 'butterfly' follows 'a'; put quotes around a text"),
         ("--config none.toml", "config file none.toml: No such file or directory"),
-        ("samle", "unknown command 'samle'; did you mean sample? (commands: sample, preview; options alone train)"),
+        (
+            "samle",
+            "unknown command 'samle'; did you mean sample? (commands: sample, export, preview; options alone train)",
+        ),
         (
             "samle --help",
-            "unknown command 'samle'; did you mean sample? (commands: sample, preview; options alone train)",
+            "unknown command 'samle'; did you mean sample? (commands: sample, export, preview; options alone train)",
         ),
     ],
 )

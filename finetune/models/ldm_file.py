@@ -1,19 +1,20 @@
 """A model's weights under the keys of a checkpoint in one file: the way back of `source.FileSource`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from finetune.models.ldm_keys import is_vae_attention, openclip_keys, unet_keys, vae_keys
-from finetune.models.single_file import CLIP, OPENCLIP_XL
+from finetune.models.single_file import CLIP, OPENCLIP_XL, V_PREDICTION, ZERO_TERMINAL_SNR
 
 
 def checkpoint_tensors(pipeline: Any, family: str) -> dict[str, Tensor]:
     """UNet, VAE and text encoders as the LDM layout has them.
 
-    What a diffusers folder does not hold (tables of the schedule, EMA weights, the last block of Stable Diffusion 2's
-    text encoder) is not there.
+    What a diffusers folder does not hold is not there: tables of the schedule, EMA weights. The last block of Stable
+    Diffusion 2's text encoder, which no folder has and no viewer computes, but all count, is a copy of the one before.
 
     Args:
         pipeline: of Stable Diffusion 1, 2 or XL.
@@ -27,9 +28,27 @@ def checkpoint_tensors(pipeline: Any, family: str) -> dict[str, Tensor]:
             convolution = part == "vae" and is_vae_attention(ours)
             tensors[theirs] = state[ours][:, :, None, None] if convolution else state[ours]
     if family == "sd21":
-        return tensors | _openclip(pipeline.text_encoder, CLIP[family])
+        text = _openclip(pipeline.text_encoder, CLIP[family])
+        blocks, last = f"{CLIP[family]}transformer.resblocks.", pipeline.text_encoder.config.num_hidden_layers - 1
+        unused = {
+            name.replace(f"{blocks}{last}.", f"{blocks}{last + 1}."): tensor.clone()
+            for name, tensor in text.items()
+            if name.startswith(f"{blocks}{last}.")
+        }
+        return tensors | text | unused
     tensors |= {CLIP[family] + key: tensor for key, tensor in _classic(pipeline.text_encoder).items()}
     return tensors | (_openclip(pipeline.text_encoder_2, OPENCLIP_XL) if family == "sdxl" else {})
+
+
+def marks(scheduler: Mapping[str, Any], family: str) -> dict[str, Tensor]:
+    """The empty tensors by which ComfyUI and A1111 know what an XL checkpoint predicts; each looks for its own."""
+    if family != "sdxl":
+        return {}
+    there = {
+        V_PREDICTION: scheduler["prediction_type"] == "v_prediction",
+        ZERO_TERMINAL_SNR: bool(scheduler.get("rescale_betas_zero_snr")),
+    }
+    return {name: torch.empty(0) for name, marked in there.items() if marked}
 
 
 def _classic(text_encoder: Any) -> dict[str, Tensor]:

@@ -116,10 +116,22 @@ class Adapter:
         except SafetensorError as error:
             raise ModelError(f"{folder / LORA_FILE} cannot be loaded: {error}") from error
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The adapter's tensors as its file has them: peft's keys under `unet.`."""
         weights = get_peft_model_state_dict(self.unet, adapter_name=self.name)
-        return {f"unet.{name}": tensor.contiguous() for name, tensor in weights.items()}
+        return {f"unet.{name}": tensor.to(dtype).contiguous() for name, tensor in weights.items()}
+
+    def merge(self) -> None:
+        """Add the update to the base's weights (Hu et al. 2021, eq. 3), and take the adapter off."""
+        self.unet.fuse_lora()
+        self.unet.unload_lora()
+
+    @staticmethod
+    def told_in(path: Path) -> dict[str, str]:
+        """What a kohya file says of its run; not what follows from its tensors."""
+        with safe_open(path, "pt") as file:
+            told: dict[str, str] = file.metadata() or {}
+        return {name: text for name, text in told.items() if not name.startswith("ss_network_") and "hash" not in name}
 
     @staticmethod
     def prediction_type(folder: Path) -> str | None:
@@ -134,7 +146,7 @@ class Adapter:
             raise ModelError(f"{folder / LORA_FILE} cannot be loaded: {error}") from error
         return settings.get(_PREDICTION_TYPE)
 
-    def save(self, folder: Path, prediction_type: str | None = None) -> None:
+    def save(self, folder: Path, prediction_type: str | None = None, dtype: torch.dtype = torch.float32) -> None:
         """Write the adapter's tensors, and beside them its config, so that alpha and rank survive exactly.
 
         Its dropout is left out: a pipeline that loads the file would apply it while drawing (diffusers adds the
@@ -150,12 +162,12 @@ class Adapter:
             told[_PREDICTION_TYPE] = prediction_type
         text = json.dumps(told, sort_keys=True, default=sorted)
         # `save_file` would make the file private to the user
-        (folder / LORA_FILE).write_bytes(save(self.state(), {LORA_ADAPTER_METADATA_KEY: text}))
+        (folder / LORA_FILE).write_bytes(save(self.state(dtype), {LORA_ADAPTER_METADATA_KEY: text}))
 
-    def save_kohya(self, path: Path, told: Mapping[str, str]) -> None:
+    def save_kohya(self, path: Path, told: Mapping[str, str], dtype: torch.dtype = torch.float32) -> None:
         """Write the adapter's tensors in kohya's layout, with what is `told` of them as metadata."""
         settings = self.unet.peft_config[self.name]
-        tensors = to_kohya(self.state(), settings.lora_alpha)
+        tensors = to_kohya(self.state(dtype), settings.lora_alpha)
         digest = data_digest(tensors)
         known = {
             "ss_network_module": "networks.lora",

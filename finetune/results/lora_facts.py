@@ -20,6 +20,13 @@ _VERSIONS = {
 """Family -> sd-scripts' name of the base model, and the standard's architecture."""
 
 
+def architecture(family: str, prediction_type: str) -> tuple[str, str]:
+    """sd-scripts' name of a base model, and the standard's; the family's own name where they have none."""
+    if family == "sd21" and prediction_type == "v_prediction":
+        return "sd_v2_v", "stable-diffusion-v2-768-v"
+    return _VERSIONS.get(family, (family, family))
+
+
 @dataclass(frozen=True)
 class LoraFacts:
     """What is known of the run that made a LoRA."""
@@ -45,10 +52,8 @@ class LoraFacts:
 
     def metadata(self, title: str, step: int) -> dict[str, str]:
         """The entries for a file called `title` with what was learned in `step` steps."""
-        version, architecture = _VERSIONS.get(self.family, (self.family, self.family))
+        version, kind = architecture(self.family, self.prediction_type)
         velocity = self.prediction_type == "v_prediction"
-        if self.family == "sd21" and velocity:
-            version, architecture = "sd_v2_v", "stable-diffusion-v2-768-v"
         known = {
             "ss_output_name": title,
             "ss_sd_model_name": self.model,
@@ -66,7 +71,7 @@ class LoraFacts:
             "ss_resolution": f"({self.resolution}, {self.resolution})",
             "ss_tag_frequency": json.dumps({self.data: self._tags()}, ensure_ascii=False),
             "modelspec.sai_model_spec": "1.0.1",
-            "modelspec.architecture": f"{architecture}/lora",
+            "modelspec.architecture": f"{kind}/lora",
             "modelspec.implementation": "diffusers",
             "modelspec.title": title,
             "modelspec.resolution": f"{self.resolution}x{self.resolution}",

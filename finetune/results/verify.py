@@ -1,10 +1,13 @@
 """Load an export back through diffusers and compare it with the model it came from."""
 
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -14,6 +17,8 @@ from finetune.errors import RunError
 from finetune.models.loading import DiffusionModel, without_library_bars
 from finetune.models.lora import LORA_FILE, Adapter
 from finetune.models.lora_layouts import PEFT_PREFIX
+from finetune.models.single_file import inspect
+from finetune.models.source import FileSource
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Largest allowed difference of the outputs, relative to the largest output: a few roundings of the UNet's dtype.
@@ -31,52 +36,118 @@ def verify_export(model: DiffusionModel, folder: Path) -> float:
     Raises:
         RunError: a weight is missing, unexpected or differs, or the outputs do.
     """
-    model.unet.eval()
-    adapter = Adapter.of(model.unet)
-    differing, difference = _compare_adapter(adapter, model, folder) if adapter else _compare_pipeline(model, folder)
-    _refuse(folder, differing, difference, model.unet.dtype)
-    return difference
+    return verify_peft(model, folder) if Adapter.of(model.unet) else verify_pipeline(model, folder)
 
 
-def _compare_adapter(adapter: Adapter, model: DiffusionModel, folder: Path) -> tuple[list[str], float]:
-    """Compares the file's tensors, then the outputs with the file loaded as a second adapter on the same base."""
-    differing = _differing(adapter.state(), load_file(folder / LORA_FILE, device=str(model.unet.device)))
-    with adapter.rounded():
-        trained = _answer(model)
-    with adapter.replaced_by_file(folder):
-        return differing, _distance(trained, _answer(model))
+def verify_peft(model: DiffusionModel, folder: Path, dtype: torch.dtype = torch.float32) -> float:
+    """The same for an adapter in peft's layout, whose file has this dtype: loaded as a second one on the same base."""
+    adapter = _adapter(model)
+    differing = _differing(_rounded(adapter.state(), dtype), load_file(folder / LORA_FILE, device=_device(model)))
+    return _prove(model, folder, differing, lambda: adapter.replaced_by_file(folder), dtype)
 
 
-def verify_kohya(model: DiffusionModel, path: Path) -> float:
-    """Compare the adapter on the UNet with a kohya file of it.
+def verify_kohya(model: DiffusionModel, path: Path, dtype: torch.dtype = torch.float32) -> float:
+    """The same for an adapter in kohya's layout.
 
     Every tensor and alpha is read back by the layout's definition, and compared to the bit; then diffusers' own
     converter loads the file, and the outputs are compared.
-
-    Returns, raises: as `verify_export`.
     """
-    adapter = Adapter.of(model.unet)
-    assert adapter is not None
-    model.unet.eval()
-    differing = differing_from_kohya(adapter, path)
-    with adapter.rounded():
-        trained = _answer(model)
-    difference = float("inf")
-    if not differing:
-        with adapter.replaced_by_kohya(path):
-            difference = _distance(trained, _answer(model))
-    _refuse(path, differing, difference, model.unet.dtype)
-    return difference
+    adapter = _adapter(model)
+    differing = differing_from_kohya(adapter, path, dtype)
+    return _prove(model, path, differing, lambda: adapter.replaced_by_kohya(path), dtype)
 
 
-def differing_from_kohya(adapter: Adapter, path: Path) -> list[str]:
+def differing_from_kohya(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> list[str]:
     """The tensors and alphas that a kohya file has otherwise than the adapter, or not, or beside it."""
     tensors, alphas = adapter.read_kohya(path)
-    state = adapter.state()
+    state = _rounded(adapter.state(), dtype)
     layers = {key.rsplit(".lora_", 1)[0].removeprefix(PEFT_PREFIX) for key in state}
     alpha = float(adapter.unet.peft_config[adapter.name].lora_alpha)
     wrong = [f"{layer}.alpha" for layer in sorted(layers | alphas.keys()) if alphas.get(layer) != alpha]
     return _differing(state, tensors) + wrong
+
+
+def verify_pipeline(model: DiffusionModel, folder: Path, dtype: torch.dtype | None = None) -> float:
+    """The same for a pipeline folder, written in this dtype (None: the UNet's own)."""
+    with without_library_bars():
+        reloaded: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    return _prove_unet(model, folder, reloaded.unet, dtype)
+
+
+def verify_unet(model: DiffusionModel, folder: Path, dtype: torch.dtype | None = None) -> float:
+    """The same for the folder of a UNet alone."""
+    reloaded = type(model.unet).from_pretrained(folder, local_files_only=True)
+    return _prove_unet(model, folder, reloaded, dtype)
+
+
+def verify_single_file(model: DiffusionModel, path: Path, dtype: torch.dtype) -> float:
+    """The same for a checkpoint in one file: read as any such file is, and its keys by diffusers' own converter.
+
+    VAE and text encoders are compared to the bit as well.
+    """
+    source, pipeline = FileSource(inspect(path), None), cast(Any, model.pipeline())
+    theirs = convert_ldm_unet_checkpoint(load_file(path), {"class_embed_type": None, **model.unet.config})
+    differing = _differing(_rounded(model.unet.state_dict(), dtype), theirs)
+    parts = {"vae": source.vae()}
+    with without_library_bars():
+        parts |= {part: source.text_encoder(part) for part in model.family.parts if part.startswith("text_encoder")}
+    for part, module in parts.items():
+        wrong = _differing(_rounded(_rounded(getattr(pipeline, part).state_dict(), dtype)), module.state_dict())
+        differing += [f"{part}.{name}" for name in wrong]
+    if differing:
+        _refuse(path, differing, 0.0, dtype)
+    return _prove_unet(model, path, source.unet(torch.float32), dtype)
+
+
+def _adapter(model: DiffusionModel) -> Adapter:
+    adapter = Adapter.of(model.unet)
+    assert adapter is not None
+    return adapter
+
+
+def _device(model: DiffusionModel) -> str:
+    return str(model.unet.device)
+
+
+def _rounded(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+def _prove(
+    model: DiffusionModel,
+    place: Path,
+    differing: list[str],
+    replaced: Callable[[], AbstractContextManager[None]],
+    dtype: torch.dtype,
+) -> float:
+    """Compare the outputs with those inside of `replaced`, unless weights differ already."""
+    model.unet.eval()
+    with _adapter(model).rounded():
+        trained = _answer(model)
+    difference = float("inf")
+    if not differing:
+        with replaced():
+            difference = _distance(trained, _answer(model))
+    _refuse(place, differing, difference, dtype if model.unet.dtype == torch.float32 else model.unet.dtype)
+    return difference
+
+
+def _prove_unet(model: DiffusionModel, place: Path, reloaded: Any, dtype: torch.dtype | None) -> float:
+    """Compare every weight, after rounding to `dtype`, and the output, with those of a UNet that was read back."""
+    dtype = dtype or model.unet.dtype
+    model.unet.eval()
+    # Not diffusers' own `to`, which warns of a dtype.
+    unet: Any = nn.Module.to(reloaded, model.unet.device, model.unet.dtype).eval()
+    expected = _rounded(_rounded(model.unet.state_dict(), dtype), model.unet.dtype)
+    differing = _differing(expected, unet.state_dict())
+    trained = _answer(model)
+    live, model.unet = model.unet, unet
+    try:
+        difference = _distance(trained, _answer(model))
+    finally:
+        model.unet = live
+    _refuse(place, differing, difference, dtype)
+    return difference
 
 
 def _refuse(place: Path, differing: list[str], difference: float, dtype: torch.dtype) -> None:
@@ -84,20 +155,6 @@ def _refuse(place: Path, differing: list[str], difference: float, dtype: torch.d
         return
     what = f"{len(differing)} weights differ: {differing[0]}" if differing else f"outputs differ by {difference:.1e}"
     raise RunError(f"the export in {place} does not load back to the trained model: {what}")
-
-
-def _compare_pipeline(model: DiffusionModel, folder: Path) -> tuple[list[str], float]:
-    with without_library_bars():
-        reloaded: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    # Not diffusers' own `to`, which warns of a dtype.
-    unet: Any = nn.Module.to(reloaded.unet, model.unet.device, model.unet.dtype).eval()
-    differing = _differing(model.unet.state_dict(), unet.state_dict())
-    trained = _answer(model)
-    live, model.unet = model.unet, unet
-    try:
-        return differing, _distance(trained, _answer(model))
-    finally:
-        model.unet = live
 
 
 def _differing(trained: dict[str, Tensor], reloaded: dict[str, Tensor]) -> list[str]:

@@ -1,0 +1,84 @@
+"""The forms in which what was learned can be taken away: LoRA files, a pipeline, a checkpoint in one file, a UNet."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from finetune.errors import UsageError
+from finetune.models.ldm_file import checkpoint_tensors, marks
+from finetune.models.loading import DiffusionModel
+from finetune.models.lora import Adapter
+from finetune.models.single_file import CLIP
+from finetune.models.tensor_file import write_tensors
+from finetune.results.lora_facts import architecture
+from finetune.results.verify import verify_kohya, verify_peft, verify_pipeline, verify_single_file, verify_unet
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def write_form(
+    model: DiffusionModel,
+    to: Path,
+    form: Literal["kohya", "peft", "diffusers", "single-file", "unet"],
+    precision: Literal["fp32", "fp16", "bf16"],
+    told: Mapping[str, str],
+) -> float:
+    """Write the model in one form, load it back and compare.
+
+    Args:
+        model: with an adapter, or with trained weights, in fp32. A LoRA is merged into it for all forms but its own.
+        to: a file (kohya, single-file) or a folder that is not there yet.
+        form: see `finetune.commands.export`.
+        precision: number format of what is written.
+        told: metadata for a LoRA file.
+
+    Returns:
+        The largest difference of the UNet's outputs, relative to the largest output.
+
+    Raises:
+        UsageError: the model has no such form.
+        RunError: what was written does not load back to the same model.
+    """
+    dtype, adapter = DTYPES[precision], Adapter.of(model.unet)
+    if form == "kohya" and adapter:
+        adapter.save_kohya(to, told, dtype)
+        return verify_kohya(model, to, dtype)
+    if form == "peft" and adapter:
+        to.mkdir()
+        adapter.save(to, model.new_prediction_type, dtype)
+        return verify_peft(model, to, dtype)
+    if adapter:
+        adapter.merge()
+    if form == "diffusers":
+        _in_precision(model.pipeline(), dtype).save_pretrained(to)
+        return verify_pipeline(model, to, dtype)
+    if form == "unet":
+        _in_precision(model.pipeline(), dtype).unet.save_pretrained(to)
+        return verify_unet(model, to, dtype)
+    if model.family.name not in CLIP:
+        raise UsageError(f"--format {form}: {model.family.description} has no such form; allowed is diffusers or unet")
+    tensors = {
+        name: tensor.to(dtype) for name, tensor in checkpoint_tensors(model.pipeline(), model.family.name).items()
+    }
+    write_tensors(to, tensors | marks(model.scheduler.config, model.family.name), _checkpoint_facts(model, to.stem))
+    return verify_single_file(model, to, dtype)
+
+
+def _in_precision(pipeline: Any, dtype: torch.dtype) -> Any:
+    """The pipeline, or a copy of it in another number format."""
+    return pipeline if dtype == torch.float32 else copy.deepcopy(pipeline).to(dtype=dtype)
+
+
+def _checkpoint_facts(model: DiffusionModel, title: str) -> dict[str, str]:
+    """Entries of the Stability AI Model Metadata Standard 1.0.1."""
+    prediction_type = model.scheduler.config["prediction_type"]
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture(model.family.name, prediction_type)[1],
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title,
+        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else prediction_type,
+    }
