@@ -77,6 +77,10 @@ class ModelOptions:
     """Dropout inside the LoRA layers, in [0, 1)."""
     lora_target_modules: tuple[str, ...] | None = option(None, needs="method lora")
     """Layer names (their endings) that get an adapter. Default: attention and feed-forward."""
+    init_lora: str | None = option(None, needs="method lora", called=("network_weights",))
+    """A LoRA file to go on from, in kohya's or peft's layout, of the same layers and rank."""
+    vae: str | None = option(None, needs="text", called=("pretrained_vae_model_name_or_path", "vae_name"))
+    """A diffusers folder whose VAE takes the place of the model's own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = option("auto", change="machine")

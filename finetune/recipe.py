@@ -21,7 +21,7 @@ from finetune.data.source import check_source
 from finetune.errors import Interrupted, RunError, UsageError
 from finetune.models.loading import DiffusionModel, check_resolution, load_model
 from finetune.models.locate import Location, locate
-from finetune.models.lora import add_lora, trainable
+from finetune.models.lora import Adapter, add_lora, trainable
 from finetune.results import hub, tracking
 from finetune.results.export import discard_steps_after, export, export_step, exported
 from finetune.results.lora_facts import LoraFacts
@@ -40,6 +40,7 @@ from finetune.training.ema import Ema
 from finetune.training.objective import NoisePrediction
 from finetune.training.optim import learning_rate, make_optimizer
 from finetune.training.trainer import Trainer
+from finetune.wording import counted
 
 _LESS_MEMORY = "a smaller --train_batch_size (and more --gradient_accumulation_steps), --gradient_checkpointing, "
 _LESS_MEMORY += "a lower --resolution or a LoRA take less"
@@ -242,6 +243,7 @@ def _load(config: ResolvedConfig, found: Location) -> DiffusionModel:
         max_token_length=config.max_token_length,
         clip_skip=config.clip_skip,
         tokenizer=config.tokenizer,
+        vae=config.vae,
         seed=config.seed,
     )
     if config.gradient_checkpointing:
@@ -250,6 +252,8 @@ def _load(config: ResolvedConfig, found: Location) -> DiffusionModel:
         add_lora(
             model.unet, config.rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules, config.seed
         )
+    if config.init_lora and (left := Adapter(model.unet).take_over(Path(config.init_lora))):
+        print(f"{'note':>10}  {config.init_lora}: {counted(left, 'tensor')} for text encoders, which stay as they are")
     return model
 
 

@@ -85,6 +85,7 @@ def _trained(options: Options, config: ResolvedConfig, folder: Path) -> "tuple[D
         max_token_length=config.max_token_length,
         clip_skip=config.clip_skip,
         tokenizer=config.tokenizer,
+        vae=config.vae,
         seed=config.seed,
     )
     if config.method == "lora":

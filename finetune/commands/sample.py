@@ -115,6 +115,7 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
         max_token_length=config.max_token_length if config else 77,
         clip_skip=config.clip_skip if config else None,
         tokenizer=options.tokenizer or (config.tokenizer if config else None),
+        vae=config.vae if config and adapted else None,
     )
     tokenizer = model.conditioner.tokenizer
     if tokenizer and found.family.few_words and (spelt := spelt_words(tokenizer, options.prompt)):

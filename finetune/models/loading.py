@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
@@ -60,6 +60,7 @@ def load_model(
     max_token_length: int = 77,
     clip_skip: int | None = None,
     tokenizer: str | None = None,
+    vae: str | None = None,
     seed: int = 0,
 ) -> DiffusionModel:
     """Load a model for training, on the CPU. VAE and text encoder are frozen, in eval mode and in fp32.
@@ -74,6 +75,7 @@ def load_model(
         max_token_length: 77, 150 or 225.
         clip_skip: hidden state of the text encoder to take, counted from the end, 1 = the last.
         tokenizer: for a checkpoint in one file, see `finetune.models.vocabulary.clip_tokenizer`.
+        vae: a diffusers folder whose VAE takes the place of the model's own.
         seed: of a from-scratch UNet's initial weights.
 
     Raises:
@@ -95,7 +97,7 @@ def load_model(
         unet.register_to_config(sample_size=resolution, _name_or_path="")
         return _pixel_model(found, unet, scheduler)
     sampler = _sampler(source.place, own, changes)
-    model = _latent_model(found, source, unet, scheduler, sampler, max_token_length, clip_skip)
+    model = _latent_model(found, source, unet, scheduler, sampler, max_token_length, clip_skip, vae)
     if prediction_type != own.get("prediction_type", "epsilon"):
         model.new_prediction_type = prediction_type
     return model
@@ -133,10 +135,11 @@ def _latent_model(
     sampler: Any,
     max_token_length: int,
     clip_skip: int | None,
+    other_vae: str | None,
 ) -> DiffusionModel:
     try:
         with without_library_bars():
-            vae = source.vae()
+            vae = source.vae() if other_vae is None else _other_vae(Path(other_vae).expanduser(), source)
             text: dict[str, Any] = {}
             for part in found.family.parts:
                 if part.startswith("text_encoder"):
@@ -163,6 +166,22 @@ def _latent_model(
         return getattr(diffusers, found.family.pipeline)(unet=unet, vae=vae, scheduler=scheduler, **text, **more)
 
     return DiffusionModel(unet, VaeEncoder(vae), conditioner, scheduler, found.family, around)
+
+
+def _other_vae(folder: Path, source: ModelSource) -> AutoencoderKL:
+    """The VAE of another folder (a VAE's own, or a model's). Raises ModelError for one with other latents."""
+    folder = folder if (folder / "config.json").is_file() else folder / "vae"
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"vae {folder.parent}: no config.json there, nor in vae/; a diffusers folder is needed")
+    vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True).float()
+    own = source.config("vae")
+    for name, ours, theirs in (
+        ("latent channels", own["latent_channels"], vae.config["latent_channels"]),
+        ("levels", len(own["block_out_channels"]), len(vae.config["block_out_channels"])),
+    ):
+        if ours != theirs:
+            raise ModelError(f"vae {folder}: it has {theirs} {name}, the model needs {ours}")
+    return vae
 
 
 def _from_scratch(found: Location, resolution: int, changes: dict[str, str], seed: int) -> DiffusionModel:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from finetune.errors import ModelError, UsageError
-from finetune.models.lora_layouts import from_kohya, to_kohya
+from finetune.models.lora_layouts import from_kohya, read_lora, to_kohya
 from finetune.models.tensor_file import data_digest, write_tensors
 from finetune.options import ATTENTION_AND_FEED_FORWARD
 
@@ -178,11 +178,40 @@ class Adapter:
         }
         write_tensors(path, tensors, known | dict(told))
 
+    def take_over(self, path: Path) -> int:
+        """Start from a LoRA file in either layout; what it adds to the base is the same, whatever its alpha.
+
+        Returns:
+            How many of its tensors are for text encoders, and not used.
+
+        Raises:
+            UsageError: its layers or its rank are not this adapter's.
+            ModelError: it is damaged, or no LoRA for this UNet.
+        """
+        found, state = read_lora(path, self._modules()), self.state()
+        shapes = [{key: tuple(tensor.shape) for key, tensor in some.items()} for some in (found.tensors, state)]
+        if shapes[0] != shapes[1]:
+            key = min(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))
+            theirs, ours = shapes[0].get(key, "missing"), shapes[1].get(key, "not adapted")
+            what = "give its --rank and --lora_target_modules" if theirs != "missing" else "it has fewer layers"
+            raise UsageError(f"init_lora {path} (for {found.base}): {key} is {theirs} there and {ours} here; {what}")
+        alpha = float(self.unet.peft_config[self.name].lora_alpha)
+        learned = dict(self.unet.named_parameters())
+        with torch.no_grad():
+            for key, tensor in found.tensors.items():
+                layer, _, matrix = key.removeprefix("unet.").rpartition(".lora_")
+                rank = found.tensors[f"unet.{layer}.lora_A.weight"].shape[0]
+                share = found.alphas.get(layer, rank) / alpha if matrix.startswith("B") else 1.0
+                learned[f"{layer}.lora_{matrix[0]}.{self.name}.weight"].copy_(tensor.float() * share)
+        return found.text_tensors
+
+    def _modules(self) -> list[str]:
+        return [name.removesuffix(".base_layer") for name, _ in self.unet.named_modules()]
+
     def read_kohya(self, path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The tensors of a kohya file under this adapter's keys, and alpha of each layer. Raises ModelError."""
-        modules = [name.removesuffix(".base_layer") for name, _ in self.unet.named_modules()]
         try:
-            return from_kohya(load_file(path, device=str(self.unet.device)), modules)
+            return from_kohya(load_file(path, device=str(self.unet.device)), self._modules())
         except SafetensorError as error:
             raise ModelError(f"{path} cannot be loaded: {error}") from error
 

@@ -5,9 +5,13 @@ kohya, read by sd-scripts, ComfyUI, A1111, Forge and diffusers: `lora_unet_MODUL
 and a number `.alpha` for each MODULE, whose dots are underscores.
 """
 
+import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from finetune.errors import ModelError
@@ -65,3 +69,57 @@ def _parted(key: str, suffixes: Iterable[str]) -> tuple[str, str]:
         if key.endswith(f".{suffix}"):
             return key.removesuffix(f".{suffix}"), suffix
     raise ModelError(f"{key}: no tensor of a LoRA")
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA of a UNet, from a file in either layout."""
+
+    tensors: Mapping[str, Tensor]
+    """peft's key -> tensor."""
+    alphas: Mapping[str, float]
+    """Layer -> alpha; those that say none have alpha = rank."""
+    text_tensors: int
+    """Tensors for text encoders, which are not among them."""
+
+    @property
+    def base(self) -> str:
+        """Which family it was made for, by the width of the prompts that its layers read."""
+        widths = {t.shape[1] for key, t in self.tensors.items() if "attn2.to_k.lora_A" in key}
+        names = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+        return next((names[width] for width in widths if width in names), "another model")
+
+
+def read_lora(path: Path, modules: Iterable[str]) -> LoraFile:
+    """A LoRA file in kohya's or peft's layout.
+
+    Args:
+        path: a safetensors file.
+        modules: names of the UNet's layers.
+
+    Raises:
+        ModelError: it is damaged, has numbers that are not finite, mixes the layouts, or is no LoRA for this UNet.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 # no dict
+            settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be loaded: {error}") from error
+    text = [key for key in state if key.startswith(("lora_te", "text_encoder"))]
+    ours = {key: tensor for key, tensor in state.items() if key not in text}
+    if broken := [key for key, tensor in ours.items() if not tensor.float().isfinite().all()]:
+        raise ModelError(f"{path}: {broken[0]} is not finite")
+    kohya = [key for key in ours if key.startswith(KOHYA_PREFIX)]
+    if kohya and len(kohya) < len(ours):
+        other = next(key for key in ours if key not in kohya)
+        raise ModelError(f"{path} mixes two layouts: {kohya[0]} and {other}")
+    try:
+        if kohya:
+            return LoraFile(*from_kohya(ours, modules), len(text))
+        layers = {_parted(key.removeprefix(PEFT_PREFIX), _SUFFIXES)[0] for key in ours}
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
+    alpha = settings.get(f"{PEFT_PREFIX}lora_alpha")
+    alphas = {} if alpha is None else dict.fromkeys(layers, float(alpha))
+    return LoraFile({f"{PEFT_PREFIX}{k.removeprefix(PEFT_PREFIX)}": t for k, t in ours.items()}, alphas, len(text))

@@ -19,8 +19,11 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     local = {"data": Path(config.data).expanduser()} if config.data else {}
     if config.model not in FAMILIES:
         local["model"] = Path(config.model).expanduser()
-    if config.tokenizer:
-        local["tokenizer"] = Path(config.tokenizer).expanduser()
+    for name in ("tokenizer", "init_lora", "vae"):
+        if given := getattr(config, name):
+            local[name] = Path(given).expanduser()
+            if not local[name].exists():
+                raise UsageError(f"{name} {given}: no such file or folder")
     paths: dict[str, Any] = {name: str(path.absolute()) for name, path in local.items() if path.exists()}
     if config.sample_prompts:
         paths["sample_prompts"] = [

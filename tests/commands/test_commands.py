@@ -24,7 +24,14 @@ def global_generator_untouched() -> None:
 def lora_run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "out"
     return fine_tune(
-        TrainConfig(data=str(pictures), output_dir=str(folder), max_train_steps=3, learning_rate=0.1, rank=4)
+        TrainConfig(
+            data=str(pictures),
+            output_dir=str(folder),
+            max_train_steps=3,
+            learning_rate=0.1,
+            rank=4,
+            num_inference_steps=0,
+        )
     )
 
 
@@ -85,6 +92,17 @@ def test_preview_shows_the_pixels_and_names_long_captions(
     pixels = np.asarray(Image.open(sheet))
     assert pixels.shape == (8 + 192 + 4 * 14 + 8, 8 + 4 * 200, 3)
     assert (pixels[8 + 96, 8 + 96] == (255, 0, 0)).all()  # the disc in the middle of the first picture
+
+
+def test_preview_shows_where_the_trigger_would_read_well(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"data": str(tmp_path / "data"), "trigger": "sks", "output": str(tmp_path / "sheet.png")}
+    shutil.copytree(pictures, tmp_path / "data")
+    (tmp_path / "data/00.txt").write_text("a photo of a disc")
+    preview.run(preview.Options(**options))
+    where = "note: the trigger is put in front of 1 caption; better say where it belongs: 'a photo of [trigger] disc'"
+    assert where in capsys.readouterr().out.splitlines()
 
 
 def test_preview_says_where_it_cannot_write(pictures: Path) -> None:

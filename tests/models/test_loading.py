@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from finetune.errors import ModelError, UsageError
 from finetune.models.loading import load_model
@@ -137,3 +138,19 @@ def test_a_scheduler_class_of_ones_own_is_refused_and_not_imported(tmp_path: Pat
     path.write_text(path.read_text().replace("DDIMScheduler", "MyScheduler"))
     with pytest.raises(ModelError, match="'MyScheduler' is no scheduler of diffusers"):
         load_model(tmp_path)
+
+
+def test_another_vae_takes_the_place_of_the_models_own(tmp_path: Path) -> None:
+    copy_tiny(tmp_path / "other")
+    weights = tmp_path / "other/vae/diffusion_pytorch_model.safetensors"
+    other = {name: tensor + 0.01 for name, tensor in load_file(weights).items()}
+    save_file(other, weights)
+    for folder in ("other", "other/vae"):
+        changed = load_model("tiny", vae=str(tmp_path / folder)).pipeline().vae.state_dict()
+        assert all(torch.equal(tensor.float(), changed[name]) for name, tensor in other.items())
+    with pytest.raises(ModelError, match=r"no config\.json there, nor in vae/"):
+        load_model("tiny", vae=str(tmp_path))
+    config = tmp_path / "other/vae/config.json"
+    config.write_text(config.read_text().replace('"latent_channels": 4', '"latent_channels": 16'))
+    with pytest.raises(ModelError, match=r"cannot be loaded|it has 16 latent channels, the model needs 4"):
+        load_model("tiny", vae=str(tmp_path / "other"))

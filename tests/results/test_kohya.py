@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finetune.commands import sample
 from finetune.config import TrainConfig, replace
-from finetune.errors import ModelError, RunError
+from finetune.errors import ModelError, RunError, UsageError
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.lora import Adapter, add_lora, trainable
 from finetune.models.tiny import tiny_folder
@@ -172,3 +172,54 @@ def test_a_run_leaves_a_file_at_each_checkpoint_and_its_pictures_are_those_of_sa
     assert (out / "out.safetensors").read_bytes() == first
     again = fine_tune(replace(config, seed=1, overwrite_output_dir=True, checkpointing_steps=0))
     assert [path.name for _, path in kohya_files(again)] == ["out.safetensors"]
+
+
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_a_run_goes_on_from_a_lora_file_whatever_its_alpha(
+    model: DiffusionModel, pictures: Path, tmp_path: Path, layout: str
+) -> None:
+    export(model, tmp_path / "first")
+    file = tmp_path / "first" / ("first.safetensors" if layout == "kohya" else "pytorch_lora_weights.safetensors")
+    other = load_model("tiny")
+    add_lora(other.unet, rank=4, alpha=8, target_modules=TARGETS)
+    assert Adapter(other.unet).take_over(file) == 0
+    assert torch.allclose(answer(other.unet), answer(model.unet), rtol=0, atol=1e-5)
+    config = TrainConfig(
+        data=str(pictures), output_dir=str(tmp_path / "out"), max_train_steps=1, rank=4, init_lora=str(file),
+        lora_target_modules=TARGETS, num_inference_steps=0, learning_rate=1e-12, use_ema=False, lora_alpha=3,
+    )  # fmt: skip
+    out = fine_tune(config)
+    begun, ended = load_file(tmp_path / "first/first.safetensors"), load_file(out / "out.safetensors")
+    assert begun.keys() == ended.keys()
+    assert all(torch.allclose(tensor, ended[name], atol=1e-6) for name, tensor in begun.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"rank": 8}, UsageError, r"lora_A.weight is \(4, .* there and \(8, .* here; give its --rank"),
+        ({"more": {"lora_te_x.alpha": torch.ones(1)}}, None, "1 tensor for text encoders"),
+        ({"more": {"unet.conv_in.lora_A.weight": torch.ones(1)}}, ModelError, "mixes two layouts"),
+        ({"more": {"lora_unet_nope.alpha": torch.ones(1)}}, ModelError, "lora_unet_nope.alpha: no LoRA tensor"),
+        ({"more": {"lora_unet_conv_in.alpha": torch.tensor(float("nan"))}}, ModelError, "is not finite"),
+    ],
+)
+def test_a_lora_file_that_does_not_fit_is_told(
+    model: DiffusionModel, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict,
+    error: type | None, message: str,
+) -> None:  # fmt: skip
+    adapter = Adapter.of(model.unet)
+    assert adapter is not None
+    file = tmp_path / "lora.safetensors"
+    adapter.save_kohya(file, {})
+    save_file(load_file(file) | change.get("more", {}), file)
+    config = TrainConfig(
+        data=str(pictures), output_dir=str(tmp_path / "out"), max_train_steps=1, rank=change.get("rank", 4),
+        init_lora=str(file), lora_target_modules=TARGETS, num_inference_steps=0,
+    )  # fmt: skip
+    if error is None:
+        fine_tune(config)
+        assert message in capsys.readouterr().out
+    else:
+        with pytest.raises(error, match=message):
+            fine_tune(config)

@@ -21,10 +21,13 @@ def options(pictures: Path, output: Path, **more: object) -> TrainConfig:
 
 
 def test_a_short_run_still_draws_before_and_after(pictures: Path, tmp_path: Path) -> None:
-    out = fine_tune(TrainConfig(data=str(pictures), output_dir=str(tmp_path / "out"), max_train_steps=2, rank=4))
+    quick = {"num_inference_steps": 2}
+    out = fine_tune(
+        TrainConfig(data=str(pictures), output_dir=str(tmp_path / "out"), max_train_steps=2, rank=4, **quick)
+    )
     assert {path.name for path in (out / "samples").iterdir()} == {"step-0.png", "step-2.png", "before-after.png"}
     longer = {"max_train_steps": 3, "resume_from_checkpoint": "latest", "lr_scheduler": "cosine"}
-    config = TrainConfig(data=str(pictures), output_dir=str(tmp_path / "more"), max_train_steps=2, rank=4)
+    config = TrainConfig(data=str(pictures), output_dir=str(tmp_path / "more"), max_train_steps=2, rank=4, **quick)
     flat = replace(config, lr_scheduler="constant", lr_warmup_steps=0)
     fine_tune(flat)
     extended = fine_tune(replace(flat, **{**longer, "lr_scheduler": "constant"}))
