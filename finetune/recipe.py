@@ -169,7 +169,7 @@ def _train(run: Run) -> None:
                 saved = checkpoint.save(run.folder, trainer.state_dict(), keep=config.checkpoints_total_limit)
                 if not last:
                     with trainer.averaged():
-                        export_step(run.model, run.folder, metrics.step, told_of(run))
+                        export_step(run.model, run.folder, metrics.step, _told(run))
                 if stop.number and not last:
                     kept = f"{saved} is kept, and the same command goes on from there"
                     raise Interrupted(f"stopped at step {metrics.step} of {total}; {kept}", stop.number)
@@ -188,7 +188,7 @@ def _finish(run: Run) -> None:
     """Export, prove the export, and say where everything is."""
     config, folder = run.config, run.folder
     with run.trainer.averaged():
-        difference = export(run.model, folder, told_of(run))
+        difference = export(run.model, folder, _told(run))
     lay_side_by_side(run)
     run.accelerator.end_training()
     run_folder.finish(folder, {"steps": run.trainer.steps_done, "reloaded_output_difference": difference})
@@ -204,7 +204,7 @@ def _finish(run: Run) -> None:
     _push(config, folder)
 
 
-def told_of(run: Run) -> dict[str, str]:
+def _told(run: Run) -> dict[str, str]:
     """What a LoRA file says of the run so far."""
     config, step = run.config, run.trainer.steps_done
     facts = LoraFacts(

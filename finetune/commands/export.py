@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from finetune.config import ResolvedConfig, load_resolved
-from finetune.errors import RunError, UsageError
+from finetune.errors import ModelError, RunError, UsageError
 
 if TYPE_CHECKING:
     from finetune.models.loading import DiffusionModel
@@ -55,7 +55,7 @@ def run(options: Options) -> None:
     model, told = _trained(options, config, folder)
     try:
         difference = write_form(model, to, options.format, options.precision, told)
-    except RunError:
+    except (RunError, ModelError):
         if to.exists():
             to.rename(to.with_name(f"{to.name}.rejected"))
         raise

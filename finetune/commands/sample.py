@@ -114,7 +114,7 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
         prediction_type=config.prediction_type if config else None,
         max_token_length=config.max_token_length if config else 77,
         clip_skip=config.clip_skip if config else None,
-        tokenizer=options.tokenizer or (config.tokenizer if config else None),
+        tokenizer=options.tokenizer or (config.tokenizer if config and adapted else None),
         vae=config.vae if config and adapted else None,
     )
     tokenizer = model.conditioner.tokenizer

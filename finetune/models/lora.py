@@ -219,9 +219,10 @@ class Adapter:
     def rounded(self) -> Iterator[None]:
         """Inside, the trained adapter has the base's dtype, which is what diffusers rounds a loaded one to."""
         learned = {parameter: parameter.data for parameter in trainable(self.unet)}
+        dtype = self.unet.dtype  # diffusers looks through the whole module for it
         try:
             for parameter, data in learned.items():
-                parameter.data = data.to(self.unet.dtype)
+                parameter.data = data.to(dtype)
             yield
         finally:
             for parameter, data in learned.items():

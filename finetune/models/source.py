@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from finetune.errors import ModelError
+from finetune.errors import ModelError, UsageError
 from finetune.models.ldm_keys import UNET, VAE, is_vae_attention, openclip_keys, unet_keys, vae_keys
 from finetune.models.locate import Location, read_json
 from finetune.models.single_file import CLIP, OPENCLIP_XL, Checkpoint
@@ -54,9 +54,14 @@ def open_source(found: Location, tokenizer: str | None = None) -> ModelSource:
     Args:
         found: a folder or a file.
         tokenizer: for a file, see `clip_tokenizer`; a folder has its own.
+
+    Raises:
+        UsageError: a tokenizer for a folder.
     """
     if found.checkpoint is not None:
         return FileSource(found.checkpoint, tokenizer)
+    if tokenizer is not None:
+        raise UsageError(f"tokenizer {tokenizer}: {found.name} has its own; this is for a checkpoint in one file")
     assert found.folder is not None
     return FolderSource(found.folder)
 

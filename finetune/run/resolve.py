@@ -94,6 +94,7 @@ def _refuse_unusable(config: TrainConfig, found: Location, method: str) -> None:
     there = {
         "text": found.family.latent,
         "a model that takes text": found.family.latent,
+        "a checkpoint in one file": found.checkpoint is not None,
         "method lora": method == "lora",
         "use_ema": config.use_ema is not False,
         "optimizer adamw or prodigy": config.optimizer in ("adamw", "prodigy"),

@@ -111,8 +111,8 @@ def test_pictures_equal_a_plain_pipeline_call(folder: Path) -> None:
 def test_it_trains_resumes_samples_and_exports(folder: Path, pictures: Path, tmp_path: Path, method: str) -> None:
     more = {"rank": 4, "lora_alpha": 2} if method == "lora" else {}
     config = TrainConfig(
-        model=str(folder), data=str(pictures), output_dir=str(tmp_path / "xl-run"), method=method, max_train_steps=3,
-        checkpointing_steps=1, checkpoints_total_limit=0, learning_rate=0.01, num_inference_steps=2,
+        model=str(folder), data=str(pictures), output_dir=str(tmp_path / "xl-run"), method=method, max_train_steps=2,
+        checkpointing_steps=1, checkpoints_total_limit=0, learning_rate=0.01, num_inference_steps=0,
         lr_scheduler="constant", **more,
     )  # fmt: skip
     out = fine_tune(config)
