@@ -19,13 +19,14 @@ from finetune.data.pictures import Pictures
 from finetune.data.sampler import steps_per_epoch
 from finetune.data.source import check_source
 from finetune.errors import Interrupted, RunError, UsageError
-from finetune.models.loading import DiffusionModel, check_resolution, load_model
+from finetune.models.loading import DiffusionModel, check_resolution
 from finetune.models.locate import Location, locate
-from finetune.models.lora import Adapter, add_lora, trainable
+from finetune.models.lora import Adapter, trainable
 from finetune.results import hub, tracking
 from finetune.results.export import discard_steps_after, export, export_step, exported
 from finetune.results.lora_facts import LoraFacts
 from finetune.run import folder as run_folder
+from finetune.run.base import load_base
 from finetune.run.grids import FIRST_STEPS, discard_strangers, draw_grid, lay_side_by_side, steps_between
 from finetune.run.memory import check_memory
 from finetune.run.parts import Run
@@ -235,23 +236,9 @@ def _push(config: ResolvedConfig, folder: Path) -> None:
 def _load(config: ResolvedConfig, found: Location) -> DiffusionModel:
     """The model, with an adapter for LoRA; a frozen base needs no more than half precision, trained weights fp32."""
     half = DTYPES[config.mixed_precision] if config.method == "lora" else None
-    model = load_model(
-        found,
-        resolution=config.resolution,
-        dtype=half or torch.float32,
-        prediction_type=config.prediction_type,
-        max_token_length=config.max_token_length,
-        clip_skip=config.clip_skip,
-        tokenizer=config.tokenizer,
-        vae=config.vae,
-        seed=config.seed,
-    )
+    model = load_base(config, found, half or torch.float32)
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    if config.method == "lora":
-        add_lora(
-            model.unet, config.rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules, config.seed
-        )
     if config.init_lora and (left := Adapter(model.unet).take_over(Path(config.init_lora))):
         print(f"{'note':>10}  {config.init_lora}: {counted(left, 'tensor')} for text encoders, which stay as they are")
     return model

@@ -66,10 +66,10 @@ def _trained(options: Options, config: ResolvedConfig, folder: Path) -> "tuple[D
     """The model with the weights of the checkpoint, and what the run's own LoRA file says of itself."""
     import torch
 
-    from finetune.models.loading import load_model
     from finetune.models.locate import locate
-    from finetune.models.lora import Adapter, add_lora
+    from finetune.models.lora import Adapter
     from finetune.results.export import kohya_file
+    from finetune.run.base import load_base
     from finetune.training import checkpoint
 
     there = dict(checkpoint.checkpoints(folder))
@@ -78,18 +78,7 @@ def _trained(options: Options, config: ResolvedConfig, folder: Path) -> "tuple[D
         known = ", ".join(map(str, there)) or "none"
         raise UsageError(f"--run {folder}: no checkpoint{'' if step is None else f' {step}'}; there are: {known}")
     state = checkpoint.load(there[step])
-    model = load_model(
-        locate(config.model),
-        resolution=config.resolution,
-        prediction_type=config.prediction_type,
-        max_token_length=config.max_token_length,
-        clip_skip=config.clip_skip,
-        tokenizer=config.tokenizer,
-        vae=config.vae,
-        seed=config.seed,
-    )
-    if config.method == "lora":
-        add_lora(model.unet, config.rank, config.lora_alpha, 0.0, config.lora_target_modules, config.seed)
+    model = load_base(config, locate(config.model), torch.float32)
     weights = state["ema"] if options.ema and state["ema"] else state["weights"]
     learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
     if weights.keys() != learned.keys():

@@ -165,3 +165,18 @@ def test_a_full_run_has_no_lora_and_exports_its_pipeline(
     a, b = (StableDiffusionPipeline.from_pretrained(folder).unet for folder in (run, tmp_path / "again"))
     assert torch.equal(answer(a), answer(b))
     assert not kohya_file(run).exists()
+
+
+def test_a_pixel_run_exports_a_pipeline_and_no_single_file(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrainConfig(
+        model="ddpm", resolution=32, data=str(pictures), output_dir=str(tmp_path / "run"), max_train_steps=1,
+        num_inference_steps=0, train_batch_size=2,
+    )  # fmt: skip
+    run = fine_tune(config)
+    assert export(run, "diffusers", tmp_path / "again") == 0
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (run / weights).read_bytes()
+    assert export(run, "single-file", tmp_path / "x") == 2
+    assert "has no such form; allowed is diffusers or unet" in capsys.readouterr().err
