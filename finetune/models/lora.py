@@ -87,6 +87,19 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
+def _with_ends_named(converted: Mapping[str, Any]) -> dict[str, Any]:
+    """What diffusers 0.35 makes of kohya's keys, with the first and last convolution under their names.
+
+    It takes the underscore of conv_in and conv_out for a dot, and so loads all layers but these.
+    """
+    renamed = {}
+    for key, value in converted.items():
+        for wrong, right in (("unet.conv.in.", "unet.conv_in."), ("unet.conv.out.", "unet.conv_out.")):
+            key = right + key.removeprefix(wrong) if key.startswith(wrong) else key
+        renamed[key] = value
+    return renamed
+
+
 @dataclass(frozen=True)
 class Adapter:
     """The adapter that `add_lora` put on a UNet: its tensors, its file, how to load it and how to prove it.
@@ -237,6 +250,7 @@ class Adapter:
 
         def load() -> None:
             state, alphas, *_ = StableDiffusionLoraLoaderMixin.lora_state_dict(load_file(path))
+            state, alphas = (_with_ends_named(some or {}) for some in (state, alphas))
             self.unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, adapter_name=_RELOADED)
 
         return self._replaced(load)
