@@ -68,10 +68,10 @@ def read_header(path: Path) -> dict[str, Any]:
             if size < 8 or not 2 <= length <= min(LARGEST_HEADER, size - 8):
                 raise ModelError(f"{path} is no safetensors file, or is cut off: its header would have {length} bytes")
             header = json.loads(file.read(length))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is no readable safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    ends = [entry["data_offsets"][1] for entry in header.values()]
+        header.pop("__metadata__", None)
+        ends = [entry["data_offsets"][1] for entry in header.values()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is no readable safetensors file: {error!r}") from error
     if not ends or max(ends) + 8 + length != size:
         raise ModelError(f"{path} is cut off, or holds no tensors: {size} bytes")
     return header
@@ -80,7 +80,7 @@ def read_header(path: Path) -> dict[str, Any]:
 def inspect(path: Path) -> Checkpoint:
     """What the file is. Raises ModelError for one that is broken, or of a kind that cannot be trained."""
     header = read_header(path)
-    shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+    shapes = {name: tuple(entry.get("shape", ())) for name, entry in header.items()}
     family = next((name for name, prefix in CLIP.items() if any(key.startswith(prefix) for key in shapes)), None)
     if family is None or UNET + "input_blocks.0.0.weight" not in shapes or VAE + "encoder.conv_in.weight" not in shapes:
         what = next((what for part, what in _OTHERS if any(part in key for key in shapes)), "a file of unknown kind")

@@ -150,6 +150,8 @@ def test_a_file_of_another_kind_is_named_as_what_it_is(tmp_path: Path, keys: lis
     [
         b"", b"\x01", (10**10).to_bytes(8, "little") + b"{}", (2**40).to_bytes(8, "little") + b"{}",
         (4).to_bytes(8, "little") + b"nope", (2).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]", (8).to_bytes(8, "little") + b'{"a":{}}',
+        (7).to_bytes(8, "little") + b'{"a":1}',
     ],
 )  # fmt: skip
 def test_a_broken_header_is_told_and_not_believed(tmp_path: Path, content: bytes) -> None:
