@@ -12,13 +12,13 @@ demo: $(VENV)/installed
 	$(BIN)/finetune-unet --config configs/tiny-butterflies.toml
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist worksteal
 
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install uv
 	$(VENV)-oldest/bin/uv pip install --python $(VENV)-oldest/bin/python --resolution lowest-direct -e '.[test]'
-	$(VENV)-oldest/bin/python -m pytest
+	$(VENV)-oldest/bin/python -m pytest -n logical --dist worksteal
 
 lint: $(VENV)/installed-for-tests
 	$(BIN)/ruff check .

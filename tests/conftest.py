@@ -9,6 +9,9 @@ import torch
 from PIL import Image, ImageDraw
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: threads of their own would only wait for one another
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
