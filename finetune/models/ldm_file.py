@@ -36,7 +36,7 @@ def checkpoint_tensors(pipeline: Any, family: str) -> dict[str, Tensor]:
             if name.startswith(f"{blocks}{last}.")
         }
         return tensors | text | unused
-    tensors |= {CLIP[family] + key: tensor for key, tensor in _classic(pipeline.text_encoder).items()}
+    tensors |= {CLIP[family] + key: tensor for key, tensor in classic_names(pipeline.text_encoder).items()}
     return tensors | (_openclip(pipeline.text_encoder_2, OPENCLIP_XL) if family == "sdxl" else {})
 
 
@@ -51,14 +51,14 @@ def marks(scheduler: Mapping[str, Any], family: str) -> dict[str, Tensor]:
     return {name: torch.empty(0) for name, marked in there.items() if marked}
 
 
-def _classic(text_encoder: Any) -> dict[str, Tensor]:
+def classic_names(text_encoder: Any) -> dict[str, Tensor]:
     """A text encoder's weights under the names that every version of transformers reads."""
     state = text_encoder.state_dict()
     return {key if key.startswith("text_") else f"text_model.{key}": tensor for key, tensor in state.items()}
 
 
 def _openclip(text_encoder: Any, prefix: str) -> dict[str, Tensor]:
-    state, tensors = _classic(text_encoder), {}
+    state, tensors = classic_names(text_encoder), {}
     thirds: dict[str, list[Tensor]] = {}
     for ours, theirs, third in openclip_keys(text_encoder.config.num_hidden_layers):
         if third is None:

@@ -3,9 +3,9 @@
 # diffusers annotates its own methods narrower than what they take and give.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,6 +36,8 @@ class DiffusionModel:
     family: Family
     around: Callable[[Any], DiffusionPipeline]
     """A UNet -> the pipeline around it, with the folder's own sampler."""
+    own_files: Mapping[str, Path] = field(default_factory=dict)
+    """Frozen part -> the folder it was read from; a checkpoint in one file has none."""
     new_prediction_type: str | None = None
     """What the UNet is to predict, where that is not what its folder says."""
 
@@ -139,7 +141,11 @@ def _latent_model(
 ) -> DiffusionModel:
     try:
         with without_library_bars():
-            vae = source.vae() if other_vae is None else _other_vae(Path(other_vae).expanduser(), source)
+            files = {part: source.own_files(part) for part in found.family.parts if part not in ("unet", "scheduler")}
+            vae = source.vae()
+            if other_vae is not None:
+                files["vae"] = _vae_folder(Path(other_vae).expanduser())
+                vae = _other_vae(files["vae"], source)
             text: dict[str, Any] = {}
             for part in found.family.parts:
                 if part.startswith("text_encoder"):
@@ -165,14 +171,20 @@ def _latent_model(
         scheduler = sampler.from_config(sampler.config)
         return getattr(diffusers, found.family.pipeline)(unet=unet, vae=vae, scheduler=scheduler, **text, **more)
 
-    return DiffusionModel(unet, VaeEncoder(vae), conditioner, scheduler, found.family, around)
+    own_files = {part: folder for part, folder in files.items() if folder}
+    return DiffusionModel(unet, VaeEncoder(vae), conditioner, scheduler, found.family, around, own_files)
+
+
+def _vae_folder(folder: Path) -> Path:
+    """A VAE's own folder, or that in a model's. Raises ModelError where there is neither."""
+    for place in (folder, folder / "vae"):
+        if (place / "config.json").is_file():
+            return place
+    raise ModelError(f"vae {folder}: no config.json there, nor in vae/; a diffusers folder is needed")
 
 
 def _other_vae(folder: Path, source: ModelSource) -> AutoencoderKL:
-    """The VAE of another folder (a VAE's own, or a model's). Raises ModelError for one with other latents."""
-    folder = folder if (folder / "config.json").is_file() else folder / "vae"
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"vae {folder.parent}: no config.json there, nor in vae/; a diffusers folder is needed")
+    """The VAE in another folder. Raises ModelError for one with other latents."""
     vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True).float()
     own = source.config("vae")
     for name, ours, theirs in (

@@ -27,6 +27,10 @@ class ModelSource(Protocol):
 
     place: Path
 
+    def own_files(self, part: str) -> Path | None:
+        """The folder of a part, in diffusers layout, where there is one."""
+        ...
+
     def config(self, part: str) -> Mapping[str, Any]:
         """What a diffusers folder says of a part ("model_index": of the whole)."""
         ...
@@ -72,6 +76,9 @@ class FolderSource:
     def __init__(self, folder: Path):
         self.place = folder
 
+    def own_files(self, part: str) -> Path | None:
+        return self.place / part
+
     def config(self, part: str) -> Mapping[str, Any]:
         inside = {"model_index": "model_index.json", "scheduler": "scheduler/scheduler_config.json"}
         return read_json(self.place / inside.get(part, f"{part}/config.json"))
@@ -108,6 +115,9 @@ class FileSource:
         self.place = checkpoint.path
         self.checkpoint = checkpoint
         self._tokenizer = tokenizer
+
+    def own_files(self, part: str) -> Path | None:
+        return None
 
     def config(self, part: str) -> Mapping[str, Any]:
         return {} if part == "model_index" else self.checkpoint.configs[part]

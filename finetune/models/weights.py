@@ -1,9 +1,11 @@
 """Reading safetensors into a module with no more memory than the module itself needs."""
 
+import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,6 +62,16 @@ def read_weights(files: Iterable[Path], dtype: torch.dtype) -> dict[str, Tensor]
         except SafetensorError as error:
             raise ModelError(f"{path} is damaged: {error}") from error
     return state
+
+
+def rounded(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The tensors in another number format; whole numbers as they are."""
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+def in_dtype(module: Any, dtype: torch.dtype) -> Any:
+    """The module itself for fp32, or a copy of it in another number format."""
+    return module if dtype == torch.float32 else nn.Module.to(copy.deepcopy(module), dtype)
 
 
 def assign(module: nn.Module, state: dict[str, Tensor], place: Path) -> None:

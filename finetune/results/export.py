@@ -12,6 +12,7 @@ from finetune.files import flush_to_disk, flush_tree, remove
 from finetune.models.families import FAMILIES
 from finetune.models.loading import DiffusionModel
 from finetune.models.lora import LORA_FILE, Adapter
+from finetune.models.pipeline_folder import write_pipeline
 from finetune.results.verify import differing_from_kohya, verify_export, verify_kohya
 
 INDEX = "model_index.json"
@@ -99,7 +100,7 @@ def export(model: DiffusionModel, folder: str | Path, told: Mapping[str, str] | 
         adapter.save_kohya(viewers, told or {})
         difference = max(verify_export(model, scratch), verify_kohya(model, viewers))
     else:
-        model.pipeline().save_pretrained(scratch)
+        write_pipeline(model, scratch)
         difference = verify_export(model, scratch)
     flush_tree(scratch)
     index = folder / INDEX

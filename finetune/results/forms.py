@@ -1,9 +1,8 @@
 """The forms in which what was learned can be taken away: LoRA files, a pipeline, a checkpoint in one file, a UNet."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -11,8 +10,10 @@ from finetune.errors import UsageError
 from finetune.models.ldm_file import checkpoint_tensors, marks
 from finetune.models.loading import DiffusionModel
 from finetune.models.lora import Adapter
+from finetune.models.pipeline_folder import write_pipeline
 from finetune.models.single_file import CLIP
 from finetune.models.tensor_file import write_tensors
+from finetune.models.weights import in_dtype
 from finetune.results.lora_facts import architecture
 from finetune.results.verify import verify_kohya, verify_peft, verify_pipeline, verify_single_file, verify_unet
 
@@ -53,10 +54,11 @@ def write_form(
     if adapter:
         adapter.merge()
     if form == "diffusers":
-        _in_precision(model.pipeline(), dtype).save_pretrained(to)
+        to.mkdir()
+        write_pipeline(model, to, dtype)
         return verify_pipeline(model, to, dtype)
     if form == "unet":
-        _in_precision(model.pipeline(), dtype).unet.save_pretrained(to)
+        in_dtype(model.unet, dtype).save_pretrained(to)
         return verify_unet(model, to, dtype)
     if model.family.name not in CLIP:
         raise UsageError(f"--format {form}: {model.family.description} has no such form; allowed is diffusers or unet")
@@ -65,11 +67,6 @@ def write_form(
     }
     write_tensors(to, tensors | marks(model.scheduler.config, model.family.name), _checkpoint_facts(model, to.stem))
     return verify_single_file(model, to, dtype)
-
-
-def _in_precision(pipeline: Any, dtype: torch.dtype) -> Any:
-    """The pipeline, or a copy of it in another number format."""
-    return pipeline if dtype == torch.float32 else copy.deepcopy(pipeline).to(dtype=dtype)
 
 
 def _checkpoint_facts(model: DiffusionModel, title: str) -> dict[str, str]:

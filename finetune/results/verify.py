@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,6 +19,7 @@ from finetune.models.lora import LORA_FILE, Adapter
 from finetune.models.lora_layouts import PEFT_PREFIX
 from finetune.models.single_file import inspect
 from finetune.models.source import FileSource
+from finetune.models.weights import rounded
 
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Largest allowed difference of the outputs, relative to the largest output: a few roundings of the UNet's dtype.
@@ -42,7 +43,7 @@ def verify_export(model: DiffusionModel, folder: Path) -> float:
 def verify_peft(model: DiffusionModel, folder: Path, dtype: torch.dtype = torch.float32) -> float:
     """The same for an adapter in peft's layout, whose file has this dtype: loaded as a second one on the same base."""
     adapter = _adapter(model)
-    differing = _differing(_rounded(adapter.state(), dtype), load_file(folder / LORA_FILE, device=_device(model)))
+    differing = _differing(rounded(adapter.state(), dtype), load_file(folder / LORA_FILE, device=_device(model)))
     return _prove(model, folder, differing, lambda: adapter.replaced_by_file(folder), dtype)
 
 
@@ -60,7 +61,7 @@ def verify_kohya(model: DiffusionModel, path: Path, dtype: torch.dtype = torch.f
 def differing_from_kohya(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> list[str]:
     """The tensors and alphas that a kohya file has otherwise than the adapter, or not, or beside it."""
     tensors, alphas = adapter.read_kohya(path)
-    state = _rounded(adapter.state(), dtype)
+    state = rounded(adapter.state(), dtype)
     layers = {key.rsplit(".lora_", 1)[0].removeprefix(PEFT_PREFIX) for key in state}
     alpha = float(adapter.unet.peft_config[adapter.name].lora_alpha)
     wrong = [f"{layer}.alpha" for layer in sorted(layers | alphas.keys()) if alphas.get(layer) != alpha]
@@ -68,9 +69,12 @@ def differing_from_kohya(adapter: Adapter, path: Path, dtype: torch.dtype = torc
 
 
 def verify_pipeline(model: DiffusionModel, folder: Path, dtype: torch.dtype | None = None) -> float:
-    """The same for a pipeline folder, written in this dtype (None: the UNet's own)."""
+    """The same for a pipeline folder, written in this dtype (None: the UNet's own), and the frozen parts to the bit."""
     with without_library_bars():
         reloaded: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    parts = {name: part for name, part in reloaded.components.items() if isinstance(part, nn.Module) and name != "unet"}
+    if differing := _differing_around(model, parts, dtype or torch.float32):
+        _refuse(folder, differing, 0.0, dtype or torch.float32)
     return _prove_unet(model, folder, reloaded.unet, dtype)
 
 
@@ -85,18 +89,25 @@ def verify_single_file(model: DiffusionModel, path: Path, dtype: torch.dtype) ->
 
     VAE and text encoders are compared to the bit as well.
     """
-    source, pipeline = FileSource(inspect(path), None), cast(Any, model.pipeline())
+    source = FileSource(inspect(path), None)
     theirs = convert_ldm_unet_checkpoint(load_file(path), {"class_embed_type": None, **model.unet.config})
-    differing = _differing(_rounded(model.unet.state_dict(), dtype), theirs)
-    parts = {"vae": source.vae()}
+    differing = _differing(rounded(model.unet.state_dict(), dtype), theirs)
+    parts: dict[str, nn.Module] = {"vae": source.vae()}
     with without_library_bars():
         parts |= {part: source.text_encoder(part) for part in model.family.parts if part.startswith("text_encoder")}
-    for part, module in parts.items():
-        wrong = _differing(_rounded(_rounded(getattr(pipeline, part).state_dict(), dtype)), module.state_dict())
-        differing += [f"{part}.{name}" for name in wrong]
-    if differing:
+    if differing := differing + _differing_around(model, parts, dtype):
         _refuse(path, differing, 0.0, dtype)
     return _prove_unet(model, path, source.unet(torch.float32), dtype)
+
+
+def _differing_around(model: DiffusionModel, parts: Mapping[str, nn.Module], dtype: torch.dtype) -> list[str]:
+    """The weights of frozen parts that are not ours rounded to `dtype`."""
+    pipeline: Any = model.pipeline()
+    wrong: list[str] = []
+    for name, part in parts.items():
+        ours = rounded(rounded(getattr(pipeline, name).state_dict(), dtype))
+        wrong += [f"{name}.{key}" for key in _differing(ours, rounded(part.to(_device(model)).state_dict()))]
+    return wrong
 
 
 def _adapter(model: DiffusionModel) -> Adapter:
@@ -107,10 +118,6 @@ def _adapter(model: DiffusionModel) -> Adapter:
 
 def _device(model: DiffusionModel) -> str:
     return str(model.unet.device)
-
-
-def _rounded(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
 def _prove(
@@ -138,7 +145,7 @@ def _prove_unet(model: DiffusionModel, place: Path, reloaded: Any, dtype: torch.
     model.unet.eval()
     # Not diffusers' own `to`, which warns of a dtype.
     unet: Any = nn.Module.to(reloaded, model.unet.device, model.unet.dtype).eval()
-    expected = _rounded(_rounded(model.unet.state_dict(), dtype), model.unet.dtype)
+    expected = rounded(rounded(model.unet.state_dict(), dtype), model.unet.dtype)
     differing = _differing(expected, unet.state_dict())
     trained = _answer(model)
     live, model.unet = model.unet, unet

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from finetune.errors import RunError, UsageError
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.lora import add_lora, trainable
+from finetune.models.pipeline_folder import write_pipeline
 from finetune.models.tiny import tiny_folder
 from finetune.results.export import export
 from finetune.results.verify import verify_export
+from tests.small_models import write_single_file
 
 LORA = "pytorch_lora_weights.safetensors"
 ROUNDING = 1e-5  # equal weights read from a file lie elsewhere in memory, and some processors round differently there
@@ -121,3 +124,46 @@ def test_the_proof_finds_a_dropped_alpha(tmp_path: Path) -> None:
     save_file(load_file(tmp_path / LORA), tmp_path / LORA)
     with pytest.raises(RunError, match="outputs differ"):
         verify_export(model, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_stayed_frozen_is_the_bases_own_files(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = shutil.copytree(tiny_folder(), tmp_path / "base")
+    for clutter in ("vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/.lock", "text_encoder/model.bin"):
+        (base / clutter).write_bytes(b"not read")
+    (tmp_path / "to").mkdir()
+    write_pipeline(load_model(base), tmp_path / "to", dtype)
+    parts = ("vae", "text_encoder", "tokenizer")
+    there = {path.relative_to(tiny_folder()) for part in parts for path in (tiny_folder() / part).iterdir()}
+    assert {p.relative_to(tmp_path / "to") for part in parts for p in (tmp_path / "to" / part).iterdir()} == there
+    for path in there:
+        ours, theirs = tmp_path / "to" / path, tiny_folder() / path
+        if path.suffix == ".safetensors" and dtype == torch.float16:
+            a, b = load_file(ours), load_file(theirs)
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a[name], b[name].half()) for name in a)
+        else:
+            assert ours.read_bytes() == theirs.read_bytes()
+    assert {
+        tensor.dtype for tensor in load_file(tmp_path / "to/unet/diffusion_pytorch_model.safetensors").values()
+    } == {dtype}
+    StableDiffusionPipeline.from_pretrained(tmp_path / "to")
+
+
+def test_another_vae_is_exported_as_its_own_files(tmp_path: Path) -> None:
+    other = shutil.copytree(tiny_folder() / "vae", tmp_path / "other")
+    weights = load_file(other / "diffusion_pytorch_model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, other / "diffusion_pytorch_model.safetensors")
+    export(load_model("tiny", vae=str(other)), tmp_path / "to")
+    name = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "to/vae" / name).read_bytes() == (other / name).read_bytes()
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_text_encoders_of_a_single_file_get_the_names_that_all_versions_read(tmp_path: Path, family: str) -> None:
+    base = write_single_file(tmp_path / "base.safetensors", family)
+    export(load_model(base, tokenizer=str(tiny_folder() / "tokenizer")), tmp_path / "to")
+    for file in (tmp_path / "to").glob("text_encoder*/model.safetensors"):
+        names = set(load_file(file)) - {"text_projection.weight"}
+        assert names
+        assert all(name.startswith("text_model.") for name in names)
