@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from finetune.data.transforms import Preprocess
     from finetune.errors import FinetuneError
     from finetune.models.loading import DiffusionModel, load_model
-    from finetune.models.lora import add_lora, trainable
+    from finetune.models.lora import add_lora, load_lora, trainable
     from finetune.recipe import fine_tune
     from finetune.results.export import export
     from finetune.results.sampling import draw_pictures, grid
@@ -36,7 +36,7 @@ _HOMES = {
     "data.transforms": ("Preprocess",),
     "errors": ("FinetuneError",),
     "models.loading": ("DiffusionModel", "load_model"),
-    "models.lora": ("add_lora", "trainable"),
+    "models.lora": ("add_lora", "load_lora", "trainable"),
     "recipe": ("fine_tune",),
     "results.export": ("export",),
     "results.sampling": ("draw_pictures", "grid"),
@@ -70,6 +70,7 @@ __all__ = [
     "fine_tune",
     "grid",
     "load_config",
+    "load_lora",
     "load_model",
     "open_dataset",
     "trainable",

@@ -69,11 +69,16 @@ class ModelOptions:
     """lora: train a small adapter (default for latent models). full: every weight of the UNet (default for ddpm)."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(None, called=("v_parameterization",))
     """What the UNet predicts. Default: as the model's scheduler config says."""
+    lora_type: Literal["lora", "rslora", "dora", "loha", "lokr"] = option(
+        "lora", needs="method lora", called=("algo", "peft_type", "use_dora", "use_rslora", "network_module")
+    )
+    """lora; rslora: scaled by alpha / sqrt(rank), for high ranks; dora: learns each row's norm too; loha, lokr:
+    products of factors that reach higher ranks with fewer weights (LyCORIS)."""
     rank: int = option(16, AT_LEAST_ONE, needs="method lora", called=("network_dim",))
     """LoRA rank."""
     lora_alpha: float | None = option(None, POSITIVE, needs="method lora", called=("network_alpha",))
     """LoRA alpha; the update is scaled by alpha / rank. Default: equal to rank."""
-    lora_dropout: float = option(0.0, BELOW_ONE, needs="method lora", called=("network_dropout",))
+    lora_dropout: float = option(0.0, BELOW_ONE, needs="lora_type lora, rslora or dora", called=("network_dropout",))
     """Dropout inside the LoRA layers, in [0, 1)."""
     lora_target_modules: tuple[str, ...] | None = option(None, needs="method lora")
     """Layer names (their endings) that get an adapter. Default: attention and feed-forward."""

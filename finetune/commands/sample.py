@@ -91,7 +91,7 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
     from finetune.models.conditioners import spelt_words
     from finetune.models.loading import check_resolution, load_model
     from finetune.models.locate import locate
-    from finetune.models.lora import Adapter
+    from finetune.models.lora import load_lora
     from finetune.results.export import exported
 
     folder = Path(options.model).expanduser()
@@ -121,7 +121,7 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
     if tokenizer and found.family.few_words and (spelt := spelt_words(tokenizer, options.prompt)):
         print(f"{base} does not know, and spells: {', '.join(spelt)}", file=sys.stderr)
     if adapted:
-        Adapter.load(model.unet, folder)
+        load_lora(model.unet, folder)
     return model, resolution
 
 

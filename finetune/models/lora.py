@@ -12,19 +12,32 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from finetune.errors import ModelError, UsageError
-from finetune.models.lora_layouts import from_kohya, read_lora, to_kohya
+from finetune.models.lora_kinds import (
+    LYCORIS_ALGORITHMS,
+    Kind,
+    kind_of,
+    read_settings,
+    settings_of,
+    without_alpha_for_whole_factors,
+)
+from finetune.models.lora_layouts import PEFT_PREFIX, from_kohya, read_lora, to_kohya
+from finetune.models.lora_math import rank_of
 from finetune.models.tensor_file import data_digest, write_tensors
 from finetune.options import ATTENTION_AND_FEED_FORWARD
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name under which diffusers looks for a LoRA in a folder."""
 
+
+_SCALED = ("lora_B.weight", "hada_w2_b", "lokr_w1", "lokr_w1_b")
+"""Of each kind, a factor of the update that can take up what another alpha would change."""
 
 _RELOADED = "reloaded"
 _PREDICTION_TYPE = "finetune.prediction_type"
@@ -37,16 +50,19 @@ def add_lora(
     dropout: float = 0.0,
     target_modules: Sequence[str] = ATTENTION_AND_FEED_FORWARD,
     seed: int = 0,
+    kind: Kind = "lora",
 ) -> None:
     """Freeze `unet` and add an adapter whose weights, in fp32, are all that learns.
 
     Args:
         unet: a diffusers UNet; it computes the same as before until the first step (B starts at zero).
         rank: rank of the update, from 1 to that of the widest adapted layer.
-        alpha: the update is scaled by alpha / rank; default: rank.
-        dropout: in [0, 1), on the adapter's input.
+        alpha: the update is scaled by alpha / rank (rslora: by alpha / sqrt(rank)); default: rank.
+        dropout: in [0, 1), on the adapter's input; not for LoHa and LoKr.
         target_modules: endings of the names of linear or convolution layers.
-        seed: decides A's initial values, normal with standard deviation 1 / rank.
+        seed: decides the initial values of what does not start at zero.
+        kind: "lora" (Hu et al. 2021), "rslora" (Kalajdzievski 2023), "dora" (Liu et al. 2024), "loha" (Hyeon-Woo et al.
+            2022) or "lokr" (Yeh et al. 2024).
 
     Raises:
         UsageError: a pixel-space UNet, `target_modules` names no layer, or one that takes no adapter, or a rank that
@@ -63,13 +79,7 @@ def add_lora(
     if not 1 <= rank <= widest:
         raise UsageError(f"rank = {rank}: allowed are 1 to {widest}, the highest rank that an adapted layer has")
     unet.requires_grad_(False)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,  # pyright: ignore[reportArgumentType] # fractions work too
-        lora_dropout=dropout,
-        target_modules=list(target_modules),
-        init_lora_weights="gaussian",
-    )
+    config = settings_of(kind, rank, rank if alpha is None else alpha, dropout, target_modules)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
@@ -78,8 +88,37 @@ def add_lora(
             raise UsageError(
                 f"lora_target_modules {', '.join(target_modules)}: {str(error).splitlines()[0]}"
             ) from error
+    without_alpha_for_whole_factors(unet, "default", config)
     for parameter in trainable(unet):
         parameter.data = parameter.data.float()
+
+
+def load_lora(unet: Any, folder: str | Path, name: str | None = None) -> None:
+    """Put the adapter of any kind that a run has exported on a UNet; diffusers itself loads no LoHa and no LoKr.
+
+    Args:
+        unet: of the base model.
+        folder: where `pytorch_lora_weights.safetensors` lies.
+        name: of the adapter, where there are several.
+
+    Raises:
+        ModelError: the file is damaged, or does not fit.
+    """
+    path = Path(folder) / LORA_FILE
+    told = Adapter.settings_in(Path(folder))
+    settings = {key.removeprefix(PEFT_PREFIX): value for key, value in told.items()}
+    try:
+        if settings.get("peft_type", "LORA") == "LORA":
+            unet.load_lora_adapter(folder, prefix="unet", weight_name=LORA_FILE, adapter_name=name)
+            return
+        state = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise ModelError(f"{path} cannot be loaded: {error}") from error
+    config, name = read_settings(settings), name or "default"
+    unet.add_adapter(config, name)
+    without_alpha_for_whole_factors(unet, name, config)
+    if unknown := set_peft_model_state_dict(unet, state, adapter_name=name).unexpected_keys:
+        raise ModelError(f"{path}: {unknown[0]}: no tensor for this UNet")
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
@@ -121,13 +160,22 @@ class Adapter:
         """True where `save` has written to this folder."""
         return (folder / LORA_FILE).is_file()
 
-    @staticmethod
-    def load(unet: Any, folder: Path, name: str | None = None) -> None:
-        """Put the adapter that was saved in `folder` on a UNet. Raises ModelError when the file is damaged."""
-        try:
-            unet.load_lora_adapter(folder, prefix="unet", weight_name=LORA_FILE, adapter_name=name)
-        except SafetensorError as error:
-            raise ModelError(f"{folder / LORA_FILE} cannot be loaded: {error}") from error
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.unet.peft_config[self.name])
+
+    def alphas(self) -> dict[str, float]:
+        """Layer -> alpha as kohya's layout counts it: the update is scaled by alpha / rank."""
+        alphas = {name: m.alpha if hasattr(m, "alpha") else m.lora_alpha for name, m in self._layers().items()}
+        return {name: float(alpha[self.name]) for name, alpha in alphas.items()}
+
+    def updates(self) -> dict[str, Tensor]:
+        """Layer -> what the adapter adds to its weight, as peft computes it; DoRA's norms left aside."""
+        return {name: module.get_delta_weight(self.name).detach() for name, module in self._layers().items()}
+
+    def _layers(self) -> dict[str, Any]:
+        """The layers that are adapted."""
+        return {name: module for name, module in self.unet.named_modules() if isinstance(module, BaseTunerLayer)}
 
     def state(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The adapter's tensors as its file has them: peft's keys under `unet.`."""
@@ -147,17 +195,25 @@ class Adapter:
         return {name: text for name, text in told.items() if not name.startswith("ss_network_") and "hash" not in name}
 
     @staticmethod
-    def prediction_type(folder: Path) -> str | None:
-        """What the UNet predicts with the adapter saved in `folder`, where that is not what its base model predicts.
-
-        Raises ModelError when the file is damaged.
-        """
+    def settings_in(folder: Path) -> dict[str, Any]:
+        """What the file saved in `folder` says of its adapter. Raises ModelError when it is damaged."""
         try:
             with safe_open(folder / LORA_FILE, "pt") as file:
-                settings = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+                return json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
         except SafetensorError as error:
             raise ModelError(f"{folder / LORA_FILE} cannot be loaded: {error}") from error
-        return settings.get(_PREDICTION_TYPE)
+
+    @staticmethod
+    def how_to_load(folder: Path) -> str:
+        """Python that puts the adapter saved in `folder` on a `pipeline`; the folder's name is to be filled in."""
+        settings = Adapter.settings_in(folder)
+        load = 'pipeline.load_lora_weights("{}")'
+        if settings.get(f"{PEFT_PREFIX}peft_type", "LORA") != "LORA":
+            load = 'import finetune\nfinetune.load_lora(pipeline.unet, "{}")'
+        if predicts := settings.get(_PREDICTION_TYPE):
+            scheduler = "pipeline.scheduler"
+            load = f'{scheduler} = {scheduler}.from_config({scheduler}.config, prediction_type="{predicts}")\n{load}'
+        return load
 
     def save(self, folder: Path, prediction_type: str | None = None, dtype: torch.dtype = torch.float32) -> None:
         """Write the adapter's tensors, and beside them its config, so that alpha and rank survive exactly.
@@ -169,7 +225,8 @@ class Adapter:
 
         One metadata entry only: safetensors writes several in random order, and files could not be compared.
         """
-        settings = self.unet.peft_config[self.name].to_dict() | {"lora_dropout": 0.0}
+        settings = self.unet.peft_config[self.name].to_dict()
+        settings |= {name: 0.0 for name in ("lora_dropout",) if name in settings}
         told = {f"unet.{n}": v for n, v in settings.items()}
         if prediction_type is not None:
             told[_PREDICTION_TYPE] = prediction_type
@@ -179,16 +236,19 @@ class Adapter:
 
     def save_kohya(self, path: Path, told: Mapping[str, str], dtype: torch.dtype = torch.float32) -> None:
         """Write the adapter's tensors in kohya's layout, with what is `told` of them as metadata."""
-        settings = self.unet.peft_config[self.name]
-        tensors = to_kohya(self.state(dtype), settings.lora_alpha)
-        digest = data_digest(tensors)
+        alphas = self.alphas()
+        tensors = to_kohya(self.state(dtype), alphas)
+        digest, algorithm = data_digest(tensors), LYCORIS_ALGORITHMS.get(self.kind)
         known = {
-            "ss_network_module": "networks.lora",
-            "ss_network_dim": str(settings.r),
-            "ss_network_alpha": f"{settings.lora_alpha:g}",
+            "ss_network_module": "lycoris.kohya" if algorithm else "networks.lora",
+            "ss_network_dim": str(self.unet.peft_config[self.name].r),
+            "ss_network_alpha": f"{min(alphas.values()):g}",
             "sshs_model_hash": digest,
             "modelspec.hash_sha256": f"0x{digest}",
         }
+        if algorithm:
+            arguments = {"algo": algorithm} | ({"dora_wd": True} if self.kind == "dora" else {})
+            known["ss_network_args"] = json.dumps(arguments)
         write_tensors(path, tensors, known | dict(told))
 
     def take_over(self, path: Path) -> int:
@@ -208,14 +268,15 @@ class Adapter:
             theirs, ours = shapes[0].get(key, "missing"), shapes[1].get(key, "not adapted")
             what = "give its --rank and --lora_target_modules" if theirs != "missing" else "it has fewer layers"
             raise UsageError(f"init_lora {path} (for {found.base}): {key} is {theirs} there and {ours} here; {what}")
-        alpha = float(self.unet.peft_config[self.name].lora_alpha)
-        learned = dict(self.unet.named_parameters())
-        with torch.no_grad():
-            for key, tensor in found.tensors.items():
-                layer, _, matrix = key.removeprefix("unet.").rpartition(".lora_")
-                rank = found.tensors[f"unet.{layer}.lora_A.weight"].shape[0]
-                share = found.alphas.get(layer, rank) / alpha if matrix.startswith("B") else 1.0
-                learned[f"{layer}.lora_{matrix[0]}.{self.name}.weight"].copy_(tensor.float() * share)
+        layers, alphas = found.layers(), self.alphas()
+        for layer, tensors in layers.items():
+            rank = rank_of(tensors)
+            if rank is not None:
+                share = found.alphas.get(layer, rank) / alphas[layer]
+                last = next(name for name in _SCALED if name in tensors)
+                tensors[last] = tensors[last].float() * share
+        state = {f"{layer}.{name}": tensor.float() for layer, some in layers.items() for name, tensor in some.items()}
+        set_peft_model_state_dict(self.unet, state, adapter_name=self.name)
         return found.text_tensors
 
     def _modules(self) -> list[str]:
@@ -243,7 +304,7 @@ class Adapter:
 
     def replaced_by_file(self, folder: Path) -> AbstractContextManager[None]:
         """Inside, the UNet has the adapter that was saved in `folder` in place of its own."""
-        return self._replaced(lambda: self.load(self.unet, folder, _RELOADED))
+        return self._replaced(lambda: load_lora(self.unet, folder, _RELOADED))
 
     def replaced_by_kohya(self, path: Path) -> AbstractContextManager[None]:
         """Inside, the UNet has the adapter of a kohya file in place of its own, as diffusers reads it."""

@@ -2,39 +2,50 @@
 
 peft, read by diffusers: `unet.MODULE.lora_A.weight` and `.lora_B.weight`, rank and alpha in the metadata.
 kohya, read by sd-scripts, ComfyUI, A1111, Forge and diffusers: `lora_unet_MODULE.lora_down.weight`, `.lora_up.weight`
-and a number `.alpha` for each MODULE, whose dots are underscores.
+and a number `.alpha` for each MODULE, whose dots are underscores. LoHa and LoKr have the same names in both for their
+factors; DoRA's norms are `.dora_scale` in kohya's, and stand as a column.
 """
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import sqrt
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from finetune.errors import ModelError
+from finetune.models.lora_math import MAGNITUDE, rank_of
 
 PEFT_PREFIX = "unet."
 KOHYA_PREFIX = "lora_unet_"
-_SUFFIXES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+_FACTORS = (
+    *(f"hada_{factor}" for factor in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+    *(f"lokr_{factor}" for factor in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")),
+)
+_SUFFIXES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", MAGNITUDE: "dora_scale"}
+_SUFFIXES |= dict(zip(_FACTORS, _FACTORS, strict=True))
 """peft's name of a tensor -> kohya's."""
 
 
-def to_kohya(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+def to_kohya(state: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Tensor]:
     """The tensors of a peft file under kohya's keys, with alpha beside them.
 
     Args:
         state: peft key -> tensor.
-        alpha: the update is scaled by alpha / rank.
+        alphas: layer -> alpha; its update is scaled by alpha / rank.
     """
     found: dict[str, Tensor] = {}
     for key, tensor in state.items():
         module, suffix = _parted(key.removeprefix(PEFT_PREFIX), _SUFFIXES)
         name = KOHYA_PREFIX + module.replace(".", "_")
+        if suffix == MAGNITUDE:  # (out,) of a linear layer, (1, out, 1, 1) of a convolution
+            tensor = tensor.reshape(-1, *[1] * max(1, tensor.ndim - 1))
         found[f"{name}.{_SUFFIXES[suffix]}"] = tensor
-        found[f"{name}.alpha"] = torch.tensor(float(alpha))
+        found[f"{name}.alpha"] = torch.tensor(float(alphas[module]))
     return found
 
 
@@ -56,11 +67,20 @@ def from_kohya(state: Mapping[str, Tensor], modules: Iterable[str]) -> tuple[dic
         name, _, suffix = key.partition(".")
         if name not in by_name or suffix not in {*back, "alpha"}:
             raise ModelError(f"{key}: no LoRA tensor for this UNet")
+        if suffix == "dora_scale":
+            tensor = _magnitude(key, tensor)
         if suffix == "alpha":
             alphas[by_name[name]] = tensor.item()
         else:
             tensors[f"{PEFT_PREFIX}{by_name[name]}.{back[suffix]}"] = tensor
     return tensors, alphas
+
+
+def _magnitude(key: str, scale: Tensor) -> Tensor:
+    """A column of norms in peft's shape. Raises ModelError for a row, one norm for each input."""
+    if scale.shape[0] == 1 < scale.numel():
+        raise ModelError(f"{key}: a norm for each input of the layer; peft's DoRA has one for each output")
+    return scale.flatten() if scale.ndim <= 2 else scale.reshape(1, -1, 1, 1)
 
 
 def _parted(key: str, suffixes: Iterable[str]) -> tuple[str, str]:
@@ -85,9 +105,18 @@ class LoraFile:
     @property
     def base(self) -> str:
         """Which family it was made for, by the width of the prompts that its layers read."""
-        widths = {t.shape[1] for key, t in self.tensors.items() if "attn2.to_k.lora_A" in key}
+        ends = tuple(f"attn2.to_k.{name}" for name in ("lora_A.weight", "hada_w1_b"))
+        widths = {t.shape[1] for key, t in self.tensors.items() if key.endswith(ends)}
         names = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
         return next((names[width] for width in widths if width in names), "another model")
+
+    def layers(self) -> dict[str, dict[str, Tensor]]:
+        """Layer -> its tensors by peft's names, as `finetune.models.lora_math` takes them."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.tensors.items():
+            layer, suffix = _parted(key.removeprefix(PEFT_PREFIX), _SUFFIXES)
+            found.setdefault(layer, {})[suffix] = tensor
+        return found
 
 
 def read_lora(path: Path, modules: Iterable[str]) -> LoraFile:
@@ -117,9 +146,21 @@ def read_lora(path: Path, modules: Iterable[str]) -> LoraFile:
     try:
         if kohya:
             return LoraFile(*from_kohya(ours, modules), len(text))
-        layers = {_parted(key.removeprefix(PEFT_PREFIX), _SUFFIXES)[0] for key in ours}
+        found = LoraFile({f"{PEFT_PREFIX}{k.removeprefix(PEFT_PREFIX)}": t for k, t in ours.items()}, {}, len(text))
+        layers = found.layers()
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
-    alpha = settings.get(f"{PEFT_PREFIX}lora_alpha")
-    alphas = {} if alpha is None else dict.fromkeys(layers, float(alpha))
-    return LoraFile({f"{PEFT_PREFIX}{k.removeprefix(PEFT_PREFIX)}": t for k, t in ours.items()}, alphas, len(text))
+    return replace(found, alphas=_told_alphas(settings, layers))
+
+
+def _told_alphas(settings: Mapping[str, Any], layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+    """Layer -> alpha as kohya's layout counts it, from the settings in a peft file; none there: none."""
+    alpha = settings.get(f"{PEFT_PREFIX}lora_alpha", settings.get(f"{PEFT_PREFIX}alpha"))
+    if alpha is None:
+        return {}
+    own: Mapping[str, Any] = settings.get(f"{PEFT_PREFIX}alpha_pattern") or {}
+    stabilised = bool(settings.get(f"{PEFT_PREFIX}use_rslora"))
+    return {
+        layer: float(own.get(layer, alpha)) * (sqrt(rank_of(tensors) or 1) if stabilised else 1.0)
+        for layer, tensors in layers.items()
+    }

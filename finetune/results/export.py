@@ -52,13 +52,9 @@ def kohya_files(folder: Path) -> list[tuple[int | None, Path]]:
 def exported(folder: Path) -> Exported | None:
     """The export in a folder, None where there is none."""
     if Adapter.saved_in(folder):
-        load = 'pipeline.load_lora_weights("{}")'
-        if predicts := Adapter.prediction_type(folder):
-            scheduler = "pipeline.scheduler"
-            load = f'{scheduler} = {scheduler}.from_config({scheduler}.config, prediction_type="{predicts}")\n{load}'
         viewers = kohya_file(folder)
         files = (folder / LORA_FILE, *([viewers] if viewers.is_file() else []))
-        return Exported(files, load, adapter=True, takes_text=True)
+        return Exported(files, Adapter.how_to_load(folder), adapter=True, takes_text=True)
     index = folder / INDEX
     if not index.is_file():
         return None

@@ -16,7 +16,8 @@ from finetune.batch import map_tensors
 from finetune.errors import RunError
 from finetune.models.loading import DiffusionModel, without_library_bars
 from finetune.models.lora import LORA_FILE, Adapter
-from finetune.models.lora_layouts import PEFT_PREFIX
+from finetune.models.lora_layouts import LoraFile
+from finetune.models.lora_math import update
 from finetune.models.single_file import inspect
 from finetune.models.source import FileSource
 from finetune.models.weights import rounded
@@ -50,11 +51,16 @@ def verify_peft(model: DiffusionModel, folder: Path, dtype: torch.dtype = torch.
 def verify_kohya(model: DiffusionModel, path: Path, dtype: torch.dtype = torch.float32) -> float:
     """The same for an adapter in kohya's layout.
 
-    Every tensor and alpha is read back by the layout's definition, and compared to the bit; then diffusers' own
-    converter loads the file, and the outputs are compared.
+    Every tensor and alpha is read back by the layout's definition, and compared to the bit. Then diffusers' own
+    converter loads the file, and the outputs are compared; for the kinds that it cannot load, what the file adds to
+    each weight by the definition of its kind is compared with what the trained adapter adds.
     """
     adapter = _adapter(model)
     differing = differing_from_kohya(adapter, path, dtype)
+    if adapter.kind != "lora":  # diffusers drops DoRA's norms, and refuses LoHa and LoKr
+        difference = float("inf") if differing else _distance_of_updates(adapter, path)
+        _refuse(path, differing, difference, dtype)
+        return difference
     return _prove(model, path, differing, lambda: adapter.replaced_by_kohya(path), dtype)
 
 
@@ -62,10 +68,20 @@ def differing_from_kohya(adapter: Adapter, path: Path, dtype: torch.dtype = torc
     """The tensors and alphas that a kohya file has otherwise than the adapter, or not, or beside it."""
     tensors, alphas = adapter.read_kohya(path)
     state = rounded(adapter.state(), dtype)
-    layers = {key.rsplit(".lora_", 1)[0].removeprefix(PEFT_PREFIX) for key in state}
-    alpha = float(adapter.unet.peft_config[adapter.name].lora_alpha)
-    wrong = [f"{layer}.alpha" for layer in sorted(layers | alphas.keys()) if alphas.get(layer) != alpha]
+    layers = LoraFile(state, {}, 0).layers().keys()
+    ours = {layer: torch.tensor(alpha).item() for layer, alpha in adapter.alphas().items()}
+    wrong = [f"{layer}.alpha" for layer in sorted(layers | alphas.keys()) if alphas.get(layer) != ours.get(layer)]
     return _differing(state, tensors) + wrong
+
+
+def _distance_of_updates(adapter: Adapter, path: Path) -> float:
+    """The largest difference of any layer's update, relative to the largest update."""
+    found = LoraFile(*adapter.read_kohya(path), 0)
+    theirs, ours = found.layers(), adapter.updates()
+    differences = [
+        (update(theirs[layer], found.alphas[layer], ours[layer].shape) - ours[layer]).abs().max() for layer in ours
+    ]
+    return (torch.stack(differences).max() / torch.stack([delta.abs().max() for delta in ours.values()]).max()).item()
 
 
 def verify_pipeline(model: DiffusionModel, folder: Path, dtype: torch.dtype | None = None) -> float:

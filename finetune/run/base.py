@@ -23,6 +23,12 @@ def load_base(config: ResolvedConfig, found: Location, dtype: torch.dtype) -> Di
     )
     if config.method == "lora":
         add_lora(
-            model.unet, config.rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules, config.seed
+            model.unet,
+            config.rank,
+            config.lora_alpha,
+            config.lora_dropout,
+            config.lora_target_modules,
+            config.seed,
+            config.lora_type,
         )
     return model

@@ -96,6 +96,7 @@ def _refuse_unusable(config: TrainConfig, found: Location, method: str) -> None:
         "a model that takes text": found.family.latent,
         "a checkpoint in one file": found.checkpoint is not None,
         "method lora": method == "lora",
+        "lora_type lora, rslora or dora": method == "lora" and config.lora_type in ("lora", "rslora", "dora"),
         "use_ema": config.use_ema is not False,
         "optimizer adamw or prodigy": config.optimizer in ("adamw", "prodigy"),
         "push_to_hub": config.push_to_hub,

@@ -3,6 +3,7 @@
 from finetune.data.sampler import steps_per_epoch
 from finetune.models.conditioners import spelt_words
 from finetune.models.lora import trainable
+from finetune.models.lora_kinds import NAMES
 from finetune.run.parts import Run
 from finetune.run.samples import SAMPLING_SHARE, SamplePlan
 from finetune.wording import counted, listed
@@ -37,7 +38,7 @@ def _learns(run: Run) -> str:
     whole = sum(p.numel() for p in run.model.unet.parameters()) / 1e6
     if run.config.method == "full":
         return f"every weight of the UNet: {learned:.1f} M"
-    lora = f"LoRA rank {run.config.rank}, alpha {run.config.lora_alpha:g}"
+    lora = f"{NAMES[run.config.lora_type]} rank {run.config.rank}, alpha {run.config.lora_alpha:g}"
     return f"{lora}: {learned:.2f} M beside the UNet's {whole - learned:.1f} M"
 
 

@@ -7,6 +7,7 @@ from diffusers import UNet2DConditionModel
 
 from finetune.errors import ModelError
 from finetune.models.lora import Adapter, add_lora
+from finetune.models.lora_kinds import Kind
 from finetune.models.lora_layouts import from_kohya, to_kohya
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -35,11 +36,11 @@ SHAPES = {
 """The block layouts of the families, narrow."""
 
 
-def adapted(shape: str, targets: Iterable[str]) -> Adapter:
+def adapted(shape: str, targets: Iterable[str], kind: Kind = "lora") -> Adapter:
     """An adapter of alpha 3 on rank 4, its weights far from zero."""
     with torch.random.fork_rng(devices=[]):
         unet = UNet2DConditionModel(**SHAPES[shape])
-    add_lora(unet, rank=4, alpha=3, target_modules=tuple(targets))
+    add_lora(unet, rank=4, alpha=3, target_modules=tuple(targets), kind=kind)
     source = torch.Generator().manual_seed(1)
     for parameter in unet.parameters():
         if parameter.requires_grad:
@@ -74,7 +75,7 @@ def test_comfyui_uses_every_tensor(shape: str, targets: tuple[str, ...]) -> None
     adapter = adapted(shape, targets)
     with torch.random.fork_rng(devices=[]):
         weights = UNet2DConditionModel(**SHAPES[shape]).state_dict()
-    file = to_kohya(adapter.state(), alpha=3)
+    file = to_kohya(adapter.state(), adapter.alphas())
     assert keys_that_comfyui_uses(file, weights) == file.keys()
     assert not keys_that_comfyui_uses([key for key in adapter.state() if "attn" in key], weights)  # hence the file
 
@@ -84,7 +85,7 @@ def test_there_and_back_is_equal_to_the_bit(shape: str) -> None:
     adapter = adapted(shape, EVERYTHING)
     state = adapter.state()
     modules = [name for name, _ in adapter.unet.named_modules()]
-    back, alphas = from_kohya(to_kohya(state, alpha=3), modules)
+    back, alphas = from_kohya(to_kohya(state, adapter.alphas()), modules)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
     assert set(alphas.values()) == {3.0}
@@ -99,4 +100,4 @@ def test_keys_of_another_kind_are_named(key: str) -> None:
 
 def test_what_is_no_lora_is_not_renamed() -> None:
     with pytest.raises(ModelError, match=r"conv_in\.weight: no tensor of a LoRA"):
-        to_kohya({"unet.conv_in.weight": torch.zeros(1)}, alpha=1)
+        to_kohya({"unet.conv_in.weight": torch.zeros(1)}, {"conv_in": 1})

@@ -1,0 +1,65 @@
+"""The kinds of adapter that peft has and kohya's layout can hold."""
+
+from collections.abc import Sequence
+from math import sqrt
+from typing import Any, Literal
+
+from peft import LoHaConfig, LoKrConfig, LoraConfig
+from peft.tuners.lokr import LoKrLayer
+from torch import nn
+
+Kind = Literal["lora", "rslora", "dora", "loha", "lokr"]
+
+NAMES: dict[Kind, str] = {
+    "lora": "LoRA",
+    "rslora": "rank-stabilised LoRA",
+    "dora": "DoRA",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+}
+
+LYCORIS_ALGORITHMS = {"dora": "locon", "loha": "loha", "lokr": "lokr"}
+"""What LyCORIS, the network module of sd-scripts that knows them, calls the kinds that sd-scripts itself has not."""
+
+
+def settings_of(kind: Kind, rank: int, alpha: float, dropout: float, target_modules: Sequence[str]) -> Any:
+    """peft's config for a kind of adapter; see `finetune.models.lora.add_lora`."""
+    targets = list(target_modules)
+    if kind == "loha":
+        return LoHaConfig(r=rank, alpha=alpha, target_modules=targets)  # pyright: ignore[reportArgumentType]
+    if kind == "lokr":
+        return LoKrConfig(r=rank, alpha=alpha, target_modules=targets)  # pyright: ignore[reportArgumentType]
+    return LoraConfig(
+        r=rank,
+        # peft's own `use_rslora` is forgotten by its older versions where diffusers sets an adapter's weight.
+        lora_alpha=alpha * sqrt(rank) if kind == "rslora" else alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=dropout,
+        target_modules=targets,
+        init_lora_weights="gaussian",
+        use_dora=kind == "dora",
+    )
+
+
+def read_settings(settings: dict[str, Any]) -> Any:
+    """peft's config from what a file says of a LoHa or LoKr."""
+    kind = {"LOHA": LoHaConfig, "LOKR": LoKrConfig}[settings["peft_type"]]
+    known = set(kind.__dataclass_fields__)
+    return kind(**{name: value for name, value in settings.items() if name in known})
+
+
+def kind_of(settings: Any) -> Kind:
+    """The kind of adapter that peft's config describes; a rank-stabilised LoRA is one with another alpha."""
+    if isinstance(settings, LoraConfig):
+        return "dora" if settings.use_dora else "lora"
+    return "loha" if isinstance(settings, LoHaConfig) else "lokr"
+
+
+def without_alpha_for_whole_factors(unet: nn.Module, name: str, settings: Any) -> None:
+    """Take alpha as the rank in layers of a LoKr whose two factors are whole.
+
+    peft scales these by alpha / rank as well; LyCORIS, which made LoKr, and viewers do not, since there is no rank.
+    """
+    for layer, module in unet.named_modules():
+        if isinstance(module, LoKrLayer) and name in module.lokr_w1 and name in module.lokr_w2:
+            module.alpha[name], module.scaling[name] = settings.r, 1.0
+            settings.alpha_pattern[layer] = settings.r

@@ -1,0 +1,166 @@
+"""Every kind of adapter: there and back between the layouts, proved, trained, drawn with, gone on from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from finetune.commands import sample
+from finetune.config import TrainConfig
+from finetune.errors import ModelError, RunError, UsageError
+from finetune.models.loading import DiffusionModel, load_model
+from finetune.models.lora import Adapter, add_lora, load_lora, trainable
+from finetune.models.lora_kinds import NAMES, Kind
+from finetune.models.lora_layouts import LoraFile, from_kohya, read_lora, to_kohya
+from finetune.models.lora_math import changed
+from finetune.recipe import fine_tune
+from finetune.results.export import export
+from finetune.results.verify import verify_kohya
+from tests.models.test_lora_layouts import EVERYTHING, SHAPES, adapted
+
+TARGETS = ("to_q", "to_out.0", "ff.net.2", "conv1", "proj_in")
+
+
+@pytest.fixture(autouse=True)
+def global_generator_untouched() -> None:
+    """Loading an adapter through diffusers or peft draws from the global generator."""
+
+
+def answer(unet: nn.Module) -> Tensor:
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return unet.eval()(x, 500, encoder_hidden_states=torch.ones(1, 77, 96)).sample
+
+
+def trained(kind: Kind) -> DiffusionModel:
+    """Alpha 3 on rank 4, weights far from zero."""
+    model = load_model("tiny")
+    add_lora(model.unet, rank=4, alpha=3, target_modules=TARGETS, kind=kind)
+    source = torch.Generator().manual_seed(1)
+    for parameter in trainable(model.unet):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=source)
+    return model
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_an_adapter_changes_nothing_until_it_has_learned(kind: Kind) -> None:
+    model = load_model("tiny")
+    before = answer(model.unet)
+    add_lora(model.unet, rank=4, alpha=3, target_modules=TARGETS, kind=kind)
+    assert torch.allclose(answer(model.unet), before, rtol=0, atol=1e-5)
+    assert {parameter.dtype for parameter in trainable(model.unet)} == {torch.float32}
+    assert not torch.allclose(answer(trained(kind).unet), before, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", NAMES)
+def test_there_and_back_is_equal_to_the_bit(kind: Kind, shape: str) -> None:
+    adapter = adapted(shape, EVERYTHING, kind)
+    state, alphas = adapter.state(), adapter.alphas()
+    back, back_alphas = from_kohya(to_kohya(state, alphas), [name for name, _ in adapter.unet.named_modules()])
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
+    assert back_alphas == pytest.approx(alphas)
+    if kind == "rslora":
+        assert set(alphas.values()) == {3 * 4**0.5}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_an_export_is_proved_in_both_layouts(kind: Kind, tmp_path: Path) -> None:
+    model = trained(kind)
+    assert export(model, tmp_path / "discs") < 1e-5
+    fresh = load_model("tiny")
+    load_lora(fresh.unet, tmp_path / "discs")
+    assert torch.allclose(answer(fresh.unet), answer(model.unet), rtol=0, atol=1e-5)
+    with safe_open(tmp_path / "discs/discs.safetensors", "pt") as file:
+        lycoris = file.metadata()["ss_network_module"] == "lycoris.kohya"
+    assert lycoris == (kind in ("dora", "loha", "lokr"))
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha", "lokr"])
+@pytest.mark.parametrize("fault", ["alpha", "value", "missing"])
+def test_the_proof_of_what_diffusers_cannot_load_finds_faults(kind: Kind, fault: str, tmp_path: Path) -> None:
+    model = trained(kind)
+    path = tmp_path / "lora.safetensors"
+    Adapter(model.unet).save_kohya(path, {})
+    assert verify_kohya(model, path) < 1e-5
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith(".alpha") == (fault == "alpha"))
+    tensors[key] = tensors[key] + 1e-3
+    if fault == "missing":
+        del tensors[key]
+    save_file(tensors, path)
+    with pytest.raises((RunError, ModelError), match=r"weights differ|no LoRA tensor"):
+        verify_kohya(model, path)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_merged_by_the_definition_the_weights_answer_the_same(kind: Kind, tmp_path: Path) -> None:
+    model = trained(kind)
+    path = tmp_path / "lora.safetensors"
+    Adapter(model.unet).save_kohya(path, {})
+    plain = load_model("tiny").unet
+    found = read_lora(path, [name for name, _ in plain.named_modules()])
+    for layer, tensors in found.layers().items():
+        weight = plain.get_parameter(f"{layer}.weight")
+        weight.data = changed(weight, tensors, found.alphas[layer])
+    assert torch.allclose(answer(plain), answer(model.unet), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_one_goes_on_from_a_file_whatever_its_alpha(kind: Kind, layout: str, tmp_path: Path) -> None:
+    model = trained(kind)
+    export(model, tmp_path / "first")
+    file = tmp_path / "first" / ("first.safetensors" if layout == "kohya" else "pytorch_lora_weights.safetensors")
+    other = load_model("tiny")
+    add_lora(other.unet, rank=4, alpha=8, target_modules=TARGETS, kind=kind)
+    assert Adapter(other.unet).take_over(file) == 0
+    assert torch.allclose(answer(other.unet), answer(model.unet), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dora", "lokr"])
+def test_a_run_of_another_kind_trains_and_draws(
+    kind: Kind, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = TrainConfig(
+        data=str(pictures), output_dir=str(tmp_path / "out"), max_train_steps=2, lora_type=kind, rank=4,
+        learning_rate=0.01, num_inference_steps=0, lora_target_modules=TARGETS,
+    )  # fmt: skip
+    out = fine_tune(config)
+    told = capsys.readouterr().out
+    assert f"{NAMES[kind]} rank 4, alpha 4" in told
+    assert ("finetune.load_lora(pipeline.unet" in told) == (kind == "lokr")
+    sample.run(sample.Options(model=str(out), prompt=("a red disc",), num_inference_steps=2))
+    assert (out / "samples/a-red-disc-0.png").is_file()
+
+
+def test_a_dropout_that_a_kind_has_not_is_refused(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="lora_dropout cannot be used here: it needs lora_type lora, rslora or dora"):
+        fine_tune(TrainConfig(data=str(pictures), output_dir=str(tmp_path), lora_type="loha", lora_dropout=0.1))
+
+
+def test_norms_of_inputs_are_named() -> None:
+    with pytest.raises(ModelError, match=r"lora_unet_conv_in\.dora_scale: a norm for each input"):
+        from_kohya({"lora_unet_conv_in.dora_scale": torch.ones(1, 4, 1, 1)}, ["conv_in"])
+
+
+def test_updates_are_those_of_the_definitions() -> None:
+    """Worked out by hand: alpha 1 on rank 2, so half of each product."""
+    a, b = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0, 6.0], [7.0, 8.0]])
+    product = torch.tensor([[19.0, 22.0], [43.0, 50.0]])
+    zero = torch.zeros(2, 2)
+    lora = {"lora_B.weight": a, "lora_A.weight": b}
+    assert torch.equal(changed(zero, lora, 1.0), product / 2)
+    assert torch.equal(changed(zero, lora, None, strength=0.5), product / 2)
+    loha = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": a, "hada_w2_b": b}
+    assert torch.equal(changed(zero, loha, 1.0), product * product / 2)
+    lokr = {"lokr_w1": torch.tensor([[1.0, 2.0]]), "lokr_w2_a": a, "lokr_w2_b": b}
+    assert torch.equal(changed(torch.zeros(2, 4), lokr, 1.0), torch.cat([product / 2, product], dim=1))
+    dora = lora | {"lora_magnitude_vector": torch.tensor([1.0, 2.0])}
+    rows = changed(zero, dora, 1.0).norm(dim=1)
+    assert torch.allclose(rows, torch.tensor([1.0, 2.0]))
+    assert LoraFile({"unet.x.lora_A.weight": b}, {}, 0).layers() == {"x": {"lora_A.weight": b}}
