@@ -34,6 +34,11 @@ VERBS = {
     "sample": "draw pictures with a trained model",
     "export": "write what a run has learned as another kind of file",
     "preview": "see the pictures as training will see them",
+    "lora info": "what a LoRA file holds",
+    "lora convert": "write a LoRA file in the other layout",
+    "lora merge": "put LoRA files into a model",
+    "lora resize": "write a LoRA of lower rank",
+    "lora extract": "the difference of two models as a LoRA",
 }
 """First words that do something other than train -> what. Each is a module of `finetune.commands`."""
 
@@ -103,10 +108,11 @@ def _dispatch(argv: list[str]) -> int:
         return UsageError.exit_code
     if "--version" in argv:
         print(PROGRAM, importlib.metadata.version(PROGRAM))
-    elif argv[0] in VERBS:
-        _run_verb(argv[0], argv[1:])
+    elif verb := _verb(argv):
+        _run_verb(verb, argv[len(verb.split()) :])
     elif not _FLAG.fullmatch(argv[0]):
-        known = f"{suggest(argv[0], VERBS)} (commands: {', '.join(VERBS)}; options alone train)"
+        words = list(dict.fromkeys(verb.split()[0] for verb in VERBS))
+        known = f"{suggest(argv[0], words)} (commands: {', '.join(words)}; options alone train)"
         raise UsageError(f"unknown command {argv[0]!r}{known}")
     elif _asks_for_help(argv):
         _show_help(TRAIN_SECTIONS, PROGRAM, _overview())
@@ -121,9 +127,21 @@ def _dispatch(argv: list[str]) -> int:
     return 0
 
 
+def _verb(argv: list[str]) -> str | None:
+    """The command that the first word names, or the first two. Raises UsageError for the first of two alone."""
+    groups = [verb for verb in VERBS if verb.split()[0] == argv[0]]
+    if not groups or groups == argv[:1]:
+        return argv[0] if groups else None
+    verb = " ".join(argv[:2])
+    if verb not in VERBS:
+        actions = ", ".join(group.split()[1] for group in groups)
+        raise UsageError(f"{argv[0]} takes a command after it: {actions}{suggest(verb, groups)}")
+    return verb
+
+
 def _run_verb(verb: str, argv: list[str]) -> None:
     """Run `finetune.commands.<verb>` with the options that follow the verb."""
-    command = importlib.import_module(f"finetune.commands.{verb}")
+    command = importlib.import_module(f"finetune.commands.{verb.replace(' ', '_')}")
     sections = {verb: command.Options}
     if _asks_for_help(argv):
         _show_help(sections, f"{PROGRAM} {verb}", f"{PROGRAM} {verb}: {VERBS[verb]}")
@@ -306,9 +324,9 @@ def _meant(hint: Any, word: str) -> Any:
 
 def _overview() -> str:
     """What the command does, in one screenful."""
-    verbs = "\n".join(f"  {name:<9}{text}" for name, text in VERBS.items())
+    verbs = "\n".join(f"  {name:<14}{text}" for name, text in VERBS.items())
     families = "\n".join(
-        f"  {family.name:<9}{family.description}; {family.resolution} pixels" for family in FAMILIES.values()
+        f"  {family.name:<14}{family.description}; {family.resolution} pixels" for family in FAMILIES.values()
     )
     return f"""\
 Teach the UNet of a Stable Diffusion your pictures:

@@ -4,6 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
+from finetune.errors import UsageError
+
 
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file so that a reader, or a crash, never sees a part of it. Text is written as UTF-8."""
@@ -43,3 +45,13 @@ def remove(path: Path) -> None:
         shutil.rmtree(doomed)
     else:
         path.unlink(missing_ok=True)
+
+
+def new_file(option: str, place: str) -> Path:
+    """A path to be written, in a folder that is there. Raises UsageError naming the option otherwise."""
+    path = Path(place).expanduser()
+    if path.exists() or path.is_symlink():
+        raise UsageError(f"{option} {path} exists already; give another place")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{option} {path}: there is no folder {path.absolute().parent}")
+    return path

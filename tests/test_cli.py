@@ -178,11 +178,13 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("--config none.toml", "config file none.toml: No such file or directory"),
         (
             "samle",
-            "unknown command 'samle'; did you mean sample? (commands: sample, export, preview; options alone train)",
+            "unknown command 'samle'; did you mean sample? "
+            "(commands: sample, export, preview, lora; options alone train)",
         ),
         (
             "samle --help",
-            "unknown command 'samle'; did you mean sample? (commands: sample, export, preview; options alone train)",
+            "unknown command 'samle'; did you mean sample? "
+            "(commands: sample, export, preview, lora; options alone train)",
         ),
     ],
 )

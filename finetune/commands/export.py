@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from finetune.config import ResolvedConfig, load_resolved
 from finetune.errors import ModelError, RunError, UsageError
+from finetune.files import new_file
 
 if TYPE_CHECKING:
     from finetune.models.loading import DiffusionModel
@@ -40,16 +41,13 @@ def run(options: Options) -> None:
         UsageError: no such run or checkpoint, a place that is taken, or a form that the run cannot take.
         RunError: what was written does not load back to the same; it is kept beside, named `.rejected`.
     """
-    folder, to = Path(options.run).expanduser(), Path(options.to).expanduser()
+    folder = Path(options.run).expanduser()
     if not (folder / "config.toml").is_file():
         raise UsageError(f"--run {folder}: no run folder")
     config = load_resolved(folder / "config.toml")
     if options.format in ("kohya", "peft") and config.method == "full":
         raise UsageError(f"--format {options.format}: this run trained every weight, and has no LoRA")
-    if to.exists() or to.is_symlink():
-        raise UsageError(f"--to {to} exists already; give another place")
-    if not to.absolute().parent.is_dir():
-        raise UsageError(f"--to {to}: there is no folder {to.absolute().parent}")
+    to = new_file("--to", options.to)
     from finetune.results.forms import write_form
 
     model, told = _trained(options, config, folder)

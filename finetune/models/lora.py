@@ -20,16 +20,15 @@ from torch import Tensor, nn
 
 from finetune.errors import ModelError, UsageError
 from finetune.models.lora_kinds import (
-    LYCORIS_ALGORITHMS,
     Kind,
     kind_of,
     read_settings,
     settings_of,
     without_alpha_for_whole_factors,
 )
-from finetune.models.lora_layouts import PEFT_PREFIX, from_kohya, read_lora, to_kohya
+from finetune.models.lora_layouts import PEFT_PREFIX, LoraFile, from_kohya, read_lora, write_kohya
 from finetune.models.lora_math import rank_of
-from finetune.models.tensor_file import data_digest, write_tensors
+from finetune.models.lora_names import layer_names
 from finetune.options import ATTENTION_AND_FEED_FORWARD
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -192,7 +191,8 @@ class Adapter:
         """What a kohya file says of its run; not what follows from its tensors."""
         with safe_open(path, "pt") as file:
             told: dict[str, str] = file.metadata() or {}
-        return {name: text for name, text in told.items() if not name.startswith("ss_network_") and "hash" not in name}
+        beside = ("ss_network_", LORA_ADAPTER_METADATA_KEY)
+        return {name: text for name, text in told.items() if not name.startswith(beside) and "hash" not in name}
 
     @staticmethod
     def settings_in(folder: Path) -> dict[str, Any]:
@@ -236,20 +236,7 @@ class Adapter:
 
     def save_kohya(self, path: Path, told: Mapping[str, str], dtype: torch.dtype = torch.float32) -> None:
         """Write the adapter's tensors in kohya's layout, with what is `told` of them as metadata."""
-        alphas = self.alphas()
-        tensors = to_kohya(self.state(dtype), alphas)
-        digest, algorithm = data_digest(tensors), LYCORIS_ALGORITHMS.get(self.kind)
-        known = {
-            "ss_network_module": "lycoris.kohya" if algorithm else "networks.lora",
-            "ss_network_dim": str(self.unet.peft_config[self.name].r),
-            "ss_network_alpha": f"{min(alphas.values()):g}",
-            "sshs_model_hash": digest,
-            "modelspec.hash_sha256": f"0x{digest}",
-        }
-        if algorithm:
-            arguments = {"algo": algorithm} | ({"dora_wd": True} if self.kind == "dora" else {})
-            known["ss_network_args"] = json.dumps(arguments)
-        write_tensors(path, tensors, known | dict(told))
+        write_kohya(path, LoraFile(self.state(dtype), self.alphas(), 0), told, self.unet.peft_config[self.name].r)
 
     def take_over(self, path: Path) -> int:
         """Start from a LoRA file in either layout; what it adds to the base is the same, whatever its alpha.
@@ -261,13 +248,14 @@ class Adapter:
             UsageError: its layers or its rank are not this adapter's.
             ModelError: it is damaged, or no LoRA for this UNet.
         """
-        found, state = read_lora(path, self._modules()), self.state()
+        found, state = read_lora(path, self._names()), self.state()
         shapes = [{key: tuple(tensor.shape) for key, tensor in some.items()} for some in (found.tensors, state)]
         if shapes[0] != shapes[1]:
             key = min(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))
             theirs, ours = shapes[0].get(key, "missing"), shapes[1].get(key, "not adapted")
             what = "give its --rank and --lora_target_modules" if theirs != "missing" else "it has fewer layers"
-            raise UsageError(f"init_lora {path} (for {found.base}): {key} is {theirs} there and {ours} here; {what}")
+            place = f"init_lora {path} (for {found.family or 'another model'})"
+            raise UsageError(f"{place}: {key} is {theirs} there and {ours} here; {what}")
         layers, alphas = found.layers(), self.alphas()
         for layer, tensors in layers.items():
             rank = rank_of(tensors)
@@ -279,13 +267,14 @@ class Adapter:
         set_peft_model_state_dict(self.unet, state, adapter_name=self.name)
         return found.text_tensors
 
-    def _modules(self) -> list[str]:
-        return [name.removesuffix(".base_layer") for name, _ in self.unet.named_modules()]
+    def _names(self) -> dict[str, str]:
+        weights = [name.replace(".base_layer.", ".") for name, _ in self.unet.named_parameters()]
+        return layer_names(self.unet.config, weights)
 
     def read_kohya(self, path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The tensors of a kohya file under this adapter's keys, and alpha of each layer. Raises ModelError."""
         try:
-            return from_kohya(load_file(path, device=str(self.unet.device)), self._modules())
+            return from_kohya(load_file(path, device=str(self.unet.device)), self._names())
         except SafetensorError as error:
             raise ModelError(f"{path} cannot be loaded: {error}") from error
 

@@ -18,9 +18,6 @@ NAMES: dict[Kind, str] = {
     "lokr": "LoKr",
 }
 
-LYCORIS_ALGORITHMS = {"dora": "locon", "loha": "loha", "lokr": "lokr"}
-"""What LyCORIS, the network module of sd-scripts that knows them, calls the kinds that sd-scripts itself has not."""
-
 
 def settings_of(kind: Kind, rank: int, alpha: float, dropout: float, target_modules: Sequence[str]) -> Any:
     """peft's config for a kind of adapter; see `finetune.models.lora.add_lora`."""

@@ -7,25 +7,31 @@ factors; DoRA's norms are `.dora_scale` in kohya's, and stand as a column.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from finetune.errors import ModelError
-from finetune.models.lora_math import MAGNITUDE, rank_of
+from finetune.models.lora_math import MAGNITUDE, lacking, rank_of
+from finetune.models.lora_names import family_layers
+from finetune.models.tensor_file import data_digest, write_tensors
 
 PEFT_PREFIX = "unet."
 KOHYA_PREFIX = "lora_unet_"
+_WIDTHS = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
+"""Numbers in each token of a prompt's embedding -> family."""
 _FACTORS = (
     *(f"hada_{factor}" for factor in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
     *(f"lokr_{factor}" for factor in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")),
 )
+_STEMS = {"loha": "hada_", "lokr": "lokr_"}
 _SUFFIXES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", MAGNITUDE: "dora_scale"}
 _SUFFIXES |= dict(zip(_FACTORS, _FACTORS, strict=True))
 """peft's name of a tensor -> kohya's."""
@@ -49,17 +55,18 @@ def to_kohya(state: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[s
     return found
 
 
-def from_kohya(state: Mapping[str, Tensor], modules: Iterable[str]) -> tuple[dict[str, Tensor], dict[str, float]]:
+def from_kohya(state: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The tensors of a kohya file under peft's keys, and alpha of each module.
 
     Args:
         state: kohya key -> tensor.
-        modules: names of the UNet's layers; the underscores of a key could be dots or underscores.
+        names: as `finetune.models.lora_names.layer_names` gives them; the underscores of a key could be dots or
+            underscores.
 
     Raises:
         ModelError: a key belongs to none of the layers, or is of another kind.
     """
-    by_name = {KOHYA_PREFIX + module.replace(".", "_"): module for module in modules}
+    by_name = {KOHYA_PREFIX + name.replace(".", "_"): module for name, module in names.items()}
     back = {theirs: ours for ours, theirs in _SUFFIXES.items()}
     tensors: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
@@ -70,6 +77,8 @@ def from_kohya(state: Mapping[str, Tensor], modules: Iterable[str]) -> tuple[dic
         if suffix == "dora_scale":
             tensor = _magnitude(key, tensor)
         if suffix == "alpha":
+            if tensor.numel() != 1:
+                raise ModelError(f"{key}: {tuple(tensor.shape)}; alpha is one number")
             alphas[by_name[name]] = tensor.item()
         else:
             tensors[f"{PEFT_PREFIX}{by_name[name]}.{back[suffix]}"] = tensor
@@ -101,14 +110,25 @@ class LoraFile:
     """Layer -> alpha; those that say none have alpha = rank."""
     text_tensors: int
     """Tensors for text encoders, which are not among them."""
+    layout: Literal["kohya", "peft"] = "peft"
+    """That of the file."""
 
     @property
-    def base(self) -> str:
-        """Which family it was made for, by the width of the prompts that its layers read."""
-        ends = tuple(f"attn2.to_k.{name}" for name in ("lora_A.weight", "hada_w1_b"))
-        widths = {t.shape[1] for key, t in self.tensors.items() if key.endswith(ends)}
-        names = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
-        return next((names[width] for width in widths if width in names), "another model")
+    def family(self) -> str | None:
+        """Which family it was made for, where it has a layer that tells."""
+        return told_family(self.tensors)
+
+    @property
+    def kind(self) -> str:
+        """What its tensors are: "lora", "dora", "loha" or "lokr"; a rank-stabilised LoRA is one with another alpha."""
+        ends = {key.rpartition(".")[2] for key in self.tensors}
+        if MAGNITUDE in ends:
+            return "dora"
+        return next((kind for kind in ("loha", "lokr") if any(e.startswith(_STEMS[kind]) for e in ends)), "lora")
+
+    def ranks(self) -> dict[str, int | None]:
+        """Layer -> rank."""
+        return {layer: rank_of(tensors) for layer, tensors in self.layers().items()}
 
     def layers(self) -> dict[str, dict[str, Tensor]]:
         """Layer -> its tensors by peft's names, as `finetune.models.lora_math` takes them."""
@@ -119,12 +139,12 @@ class LoraFile:
         return found
 
 
-def read_lora(path: Path, modules: Iterable[str]) -> LoraFile:
+def read_lora(path: Path, names: Mapping[str, str] | None = None) -> LoraFile:
     """A LoRA file in kohya's or peft's layout.
 
     Args:
         path: a safetensors file.
-        modules: names of the UNet's layers.
+        names: of the UNet's layers, as `from_kohya` takes them. None: those of the family that it was made for.
 
     Raises:
         ModelError: it is damaged, has numbers that are not finite, mixes the layouts, or is no LoRA for this UNet.
@@ -143,14 +163,36 @@ def read_lora(path: Path, modules: Iterable[str]) -> LoraFile:
     if kohya and len(kohya) < len(ours):
         other = next(key for key in ours if key not in kohya)
         raise ModelError(f"{path} mixes two layouts: {kohya[0]} and {other}")
+    if kohya and names is None:
+        names = family_layers(_family(path, ours))[0]
     try:
         if kohya:
-            return LoraFile(*from_kohya(ours, modules), len(text))
-        found = LoraFile({f"{PEFT_PREFIX}{k.removeprefix(PEFT_PREFIX)}": t for k, t in ours.items()}, {}, len(text))
+            found = LoraFile(*from_kohya(ours, names or {}), len(text), "kohya")
+        else:
+            state = {f"{PEFT_PREFIX}{key.removeprefix(PEFT_PREFIX)}": tensor for key, tensor in ours.items()}
+            found = LoraFile(state, {}, len(text))
         layers = found.layers()
+        for layer, tensors in layers.items():
+            if name := lacking(tensors):
+                raise ModelError(f"{layer}.{name} is missing")
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
-    return replace(found, alphas=_told_alphas(settings, layers))
+    return found if kohya else replace(found, alphas=_told_alphas(settings, layers))
+
+
+def told_family(tensors: Mapping[str, Tensor]) -> str | None:
+    """Which family a LoRA in either layout was made for, by the width of the prompts that its layers read."""
+    ends = tuple(
+        f"attn2{dot}to_k.{name}" for dot in "._" for name in ("lora_A.weight", "lora_down.weight", "hada_w1_b")
+    )
+    widths = {tensor.shape[1] for key, tensor in tensors.items() if key.endswith(ends)}
+    return next((family for width, family in _WIDTHS.items() if width in widths), None)
+
+
+def _family(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    if (family := told_family(tensors)) is None:
+        raise ModelError(f"{path}: which model it was made for does not show in its tensors; give --model")
+    return family
 
 
 def _told_alphas(settings: Mapping[str, Any], layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
@@ -164,3 +206,55 @@ def _told_alphas(settings: Mapping[str, Any], layers: Mapping[str, Mapping[str, 
         layer: float(own.get(layer, alpha)) * (sqrt(rank_of(tensors) or 1) if stabilised else 1.0)
         for layer, tensors in layers.items()
     }
+
+
+_LYCORIS = {"dora": "locon", "loha": "loha", "lokr": "lokr"}
+"""What LyCORIS, the network module of sd-scripts that knows them, calls the kinds that sd-scripts itself has not."""
+
+
+def write_kohya(path: Path, found: LoraFile, told: Mapping[str, str], rank: int | None = None) -> None:
+    """Write a file in kohya's layout.
+
+    Args:
+        path: the file.
+        found: what to write.
+        told: metadata, beside what the tensors themselves say.
+        rank: that was asked for; None: the most frequent.
+    """
+    tensors = to_kohya(found.tensors, found.alphas)
+    digest, algorithm = data_digest(tensors), _LYCORIS.get(found.kind)
+    known = {
+        "ss_network_module": "lycoris.kohya" if algorithm else "networks.lora",
+        "ss_network_dim": str(rank or _usual(found.ranks().values())),
+        "ss_network_alpha": f"{_usual(found.alphas.values()):g}",
+        "sshs_model_hash": digest,
+        "modelspec.hash_sha256": f"0x{digest}",
+    }
+    if algorithm:
+        arguments = {"algo": algorithm} | ({"dora_wd": True} if found.kind == "dora" else {})
+        known["ss_network_args"] = json.dumps(arguments)
+    write_tensors(path, tensors, dict(told) | known)
+
+
+def write_peft(path: Path, found: LoraFile) -> None:
+    """Write a file in peft's layout, rank and alpha of each layer in its metadata. Raises ModelError for a LoKr."""
+    if found.kind == "lokr":
+        raise ModelError("a LoKr does not say how its layers were factored, which peft needs to know; keep to kohya")
+    ranks, alphas = found.ranks(), found.alphas
+    rank, alpha = _usual(ranks.values()), _usual(alphas.values())
+    settings: dict[str, Any] = {
+        "peft_type": "LOHA" if found.kind == "loha" else "LORA",
+        "r": rank,
+        "alpha" if found.kind == "loha" else "lora_alpha": alpha,
+        "rank_pattern": {layer: own for layer, own in ranks.items() if own != rank},
+        "alpha_pattern": {layer: own for layer, own in alphas.items() if own != alpha},
+        "target_modules": sorted(ranks),
+    }
+    settings |= {"use_dora": True} if found.kind == "dora" else {}
+    told = {f"{PEFT_PREFIX}{name}": value for name, value in settings.items()}
+    write_tensors(path, found.tensors, {"lora_adapter_metadata": json.dumps(told, sort_keys=True)})
+
+
+def _usual(numbers: Iterable[Any]) -> Any:
+    """The most frequent one."""
+    return Counter(number for number in numbers if number is not None).most_common(1)[0][0]

@@ -12,6 +12,17 @@ MAGNITUDE = "lora_magnitude_vector"
 """What DoRA learns beside the two matrices: the norm of each row."""
 
 
+def lacking(tensors: Mapping[str, Tensor]) -> str | None:
+    """A tensor without which a layer's others are no update; None where they are whole."""
+    if "lora_A.weight" in tensors or "lora_B.weight" in tensors or MAGNITUDE in tensors:
+        needed = ["lora_A.weight", "lora_B.weight"]
+    elif any(name.startswith("hada_") for name in tensors):
+        needed = [f"hada_{factor}" for factor in ("w1_a", "w1_b", "w2_a", "w2_b")]
+    else:
+        needed = [name for i in "12" if f"lokr_w{i}" not in tensors for name in (f"lokr_w{i}_a", f"lokr_w{i}_b")]
+    return next((name for name in needed if name not in tensors), None)
+
+
 def rank_of(tensors: Mapping[str, Tensor]) -> int | None:
     """The rank of a layer's update; None for a LoKr of two whole factors, which has none, and no alpha."""
     for name in ("lora_A.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
@@ -57,6 +68,39 @@ def changed(weight: Tensor, tensors: Mapping[str, Tensor], alpha: float | None, 
         norms = merged.flatten(1).norm(dim=1)
         merged = merged * (tensors[MAGNITUDE].float().flatten() / norms).reshape(-1, *[1] * (weight.ndim - 1))
     return base + strength * (merged - base)
+
+
+def factors(
+    tensors: Mapping[str, Tensor], alpha: float | None, shape: torch.Size, *, rank: int | None, energy: float
+) -> tuple[dict[str, Tensor], float]:
+    """A layer's update as a plain LoRA of lower rank: the best there is in the sum of squares (Eckart & Young 1936).
+
+    Args:
+        tensors: of one layer, of any kind but DoRA; or {"": update}, for a whole update that nothing has made.
+        alpha: see `update`.
+        shape: of the weight.
+        rank: the highest to keep; None: as many as `energy` asks for.
+        energy: keep the fewest singular values whose squares sum up to this share, in (0, 1].
+
+    Returns:
+        `lora_A.weight` and `lora_B.weight`, for alpha = rank, and the share of the squares that they keep.
+    """
+    if "lora_B.weight" in tensors:  # two thin matrices; the decomposition is of a square one as small as their rank
+        scale = 1.0 if alpha is None else alpha / tensors["lora_A.weight"].shape[0]
+        left, small = torch.linalg.qr(tensors["lora_B.weight"].float().flatten(1) * scale)
+        right, other = torch.linalg.qr(tensors["lora_A.weight"].float().flatten(1).T)
+        u, s, v = torch.linalg.svd(small @ other.T, full_matrices=False)
+        u, v = left @ u, v @ right.T
+    else:
+        whole = tensors[""] if "" in tensors else update(tensors, alpha, shape)
+        u, s, v = torch.linalg.svd(whole.float().flatten(1), full_matrices=False)
+    shares = (s**2).cumsum(0) / (s**2).sum().clamp_min(torch.finfo().tiny)
+    enough = int((shares < energy).sum()) + 1
+    kept = min(enough, len(s), rank or len(s))
+    root = s[:kept].sqrt()
+    down = (root[:, None] * v[:kept]).reshape(kept, *shape[1:])
+    up = (u[:, :kept] * root).reshape(-1, kept, *[1] * (len(shape) - 2))
+    return {"lora_A.weight": down.contiguous(), "lora_B.weight": up.contiguous()}, shares[kept - 1].item()
 
 
 def _factor(tensors: Mapping[str, Tensor], name: str, core: str) -> Tensor:

@@ -4,20 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from finetune.errors import UsageError
 from finetune.models.ldm_file import checkpoint_tensors, marks
 from finetune.models.loading import DiffusionModel
 from finetune.models.lora import Adapter
 from finetune.models.pipeline_folder import write_pipeline
 from finetune.models.single_file import CLIP
-from finetune.models.tensor_file import write_tensors
+from finetune.models.tensor_file import DTYPES, write_tensors
 from finetune.models.weights import in_dtype
 from finetune.results.lora_facts import architecture
 from finetune.results.verify import verify_kohya, verify_peft, verify_pipeline, verify_single_file, verify_unet
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def write_form(

@@ -16,10 +16,11 @@ from finetune.models.lora import Adapter, add_lora, load_lora, trainable
 from finetune.models.lora_kinds import NAMES, Kind
 from finetune.models.lora_layouts import LoraFile, from_kohya, read_lora, to_kohya
 from finetune.models.lora_math import changed
+from finetune.models.lora_names import layer_names
 from finetune.recipe import fine_tune
 from finetune.results.export import export
 from finetune.results.verify import verify_kohya
-from tests.models.test_lora_layouts import EVERYTHING, SHAPES, adapted
+from tests.models.test_lora_layouts import EVERYTHING, SHAPES, adapted, names_of
 
 TARGETS = ("to_q", "to_out.0", "ff.net.2", "conv1", "proj_in")
 
@@ -60,7 +61,7 @@ def test_an_adapter_changes_nothing_until_it_has_learned(kind: Kind) -> None:
 def test_there_and_back_is_equal_to_the_bit(kind: Kind, shape: str) -> None:
     adapter = adapted(shape, EVERYTHING, kind)
     state, alphas = adapter.state(), adapter.alphas()
-    back, back_alphas = from_kohya(to_kohya(state, alphas), [name for name, _ in adapter.unet.named_modules()])
+    back, back_alphas = from_kohya(to_kohya(state, alphas), names_of(shape))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
     assert back_alphas == pytest.approx(alphas)
@@ -103,7 +104,7 @@ def test_merged_by_the_definition_the_weights_answer_the_same(kind: Kind, tmp_pa
     path = tmp_path / "lora.safetensors"
     Adapter(model.unet).save_kohya(path, {})
     plain = load_model("tiny").unet
-    found = read_lora(path, [name for name, _ in plain.named_modules()])
+    found = read_lora(path, layer_names(plain.config, plain.state_dict()))
     for layer, tensors in found.layers().items():
         weight = plain.get_parameter(f"{layer}.weight")
         weight.data = changed(weight, tensors, found.alphas[layer])
@@ -145,7 +146,7 @@ def test_a_dropout_that_a_kind_has_not_is_refused(pictures: Path, tmp_path: Path
 
 def test_norms_of_inputs_are_named() -> None:
     with pytest.raises(ModelError, match=r"lora_unet_conv_in\.dora_scale: a norm for each input"):
-        from_kohya({"lora_unet_conv_in.dora_scale": torch.ones(1, 4, 1, 1)}, ["conv_in"])
+        from_kohya({"lora_unet_conv_in.dora_scale": torch.ones(1, 4, 1, 1)}, {"conv_in": "conv_in"})
 
 
 def test_updates_are_those_of_the_definitions() -> None:

@@ -1,14 +1,17 @@
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import save_file
 
 from finetune.errors import ModelError
 from finetune.models.lora import Adapter, add_lora
 from finetune.models.lora_kinds import Kind
-from finetune.models.lora_layouts import from_kohya, to_kohya
+from finetune.models.lora_layouts import from_kohya, read_lora, to_kohya
+from finetune.models.lora_names import family_layers, layer_names
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 EVERYTHING = (
@@ -48,6 +51,12 @@ def adapted(shape: str, targets: Iterable[str], kind: Kind = "lora") -> Adapter:
     return Adapter(unet)
 
 
+def names_of(shape: str) -> dict[str, str]:
+    with torch.random.fork_rng(devices=[]):
+        unet = UNet2DConditionModel(**SHAPES[shape])
+    return layer_names(unet.config, unet.state_dict())
+
+
 def keys_that_comfyui_uses(keys: Iterable[str], weights: Iterable[str]) -> set[str]:
     """The keys of a LoRA file that ComfyUI's map of a UNet finds, written down from its description.
 
@@ -84,8 +93,7 @@ def test_comfyui_uses_every_tensor(shape: str, targets: tuple[str, ...]) -> None
 def test_there_and_back_is_equal_to_the_bit(shape: str) -> None:
     adapter = adapted(shape, EVERYTHING)
     state = adapter.state()
-    modules = [name for name, _ in adapter.unet.named_modules()]
-    back, alphas = from_kohya(to_kohya(state, adapter.alphas()), modules)
+    back, alphas = from_kohya(to_kohya(state, adapter.alphas()), names_of(shape))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
     assert set(alphas.values()) == {3.0}
@@ -95,9 +103,45 @@ def test_there_and_back_is_equal_to_the_bit(shape: str) -> None:
 @pytest.mark.parametrize("key", ["lora_unet_conv_in.lora_mid.weight", "lora_te_x.lora_up.weight", "unet.conv_in.alpha"])
 def test_keys_of_another_kind_are_named(key: str) -> None:
     with pytest.raises(ModelError, match=re.escape(f"{key}: no LoRA tensor for this UNet")):
-        from_kohya({key: torch.zeros(1)}, ["conv_in"])
+        from_kohya({key: torch.zeros(1)}, {"conv_in": "conv_in"})
 
 
 def test_what_is_no_lora_is_not_renamed() -> None:
     with pytest.raises(ModelError, match=r"conv_in\.weight: no tensor of a LoRA"):
         to_kohya({"unet.conv_in.weight": torch.zeros(1)}, {"conv_in": 1})
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_names_that_sd_scripts_gives_the_layers_of_sdxl_are_read(shape: str) -> None:
+    adapter = adapted(shape, EVERYTHING)
+    ldm = {layer: name for name, layer in names_of(shape).items() if name != layer}
+    state = {key: tensor for key, tensor in adapter.state().items() if key.endswith(".lora_A.weight")}
+    layers = {key.removeprefix("unet.").removesuffix(".lora_A.weight"): tensor for key, tensor in state.items()}
+    theirs = {f"lora_unet_{ldm[layer].replace('.', '_')}.lora_down.weight": t for layer, t in layers.items()}
+    assert "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_q.lora_down.weight" in theirs
+    back, _ = from_kohya(theirs, names_of(shape))
+    assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
+
+
+def test_the_layers_of_the_real_sizes_are_known_without_a_model() -> None:
+    for family, width in (("sd15", 768), ("sd21", 1024), ("sdxl", 2048)):
+        names, shapes = family_layers(family)
+        layer = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+        assert names["middle_block.1.transformer_blocks.0.attn2.to_k"] == layer
+        assert shapes[layer] == (1280, width)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lora_unet_conv_in.lora_up.weight": torch.zeros(1, 1)}, r"conv_in\.lora_A\.weight is missing"),
+        ({"lora_unet_conv_in.hada_w1_a": torch.zeros(1, 1)}, r"conv_in\.hada_w1_b is missing"),
+        ({"lora_unet_conv_in.lokr_w1": torch.zeros(1, 1)}, r"conv_in\.lokr_w2_a is missing"),
+        ({"lora_unet_conv_in.alpha": torch.zeros(2)}, r"alpha: \(2,\); alpha is one number"),
+        ({"unet.conv_in.lora_B.weight": torch.zeros(1, 1)}, r"conv_in\.lora_A\.weight is missing"),
+    ],
+)
+def test_a_layer_that_is_not_whole_is_named(tensors: dict[str, torch.Tensor], message: str, tmp_path: Path) -> None:
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match=message):
+        read_lora(tmp_path / "a.safetensors", {"conv_in": "conv_in"})

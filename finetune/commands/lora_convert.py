@@ -1,0 +1,38 @@
+"""finetune-unet lora convert: a LoRA file in the other layout, or in another number format."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from finetune.files import new_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write a LoRA file in the layout that a viewer wants. Text encoders' tensors are left out, and counted."""
+
+    file: str
+    """A LoRA in kohya's or peft's layout."""
+    to: str
+    """The file to write; there must be none yet."""
+    format: Literal["kohya", "peft"] = "kohya"
+    """kohya: for ComfyUI, A1111, Forge. peft: for diffusers."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Number format of the file."""
+    model: str | None = None
+    """The model that it is for, where its tensors do not tell."""
+
+
+def run(options: Options) -> None:
+    """Write the file and prove it. Raises UsageError and ModelError for what cannot be read, RunError for the proof."""
+    to = new_file("--to", options.to)
+    from finetune.models.lora import Adapter
+    from finetune.models.lora_tools import open_lora, write_lora
+    from finetune.models.tensor_file import DTYPES
+    from finetune.wording import counted
+
+    path = Path(options.file).expanduser()
+    found = open_lora(path, options.model)
+    write_lora(to, found, options.format, DTYPES[options.precision], Adapter.told_in(path))
+    left = f"; {counted(found.text_tensors, 'tensor')} for text encoders left out" if found.text_tensors else ""
+    print(f"{to}: {counted(len(found.layers()), 'layer')} in {options.format}'s layout, read back and compared{left}")

@@ -1,0 +1,66 @@
+"""finetune-unet lora extract: what a full fine-tune has learned, as a LoRA."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune.commands.lora_resize import check_target
+from finetune.errors import UsageError
+from finetune.files import new_file
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write the difference of two models' UNets as a LoRA in kohya's layout, by the singular values of each layer."""
+
+    model: str
+    """What was trained: a folder or a checkpoint in one file."""
+    base: str
+    """What it was trained from."""
+    to: str
+    """The file to write; there must be none yet."""
+    rank: int | None = 32
+    """The highest rank of a layer."""
+    energy: float = 1.0
+    """Of each layer, keep the fewest singular values whose squares sum up to this share, such as 0.95."""
+    conv: bool = True
+    """Take convolutions too; with --no-conv attention, feed-forward and projections alone."""
+    precision: Precision = "fp16"
+    """Number format of the file."""
+
+
+def run(options: Options) -> None:
+    """Write the file, prove it, and say how much of the change it holds.
+
+    Raises:
+        UsageError: the models are of different kinds, equal, or the place is taken.
+        ModelError: a model cannot be loaded.
+    """
+    check_target(options.rank, options.energy)
+    to = new_file("--to", options.to)
+    import torch
+
+    from finetune.models.locate import locate
+    from finetune.models.lora_tools import difference, write_lora
+    from finetune.models.source import open_source
+    from finetune.models.tensor_file import DTYPES
+    from finetune.results.lora_facts import architecture
+    from finetune.wording import counted
+
+    places = {"--model": locate(options.model), "--base": locate(options.base)}
+    for name, found in places.items():
+        if found.scratch or not found.family.latent:
+            raise UsageError(f"{name} {found.name}: a pixel-space model takes no LoRA")
+    tuned, base = (open_source(found).unet(torch.float32).state_dict() for found in places.values())
+    if [(name, t.shape) for name, t in tuned.items()] != [(name, t.shape) for name, t in base.items()]:
+        raise UsageError(f"--model {options.model} and --base {options.base} are models of different kinds")
+    layers = [name.removesuffix(".weight") for name, t in tuned.items() if name.endswith(".weight") and t.ndim > 1]
+    if not options.conv:
+        layers = [layer for layer in layers if tuned[f"{layer}.weight"].shape[2:].numel() == 1]
+    made, kept, left = difference(tuned, base, layers, options.rank, options.energy)
+    version = architecture(places["--base"].family.name, "epsilon")[0]
+    told = {"ss_base_model_version": version, "ss_output_name": to.stem, "modelspec.title": to.stem}
+    write_lora(to, made, "kohya", DTYPES[options.precision], told)
+    more = f"; {counted(left, 'tensor')} that no LoRA can hold changed too" if left else ""
+    print(f"{to}: {counted(len(made.alphas), 'layer')}, {kept:.2%} of the squares of the change, read back{more}")

@@ -1,0 +1,81 @@
+"""finetune-unet lora info: what a LoRA file holds, as a table."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    pass
+
+_SHOWN = {
+    "ss_base_model_version": "base", "ss_sd_model_name": "model", "modelspec.prediction_type": "predicts",
+    "ss_steps": "steps", "ss_epoch": "epochs", "ss_num_train_images": "pictures", "ss_resolution": "resolution",
+    "ss_learning_rate": "rate", "ss_optimizer": "optimizer", "modelspec.trigger_phrase": "trigger",
+}  # fmt: skip
+"""Entry of the metadata -> its row's name."""
+_TAGS = 8
+"""How many of the most frequent tags are shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Show layout, kind, ranks, layers and metadata of a LoRA file."""
+
+    file: str
+    """A LoRA in kohya's or peft's layout."""
+    model: str | None = None
+    """The model that it is for, where its tensors do not tell."""
+
+
+def run(options: Options) -> None:
+    """Print the table. Raises UsageError for no file, and ModelError for one that is no LoRA of a UNet."""
+    from finetune.models.lora import Adapter
+    from finetune.models.lora_tools import open_lora
+    from finetune.wording import counted
+
+    path = Path(options.file).expanduser()
+    found = open_lora(path, options.model)
+    told = Adapter.told_in(path)
+    layers = found.layers()
+    numbers = sum(tensor.numel() for tensor in found.tensors.values())
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values()})
+    rows: dict[str, Any] = {
+        "file": f"{path} ({path.stat().st_size / 1e6:.1f} MB)",
+        "layout": found.layout,
+        "kind": found.kind,
+        "made for": found.family or "unknown",
+        "rank": _counts(found.ranks().values()),
+        "alpha": _counts(found.alphas.get(layer, "= rank") for layer in layers),
+        "layers": f"{len(layers)}: {_counts(map(_place, layers))}",
+        "numbers": f"{numbers / 1e6:.2f} M in {', '.join(dtypes)}",
+        "text": f"{counted(found.text_tensors, 'tensor')} for text encoders" if found.text_tensors else "",
+    }
+    rows |= {name: told.get(entry, "") for entry, name in _SHOWN.items()} | {"tags": _tags(told)}
+    for name, text in rows.items():
+        if text:
+            print(f"{name:>10}  {text}")
+
+
+def _counts(values: Iterable[Any]) -> str:
+    """ "16 (190 layers), 4 (2 layers)"; one value alone needs no number."""
+    counts = Counter(f"{value:g}" if isinstance(value, float) else str(value) for value in values).most_common()
+    return counts[0][0] if len(counts) == 1 else ", ".join(f"{value} ({count})" for value, count in counts)
+
+
+def _place(layer: str) -> str:
+    """What a layer is, in a word."""
+    if "attn" in layer:
+        return "attention"
+    if ".ff." in layer:
+        return "feed-forward"
+    return "projections" if "proj" in layer else "convolutions" if "conv" in layer else "others"
+
+
+def _tags(told: "dict[str, str]") -> str:
+    counts: Counter[str] = Counter()
+    for tags in json.loads(told.get("ss_tag_frequency", "{}")).values():
+        counts.update(tags)
+    return ", ".join(f"{tag} ({count})" for tag, count in counts.most_common(_TAGS))

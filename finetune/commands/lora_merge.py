@@ -1,0 +1,66 @@
+"""finetune-unet lora merge: one or several LoRA files put into a model's weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from finetune.errors import ModelError, RunError, UsageError
+from finetune.files import new_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Put LoRA files of any kind into a model, each with a strength. What is written is loaded back and compared."""
+
+    model: str
+    """The base: as for training."""
+    file: tuple[str, ...]
+    """LoRA files in kohya's or peft's layout."""
+    strength: tuple[float, ...] = ()
+    """One for each file. Default: 1."""
+    to: str
+    """The file or folder to write; there must be none yet."""
+    format: Literal["single-file", "diffusers", "unet"] = "single-file"
+    """single-file: a checkpoint in one file. diffusers: a pipeline folder. unet: a UNet's folder."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp16"
+    """Number format of what is written."""
+    tokenizer: str | None = None
+    """For a checkpoint in one file: as in training."""
+
+
+def run(options: Options) -> None:
+    """Merge, write and prove.
+
+    Raises:
+        UsageError: no such file, as many strengths as files are not given, or a place that is taken.
+        ModelError: a file is damaged, or for another model.
+        RunError: what was written does not load back to the same; it is kept as `.rejected`.
+    """
+    strengths = options.strength or (1.0,) * len(options.file)
+    if len(strengths) != len(options.file):
+        raise UsageError(f"{len(options.file)} files and {len(strengths)} strengths: give one for each file")
+    to = new_file("--to", options.to)
+    from finetune.models.loading import load_model
+    from finetune.models.lora_tools import merge, open_lora
+    from finetune.results.forms import write_form
+    from finetune.wording import counted
+
+    files = [Path(file).expanduser() for file in options.file]
+    for path in files:
+        open_lora(path, options.model)  # before gigabytes are loaded in vain
+    model = load_model(options.model, tokenizer=options.tokenizer)
+    for path, strength in zip(files, strengths, strict=True):
+        found = open_lora(path, options.model)
+        try:
+            merge(model.unet, found, strength)
+        except ModelError as error:
+            raise ModelError(f"{path} does not fit --model {options.model}: {error}") from error
+        left = f"; {counted(found.text_tensors, 'tensor')} for text encoders left out" if found.text_tensors else ""
+        print(f"{path}: {counted(len(found.layers()), 'layer')}, strength {strength:g}{left}")
+    try:
+        difference = write_form(model, to, options.format, options.precision, {})
+    except (RunError, ModelError):
+        if to.exists():
+            to.rename(to.with_name(f"{to.name}.rejected"))
+        raise
+    print(f"{to}: loaded back and compared (largest difference {difference:.0e})")

@@ -1,0 +1,53 @@
+"""finetune-unet lora resize: a LoRA of lower rank that is as near as one can be."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from finetune.errors import UsageError
+from finetune.files import new_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write a LoRA of lower rank, by the singular values of each layer's update. A LoHa or LoKr becomes a LoRA."""
+
+    file: str
+    """A LoRA in kohya's or peft's layout."""
+    to: str
+    """The file to write, in kohya's layout; there must be none yet."""
+    rank: int | None = None
+    """The highest rank of a layer."""
+    energy: float = 1.0
+    """Of each layer, keep the fewest singular values whose squares sum up to this share, such as 0.95."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Number format of the file."""
+    model: str | None = None
+    """The model that it is for, where its tensors do not tell."""
+
+
+def run(options: Options) -> None:
+    """Write the file, prove it, and say what was kept. Raises as `lora convert` does, and UsageError for no target."""
+    check_target(options.rank, options.energy)
+    to = new_file("--to", options.to)
+    from finetune.models.lora import Adapter
+    from finetune.models.lora_tools import open_lora, shapes_for, shortened, write_lora
+    from finetune.models.tensor_file import DTYPES
+
+    path = Path(options.file).expanduser()
+    found = open_lora(path, options.model)
+    shapes = None if found.kind == "lora" else shapes_for(found, options.model)
+    made, kept = shortened(found, shapes, options.rank, options.energy)
+    write_lora(to, made, "kohya", DTYPES[options.precision], Adapter.told_in(path))
+    ranks = sorted(rank for rank in made.ranks().values() if rank)
+    print(f"{to}: rank {ranks[0]} to {ranks[-1]}, {kept:.2%} of the squares of what it adds, read back and compared")
+
+
+def check_target(rank: int | None, energy: float) -> None:
+    """Raise UsageError unless rank or energy ask for something that there is."""
+    if rank is None and energy == 1.0:
+        raise UsageError("give --rank, or --energy below 1")
+    if rank is not None and rank < 1:
+        raise UsageError(f"--rank {rank}: allowed is 1 or more")
+    if not 0 < energy <= 1:
+        raise UsageError(f"--energy {energy:g}: allowed is above 0, up to 1")

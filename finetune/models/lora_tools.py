@@ -1,0 +1,167 @@
+"""What is done with LoRA files apart from training: opened, proved, merged, shortened, taken from two models."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from finetune.errors import ModelError, RunError, UsageError
+from finetune.models.locate import locate
+from finetune.models.lora_layouts import LoraFile, read_lora, write_kohya, write_peft
+from finetune.models.lora_math import changed, factors
+from finetune.models.lora_names import family_layers, layers_of
+from finetune.models.source import open_source
+
+Layout = Literal["kohya", "peft"]
+
+
+def open_lora(path: Path, model: str | None = None) -> LoraFile:
+    """A LoRA file, whose layers are those of `model` or, by default, of the family that its tensors tell.
+
+    Raises:
+        UsageError: there is no such file.
+        ModelError: it is damaged, or no LoRA for that UNet.
+    """
+    if not path.is_file():
+        raise UsageError(f"--file {path}: no such file")
+    return read_lora(path, None if model is None else _layers_of(model)[0])
+
+
+def shapes_for(found: LoraFile, model: str | None) -> Mapping[str, torch.Size]:
+    """Layer -> shape of its weight. Raises ModelError where neither `model` nor the file tells."""
+    if model is not None:
+        return _layers_of(model)[1]
+    if found.family is None:
+        raise ModelError("which model the LoRA was made for does not show in its tensors; give --model")
+    return family_layers(found.family)[1]
+
+
+def _layers_of(model: str) -> tuple[dict[str, str], dict[str, torch.Size]]:
+    found = locate(model)
+    if found.scratch or not found.family.latent:
+        raise UsageError(f"--model {model}: a pixel-space model takes no LoRA")
+    return layers_of(open_source(found).config("unet"))
+
+
+def write_lora(path: Path, found: LoraFile, layout: Layout, dtype: torch.dtype, told: Mapping[str, str]) -> None:
+    """Write a LoRA, read it back and compare it to the bit.
+
+    Raises:
+        RunError: what was read back is not what was to be written; the file is kept as `.rejected`.
+        ModelError: as `write_peft`.
+    """
+    tensors = {key: tensor.to(dtype).contiguous() for key, tensor in found.tensors.items()}
+    alphas = {layer: found.alphas.get(layer, float(rank or 1)) for layer, rank in found.ranks().items()}
+    rounded = replace(found, tensors=tensors, alphas=alphas)
+    if layout == "kohya":
+        write_kohya(path, rounded, told)
+    else:
+        write_peft(path, rounded)
+    try:
+        back = read_lora(path, {layer: layer for layer in alphas})
+        wrong = [key for key in tensors if key not in back.tensors or not torch.equal(back.tensors[key], tensors[key])]
+        wrong += [f"{layer}.alpha" for layer, alpha in alphas.items() if back.alphas[layer] != _in_fp32(alpha)]
+        if wrong:
+            raise RunError(f"{path} does not read back to what was written: {wrong[0]} differs")
+    except (RunError, ModelError):
+        path.rename(path.with_name(f"{path.name}.rejected"))
+        raise
+
+
+def _in_fp32(number: float) -> float:
+    """What is left of a number in a kohya file."""
+    return torch.tensor(number).item()
+
+
+@torch.no_grad()
+def merge(unet: Any, found: LoraFile, strength: float) -> None:
+    """Put a LoRA into the weights of a UNet, `strength` times. Raises ModelError for a layer that it has not."""
+    weights = dict(unet.named_parameters())
+    for layer, tensors in found.layers().items():
+        weight = weights.get(f"{layer}.weight")
+        if weight is None:
+            raise ModelError(f"the model has no layer {layer}")
+        try:
+            merged = changed(weight, tensors, found.alphas.get(layer), strength)
+        except RuntimeError as error:
+            base = found.family or "another model"
+            raise ModelError(f"{layer} is {tuple(weight.shape)} here; the LoRA is for {base}") from error
+        weight.copy_(merged)
+
+
+def shortened(
+    found: LoraFile, shapes: Mapping[str, torch.Size] | None, rank: int | None, energy: float
+) -> tuple[LoraFile, float]:
+    """A LoRA of lower rank, and the share of the update's squares that it keeps; see `factors`.
+
+    Args:
+        found: LoRA, LoHa or LoKr.
+        shapes: of the layers' weights; a LoRA needs none.
+        rank: the highest.
+        energy: share of the squares to keep in each layer.
+
+    Raises:
+        ModelError: a DoRA, whose norms no plain LoRA has.
+    """
+    if found.kind == "dora":
+        raise ModelError("a DoRA's norms do not fit into a LoRA of another rank; merge it, and extract a LoRA")
+    made: dict[str, dict[str, Tensor]] = {}
+    kept, whole = 0.0, 0.0
+    for layer, tensors in found.layers().items():
+        alpha = found.alphas.get(layer)
+        if shapes is None:
+            up, down = tensors["lora_B.weight"], tensors["lora_A.weight"]
+            shape = torch.Size((up.shape[0], *down.shape[1:]))
+        else:
+            shape = shapes[layer]
+        made[layer], share = factors(tensors, alpha, shape, rank=rank, energy=energy)
+        size = _squares(made[layer])
+        kept, whole = kept + size, whole + size / max(share, 1e-30)
+    return _from_layers(made), kept / whole if whole else 1.0
+
+
+def difference(
+    tuned: Mapping[str, Tensor], base: Mapping[str, Tensor], layers: Iterable[str], rank: int | None, energy: float
+) -> tuple[LoraFile, float, int]:
+    """What was learned between two UNets, as a LoRA.
+
+    Args:
+        tuned: state dict of what was trained.
+        base: state dict of what it was trained from.
+        layers: names of the layers to take.
+        rank: the highest.
+        energy: share of the squares to keep in each layer.
+
+    Returns:
+        The LoRA; the share of the squares of all differences that it keeps; and how many tensors changed that are in
+        none of the layers.
+    """
+    made: dict[str, dict[str, Tensor]] = {}
+    kept, whole, left = 0.0, 0.0, 0
+    wanted = {f"{layer}.weight": layer for layer in layers}
+    for name, weight in tuned.items():
+        delta = weight.float() - base[name].float()
+        size = delta.square().sum().item()
+        whole += size
+        if size and name in wanted:
+            layer = wanted[name]
+            made[layer], share = factors({"": delta}, None, delta.shape, rank=rank, energy=energy)
+            kept += share * size
+        else:
+            left += size > 0
+    if not made:
+        raise UsageError("the two models do not differ in any layer that a LoRA could take")
+    return _from_layers(made), kept / whole, left
+
+
+def _squares(tensors: Mapping[str, Tensor]) -> float:
+    """The sum of an update's squares, from its factors: of a balanced pair, that of the singular values."""
+    return tensors["lora_A.weight"].flatten(1).norm(dim=1).pow(4).sum().item()
+
+
+def _from_layers(layers: Mapping[str, Mapping[str, Tensor]]) -> LoraFile:
+    tensors = {f"unet.{layer}.{name}": tensor for layer, some in layers.items() for name, tensor in some.items()}
+    return LoraFile(tensors, {layer: float(some["lora_A.weight"].shape[0]) for layer, some in layers.items()}, 0)
