@@ -34,6 +34,7 @@ VERBS = {
     "sample": "draw pictures with a trained model",
     "export": "write what a run has learned as another kind of file",
     "preview": "see the pictures as training will see them",
+    "import": "another tool's settings as a config.toml",
     "lora info": "what a LoRA file holds",
     "lora convert": "write a LoRA file in the other layout",
     "lora merge": "put LoRA files into a model",
@@ -108,6 +109,8 @@ def _dispatch(argv: list[str]) -> int:
         return UsageError.exit_code
     if "--version" in argv:
         print(PROGRAM, importlib.metadata.version(PROGRAM))
+    elif group := [verb for verb in VERBS if verb.startswith(f"{argv[0]} ") and argv[1:] in (["--help"], ["-h"])]:
+        print("\n".join(f"{PROGRAM} {verb:<14}{VERBS[verb]}" for verb in group))
     elif verb := _verb(argv):
         _run_verb(verb, argv[len(verb.split()) :])
     elif not _FLAG.fullmatch(argv[0]):
@@ -324,9 +327,13 @@ def _meant(hint: Any, word: str) -> Any:
 
 def _overview() -> str:
     """What the command does, in one screenful."""
-    verbs = "\n".join(f"  {name:<14}{text}" for name, text in VERBS.items())
+    told: dict[str, str] = {}
+    for verb, text in VERBS.items():
+        first, _, second = verb.partition(" ")
+        told[first] = f"{told[first]}, {second}" if first in told else f"on LoRA files: {second}" if second else text
+    verbs = "\n".join(f"  {name:<9}{text}" for name, text in told.items())
     families = "\n".join(
-        f"  {family.name:<14}{family.description}; {family.resolution} pixels" for family in FAMILIES.values()
+        f"  {family.name:<9}{family.description}; {family.resolution} pixels" for family in FAMILIES.values()
     )
     return f"""\
 Teach the UNet of a Stable Diffusion your pictures:

@@ -179,12 +179,12 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         (
             "samle",
             "unknown command 'samle'; did you mean sample? "
-            "(commands: sample, export, preview, lora; options alone train)",
+            "(commands: sample, export, preview, import, lora; options alone train)",
         ),
         (
             "samle --help",
             "unknown command 'samle'; did you mean sample? "
-            "(commands: sample, export, preview, lora; options alone train)",
+            "(commands: sample, export, preview, import, lora; options alone train)",
         ),
     ],
 )
@@ -288,7 +288,8 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     assert 'finetune-unet --model sd15 --data ./images --prompt "a butterfly"' in text
-    for word in (*VERBS, *FAMILIES, *(f"--{name}" for name in option_types()), "--config", "--debug", "--version"):
+    words = [word for verb in VERBS for word in verb.split()]
+    for word in (*words, *FAMILIES, *(f"--{name}" for name in option_types()), "--config", "--debug", "--version"):
         assert word in text
     for heading, section in SECTIONS.items():
         assert f"{heading} options" in text
@@ -296,6 +297,13 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert section.__doc__ in text
     assert "LoRA rank. (default: 16)" in text
     assert "None" not in text
+
+
+def test_help_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lora", "--help"]) == 0
+    assert "finetune-unet lora merge    put LoRA files into a model" in capsys.readouterr().out
+    assert main(["lora", "merge", "--help"]) == 0
+    assert "--strength" in capsys.readouterr().out
 
 
 def test_no_arguments_print_one_screenful(capsys: pytest.CaptureFixture[str]) -> None:

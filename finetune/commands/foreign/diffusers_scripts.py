@@ -1,0 +1,63 @@
+"""The example scripts of diffusers: most of our options have the names of theirs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.commands.foreign.taken import Renamed, Taken
+from finetune.config import accepted_names
+
+_SHARED = {"lr_scheduler": "constant", "lr_warmup_steps": 500, "mixed_precision": "no", "caption_dropout": 0.0}
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "train_dreambooth": _SHARED
+    | {"train_batch_size": 4, "num_train_epochs": 1, "resolution": 512, "learning_rate": 5e-6},
+    "train_dreambooth_lora": {"learning_rate": 5e-4},
+    "train_text_to_image": _SHARED
+    | {"train_batch_size": 16, "num_train_epochs": 100, "resolution": 512, "learning_rate": 1e-4},
+    "train_unconditional": {
+        "train_batch_size": 16, "num_train_epochs": 100, "resolution": 64, "learning_rate": 1e-4,
+        "lr_warmup_steps": 500, "lr_scheduler": "cosine", "mixed_precision": "no", "adam_beta1": 0.95,
+    },
+}  # fmt: skip
+"""Beginning of a script's name -> what it takes where nothing is said, and we would not; the later win."""
+
+
+def _prompt(taken: Taken, value: Any) -> None:
+    taken.put("sample_prompts", [value], "validation_prompt")
+
+
+def _trackers(taken: Taken, value: Any) -> None:
+    taken.put("report_to", ["tensorboard", "wandb"] if value == "all" else [value], "report_to")
+
+
+def _schedule(taken: Taken, value: Any) -> None:
+    taken.put("lr_scheduler", "constant" if value == "constant_with_warmup" else value, "lr_scheduler")
+
+
+_OWN: Renamed = {
+    "dataset_name": "data", "validation_prompt": _prompt, "num_validation_images": "eval_batch_size",
+    "validation_epochs": "save_image_epochs", "report_to": _trackers, "logger": _trackers, "lr_scheduler": _schedule,
+    "pretrained_vae_model_name_or_path": "vae", "ddpm_num_inference_steps": "num_inference_steps",
+    "eval_batch_size": "eval_batch_size", "use_dora": lambda taken, value: taken.put("lora_type", "dora", "use_dora"),
+}  # fmt: skip
+
+
+def take(given: Mapping[str, Any], script: str) -> Taken:
+    """The settings of a run of one of the scripts.
+
+    Args:
+        given: option -> value.
+        script: its name, such as `train_text_to_image_lora.py`.
+    """
+    taken = Taken("diffusers")
+    for begin, defaults in _DEFAULTS.items():
+        taken.ours |= defaults if script.startswith(begin) else {}
+    if script.startswith("train_unconditional"):
+        taken.ours |= {"model": "ddpm"}
+    else:
+        taken.ours |= {"method": "lora", "rank": 4} if "lora" in script else {"method": "full"}
+    if "xl" in script:
+        taken.ours.pop("resolution", None)  # theirs and ours are the model's own
+    if "max_train_steps" in given:
+        taken.ours.pop("num_train_epochs", None)
+    taken.take(given, {**accepted_names(), **_OWN})
+    return taken

@@ -1,0 +1,188 @@
+"""kohya's sd-scripts: its command lines and TOML files, and its dataset TOML."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.commands.foreign.taken import Renamed, Taken, square, word_value
+from finetune.options import ATTENTION_AND_FEED_FORWARD
+
+_OPTIMIZERS = {
+    "adamw": "adamw", "adamw8bit": "adamw", "pagedadamw8bit": "adamw", "adafactor": "adafactor", "prodigy": "prodigy",
+    "sgdnesterov": "sgd", "sgdnesterov8bit": "sgd",
+}  # fmt: skip
+_SCHEDULES = {"constant_with_warmup": "constant"}
+_ARGUMENTS = {"weight_decay": "adam_weight_decay", "eps": "adam_epsilon"}
+_ALGORITHMS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr"}
+
+DEFAULTS: Mapping[str, Any] = {
+    "train_batch_size": 1, "max_train_steps": 1600, "lr_warmup_steps": 0, "lr_scheduler": "constant",
+    "caption_dropout": 0.0, "mixed_precision": "no", "rank": 4, "lora_alpha": 1.0,
+    "learning_rate": 2e-6,
+}  # fmt: skip
+"""What sd-scripts takes where nothing is said, and we would not."""
+_LORA_ALONE = ("rank", "lora_alpha")
+
+
+def _optimizer(taken: Taken, value: Any) -> None:
+    known = _OPTIMIZERS.get(str(value).lower().replace("_", ""))
+    if known is None:
+        taken.leave("optimizer_type", value, f"the optimizers here: {', '.join(sorted(set(_OPTIMIZERS.values())))}")
+        return
+    taken.ours["optimizer"] = known
+    if "8bit" in str(value).lower():
+        taken.notes.append(f"{value} became {known}: there are no 8-bit optimizers yet")
+
+
+def _optimizer_arguments(taken: Taken, value: Any) -> None:
+    for argument in value if isinstance(value, list) else str(value).split():
+        name, _, text = str(argument).partition("=")
+        if name == "betas" and text.count(",") == 1:
+            for ours, beta in zip(("adam_beta1", "adam_beta2"), text.strip("()[] ").split(","), strict=True):
+                taken.put(ours, word_value(beta.strip()), "optimizer_args.betas")
+        elif name in _ARGUMENTS:
+            taken.put(_ARGUMENTS[name], word_value(text), f"optimizer_args.{name}")
+        else:
+            taken.leave(f"optimizer_args.{name}", text)
+
+
+def _network_arguments(taken: Taken, value: Any) -> None:
+    pairs = [str(argument).partition("=") for argument in (value if isinstance(value, list) else str(value).split())]
+    given = {name: word_value(text) for name, _, text in pairs}
+    if (algorithm := given.pop("algo", None)) is not None:
+        if algorithm in _ALGORITHMS:
+            taken.put("lora_type", _ALGORITHMS[algorithm], "network_args.algo")
+        else:
+            taken.leave("network_args.algo", algorithm, f"the kinds here: {', '.join(_ALGORITHMS)}")
+    if given.pop("dora_wd", False):
+        taken.put("lora_type", "dora", "network_args.dora_wd")
+    if (convolutions := given.pop("conv_dim", None)) is not None:
+        taken.notes.append(f"conv_dim = {convolutions}: convolutions have the rank and alpha of the other layers here")
+        given.pop("conv_alpha", None)
+        taken.ours["lora_target_modules"] = (*_TARGETS, "conv1", "conv2", "conv_shortcut")
+    for name, argument in given.items():
+        taken.leave(f"network_args.{name}", argument)
+
+
+def _warmup(taken: Taken, value: Any) -> None:
+    if isinstance(value, float) and 0 < value < 1:
+        steps = taken.ours.get("max_train_steps")
+        if steps is None:
+            taken.leave("lr_warmup_steps", value, "a share of a length that is given in epochs; give --lr_warmup_steps")
+            return
+        value = round(value * steps)
+    taken.put("lr_warmup_steps", int(value), "lr_warmup_steps")
+
+
+def _schedule(taken: Taken, value: Any) -> None:
+    taken.put("lr_scheduler", _SCHEDULES.get(value, value), "lr_scheduler")
+
+
+def _velocity(taken: Taken, value: Any) -> None:
+    if value:
+        taken.put("prediction_type", "v_prediction", "v_parameterization")
+
+
+def _random_crop(taken: Taken, value: Any) -> None:
+    taken.put("center_crop", not value, "random_crop")
+
+
+def _network_module(taken: Taken, value: Any) -> None:
+    if value not in ("networks.lora", "lycoris.kohya"):
+        taken.leave("network_module", value, "networks.lora and lycoris.kohya have their like here")
+
+
+def _trackers(taken: Taken, value: Any) -> None:
+    taken.put("report_to", ["tensorboard", "wandb"] if value == "all" else [value], "log_with")
+
+
+def _max_token_length(taken: Taken, value: Any) -> None:
+    taken.put("max_token_length", 77 if value == 75 else value, "max_token_length")
+
+
+def _prompts(taken: Taken, value: Any) -> None:
+    taken.put("sample_prompts", [value], "sample_prompts")
+
+
+_TARGETS = (*ATTENTION_AND_FEED_FORWARD, "proj_in", "proj_out")
+"""The layers that sd-scripts adapts: every linear layer and 1 x 1 convolution of a transformer."""
+
+_RENAMED: Renamed = {
+    "pretrained_model_name_or_path": "model", "train_data_dir": "data", "vae": "vae",
+    "train_batch_size": "train_batch_size", "max_train_steps": "max_train_steps",
+    "max_train_epochs": "num_train_epochs", "seed": "seed",
+    "gradient_accumulation_steps": "gradient_accumulation_steps", "gradient_checkpointing": "gradient_checkpointing",
+    "mixed_precision": "mixed_precision", "learning_rate": "learning_rate", "network_dim": "rank",
+    "network_alpha": "lora_alpha", "network_dropout": "lora_dropout", "network_weights": "init_lora",
+    "min_snr_gamma": "snr_gamma", "noise_offset": "noise_offset", "ip_noise_gamma": "input_perturbation",
+    "max_grad_norm": "max_grad_norm", "clip_skip": "clip_skip", "flip_aug": "random_flip",
+    "caption_dropout_rate": "caption_dropout", "max_data_loader_n_workers": "dataloader_num_workers",
+    "save_every_n_steps": "checkpointing_steps", "save_every_n_epochs": "save_model_epochs",
+    "sample_every_n_steps": "sample_every", "sample_every_n_epochs": "save_image_epochs", "resolution": square,
+    "sample_prompts": _prompts, "optimizer_type": _optimizer, "optimizer_args": _optimizer_arguments,
+    "network_args": _network_arguments, "lr_scheduler": _schedule, "lr_warmup_steps": _warmup,
+    "v_parameterization": _velocity, "random_crop": _random_crop, "log_with": _trackers,
+    "max_token_length": _max_token_length, "network_module": _network_module,
+    "network_train_unet_only": lambda taken, value: None, "resume": "resume_from_checkpoint",
+}  # fmt: skip
+
+
+def take(given: Mapping[str, Any], script: str) -> Taken:
+    """The settings of a run of sd-scripts.
+
+    Args:
+        given: option -> value.
+        script: its name, such as `sdxl_train_network.py`; "" for a TOML file.
+    """
+    given, taken = dict(given), Taken("sd-scripts")
+    lora = "network" in script if script else "network_module" in given or "network_dim" in given
+    rate = given.pop("unet_lr", None)
+    if rate is not None:
+        given["learning_rate"] = rate
+    warmup = given.pop("lr_warmup_steps", None)
+    directory, name = given.pop("output_dir", None), given.pop("output_name", None)
+    if directory or name:
+        taken.ours["output_dir"] = str(Path(directory or ".") / (name or ""))
+    if lora:
+        taken.ours |= {"method": "lora", "lora_target_modules": _TARGETS}
+        if not given.get("network_train_unet_only"):
+            taken.notes.append("sd-scripts trained the text encoder too; here it stays frozen")
+        if "network_alpha" not in given:
+            taken.notes.append("alpha is 1 where sd-scripts is told none (here it would be the rank)")
+    else:
+        taken.ours["method"] = "full"
+    for name in ("dataset_config", "config_file"):
+        if file := given.pop(name, None):
+            taken.leave(name, file, "import that file too, and put the settings together by hand")
+    taken.take(given, _RENAMED)
+    defaults = {option: value for option, value in DEFAULTS.items() if lora or option not in _LORA_ALONE}
+    if "num_train_epochs" in taken.ours:
+        taken.ours.pop("max_train_steps", None)  # sd-scripts lets the epochs win
+        defaults.pop("max_train_steps", None)
+    taken.ours = defaults | taken.ours
+    if warmup is not None:
+        _warmup(taken, warmup)
+    return taken
+
+
+def take_dataset(tables: Mapping[str, Any]) -> Taken:
+    """The settings of a dataset TOML: one folder of pictures is taken over."""
+    taken = Taken("sd-scripts")
+    datasets = tables.get("datasets", [])
+    subsets = [subset for dataset in datasets for subset in dataset.get("subsets", [])]
+    merged: dict[str, Any] = dict(tables.get("general", {}))
+    for dataset in datasets[:1]:
+        merged |= {name: value for name, value in dataset.items() if name != "subsets"}
+    for subset in subsets[:1]:
+        merged |= subset
+    if len(subsets) > 1:
+        folders = ", ".join(str(subset.get("image_dir", subset)) for subset in subsets[1:])
+        taken.leave("datasets.subsets", folders, "one folder is trained on; several come with a later version")
+    names = {"image_dir": "data", "batch_size": "train_batch_size", "class_tokens": "prompt"}
+    extension = merged.pop("caption_extension", None)
+    if extension not in (None, ".txt", ".caption"):
+        taken.leave("caption_extension", extension, "captions are read from .txt and .caption files")
+    if merged.get("num_repeats") == 1:
+        merged.pop("num_repeats")
+    taken.take(merged, {**_RENAMED, **names})
+    return taken

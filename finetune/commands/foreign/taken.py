@@ -1,0 +1,70 @@
+"""What is taken over from another tool's settings: ours, and what is left with the reason why."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune.config import checked
+from finetune.errors import UsageError
+from finetune.options import ELSEWHERE
+
+Renamed = Mapping[str, str | Callable[["Taken", Any], None]]
+"""Their option -> ours of the same meaning, or what does its work."""
+
+
+@dataclass
+class Taken:
+    """Settings on their way from another tool to ours."""
+
+    tool: str
+    """Its name, for messages."""
+    ours: dict[str, Any] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    """Their option, with its value -> why it was not taken over."""
+    notes: list[str] = field(default_factory=list)
+    """What is otherwise here, although every option was taken over."""
+
+    def put(self, name: str, value: Any, theirs: str) -> None:
+        """Set our option, or leave theirs where the value is none of ours."""
+        try:
+            self.ours[name] = checked(name, value)
+        except UsageError as error:
+            self.leave(theirs, value, str(error))
+
+    def leave(self, theirs: str, value: Any, why: str | None = None) -> None:
+        """Say why an option is not taken over; by default what is known of it, or that there is none like it."""
+        known = ELSEWHERE.get(theirs.rpartition(".")[2], "there is no such option here")
+        self.left[f"{theirs} = {value!r}"] = why or known
+
+    def take(self, given: Mapping[str, Any], renamed: Renamed) -> None:
+        """Go through what was given; what `renamed` has not is left."""
+        for theirs, value in given.items():
+            rule = renamed.get(theirs)
+            if rule is None:
+                if value not in (None, False, "", [], {}):  # turned off there, absent here
+                    self.leave(theirs, value)
+            elif isinstance(rule, str):
+                if value is not None:
+                    self.put(rule, value, theirs)
+            else:
+                rule(self, value)
+
+
+def word_value(word: str) -> Any:
+    """What a word of a command line stands for: a number, a switch, or text."""
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return {"true": True, "false": False, "none": None}.get(word.lower(), word)
+
+
+def square(taken: Taken, value: Any) -> None:
+    """ "512", 512, "512,512" or [512, 512] as the resolution; other shapes are left."""
+    sides = value if isinstance(value, list) else str(value).replace("x", ",").split(",")
+    sides = {int(side) for side in sides if str(side).strip().isdigit()}
+    if len(sides) == 1:
+        taken.put("resolution", sides.pop(), "resolution")
+    else:
+        taken.leave("resolution", value, "one number of pixels is taken; buckets come with a later version")

@@ -1,0 +1,179 @@
+"""finetune-unet import: settings of other tools, as people have them, become a config; nothing is lost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.cli import main
+from finetune.config import as_dict, load_config
+from finetune.options import ATTENTION_AND_FEED_FORWARD
+
+
+def imported(tmp_path: Path, name: str, text: str) -> dict[str, Any]:
+    """The options that the written config gives."""
+    (tmp_path / name).write_text(text)
+    assert main(["import", "--file", str(tmp_path / name), "--to", str(tmp_path / "config.toml")]) == 0
+    config = load_config(tmp_path / "config.toml")
+    return {name: value for name, value in as_dict(config).items() if name in config.given}
+
+
+SD_SCRIPTS = """\
+accelerate launch --num_cpu_threads_per_process 1 train_network.py \\
+    --pretrained_model_name_or_path="models/v1-5.safetensors" --train_data_dir=./images --resolution=512,512 \\
+    --output_dir=out --output_name dog --network_module=networks.lora --network_dim=32 --unet_lr=1e-4 \\
+    --learning_rate 5e-5 --text_encoder_lr=5e-6 --max_train_epochs=10 --train_batch_size=2 --optimizer_type=AdamW8bit \\
+    --optimizer_args weight_decay=0.1 betas=0.9,0.99 --mixed_precision fp16 --xformers --cache_latents \\
+    --enable_bucket --min_snr_gamma=5 --lr_scheduler=cosine_with_restarts --clip_skip=2 --random_crop --flip_aug \\
+    --sample_prompts prompts.txt --max_token_length=75
+"""
+
+
+def test_a_command_line_of_sd_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = imported(tmp_path, "train.sh", SD_SCRIPTS)
+    assert found == {
+        "model": "models/v1-5.safetensors", "data": "./images", "resolution": 512, "output_dir": "out/dog",
+        "method": "lora", "rank": 32, "lora_alpha": 1.0, "learning_rate": 1e-4, "num_train_epochs": 10,
+        "train_batch_size": 2, "optimizer": "adamw", "adam_weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.99,
+        "mixed_precision": "fp16", "snr_gamma": 5.0, "lr_scheduler": "constant", "lr_warmup_steps": 0, "clip_skip": 2,
+        "center_crop": False, "random_flip": True, "sample_prompts": ("prompts.txt",), "max_token_length": 77,
+        "caption_dropout": 0.0, "lora_target_modules": (*ATTENTION_AND_FEED_FORWARD, "proj_in", "proj_out"),
+    }  # fmt: skip
+    told = capsys.readouterr().out
+    for line in (
+        "note: alpha is 1 where sd-scripts is told none",
+        "note: sd-scripts trained the text encoder too",
+        "note: AdamW8bit became adamw",
+        "left: text_encoder_lr = 5e-06: the text encoder stays frozen here",
+        "left: xformers = True: torch's own fast attention is used anyway",
+        "left: enable_bucket = True: buckets",
+        "left: lr_scheduler = 'cosine_with_restarts': lr_scheduler = 'cosine_with_restarts': allowed is constant",
+        "5 left out",
+        "to train: finetune-unet --config",
+    ):
+        assert line in told
+    assert "# not taken over: xformers = True" in (tmp_path / "config.toml").read_text()
+
+
+def test_a_toml_file_of_sd_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = """
+    [model_arguments]
+    pretrained_model_name_or_path = "sdxl.safetensors"
+    v_parameterization = true
+    [network_arguments]
+    network_module = "lycoris.kohya"
+    network_args = ["algo=loha", "conv_dim=8", "preset=full"]
+    network_dim = 8
+    network_alpha = 4
+    network_train_unet_only = true
+    [training_arguments]
+    max_train_steps = 500
+    lr_warmup_steps = 0.1
+    resolution = "1024,768"
+    optimizer_type = "Lion"
+    """
+    found = imported(tmp_path, "lora.toml", text)
+    expected = {
+        "model": "sdxl.safetensors", "prediction_type": "v_prediction", "lora_type": "loha", "rank": 8,
+        "lora_alpha": 4.0, "max_train_steps": 500, "lr_warmup_steps": 50, "train_batch_size": 1, "learning_rate": 2e-6,
+    }  # fmt: skip
+    assert {name: found.get(name) for name in expected} == expected
+    assert "conv1" in found["lora_target_modules"]
+    assert "resolution" not in found
+    told = capsys.readouterr().out
+    assert "left: resolution = '1024,768': one number of pixels is taken" in told
+    assert "left: network_args.preset = 'full': there is no such option here" in told
+    assert "left: optimizer_type = 'Lion': the optimizers here: adafactor, adamw, prodigy, sgd" in told
+    assert "text encoder too" not in told
+
+
+def test_a_dataset_file_of_sd_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = """
+    [general]
+    caption_extension = ".txt"
+    shuffle_caption = true
+    [[datasets]]
+    resolution = 768
+    batch_size = 2
+      [[datasets.subsets]]
+      image_dir = "./a"
+      num_repeats = 10
+      [[datasets.subsets]]
+      image_dir = "./b"
+    """
+    found = imported(tmp_path, "data.toml", text)
+    assert found == {"data": "./a", "resolution": 768, "train_batch_size": 2}
+    told = capsys.readouterr().out
+    assert "left: datasets.subsets = './b': one folder is trained on" in told
+    assert "left: num_repeats = 10: there is no such option here" in told
+    assert "left: shuffle_caption = True: it comes with a later version" in told
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        (
+            "train_text_to_image_lora.py --pretrained_model_name_or_path=$MODEL --dataset_name=me/pokemon --rank=8 "
+            "--validation_prompt 'a dragon' --num_validation_images 4 --max_train_steps=1000 --report_to=wandb",
+            {"data": "me/pokemon", "rank": 8, "method": "lora", "sample_prompts": ("a dragon",), "eval_batch_size": 4,
+             "max_train_steps": 1000, "train_batch_size": 16, "report_to": ("wandb",), "num_train_epochs": None},
+        ),
+        (
+            "train_dreambooth.py --instance_data_dir=./dog --instance_prompt 'a sks dog' --learning_rate=2e-6",
+            {"data": "./dog", "prompt": "a sks dog", "method": "full", "learning_rate": 2e-6, "num_train_epochs": 1},
+        ),
+        (
+            "train_unconditional.py --train_data_dir ./b --resolution 128 --ddpm_num_inference_steps 100",
+            {"model": "ddpm", "resolution": 128, "num_inference_steps": 100, "method": None, "adam_beta1": 0.95},
+        ),
+        ("train_dreambooth_lora_sdxl.py --use_dora", {"lora_type": "dora", "resolution": None, "learning_rate": 5e-4}),
+    ],
+)  # fmt: skip
+def test_command_lines_of_diffusers_scripts(script: str, expected: dict[str, Any], tmp_path: Path) -> None:
+    found = imported(tmp_path, "run.sh", f"export MODEL=x\naccelerate launch --mixed_precision=fp16 {script}\n")
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_a_preset_of_onetrainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preset = {
+        "base_model_name": "me/sd15", "training_method": "LORA", "model_type": "STABLE_DIFFUSION_15", "batch_size": 4,
+        "learning_rate": 3e-4, "resolution": "512", "optimizer": {"optimizer": "PRODIGY", "d_coef": 2.0, "beta2": 0.99},
+        "loss_weight_fn": "MIN_SNR_GAMMA", "ema": "GPU", "train_dtype": "BFLOAT_16", "layer_filter_preset": "attn-mlp",
+        "text_encoder": {"train": True},
+        "concepts": [{"path": "./a"}, {"path": "./b"}, {"path": "./c", "enabled": False}],
+    }  # fmt: skip
+    found = imported(tmp_path, "preset.json", json.dumps(preset))
+    assert found == {
+        "model": "me/sd15", "method": "lora", "rank": 16, "lora_alpha": 1.0, "train_batch_size": 4,
+        "learning_rate": 3e-4, "resolution": 512, "optimizer": "prodigy", "adam_beta2": 0.99, "snr_gamma": 5.0,
+        "use_ema": True, "mixed_precision": "bf16", "data": "./a", "num_train_epochs": 100, "lr_warmup_steps": 200,
+        "lr_scheduler": "constant",
+    }  # fmt: skip
+    told = capsys.readouterr().out
+    assert "note: alpha is 1 (OneTrainer's default is 1" in told
+    assert "left: optimizer.d_coef = 2.0" in told
+    assert "left: layer_filter_preset = 'attn-mlp'" in told
+    assert "left: concepts = ['./b']: one folder is trained on" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("nope", None, "No such file"),
+        ("x.json", "{}", "no config of OneTrainer"),
+        ("x.json", "{", "is no JSON"),
+        ("x.toml", "= 1", "is no TOML"),
+        ("x.sh", "echo hello", "no command line of a Python script"),
+        ("x.sh", "python flux_train.py --x", "flux_train.py is no script of sd-scripts or diffusers"),
+        ("x.sh", "python train_network.py --x 'a", "No closing quotation"),
+    ],
+)
+def test_what_is_no_settings_is_told(
+    name: str, text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    assert main(["import", "--file", str(tmp_path / name), "--to", str(tmp_path / "config.toml")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "config.toml").exists()
