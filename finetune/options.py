@@ -82,6 +82,8 @@ class ModelOptions:
     """Dropout inside the LoRA layers, in [0, 1)."""
     lora_target_modules: tuple[str, ...] | None = option(None, needs="method lora")
     """Layer names (their endings) that get an adapter. Default: attention and feed-forward."""
+    block_rank: tuple[str, ...] | None = option(None, needs="method lora", called=("rank_pattern", "block_dims"))
+    """Ranks of their own, by the beginning of layer names: up_blocks.1=32 mid=8. Alpha is the same for all."""
     init_lora: str | None = option(None, needs="method lora", called=("network_weights",))
     """A LoRA file to go on from, in kohya's or peft's layout, of the same layers and rank."""
     vae: str | None = option(None, needs="text", called=("pretrained_vae_model_name_or_path", "vae_name"))
@@ -144,6 +146,12 @@ class TrainingOptions:
     """Forward passes per optimizer step. Default: 1 (sdxl: 4)."""
     learning_rate: float | None = option(None, POSITIVE, called=("lr", "unet_lr"))
     """Highest learning rate of the schedule."""
+    block_learning_rate: tuple[str, ...] | None = option(
+        None, needs="an optimizer other than prodigy", called=("block_lr", "down_lr_weight", "up_lr_weight")
+    )
+    """Factors of the learning rate, by the beginning of layer names: up_blocks=2 mid=0.5."""
+    loraplus_lr_ratio: float = option(1.0, POSITIVE, needs="LoRA or DoRA, and an optimizer other than prodigy")
+    """LoRA's matrix B learns this many times faster (LoRA+, Hayou et al. 2024); 16 is usual."""
     lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"] | None = None
     """Shape of the learning rate after the warm-up."""
     lr_warmup_steps: int | None = option(None, NOT_NEGATIVE)

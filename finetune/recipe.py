@@ -21,12 +21,12 @@ from finetune.data.source import check_source
 from finetune.errors import Interrupted, RunError, UsageError
 from finetune.models.loading import DiffusionModel, check_resolution
 from finetune.models.locate import Location, locate
-from finetune.models.lora import Adapter, trainable
+from finetune.models.lora import Adapter
 from finetune.results import hub, tracking
 from finetune.results.export import discard_steps_after, export, export_step, exported
 from finetune.results.lora_facts import LoraFacts
 from finetune.run import folder as run_folder
-from finetune.run.base import load_base
+from finetune.run.base import load_base, numbers_by_block
 from finetune.run.grids import FIRST_STEPS, discard_strangers, draw_grid, lay_side_by_side, steps_between
 from finetune.run.memory import check_memory
 from finetune.run.parts import Run
@@ -39,7 +39,7 @@ from finetune.run.summary import print_summary
 from finetune.training import checkpoint
 from finetune.training.ema import Ema
 from finetune.training.objective import NoisePrediction
-from finetune.training.optim import learning_rate, make_optimizer
+from finetune.training.optim import learning_rate, make_optimizer, parameter_groups
 from finetune.training.trainer import Trainer
 from finetune.wording import counted
 
@@ -245,15 +245,16 @@ def _load(config: ResolvedConfig, found: Location) -> DiffusionModel:
 
 
 def _trainer(config: ResolvedConfig, model: DiffusionModel) -> Trainer:
+    learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
+    rates = numbers_by_block("block_learning_rate", config.block_learning_rate or (), learned)
     optimizer = make_optimizer(
         config.optimizer,
-        trainable(model.unet),
+        parameter_groups(learned, rates, config.loraplus_lr_ratio),
         learning_rate=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         epsilon=config.adam_epsilon,
     )
-    learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
     ema = (
         Ema(learned, inv_gamma=config.ema_inv_gamma, power=config.ema_power, max_decay=config.ema_max_decay)
         if config.use_ema

@@ -34,5 +34,7 @@ def run(options: Options) -> None:
     path = Path(options.file).expanduser()
     found = open_lora(path, options.model)
     write_lora(to, found, options.format, DTYPES[options.precision], Adapter.told_in(path))
+    if options.format == "kohya" and found.kind == "lora" and len(set(found.alphas.values())) > 1:
+        print("note: its layers have different alphas, which diffusers reads wrongly; viewers do not")
     left = f"; {counted(found.text_tensors, 'tensor')} for text encoders left out" if found.text_tensors else ""
     print(f"{to}: {counted(len(found.layers()), 'layer')} in {options.format}'s layout, read back and compared{left}")

@@ -50,6 +50,7 @@ def add_lora(
     target_modules: Sequence[str] = ATTENTION_AND_FEED_FORWARD,
     seed: int = 0,
     kind: Kind = "lora",
+    block_ranks: Mapping[str, float] | None = None,
 ) -> None:
     """Freeze `unet` and add an adapter whose weights, in fp32, are all that learns.
 
@@ -62,6 +63,7 @@ def add_lora(
         seed: decides the initial values of what does not start at zero.
         kind: "lora" (Hu et al. 2021), "rslora" (Kalajdzievski 2023), "dora" (Liu et al. 2024), "loha" (Hyeon-Woo et al.
             2022) or "lokr" (Yeh et al. 2024).
+        block_ranks: beginning of a layer's name -> its rank, where it is another; alpha is the same for all.
 
     Raises:
         UsageError: a pixel-space UNet, `target_modules` names no layer, or one that takes no adapter, or a rank that
@@ -78,7 +80,7 @@ def add_lora(
     if not 1 <= rank <= widest:
         raise UsageError(f"rank = {rank}: allowed are 1 to {widest}, the highest rank that an adapted layer has")
     unet.requires_grad_(False)
-    config = settings_of(kind, rank, rank if alpha is None else alpha, dropout, target_modules)
+    config = settings_of(kind, rank, rank if alpha is None else alpha, dropout, target_modules, block_ranks or {})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:

@@ -1,12 +1,15 @@
 """The kinds of adapter that peft has and kohya's layout can hold."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from math import sqrt
 from typing import Any, Literal
 
 from peft import LoHaConfig, LoKrConfig, LoraConfig
 from peft.tuners.lokr import LoKrLayer
 from torch import nn
+
+from finetune.errors import UsageError
 
 Kind = Literal["lora", "rslora", "dora", "loha", "lokr"]
 
@@ -19,22 +22,35 @@ NAMES: dict[Kind, str] = {
 }
 
 
-def settings_of(kind: Kind, rank: int, alpha: float, dropout: float, target_modules: Sequence[str]) -> Any:
+def settings_of(
+    kind: Kind, rank: int, alpha: float, dropout: float, target_modules: Sequence[str], block_ranks: Mapping[str, float]
+) -> Any:
     """peft's config for a kind of adapter; see `finetune.models.lora.add_lora`."""
-    targets = list(target_modules)
+    if any(own < 1 or own != int(own) for own in block_ranks.values()):
+        raise UsageError("block_rank: a rank is a whole number, 1 or more")
+    own = {_pattern(begin, block_ranks): int(rank) for begin, rank in block_ranks.items()}
+    if kind == "rslora" and own:
+        why = "with rslora each rank has an alpha of its own, and diffusers reads such files wrongly"
+        raise UsageError(f"block_rank: {why}")
+    shared: dict[str, Any] = {"r": rank, "target_modules": list(target_modules), "rank_pattern": own}
     if kind == "loha":
-        return LoHaConfig(r=rank, alpha=alpha, target_modules=targets)  # pyright: ignore[reportArgumentType]
+        return LoHaConfig(alpha=alpha, **shared)  # pyright: ignore[reportArgumentType]
     if kind == "lokr":
-        return LoKrConfig(r=rank, alpha=alpha, target_modules=targets)  # pyright: ignore[reportArgumentType]
+        return LoKrConfig(alpha=alpha, **shared)  # pyright: ignore[reportArgumentType]
     return LoraConfig(
-        r=rank,
         # peft's own `use_rslora` is forgotten by its older versions where diffusers sets an adapter's weight.
         lora_alpha=alpha * sqrt(rank) if kind == "rslora" else alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=dropout,
-        target_modules=targets,
+        **shared,
         init_lora_weights="gaussian",
         use_dora=kind == "dora",
     )
+
+
+def _pattern(begin: str, begins: Iterable[str]) -> str:
+    """The layers that begin like this, but like no longer one of `begins`: peft takes the first pattern that fits."""
+    longer = "|".join(re.escape(other) for other in begins if other != begin and other.startswith(begin))
+    return f"^{f'(?!{longer})' if longer else ''}{re.escape(begin)}.*"
 
 
 def read_settings(settings: dict[str, Any]) -> Any:
@@ -58,5 +74,5 @@ def without_alpha_for_whole_factors(unet: nn.Module, name: str, settings: Any) -
     """
     for layer, module in unet.named_modules():
         if isinstance(module, LoKrLayer) and name in module.lokr_w1 and name in module.lokr_w2:
-            module.alpha[name], module.scaling[name] = settings.r, 1.0
-            settings.alpha_pattern[layer] = settings.r
+            module.alpha[name], module.scaling[name] = module.r[name], 1.0
+            settings.alpha_pattern[layer] = module.r[name]

@@ -163,5 +163,11 @@ def _squares(tensors: Mapping[str, Tensor]) -> float:
 
 
 def _from_layers(layers: Mapping[str, Mapping[str, Tensor]]) -> LoraFile:
-    tensors = {f"unet.{layer}.{name}": tensor for layer, some in layers.items() for name, tensor in some.items()}
-    return LoraFile(tensors, {layer: float(some["lora_A.weight"].shape[0]) for layer, some in layers.items()}, 0)
+    """Factors for alpha = rank as a LoRA with one alpha: diffusers reads files with several wrongly."""
+    ranks = {layer: some["lora_A.weight"].shape[0] for layer, some in layers.items()}
+    alpha = float(max(ranks.values()))
+    tensors: dict[str, Tensor] = {}
+    for layer, some in layers.items():
+        tensors[f"unet.{layer}.lora_A.weight"] = some["lora_A.weight"]
+        tensors[f"unet.{layer}.lora_B.weight"] = some["lora_B.weight"] * (ranks[layer] / alpha)
+    return LoraFile(tensors, dict.fromkeys(layers, alpha), 0)

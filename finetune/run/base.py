@@ -1,11 +1,29 @@
 """The model that a run starts from."""
 
+import re
+from collections.abc import Iterable
+
 import torch
 
 from finetune.config import ResolvedConfig
+from finetune.errors import UsageError
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.locate import Location
 from finetune.models.lora import add_lora
+
+
+def numbers_by_block(option: str, given: Iterable[str], names: Iterable[str]) -> dict[str, float]:
+    """ "up_blocks.1=8" ... -> beginning of a layer's name -> number. Raises UsageError for what is otherwise."""
+    found: dict[str, float] = {}
+    for text in given:
+        begin, _, number = text.partition("=")
+        if not re.fullmatch(r"\d+(\.\d+)?", number):
+            raise UsageError(f"{option} {text}: allowed is BLOCK=NUMBER, such as up_blocks.1=2")
+        if not any(name.startswith(begin) for name in names):
+            blocks = sorted({".".join(name.split(".")[: 2 if name[:2] in ("do", "up") else 1]) for name in names})
+            raise UsageError(f"{option} {text}: no layer begins like that; the UNet's blocks: {', '.join(blocks)}")
+        found[begin] = float(number)
+    return found
 
 
 def load_base(config: ResolvedConfig, found: Location, dtype: torch.dtype) -> DiffusionModel:
@@ -30,5 +48,6 @@ def load_base(config: ResolvedConfig, found: Location, dtype: torch.dtype) -> Di
             config.lora_target_modules,
             config.seed,
             config.lora_type,
+            numbers_by_block("block_rank", config.block_rank or (), dict(model.unet.named_parameters())),
         )
     return model

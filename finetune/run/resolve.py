@@ -97,6 +97,10 @@ def _refuse_unusable(config: TrainConfig, found: Location, method: str) -> None:
         "a checkpoint in one file": found.checkpoint is not None,
         "method lora": method == "lora",
         "lora_type lora, rslora or dora": method == "lora" and config.lora_type in ("lora", "rslora", "dora"),
+        "an optimizer other than prodigy": config.optimizer != "prodigy",
+        "LoRA or DoRA, and an optimizer other than prodigy": method == "lora"
+        and config.lora_type in ("lora", "rslora", "dora")
+        and config.optimizer != "prodigy",
         "use_ema": config.use_ema is not False,
         "optimizer adamw or prodigy": config.optimizer in ("adamw", "prodigy"),
         "push_to_hub": config.push_to_hub,

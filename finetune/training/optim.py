@@ -3,7 +3,7 @@
 import contextlib
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from finetune.errors import UsageError
 
 def make_optimizer(
     name: str,
-    parameters: Iterable[nn.Parameter],
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
     *,
     learning_rate: float,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -23,18 +23,20 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer by name: adamw (fused), adafactor and sgd from torch, prodigy from prodigyopt.
 
+    `parameters` may be groups, as `parameter_groups` makes them.
+
     Raises:
         UsageError: unknown name, or the package that has it is not installed.
     """
-    parameters = list(parameters)
+    some: Any = list(parameters)
     if name == "adamw":
         return torch.optim.AdamW(
-            parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon, fused=True
+            some, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon, fused=True
         )
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr=learning_rate, weight_decay=weight_decay)
+        return torch.optim.SGD(some, lr=learning_rate, weight_decay=weight_decay)
     if name == "adafactor":
-        return torch.optim.Adafactor(parameters, lr=learning_rate, weight_decay=weight_decay)
+        return torch.optim.Adafactor(some, lr=learning_rate, weight_decay=weight_decay)
     if name != "prodigy":
         raise UsageError(f"optimizer = {name!r}: allowed is adamw, adafactor, prodigy, sgd")
     try:
@@ -44,7 +46,26 @@ def make_optimizer(
     weights: Any = {"weight_decay": weight_decay}  # Prodigy says int, and takes a fraction
     with contextlib.redirect_stdout(io.StringIO()):  # it says how it decays weights
         # Without the safeguard a warm-up spoils its estimate of the step size.
-        return Prodigy(parameters, lr=learning_rate, betas=betas, eps=epsilon, safeguard_warmup=True, **weights)
+        return Prodigy(some, lr=learning_rate, betas=betas, eps=epsilon, safeguard_warmup=True, **weights)
+
+
+def parameter_groups(
+    named: Mapping[str, nn.Parameter], blocks: Mapping[str, float], b_factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameters in groups of equal `factor`, by which the schedule's learning rate is multiplied.
+
+    Args:
+        named: name -> parameter.
+        blocks: beginning of a name -> factor; the longest that fits holds.
+        b_factor: of LoRA's matrix B (LoRA+, Hayou et al. 2024).
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        fitting = [begin for begin in blocks if name.startswith(begin)]
+        factor = blocks[max(fitting, key=len)] if fitting else 1.0
+        factor *= b_factor if ".lora_B." in name else 1.0
+        groups.setdefault(factor, []).append(parameter)
+    return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
 
 
 def learning_rate(step: int, *, peak: float, schedule: str, warmup: int, total: int) -> float:

@@ -152,8 +152,9 @@ class Trainer:
     def _set_learning_rate(self) -> float:
         if self.learning_rate is not None:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(self.updates)
-        return self.optimizer.param_groups[0]["lr"]
+                group["lr"] = self.learning_rate(self.updates) * group.get("factor", 1.0)
+        first = self.optimizer.param_groups[0]
+        return first["lr"] / first.get("factor", 1.0)
 
     def _refuse_or_skip(self, batch: Batch, losses: Tensor, loss: float, grad_norm: float) -> None:
         """Raise RunError, but for an overflow of fp16 gradients: the scaler skips that step and lowers its scale."""

@@ -165,3 +165,51 @@ def test_updates_are_those_of_the_definitions() -> None:
     rows = changed(zero, dora, 1.0).norm(dim=1)
     assert torch.allclose(rows, torch.tensor([1.0, 2.0]))
     assert LoraFile({"unet.x.lora_A.weight": b}, {}, 0).layers() == {"x": {"lora_A.weight": b}}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr"])
+def test_blocks_have_ranks_of_their_own_and_files_keep_them(kind: Kind, tmp_path: Path) -> None:
+    model = load_model("tiny")
+    ranks = {"up_blocks": 8, "up_blocks.0": 2, "mid_block.attentions": 6}
+    add_lora(model.unet, rank=4, alpha=2, target_modules=TARGETS, kind=kind, block_ranks=ranks)
+    for parameter in trainable(model.unet):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    found = LoraFile(Adapter(model.unet).state(), Adapter(model.unet).alphas(), 0)
+    for layer, rank in found.ranks().items():
+        fitting = [begin for begin in ranks if layer.startswith(begin)]
+        expected = ranks[max(fitting, key=len)] if fitting else 4
+        if rank is not None:
+            assert rank == expected, layer
+            assert found.alphas[layer] == 2
+    assert export(model, tmp_path / "discs") < 1e-5
+
+
+def test_blocks_and_matrices_learn_at_rates_of_their_own(pictures: Path, tmp_path: Path) -> None:
+    config = TrainConfig(
+        data=str(pictures), output_dir=str(tmp_path / "out"), max_train_steps=1, num_inference_steps=0,
+        lr_warmup_steps=0, lora_target_modules=TARGETS, learning_rate=1e-3, use_ema=False, adam_weight_decay=0.0,
+        block_learning_rate=["up=2", "up_blocks.0=4"], loraplus_lr_ratio=8,
+    )  # fmt: skip
+    out = fine_tune(config)
+    learned = load_file(out / "pytorch_lora_weights.safetensors")
+    largest = {key: tensor.abs().max().item() for key, tensor in learned.items() if "lora_B" in key}
+    assert len(largest) == len(learned) / 2
+    for key, value in largest.items():  # from zero, Adam's first step is the rate itself
+        factor = 4 if ".up_blocks.0." in key else 2 if "unet.up" in key else 1
+        assert value == pytest.approx(8e-3 * factor, rel=0.02), key
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_rank": ["up=x"]}, r"block_rank up=x: allowed is BLOCK=NUMBER"),
+        ({"block_rank": ["op=4"]}, r"no layer begins like that; the UNet's blocks: conv_in, .*down_blocks\.0"),
+        ({"block_rank": ["up=0.5"]}, "a rank is a whole number"),
+        ({"block_rank": ["up=2"], "lora_type": "rslora"}, "with rslora each rank has an alpha of its own"),
+        ({"block_learning_rate": ["up=2"], "optimizer": "prodigy"}, "it needs an optimizer other than prodigy"),
+        ({"loraplus_lr_ratio": 16, "method": "full"}, "it needs LoRA or DoRA"),
+    ],
+)
+def test_numbers_by_block_that_cannot_be_are_told(options: dict, message: str, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        fine_tune(TrainConfig(data=str(pictures), output_dir=str(tmp_path / "out"), num_inference_steps=0, **options))
