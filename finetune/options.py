@@ -233,6 +233,12 @@ class OutputOptions:
     """Write a checkpoint every this many epochs, beside checkpointing_steps."""
     checkpoints_total_limit: int = option(2, NOT_NEGATIVE, change="on resume", called=("save_last_n_steps_state",))
     """How many checkpoints to keep; 0 keeps all."""
+    export_formats: tuple[Literal["single-file", "diffusers", "unet"], ...] = option(
+        (), change="free", called=("output_model_format",)
+    )
+    """At the end, also write the model in these forms, a LoRA merged into it, to exports/ of the run folder."""
+    export_precision: Literal["fp32", "fp16", "bf16"] = option("fp16", change="free", called=("output_dtype",))
+    """Number format of export_formats; a LoRA's own files are fp32."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option((), change="free", called=("log_with",))
     """Trackers that get the metrics, beside metrics.jsonl."""
     push_to_hub: bool = option(False, change="free")
@@ -258,7 +264,7 @@ ELSEWHERE = {
     **dict.fromkeys(("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs"), _ONCE),
     **dict.fromkeys(("xformers", "sdpa", "mem_eff_attn", "enable_xformers_memory_efficient_attention"), _ATTENTION),
     "save_model_as": "exports are safetensors",
-    "save_precision": "a LoRA is exported in fp32",
+    "save_precision": "a LoRA is exported in fp32; finetune-unet export --precision writes others",
     "save_state": "every checkpoint can be resumed",
     "logging_dir": "trackers write into logs/ of the run folder",
     "output_name": "the export lies in --output_dir under the name that diffusers looks for",

@@ -36,6 +36,7 @@ from finetune.run.samples import plan_samples
 from finetune.run.signals import catch_signals
 from finetune.run.sources import digest, open_pictures
 from finetune.run.summary import print_summary
+from finetune.run.trained import write_exports
 from finetune.training import checkpoint
 from finetune.training.ema import Ema
 from finetune.training.objective import NoisePrediction
@@ -72,6 +73,7 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
     if folder.note:
         print(folder.note)
     if folder.finished:
+        write_exports(config, folder.path, anew=False)
         _push(config, folder.path)
         return folder.path
     print(f"{'memory':>10}  {check_memory(config, found, accelerator.device)}")
@@ -81,6 +83,8 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
             _begin(run, folder.checkpoint)
             _train(run)
             _finish(run)
+            del run  # what it holds is loaded again
+            write_exports(config, folder.path, anew=True)
         except torch.OutOfMemoryError as error:
             raise RunError(f"out of memory: {_LESS_MEMORY}") from error
         except (OSError, SafetensorError) as error:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from finetune.errors import ModelError, RunError, UsageError
+from finetune.errors import ModelError, UsageError
 from finetune.files import new_file
 
 
@@ -42,7 +42,7 @@ def run(options: Options) -> None:
     to = new_file("--to", options.to)
     from finetune.models.loading import load_model
     from finetune.models.lora_tools import merge, open_lora
-    from finetune.results.forms import write_form
+    from finetune.run.trained import write_proved
     from finetune.wording import counted
 
     files = [Path(file).expanduser() for file in options.file]
@@ -57,10 +57,4 @@ def run(options: Options) -> None:
             raise ModelError(f"{path} does not fit --model {options.model}: {error}") from error
         left = f"; {counted(found.text_tensors, 'tensor')} for text encoders left out" if found.text_tensors else ""
         print(f"{path}: {counted(len(found.layers()), 'layer')}, strength {strength:g}{left}")
-    try:
-        difference = write_form(model, to, options.format, options.precision, {})
-    except (RunError, ModelError):
-        if to.exists():
-            to.rename(to.with_name(f"{to.name}.rejected"))
-        raise
-    print(f"{to}: loaded back and compared (largest difference {difference:.0e})")
+    write_proved(model, to, options.format, options.precision, {})

@@ -51,6 +51,68 @@ def marks(scheduler: Mapping[str, Any], family: str) -> dict[str, Tensor]:
     return {name: torch.empty(0) for name, marked in there.items() if marked}
 
 
+_VELOCITY_YAML = """\
+# Read by A1111 and Forge, where it lies beside a checkpoint of the same name: this one predicts velocity.
+model:
+  target: ldm.models.diffusion.ddpm.LatentDiffusion
+  params:
+    parameterization: "v"
+    linear_start: 0.00085
+    linear_end: 0.0120
+    num_timesteps_cond: 1
+    log_every_t: 200
+    timesteps: 1000
+    first_stage_key: "jpg"
+    cond_stage_key: "txt"
+    image_size: 64
+    channels: 4
+    cond_stage_trainable: false
+    conditioning_key: crossattn
+    scale_factor: 0.18215
+    use_ema: false
+    unet_config:
+      target: ldm.modules.diffusionmodules.openaimodel.UNetModel
+      params:
+        image_size: 32
+        in_channels: 4
+        out_channels: 4
+        model_channels: 320
+        attention_resolutions: [4, 2, 1]
+        num_res_blocks: 2
+        channel_mult: [1, 2, 4, 4]
+        num_heads: 8
+        use_spatial_transformer: true
+        transformer_depth: 1
+        context_dim: 768
+        use_checkpoint: true
+        legacy: false
+    first_stage_config:
+      target: ldm.models.autoencoder.AutoencoderKL
+      params:
+        embed_dim: 4
+        ddconfig:
+          double_z: true
+          z_channels: 4
+          resolution: 256
+          in_channels: 3
+          out_ch: 3
+          ch: 128
+          ch_mult: [1, 2, 4, 4]
+          num_res_blocks: 2
+          attn_resolutions: []
+          dropout: 0.0
+        lossconfig:
+          target: torch.nn.Identity
+    cond_stage_config:
+      target: ldm.modules.encoders.modules.FrozenCLIPEmbedder
+"""
+
+
+def yaml_beside(scheduler: Mapping[str, Any], family: str) -> str | None:
+    """What A1111 and Forge need beside a checkpoint where nothing in the file can say what it predicts."""
+    return _VELOCITY_YAML if family == "sd15" and scheduler["prediction_type"] == "v_prediction" else None
+
+
 def classic_names(text_encoder: Any) -> dict[str, Tensor]:
     """A text encoder's weights under the names that every version of transformers reads."""
     state = text_encoder.state_dict()

@@ -15,6 +15,8 @@ from finetune.models.lora import LORA_FILE, Adapter
 from finetune.models.pipeline_folder import write_pipeline
 from finetune.results.verify import differing_from_kohya, verify_export, verify_kohya
 
+EXPORTS = "exports"
+"""The folder, in that of a run, for the forms that the run was asked for beside its own."""
 INDEX = "model_index.json"
 """What makes a folder a diffusers pipeline."""
 

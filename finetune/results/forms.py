@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.errors import UsageError
-from finetune.models.ldm_file import checkpoint_tensors, marks
+from finetune.files import write_whole
+from finetune.models.ldm_file import checkpoint_tensors, marks, yaml_beside
 from finetune.models.loading import DiffusionModel
 from finetune.models.lora import Adapter
 from finetune.models.pipeline_folder import write_pipeline
@@ -62,6 +63,8 @@ def write_form(
         name: tensor.to(dtype) for name, tensor in checkpoint_tensors(model.pipeline(), model.family.name).items()
     }
     write_tensors(to, tensors | marks(model.scheduler.config, model.family.name), _checkpoint_facts(model, to.stem))
+    if text := yaml_beside(model.scheduler.config, model.family.name):
+        write_whole(to.with_suffix(".yaml"), text)
     return verify_single_file(model, to, dtype)
 
 

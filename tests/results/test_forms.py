@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.cli import main
-from finetune.config import TrainConfig
+from finetune.config import TrainConfig, replace
+from finetune.errors import UsageError
 from finetune.models.loading import load_model
 from finetune.models.lora import add_lora, trainable
 from finetune.models.single_file import inspect
@@ -150,6 +152,50 @@ def test_an_xl_that_predicts_velocity_is_marked_for_both_viewers(tmp_path: Path)
     write_form(load_model(base, tokenizer=TOKENIZER), tmp_path / "again.safetensors", "single-file", "fp32", {})
     assert {"v_pred", "ztsnr"} <= load_file(tmp_path / "again.safetensors").keys()
     assert inspect(tmp_path / "again.safetensors").prediction_type == "v_prediction"
+
+
+def test_a_run_writes_the_forms_it_was_asked_for(pictures: Path, tmp_path: Path) -> None:
+    base = write_single_file(tmp_path / "base.safetensors", "sd15")
+    config = TrainConfig(
+        model=str(base), tokenizer=TOKENIZER, data=str(pictures), output_dir=str(tmp_path / "dog"), max_train_steps=1,
+        num_inference_steps=0, resolution=64, rank=2, export_formats=["single-file", "unet"], learning_rate=0.01,
+        lr_warmup_steps=0, export_precision="fp32",
+    )  # fmt: skip
+    run = fine_tune(config)
+    merged = load_model(run / "exports/dog.safetensors", tokenizer=TOKENIZER).unet.state_dict()
+    alone = UNet2DConditionModel.from_pretrained(run / "exports/unet").state_dict()
+    model = load_model(base, tokenizer=TOKENIZER)
+    before = model.unet.state_dict()
+    assert any(not torch.equal(tensor, merged[name]) for name, tensor in before.items())
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in merged.items())
+    (run / "exports/dog.safetensors").unlink()
+    kept = (run / "exports/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    assert fine_tune(config) == run  # finished: what is missing is written, what is there is left
+    assert (run / "exports/dog.safetensors").is_file()
+    assert (run / "exports/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == kept
+    again = fine_tune(replace(config, overwrite_output_dir=True, export_formats=[], seed=1))
+    assert not list((again / "exports").glob("*"))
+
+
+def test_a_form_that_there_is_not_is_refused_before_training(pictures: Path, tmp_path: Path) -> None:
+    config = TrainConfig(data=str(pictures), output_dir=str(tmp_path / "run"), export_formats=["single-file"])
+    with pytest.raises(UsageError, match=r"export_formats single-file: an embedded Stable Diffusion .* has no such"):
+        fine_tune(config)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_stable_diffusion_1_that_predicts_velocity_has_a_file_beside_it_that_says_so(
+    tmp_path: Path, prediction_type: str
+) -> None:
+    base = write_single_file(tmp_path / "base.safetensors", "sd15")
+    model = load_model(base, tokenizer=TOKENIZER, prediction_type=prediction_type)
+    write_form(model, tmp_path / "dog.safetensors", "single-file", "fp32", {})
+    velocity = prediction_type == "v_prediction"
+    assert (tmp_path / "dog.yaml").exists() == velocity
+    if velocity:
+        settings = yaml.safe_load((tmp_path / "dog.yaml").read_text())["model"]["params"]
+        assert settings["parameterization"] == "v"
+        assert settings["unet_config"]["params"]["context_dim"] == 768
 
 
 def test_a_full_run_has_no_lora_and_exports_its_pipeline(

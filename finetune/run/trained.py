@@ -1,0 +1,85 @@
+"""What a run has learned, taken from its folder, and written in the forms that the run was asked for."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from finetune.config import ResolvedConfig
+from finetune.errors import ModelError, RunError, UsageError
+from finetune.files import remove
+from finetune.models.loading import DiffusionModel
+from finetune.models.locate import locate
+from finetune.models.lora import Adapter
+from finetune.results.export import EXPORTS, kohya_file
+from finetune.results.forms import write_form
+from finetune.run.base import load_base
+from finetune.training import checkpoint
+
+
+def load_trained(
+    config: ResolvedConfig, folder: Path, step: int | None = None, *, ema: bool = True
+) -> tuple[DiffusionModel, dict[str, str]]:
+    """The model with the weights of a checkpoint, in fp32, and what the run's own LoRA file says of itself.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        step: of the checkpoint; None: the newest.
+        ema: take the averaged weights, where there are any.
+
+    Raises:
+        UsageError: there is no such checkpoint.
+        RunError: it holds something else than the config says.
+    """
+    there = dict(checkpoint.checkpoints(folder))
+    step = step if step is not None else max(there, default=None)
+    if step not in there:
+        known = ", ".join(map(str, there)) or "none"
+        raise UsageError(f"--run {folder}: no checkpoint{'' if step is None else f' {step}'}; there are: {known}")
+    state = checkpoint.load(there[step])
+    model = load_base(config, locate(config.model), torch.float32)
+    weights = state["ema"] if ema and state["ema"] else state["weights"]
+    learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
+    if weights.keys() != learned.keys():
+        raise RunError(f"{there[step]} holds other parameters than its config.toml says")
+    with torch.no_grad():
+        for name, parameter in learned.items():
+            parameter.copy_(weights[name])
+    recorded = kohya_file(folder, None if step == config.max_train_steps else step)
+    return model, Adapter.told_in(recorded) if recorded.is_file() else {}
+
+
+def write_proved(
+    model: DiffusionModel,
+    to: Path,
+    form: Literal["kohya", "peft", "diffusers", "single-file", "unet"],
+    precision: Literal["fp32", "fp16", "bf16"],
+    told: dict[str, str],
+) -> None:
+    """`write_form`, which is told when it is proved, and renamed `.rejected` when it is not."""
+    try:
+        difference = write_form(model, to, form, precision, told)
+    except (RunError, ModelError):
+        if to.exists():
+            to.rename(to.with_name(f"{to.name}.rejected"))
+        raise
+    print(f"{to}: loaded back and compared (largest difference {difference:.0e})")
+
+
+def write_exports(config: ResolvedConfig, folder: Path, *, anew: bool) -> None:
+    """Write the forms of `export_formats` to `exports/` of the run folder.
+
+    Args:
+        config: of the run, which has ended.
+        folder: of the run.
+        anew: also those that are there already.
+    """
+    for form in config.export_formats:
+        to = folder / EXPORTS / (f"{folder.resolve().name}.safetensors" if form == "single-file" else form)
+        if to.exists() and not anew:
+            continue
+        to.parent.mkdir(exist_ok=True)
+        remove(to)
+        model, told = load_trained(config, folder)  # for each: a LoRA is merged for good
+        write_proved(model, to, form, config.export_precision, told)
