@@ -331,9 +331,9 @@ def _overview() -> str:
     for verb, text in VERBS.items():
         first, _, second = verb.partition(" ")
         told[first] = f"{told[first]}, {second}" if first in told else f"on LoRA files: {second}" if second else text
-    verbs = "\n".join(f"  {name:<9}{text}" for name, text in told.items())
+    verbs = "\n".join(f"  {name:<10}{text}" for name, text in told.items())
     families = "\n".join(
-        f"  {family.name:<9}{family.description}; {family.resolution} pixels" for family in FAMILIES.values()
+        f"  {family.name:<10}{family.description}; {family.resolution} pixels" for family in FAMILIES.values()
     )
     return f"""\
 Teach the UNet of a Stable Diffusion your pictures:

@@ -61,7 +61,7 @@ class ModelOptions:
     """What learns."""
 
     model: str = option("tiny", names=("pretrained_model_name_or_path",))
-    """sd15, sd21, sdxl, ddpm, tiny, a hub id (owner/name), a local diffusers folder, or a .safetensors checkpoint."""
+    """sd15, sd21, sd21-base, sdxl, ddpm, tiny, a hub id (owner/name), a diffusers folder, or a .safetensors file."""
     tokenizer: str | None = option(None, needs="a checkpoint in one file")
     """For a checkpoint in one file: a tokenizer's folder, or bpe_simple_vocab_16e6.txt.gz. Default: from the package
     open_clip, or the hub's cache."""

@@ -214,7 +214,7 @@ def _told(run: Run) -> dict[str, str]:
     config, step = run.config, run.trainer.steps_done
     facts = LoraFacts(
         model=Path(config.model).name if Path(config.model).is_absolute() else config.model,
-        family=run.model.family.name,
+        family=run.model.family.layout or run.model.family.name,
         prediction_type=run.model.scheduler.config["prediction_type"],
         resolution=config.resolution,
         batch_size=config.global_batch,

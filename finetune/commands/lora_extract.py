@@ -59,7 +59,8 @@ def run(options: Options) -> None:
     if not options.conv:
         layers = [layer for layer in layers if tuned[f"{layer}.weight"].shape[2:].numel() == 1]
     made, kept, left = difference(tuned, base, layers, options.rank, options.energy)
-    version = architecture(places["--base"].family.name, "epsilon")[0]
+    family = places["--base"].family
+    version = architecture(family.layout or family.name, "epsilon")[0]
     told = {"ss_base_model_version": version, "ss_output_name": to.stem, "modelspec.title": to.stem}
     write_lora(to, made, "kohya", DTYPES[options.precision], told)
     more = f"; {counted(left, 'tensor')} that no LoRA can hold changed too" if left else ""

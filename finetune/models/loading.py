@@ -68,8 +68,8 @@ def load_model(
     """Load a model for training, on the CPU. VAE and text encoder are frozen, in eval mode and in fp32.
 
     Args:
-        name_or_path: sd15, sd21, sdxl, ddpm, tiny, a hub id, a local diffusers folder, a checkpoint in one safetensors
-            file, or what `locate` returned.
+        name_or_path: a name of `FAMILIES` such as sd15, a hub id, a local diffusers folder, a checkpoint in one
+            safetensors file, or what `locate` returned.
         resolution: pixels per side of a `ddpm` from scratch; what a DDPM draws at; otherwise only checked. Default: the
             model's own.
         dtype: of the UNet's weights; fp32 to train them all, bf16 or fp16 halve the memory under a LoRA.

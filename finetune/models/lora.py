@@ -163,6 +163,7 @@ class Adapter:
 
     @property
     def kind(self) -> Kind:
+        """What it is; a rank-stabilised LoRA counts as a LoRA."""
         return kind_of(self.unet.peft_config[self.name])
 
     def alphas(self) -> dict[str, float]:

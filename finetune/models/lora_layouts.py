@@ -7,6 +7,7 @@ factors; DoRA's norms are `.dora_scale` in kohya's, and stand as a column.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -172,6 +173,8 @@ def read_lora(path: Path, names: Mapping[str, str] | None = None) -> LoraFile:
             state = {f"{PEFT_PREFIX}{key.removeprefix(PEFT_PREFIX)}": tensor for key, tensor in ours.items()}
             found = LoraFile(state, {}, len(text))
         layers = found.layers()
+        if not layers:
+            raise ModelError("it has no tensors for a UNet")
         for layer, tensors in layers.items():
             if name := lacking(tensors):
                 raise ModelError(f"{layer}.{name} is missing")
@@ -200,11 +203,15 @@ def _told_alphas(settings: Mapping[str, Any], layers: Mapping[str, Mapping[str, 
     alpha = settings.get(f"{PEFT_PREFIX}lora_alpha", settings.get(f"{PEFT_PREFIX}alpha"))
     if alpha is None:
         return {}
-    own: Mapping[str, Any] = settings.get(f"{PEFT_PREFIX}alpha_pattern") or {}
+    patterns: Mapping[str, Any] = settings.get(f"{PEFT_PREFIX}alpha_pattern") or {}
     stabilised = bool(settings.get(f"{PEFT_PREFIX}use_rslora"))
+
+    def own(layer: str) -> float:
+        """As peft finds it: the first pattern that fits the whole name, or its end."""
+        return float(next((a for p, a in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", layer)), alpha))
+
     return {
-        layer: float(own.get(layer, alpha)) * (sqrt(rank_of(tensors) or 1) if stabilised else 1.0)
-        for layer, tensors in layers.items()
+        layer: own(layer) * (sqrt(rank_of(tensors) or 1) if stabilised else 1.0) for layer, tensors in layers.items()
     }
 
 

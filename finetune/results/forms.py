@@ -10,7 +10,6 @@ from finetune.models.ldm_file import checkpoint_tensors, marks, yaml_beside
 from finetune.models.loading import DiffusionModel
 from finetune.models.lora import Adapter
 from finetune.models.pipeline_folder import write_pipeline
-from finetune.models.single_file import CLIP
 from finetune.models.tensor_file import DTYPES, write_tensors
 from finetune.models.weights import in_dtype
 from finetune.results.lora_facts import architecture
@@ -57,23 +56,22 @@ def write_form(
     if form == "unet":
         in_dtype(model.unet, dtype).save_pretrained(to)
         return verify_unet(model, to, dtype)
-    if model.family.name not in CLIP:
+    family = model.family.layout
+    if family is None:
         raise UsageError(f"--format {form}: {model.family.description} has no such form; allowed is diffusers or unet")
-    tensors = {
-        name: tensor.to(dtype) for name, tensor in checkpoint_tensors(model.pipeline(), model.family.name).items()
-    }
-    write_tensors(to, tensors | marks(model.scheduler.config, model.family.name), _checkpoint_facts(model, to.stem))
-    if text := yaml_beside(model.scheduler.config, model.family.name):
+    tensors = {name: tensor.to(dtype) for name, tensor in checkpoint_tensors(model.pipeline(), family).items()}
+    write_tensors(to, tensors | marks(model.scheduler.config, family), _checkpoint_facts(model, family, to.stem))
+    if text := yaml_beside(model.scheduler.config, family):
         write_whole(to.with_suffix(".yaml"), text)
     return verify_single_file(model, to, dtype)
 
 
-def _checkpoint_facts(model: DiffusionModel, title: str) -> dict[str, str]:
+def _checkpoint_facts(model: DiffusionModel, family: str, title: str) -> dict[str, str]:
     """Entries of the Stability AI Model Metadata Standard 1.0.1."""
     prediction_type = model.scheduler.config["prediction_type"]
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": architecture(model.family.name, prediction_type)[1],
+        "modelspec.architecture": architecture(family, prediction_type)[1],
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else prediction_type,

@@ -9,7 +9,6 @@ from finetune.config import ResolvedConfig, TrainConfig, replace
 from finetune.errors import UsageError
 from finetune.models.families import FAMILIES, default_method, defaults, total_steps, warmup_steps
 from finetune.models.locate import Location
-from finetune.models.single_file import CLIP
 from finetune.options import about
 from finetune.run.precision import resolve_precision
 from finetune.run.prompts import is_prompt_file
@@ -113,7 +112,7 @@ def _refuse_unusable(config: TrainConfig, found: Location, method: str) -> None:
     }
     if not found.family.latent and method == "lora":
         raise UsageError(f"method = lora: {found.name} is a pixel-space model; allowed is full")
-    if "single-file" in config.export_formats and found.family.name not in CLIP:
+    if "single-file" in config.export_formats and found.family.layout is None:
         raise UsageError(f"export_formats single-file: {found.family.description} has no such form")
     for name, known in about().items():
         given = name in config.given and getattr(config, name) is not None

@@ -14,6 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 from finetune.errors import ModelError, UsageError
 from finetune.models.families import FAMILIES
 from finetune.models.locate import HUB_FILES, locate
+from finetune.models.single_file import CLIP
 from tests.hub_server import Hub, Repository, hub_environment
 from tests.tiny_copy import copy_tiny
 
@@ -200,6 +201,7 @@ def test_a_download_takes_sharded_weights():
 LOCATE = """
 import sys
 from finetune.errors import FinetuneError
+from finetune.models.single_file import CLIP
 from finetune.models.locate import locate
 
 for name in sys.argv[1:]:
@@ -278,3 +280,11 @@ def test_a_hub_that_breaks_off_is_told_in_one_line(tmp_path: Path):
         hub.breaks_off = True
         (told,) = run_with_hub(LOCATE, hub.url, tmp_path, "someone/model")
     assert told.startswith("ModelError: --model someone/model: the Hugging Face hub was not reachable")
+
+
+def test_layouts_of_a_single_file_are_those_that_there_are():
+    layouts = {name: family.layout for name, family in FAMILIES.items()}
+    assert layouts == {
+        "sd15": "sd15", "sd21": "sd21", "sd21-base": "sd21", "sdxl": "sdxl", "ddpm": None, "tiny": None,
+    }  # fmt: skip
+    assert {layout for layout in layouts.values() if layout} == CLIP.keys()

@@ -1,3 +1,4 @@
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -74,7 +75,9 @@ def keys_that_comfyui_uses(keys: Iterable[str], weights: Iterable[str]) -> set[s
         for known in (f"lora_unet_{name.replace('.', '_')}", f"lycoris_{name.replace('.', '_')}", old, f"unet.{old}"):
             for pair in pairs:
                 if {known + suffix for suffix in pair} <= there:
-                    used |= {known + suffix for suffix in (*pair, ".alpha")} & there
+                    used |= {known + suffix for suffix in (*pair, ".alpha", ".dora_scale")} & there
+            factors = {key for key in there if key.startswith((f"{known}.hada_w", f"{known}.lokr_w"))}
+            used |= factors | ({f"{known}.alpha"} & there if factors else set())
     return used
 
 
@@ -87,6 +90,16 @@ def test_comfyui_uses_every_tensor(shape: str, targets: tuple[str, ...]) -> None
     file = to_kohya(adapter.state(), adapter.alphas())
     assert keys_that_comfyui_uses(file, weights) == file.keys()
     assert not keys_that_comfyui_uses([key for key in adapter.state() if "attn" in key], weights)  # hence the file
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["dora", "loha", "lokr"])
+def test_comfyui_uses_every_tensor_of_other_kinds(kind: Kind, shape: str) -> None:
+    adapter = adapted(shape, EVERYTHING, kind)
+    with torch.random.fork_rng(devices=[]):
+        weights = UNet2DConditionModel(**SHAPES[shape]).state_dict()
+    file = to_kohya(adapter.state(), adapter.alphas())
+    assert keys_that_comfyui_uses(file, weights) == file.keys()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -139,9 +152,18 @@ def test_the_layers_of_the_real_sizes_are_known_without_a_model() -> None:
         ({"lora_unet_conv_in.lokr_w1": torch.zeros(1, 1)}, r"conv_in\.lokr_w2_a is missing"),
         ({"lora_unet_conv_in.alpha": torch.zeros(2)}, r"alpha: \(2,\); alpha is one number"),
         ({"unet.conv_in.lora_B.weight": torch.zeros(1, 1)}, r"conv_in\.lora_A\.weight is missing"),
+        ({"lora_te_x.alpha": torch.zeros(1)}, "it has no tensors for a UNet"),
     ],
 )
 def test_a_layer_that_is_not_whole_is_named(tensors: dict[str, torch.Tensor], message: str, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(ModelError, match=message):
         read_lora(tmp_path / "a.safetensors", {"conv_in": "conv_in"})
+
+
+def test_alpha_of_a_layer_is_read_as_peft_reads_it(tmp_path: Path) -> None:
+    tensors = {f"unet.{layer}.lora_{m}.weight": torch.ones(4, 4) for layer in ("a.x", "b.x", "b.y") for m in "AB"}
+    told = {"unet.lora_alpha": 2, "unet.alpha_pattern": {"^b.*x": 8, "y": 6}, "unet.use_rslora": True}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(told)})
+    found = read_lora(tmp_path / "a.safetensors", {})
+    assert found.alphas == {"a.x": 4.0, "b.x": 16.0, "b.y": 12.0}  # times the root of rank 4
