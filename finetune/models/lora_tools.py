@@ -63,7 +63,7 @@ def write_lora(path: Path, found: LoraFile, layout: Layout, dtype: torch.dtype, 
     try:
         back = read_lora(path, {layer: layer for layer in alphas})
         wrong = [key for key in tensors if key not in back.tensors or not torch.equal(back.tensors[key], tensors[key])]
-        wrong += [f"{layer}.alpha" for layer, alpha in alphas.items() if back.alphas[layer] != _in_fp32(alpha)]
+        wrong += [f"{n}.alpha" for n, alpha in alphas.items() if _in_fp32(back.alphas[n]) != _in_fp32(alpha)]
         if wrong:
             raise RunError(f"{path} does not read back to what was written: {wrong[0]} differs")
     except (RunError, ModelError):
