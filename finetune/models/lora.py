@@ -229,7 +229,8 @@ class Adapter:
         One metadata entry only: safetensors writes several in random order, and files could not be compared.
         """
         settings = self.unet.peft_config[self.name].to_dict()
-        settings |= {name: 0.0 for name in ("lora_dropout",) if name in settings}
+        if "lora_dropout" in settings:
+            settings["lora_dropout"] = 0.0
         told = {f"unet.{n}": v for n, v in settings.items()}
         if prediction_type is not None:
             told[_PREDICTION_TYPE] = prediction_type

@@ -38,7 +38,13 @@ DECISIONS: dict[str, tuple[Deed, Deed, Deed, Deed, Deed]] = {
 
 _LEFT_BY_A_RUN = ("metrics.jsonl", "timings.jsonl", "result.json", "samples/step-*.png")
 _LEFT_BY_A_RUN += ("samples/before-after.png", ".checkpoint-*.part", "logs/**/events.out.tfevents.*")
-_LEFT_BY_A_RUN += ("logs/**/hparams.yml", "exports/*.safetensors", "exports/diffusers", "exports/unet")
+_LEFT_BY_A_RUN += (
+    "logs/**/hparams.yml",
+    "exports/*.safetensors",
+    "exports/*.yaml",
+    "exports/diffusers",
+    "exports/unet",
+)
 
 
 @dataclass(frozen=True)

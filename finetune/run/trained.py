@@ -81,5 +81,6 @@ def write_exports(config: ResolvedConfig, folder: Path, *, anew: bool) -> None:
             continue
         to.parent.mkdir(exist_ok=True)
         remove(to)
+        remove(to.with_suffix(".yaml"))
         model, told = load_trained(config, folder)  # for each: a LoRA is merged for good
         write_proved(model, to, form, config.export_precision, told)

@@ -26,7 +26,7 @@ accelerate launch --num_cpu_threads_per_process 1 train_network.py \\
     --learning_rate 5e-5 --text_encoder_lr=5e-6 --max_train_epochs=10 --train_batch_size=2 --optimizer_type=AdamW8bit \\
     --optimizer_args weight_decay=0.1 betas=0.9,0.99 --mixed_precision fp16 --xformers --cache_latents \\
     --enable_bucket --min_snr_gamma=5 --lr_scheduler=cosine_with_restarts --clip_skip=2 --random_crop --flip_aug \\
-    --sample_prompts prompts.txt --max_token_length=75
+    --sample_prompts prompts.txt --max_token_length=75 --resume out/state
 """
 
 
@@ -49,7 +49,8 @@ def test_a_command_line_of_sd_scripts(tmp_path: Path, capsys: pytest.CaptureFixt
         "left: xformers = True: torch's own fast attention is used anyway",
         "left: enable_bucket = True: buckets",
         "left: lr_scheduler = 'cosine_with_restarts': lr_scheduler = 'cosine_with_restarts': allowed is constant",
-        "5 left out",
+        "left: resume = 'out/state': a state of sd-scripts cannot be gone on from",
+        "6 left out",
         "to train: finetune-unet --config",
     ):
         assert line in told
@@ -155,6 +156,28 @@ def test_a_preset_of_onetrainer(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "left: optimizer.d_coef = 2.0" in told
     assert "left: layer_filter_preset = 'attn-mlp'" in told
     assert "left: concepts = ['./b']: one folder is trained on" in told
+
+
+def test_a_whole_config_of_onetrainer_for_a_full_fine_tune_can_be_trained_with(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A whole config says everything, also what does not matter for it."""
+    whole = {
+        "base_model_name": "tiny", "training_method": "FINE_TUNE", "model_type": "STABLE_DIFFUSION_15",
+        "lora_rank": 16, "lora_alpha": 1.0, "lora_decompose": False, "peft_type": "LORA", "dropout_probability": 0.0,
+        "learning_rate_warmup_steps": 0.0, "offset_noise_weight": 0.0, "perturbation_noise_weight": 0.1, "epochs": 1,
+        "resolution": "64", "train_dtype": "FLOAT_32", "concepts": [{"path": str(pictures)}],
+        "workspace_dir": str(tmp_path / "run"),
+        "vae": {"model_name": "", "weight_dtype": "FLOAT_32"}, "unet": {"train": True, "learning_rate": None},
+    }  # fmt: skip
+    found = imported(tmp_path, "whole.json", json.dumps(whole))
+    assert found["lr_warmup_steps"] == 0
+    assert "rank" not in found
+    told = capsys.readouterr().out
+    assert "left: lora_rank = 16: a full fine-tune has no LoRA" in told
+    assert "left: perturbation_noise_weight = 0.1: there is no such option here" in told
+    assert "left: vae.weight_dtype = 'FLOAT_32'" in told
+    assert main(["--config", str(tmp_path / "config.toml"), "--num_inference_steps", "0"]) == 0
 
 
 @pytest.mark.parametrize(

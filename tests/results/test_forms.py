@@ -196,6 +196,9 @@ def test_stable_diffusion_1_that_predicts_velocity_has_a_file_beside_it_that_say
         settings = yaml.safe_load((tmp_path / "dog.yaml").read_text())["model"]["params"]
         assert settings["parameterization"] == "v"
         assert settings["unet_config"]["params"]["context_dim"] == 768
+        with pytest.raises(UsageError, match=r"dog\.yaml exists already"):
+            write_form(model, tmp_path / "dog.ckpt", "single-file", "fp32", {})
+        assert not (tmp_path / "dog.ckpt").exists()
 
 
 def test_a_full_run_has_no_lora_and_exports_its_pipeline(

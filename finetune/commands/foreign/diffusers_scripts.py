@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.commands.foreign.taken import Renamed, Taken
+from finetune.commands.foreign.taken import Renamed, Taken, dropout, no_resume
 from finetune.config import accepted_names
 
 _SHARED = {"lr_scheduler": "constant", "lr_warmup_steps": 500, "mixed_precision": "no", "caption_dropout": 0.0}
@@ -37,7 +37,8 @@ _OWN: Renamed = {
     "dataset_name": "data", "validation_prompt": _prompt, "num_validation_images": "eval_batch_size",
     "validation_epochs": "save_image_epochs", "report_to": _trackers, "logger": _trackers, "lr_scheduler": _schedule,
     "pretrained_vae_model_name_or_path": "vae", "ddpm_num_inference_steps": "num_inference_steps",
-    "eval_batch_size": "eval_batch_size", "use_dora": lambda taken, value: taken.put("lora_type", "dora", "use_dora"),
+    "resume_from_checkpoint": no_resume, "lora_dropout": dropout,
+    "use_dora": lambda taken, value: taken.put("lora_type", "dora", "use_dora"),
 }  # fmt: skip
 
 

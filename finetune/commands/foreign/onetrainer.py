@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.commands.foreign.taken import Renamed, Taken, square
+from finetune.commands.foreign.taken import Renamed, Taken, dropout, square
 
 DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 3e-6, "epochs": 100, "batch_size": 1, "learning_rate_warmup_steps": 200, "resolution": "512",
@@ -49,16 +49,32 @@ def _chosen(name: str, theirs: str, table: Mapping[str, Any]) -> Any:
 
 
 def _text_encoder(taken: Taken, value: Any) -> None:
-    if not isinstance(value, dict) or value.get("train", True):
-        taken.notes.append("OneTrainer trained the text encoder too, unless told otherwise; here it stays frozen")
+    note = "OneTrainer trained the text encoder too, unless told otherwise; here it stays frozen"
+    if (not isinstance(value, dict) or value.get("train", True)) and note not in taken.notes:
+        taken.notes.append(note)
 
 
 def _unet(taken: Taken, value: Any) -> None:
-    given = value if isinstance(value, dict) else {}
-    if given.get("learning_rate"):
-        taken.put("learning_rate", given["learning_rate"], "unet.learning_rate")
-    if given.get("gradient_checkpointing"):
+    given = dict(value) if isinstance(value, dict) else {}
+    if rate := given.pop("learning_rate", None):
+        taken.put("learning_rate", rate, "unet.learning_rate")
+    if given.pop("gradient_checkpointing", False):
         taken.ours["gradient_checkpointing"] = True
+    _leave_rest(taken, "unet", given)
+
+
+def _vae(taken: Taken, value: Any) -> None:
+    given = dict(value) if isinstance(value, dict) else {}
+    if name := given.pop("model_name", None):
+        taken.put("vae", name, "vae.model_name")
+    _leave_rest(taken, "vae", given)
+
+
+def _leave_rest(taken: Taken, part: str, given: Mapping[str, Any]) -> None:
+    """What is told of a part of the model, but for what is so here anyway."""
+    for name, value in given.items():
+        if name not in ("train", "include") and value not in (None, False, "", 0):
+            taken.leave(f"{part}.{name}", value)
 
 
 def _loss_weight(taken: Taken, value: Any) -> None:
@@ -98,10 +114,10 @@ _RENAMED: Renamed = {
     "base_model_name": "model", "learning_rate": "learning_rate", "epochs": "num_train_epochs",
     "batch_size": "train_batch_size", "gradient_accumulation_steps": "gradient_accumulation_steps",
     "lora_rank": "rank", "lora_alpha": "lora_alpha",
-    "dropout_probability": "lora_dropout", "offset_noise_weight": "noise_offset", "clip_grad_norm": "max_grad_norm",
-    "perturbation_noise_weight": "input_perturbation", "lora_model_name": "init_lora", "workspace_dir": "output_dir",
+    "dropout_probability": dropout, "offset_noise_weight": "noise_offset", "clip_grad_norm": "max_grad_norm",
+    "lora_model_name": "init_lora", "workspace_dir": "output_dir",
     "training_method": _method, "model_type": _model_type, "optimizer": _optimizer, "text_encoder": _text_encoder,
-    "text_encoder_2": lambda taken, value: None, "unet": _unet, "vae": lambda taken, value: None,
+    "text_encoder_2": _text_encoder, "unet": _unet, "vae": _vae,
     "loss_weight_fn": _loss_weight, "concepts": _concepts, "concept_file_name": _concept_file, "resolution": square,
     "gradient_checkpointing": _checkpointing, "train_dtype": _chosen("mixed_precision", "train_dtype", _DTYPES),
     "peft_type": _chosen("lora_type", "peft_type", _KINDS),
@@ -119,10 +135,15 @@ def take(given: Mapping[str, Any]) -> Taken:
     if lora:
         given = {"lora_rank": 16, "lora_alpha": 1.0} | given
         taken.notes.append(f"alpha is {given['lora_alpha']:g} (OneTrainer's default is 1, here it would be the rank)")
+    else:
+        for name in [name for name in given if name.startswith("lora_") or name == "peft_type"]:
+            if value := given.pop(name):
+                taken.leave(name, value, "a full fine-tune has no LoRA")
+        given.pop("dropout_probability", None)
     gamma, weighted = given.pop("loss_weight_strength", 5.0), given.get("loss_weight_fn") == "MIN_SNR_GAMMA"
     if weighted:
         taken.put("snr_gamma", gamma, "loss_weight_strength")
     if given.get("concepts"):
         given.pop("concept_file_name", None)
-    taken.take({name: value for name, value in given.items() if value not in ({}, 0.0)}, _RENAMED)
+    taken.take({name: value for name, value in given.items() if value != {}}, _RENAMED)
     return taken

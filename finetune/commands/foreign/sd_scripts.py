@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.commands.foreign.taken import Renamed, Taken, square, word_value
+from finetune.commands.foreign.taken import Renamed, Taken, dropout, no_resume, square, word_value
 from finetune.options import ATTENTION_AND_FEED_FORWARD
 
 _OPTIMIZERS = {
@@ -113,7 +113,7 @@ _RENAMED: Renamed = {
     "max_train_epochs": "num_train_epochs", "seed": "seed",
     "gradient_accumulation_steps": "gradient_accumulation_steps", "gradient_checkpointing": "gradient_checkpointing",
     "mixed_precision": "mixed_precision", "learning_rate": "learning_rate", "network_dim": "rank",
-    "network_alpha": "lora_alpha", "network_dropout": "lora_dropout", "network_weights": "init_lora",
+    "network_alpha": "lora_alpha", "network_dropout": dropout, "network_weights": "init_lora",
     "min_snr_gamma": "snr_gamma", "noise_offset": "noise_offset", "ip_noise_gamma": "input_perturbation",
     "max_grad_norm": "max_grad_norm", "clip_skip": "clip_skip", "flip_aug": "random_flip",
     "caption_dropout_rate": "caption_dropout", "max_data_loader_n_workers": "dataloader_num_workers",
@@ -123,7 +123,7 @@ _RENAMED: Renamed = {
     "network_args": _network_arguments, "lr_scheduler": _schedule, "lr_warmup_steps": _warmup,
     "v_parameterization": _velocity, "random_crop": _random_crop, "log_with": _trackers,
     "max_token_length": _max_token_length, "network_module": _network_module,
-    "network_train_unet_only": lambda taken, value: None, "resume": "resume_from_checkpoint",
+    "network_train_unet_only": lambda taken, value: None, "resume": no_resume,
 }  # fmt: skip
 
 

@@ -50,6 +50,18 @@ class Taken:
                 rule(self, value)
 
 
+def dropout(taken: Taken, value: Any) -> None:
+    """Dropout inside the layers; none there is none here, where not every kind of adapter has the option."""
+    if value:
+        taken.put("lora_dropout", value, "dropout")
+
+
+def no_resume(taken: Taken, value: Any) -> None:
+    """What another tool has saved to go on from."""
+    if value:
+        taken.leave("resume", value, f"a state of {taken.tool} cannot be gone on from; --init_lora takes a LoRA file")
+
+
 def word_value(word: str) -> Any:
     """What a word of a command line stands for: a number, a switch, or text."""
     for kind in (int, float):
