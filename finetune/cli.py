@@ -35,6 +35,10 @@ VERBS = {
     "export": "write what a run has learned as another kind of file",
     "preview": "see the pictures as training will see them",
     "import": "another tool's settings as a config.toml",
+    "cache encode": "encode what training with the same options would need",
+    "cache info": "what encodings are kept, and their size",
+    "cache verify": "read every encoding and take out what is damaged",
+    "cache prune": "delete encodings that are not used any more",
     "lora info": "what a LoRA file holds",
     "lora convert": "write a LoRA file in the other layout",
     "lora merge": "put LoRA files into a model",
@@ -42,6 +46,9 @@ VERBS = {
     "lora extract": "the difference of two models as a LoRA",
 }
 """First words that do something other than train -> what. Each is a module of `finetune.commands`."""
+
+GROUPS = {"cache": "on encodings that are kept", "lora": "on LoRA files"}
+"""First words that take a second one."""
 
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 
@@ -145,6 +152,12 @@ def _verb(argv: list[str]) -> str | None:
 def _run_verb(verb: str, argv: list[str]) -> None:
     """Run `finetune.commands.<verb>` with the options that follow the verb."""
     command = importlib.import_module(f"finetune.commands.{verb.replace(' ', '_')}")
+    if not hasattr(command, "Options"):  # it takes those of training
+        if _asks_for_help(argv):
+            _show_help(TRAIN_SECTIONS, f"{PROGRAM} {verb}", f"{PROGRAM} {verb}: {VERBS[verb]}")
+        else:
+            command.run(parse_train(argv))
+        return
     sections = {verb: command.Options}
     if _asks_for_help(argv):
         _show_help(sections, f"{PROGRAM} {verb}", f"{PROGRAM} {verb}: {VERBS[verb]}")
@@ -330,7 +343,7 @@ def _overview() -> str:
     told: dict[str, str] = {}
     for verb, text in VERBS.items():
         first, _, second = verb.partition(" ")
-        told[first] = f"{told[first]}, {second}" if first in told else f"on LoRA files: {second}" if second else text
+        told[first] = f"{told[first]}, {second}" if first in told else f"{GROUPS[first]}: {second}" if second else text
     verbs = "\n".join(f"  {name:<10}{text}" for name, text in told.items())
     families = "\n".join(
         f"  {family.name:<10}{family.description}; {family.resolution} pixels" for family in FAMILIES.values()

@@ -125,7 +125,14 @@ class DataOptions:
     caption_column: str = option("text", decided_by="dataset")
     """Caption column of a Hugging Face dataset."""
     live_encoding: bool = False
-    """Send each picture through the VAE at every visit instead of once per run."""
+    """Send each picture through the VAE at every visit instead of once."""
+    cache_dir: str | None = option(None, change="free", called=("latents_cache_path", "cache_latents_to_disk"))
+    """Folder in which encodings are kept for this and later runs; none: in memory alone. Default: finetune-unet in the
+    user's cache folder."""
+    cache_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Number format in which encodings are kept; fp16 takes half of the room (benchmarks/RESULTS.md has its error)."""
+    cache_strict: bool = option(False, change="free")
+    """Hash every picture at the start, also where size, time and inode say that its file is unchanged."""
     dataloader_num_workers: int = option(0, NOT_NEGATIVE, change="free", called=("max_data_loader_n_workers",))
     """Processes that prepare pictures under --live_encoding; kept encodings need none. Changes speed only."""
 
@@ -253,7 +260,7 @@ ATTENTION_AND_FEED_FORWARD = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj
 """The layers that a LoRA adapts unless the model's family says otherwise."""
 
 _FROZEN = "the text encoder stays frozen here"
-_ONCE = "every picture and caption is encoded once anyway"
+_ONCE = "every picture and caption is encoded once anyway, and kept in --cache_dir"
 _ATTENTION = "torch's own fast attention is used anyway"
 _LATER = "it comes with a later version"
 ELSEWHERE = {
@@ -261,7 +268,7 @@ ELSEWHERE = {
         ("train_text_encoder", "text_encoder_lr", "learning_rate_te", "stop_text_encoder_training"), _FROZEN
     ),
     "network_train_unet_only": "only the UNet is trained anyway",
-    **dict.fromkeys(("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs"), _ONCE),
+    **dict.fromkeys(("cache_latents", "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"), _ONCE),
     **dict.fromkeys(("xformers", "sdpa", "mem_eff_attn", "enable_xformers_memory_efficient_attention"), _ATTENTION),
     "save_model_as": "exports are safetensors",
     "save_precision": "a LoRA is exported in fp32; finetune-unet export --precision writes others",

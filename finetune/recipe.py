@@ -16,7 +16,7 @@ from finetune.config import ResolvedConfig, TrainConfig, as_settings
 from finetune.data.loader import batches
 from finetune.data.own import Rows
 from finetune.data.pictures import Pictures
-from finetune.data.sampler import steps_per_epoch
+from finetune.data.sampler import steps_per_epoch, visited
 from finetune.data.source import check_source
 from finetune.errors import Interrupted, RunError, UsageError
 from finetune.models.loading import DiffusionModel, check_resolution
@@ -103,6 +103,11 @@ def _put_together(
         live=config.live_encoding,
         caption_dropout=config.caption_dropout,
         seed=config.seed,
+        cache_dir=config.cache_dir,
+        precision=config.cache_precision,
+        visited=visited(
+            size=len(pictures), batch_size=config.global_batch, seed=config.seed, steps=config.max_train_steps
+        ),
     )
     trainer = _trainer(config, model)
     samples = plan_samples(config, latent=found.family.latent, captions=encoded.captions, pictures=len(encoded))

@@ -13,9 +13,17 @@ from torch import Tensor
 
 def fold(*parts: int | str) -> int:
     """A stable hash of the parts, in [0, 2**63). Equal on every machine, Python and torch version."""
+    return int.from_bytes(_hash(parts, 8), "little") >> 1
+
+
+def wide_fold(*parts: int | str) -> str:
+    """The same as 32 hexadecimal digits: no two contents will ever share one."""
+    return _hash(parts, 16).hex()
+
+
+def _hash(parts: tuple[int | str, ...], size: int) -> bytes:
     text = "\x1f".join(f"{type(part).__name__}:{len(str(part))}:{part}" for part in parts)
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=size).digest()
 
 
 def example_key(seed: int, example_id: str, visit: int) -> int:

@@ -145,7 +145,10 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("--resume x", "unknown option --resume; did you mean --resume_from_checkpoint?"),
         ("--save_every_n_steps 5", "unknown option --save_every_n_steps; did you mean --checkpointing_steps?"),
         ("--save_model_as safetensors", "unknown option --save_model_as; exports are safetensors"),
-        ("--cache_latents", "unknown option --cache_latents; every picture and caption is encoded once anyway"),
+        (
+            "--cache_latents",
+            "unknown option --cache_latents; every picture and caption is encoded once anyway, and kept in --cache_dir",
+        ),
         ("--train_text_encoder", "unknown option --train_text_encoder; the text encoder stays frozen here"),
         ("--logging_dir x", "unknown option --logging_dir; trackers write into logs/ of the run folder"),
         (
@@ -179,12 +182,12 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         (
             "samle",
             "unknown command 'samle'; did you mean sample? "
-            "(commands: sample, export, preview, import, lora; options alone train)",
+            "(commands: sample, export, preview, import, cache, lora; options alone train)",
         ),
         (
             "samle --help",
             "unknown command 'samle'; did you mean sample? "
-            "(commands: sample, export, preview, import, lora; options alone train)",
+            "(commands: sample, export, preview, import, cache, lora; options alone train)",
         ),
     ],
 )

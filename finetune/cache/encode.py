@@ -1,39 +1,42 @@
-"""Pictures through the encoder and captions through the conditioner, each once."""
+"""Pictures through the encoder and captions through the conditioner, each content once."""
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Iterable
+from pathlib import Path
 
-import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from finetune import seeding
-from finetune.batch import map_tensors
-from finetune.cache.encoded import Encoded
-from finetune.cache.visits import Kept, Live, pixels_of, wants_flips
+from finetune.cache.disk import DiskStore
+from finetune.cache.encoded import Conditions, Encoded
+from finetune.cache.fill import Made, fill
+from finetune.cache.store import Item, MemoryStore, Store, cache_folder
+from finetune.cache.visits import Kept, Live
 from finetune.data.own import Rows, as_pictures
 from finetune.data.pictures import Pictures
 from finetune.data.transforms import normalize
 from finetune.errors import DataError
+from finetune.models.conditioners import Conditioner
 from finetune.models.encoders import Encoder
-from finetune.models.loading import DiffusionModel
-
-T = TypeVar("T")
+from finetune.models.loading import DiffusionModel, Frozen
+from finetune.models.tensor_file import DTYPES
 
 
 def encode(
     dataset: Pictures | Rows,
-    model: DiffusionModel,
+    model: DiffusionModel | Frozen,
     *,
     live: bool = False,
     caption_dropout: float = 0.0,
     seed: int = 0,
+    cache_dir: str | Path | None = None,
+    precision: str = "fp32",
+    visited: Iterable[int] | None = None,
 ) -> Encoded:
-    """Make a dataset ready for training: each picture and each distinct caption is encoded once.
+    """Make a dataset ready for training: what is not encoded yet, by an earlier run or another process, is encoded.
 
-    Flips keep two encodings; a random crop is drawn once per picture. With `live`, pictures are encoded at each
-    visit instead, with crop and flip drawn anew. What is no longer needed leaves the device: the text encoder, and the
-    VAE unless `live`.
+    Encodings are known by their content: by the picture's bytes, the part of it that is trained, the VAE and the number
+    format; by the caption and the text encoders. Flips keep two encodings; a random crop is drawn once per picture.
+    With `live`, pictures are encoded at each visit instead, with crop and flip drawn anew. What is no longer needed
+    leaves the device: the text encoder, and the VAE unless `live`.
 
     Args:
         dataset: an ImageFolder, a HuggingFaceDataset, or any map-style dataset of (image, caption, id).
@@ -41,25 +44,29 @@ def encode(
         live: encode pictures at every visit.
         caption_dropout: share of visits that get an empty caption, in [0, 1).
         seed: of the crops that are drawn once.
+        cache_dir: where encodings are kept and found again. None: `finetune-unet` in the user's cache folder; "none":
+            in memory alone.
+        precision: number format in which encodings are kept: "fp32", "fp16" or "bf16".
+        visited: numbers of the pictures that will be visited, in the order in which they are wanted; None: all.
 
     Raises:
-        DataError: two pictures share an id, or an encoding is not finite.
+        DataError: two pictures share an id, one has changed since it was opened, or an encoding is not finite.
+        UsageError: the cache folder cannot be used.
+        RunError: it cannot be written (any more).
     """
     pictures = as_pictures(dataset)
-    conditions = _each_once(
-        "caption",
-        [*pictures.captions, ""],
-        lambda caption: map_tensors(lambda tensor: tensor.cpu(), model.conditioner.encode([caption])),
-    )
+    folder = cache_folder(cache_dir)
+    store: Store = MemoryStore() if folder is None else DiskStore(folder)
+    wanted = list(range(len(pictures)) if visited is None else dict.fromkeys(visited))
+    conditions = Conditions(store, model.conditioner, precision)
+    made = [_encode_captions(conditions, model.conditioner, [*[pictures.captions[index] for index in wanted], ""])]
     model.conditioner.to("cpu")
-    visits = Live(pictures)
+    visits: Kept | Live = Live(pictures)
     if not live:
-        places = {name: index for index, name in enumerate(pictures.ids)}
-        rows = _each_once(
-            "picture", pictures.ids, lambda name: _encode_picture(pictures, places[name], model.encoder, seed)
-        )
-        visits = Kept([stored for stored, _ in rows.values()], [geometry for _, geometry in rows.values()])
+        visits = Kept(store, pictures, model.encoder.fingerprint, precision, seed)
+        made.append(_encode_pictures(visits, model.encoder, wanted))
         model.encoder.to("cpu")
+    store.close()
     return Encoded(
         ids=pictures.ids,
         captions=pictures.captions,
@@ -68,22 +75,34 @@ def encode(
         conditioner=model.conditioner,
         conditions=conditions,
         caption_dropout=caption_dropout,
+        made=made,
     )
 
 
-def _each_once(what: str, names: Iterable[str], encode: Callable[[str], T]) -> dict[str, T]:
-    """Each distinct name with what `encode` makes of it, in the order in which they come first."""
-    distinct = list(dict.fromkeys(names))
-    bar = tqdm(distinct, desc=f"encoding {what}s", unit=what, delay=3, leave=False)
-    return {name: encode(name) for name in bar}
+def _encode_captions(conditions: Conditions, conditioner: Conditioner, captions: Iterable[str]) -> Made:
+    """Each caption that is not there yet into their store."""
+    wanted = {conditions.key(caption): caption for caption in captions}
+
+    def compute(_: str, caption: str) -> Item:
+        return {name: _rounded(tensor, conditions.precision) for name, tensor in conditioner.encode([caption]).items()}
+
+    return fill(conditions.store, "caption", list(wanted), wanted.__getitem__, compute)
 
 
-def _encode_picture(pictures: Pictures, index: int, encoder: Encoder, seed: int) -> tuple[Tensor, Tensor]:
-    """A picture's encodings (F, C, h, w), F = 2 with its mirror image where flips are wanted; their geometry (F, 6)."""
-    name = pictures.ids[index]
-    key, flips = seeding.example_key(seed, name, 0), (False, True) if wants_flips(pictures) else (False,)
-    pixels, geometries = zip(*[pixels_of(pictures, index, key, flip) for flip in flips], strict=True)
-    stored = encoder.encode(normalize(torch.stack(pixels))).cpu()
-    if not stored.float().isfinite().all():
-        raise DataError(f"{name}: its encoding is not finite")
-    return stored, torch.stack(geometries)
+def _encode_pictures(kept: Kept, encoder: Encoder, indices: Iterable[int]) -> Made:
+    """Each version of the pictures that is wanted, and not there yet, into their store."""
+    flips = (False, True) if kept.pictures.flips else (False,)
+    wanted = {kept.key(index, flip): (index, flip) for index in indices for flip in flips}
+
+    def compute(key: str, pixels: Tensor) -> Item:
+        (stored,) = encoder.encode(normalize(pixels[None]))
+        if not stored.float().isfinite().all():
+            raise DataError(f"{kept.pictures.ids[wanted[key][0]]}: its encoding is not finite")
+        return {"stored": _rounded(stored, kept.precision)}
+
+    return fill(kept.store, "picture", list(wanted), lambda key: kept.pixels(*wanted[key]), compute)
+
+
+def _rounded(tensor: Tensor, precision: str) -> Tensor:
+    """On the CPU, floats in the number format that is kept."""
+    return tensor.to("cpu", DTYPES[precision] if tensor.is_floating_point() else tensor.dtype)

@@ -1,20 +1,53 @@
 """Encoded: a dataset whose pictures and captions are encoded, and how a batch is assembled from it."""
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from finetune import seeding
 from finetune.batch import Batch
+from finetune.cache.fill import Made
+from finetune.cache.keys import caption_key
+from finetune.cache.store import Item, Store
 from finetune.cache.visits import Kept, Live
 from finetune.data.transforms import normalize
 from finetune.errors import DataError
 from finetune.models.conditioners import Conditioner
 from finetune.models.encoders import Encoder
 from finetune.models.loading import DiffusionModel
+
+
+class Conditions:
+    """What the conditioner has stored for captions, read from a store; the last few stay at hand.
+
+    Args:
+        store: where it is.
+        conditioner: what made it.
+        precision: number format that is kept.
+    """
+
+    MOST = 64
+    """Captions at hand: with one prompt for all pictures, nothing is read twice."""
+
+    def __init__(self, store: Store, conditioner: Conditioner, precision: str) -> None:
+        self.store, self.precision, self._conditioner = store, precision, conditioner
+        self._at_hand: OrderedDict[str, Item] = OrderedDict()
+
+    def key(self, caption: str) -> str:
+        """Of what is stored for a caption."""
+        return caption_key(caption, self._conditioner.fingerprint, self.precision)
+
+    def __getitem__(self, caption: str) -> Item:
+        """Tensors of first size 1, floats as fp32."""
+        if caption not in self._at_hand:
+            (item,) = self.store.load([self.key(caption)])
+            self._at_hand[caption] = {name: tensor.float() for name, tensor in item.items()}
+            if len(self._at_hand) > self.MOST:
+                self._at_hand.popitem(last=False)
+        return self._at_hand[caption]
 
 
 @dataclass(frozen=True)
@@ -28,9 +61,10 @@ class Encoded:
     encoder: Encoder | None
     """Encodes at each visit; None where encodings are kept."""
     conditioner: Conditioner
-    conditions: Mapping[str, Mapping[str, Any]]
-    """Distinct caption -> what the conditioner stored for it, first size 1."""
+    conditions: Conditions
     caption_dropout: float
+    made: Sequence[Made]
+    """How much of it was encoded for this, and how much was there."""
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -1,32 +1,52 @@
 """What a visit to an example loads: an encoding that is kept, or the picture itself."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 from finetune import seeding
+from finetune.cache.keys import picture_key
+from finetune.cache.store import Store
 from finetune.data.images import to_rgb
 from finetune.data.pictures import Pictures
+from finetune.data.transforms import Placement
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Visits to encodings that are held in memory."""
+    """Visits to encodings that are kept in a store. A random crop is that of the picture's first visit."""
 
     in_memory = True
 
-    stored: Sequence[Tensor]
-    """Per picture (F, C, h, w): F = 1, or 2 where flips are wanted (as it is, mirrored)."""
-    geometry: Sequence[Tensor]
-    """Per picture (F, 6)."""
+    store: Store
+    pictures: Pictures
+    encoder: str
+    """Its fingerprint."""
+    precision: str
+    seed: int
 
     def load(self, index: int, key: int) -> tuple[Tensor, Tensor]:
-        """The stored encoding (C, h, w), mirrored half of the time if flips are kept, and its geometry (6,)."""
-        version = int(len(self.stored[index]) > 1 and _flipped(key))
-        return self.stored[index][version], self.geometry[index][version]
+        """The stored encoding (C, h, w), mirrored half of the time if flips are wanted, and its geometry (6,)."""
+        flip = self.pictures.flips and _flipped(key)
+        (item,) = self.store.load([self.key(index, flip)])
+        stored = item["stored"]
+        geometry = torch.tensor(self._placement(index).geometry(flip))
+        return stored.float() if stored.is_floating_point() else stored, geometry
+
+    def key(self, index: int, flip: bool) -> str:
+        """Of the encoding of one version of a picture."""
+        digest = self.pictures.checked(index).digest
+        return picture_key(digest, self._placement(index), flip, self.encoder, self.precision)
+
+    def pixels(self, index: int, flip: bool) -> Tensor:
+        """(3, H, W) uint8 that are to be encoded. Raises DataError where the picture is another than at the start."""
+        image = self.pictures[index].image
+        return self._placement(index).pixels(image if image.mode == "RGB" else to_rgb(image), flip)
+
+    def _placement(self, index: int) -> Placement:
+        first_visit = seeding.example_key(self.seed, self.pictures.ids[index], 0)
+        return self.pictures.placement(self.pictures.checked(index).size, first_visit)
 
 
 @dataclass(frozen=True)
@@ -39,22 +59,12 @@ class Live:
 
     def load(self, index: int, key: int) -> tuple[Tensor, Tensor]:
         """Pixels (3, H, W) uint8 and geometry (6,)."""
-        return pixels_of(self.pictures, index, key, flip=wants_flips(self.pictures) and _flipped(key))
-
-
-def pixels_of(pictures: Pictures, index: int, key: int, flip: bool) -> tuple[Tensor, Tensor]:
-    """One picture, preprocessed: pixels (3, H, W) uint8 and geometry (6,)."""
-    image = pictures[index].image
-    if image.mode != "RGB":  # those that are come upright from our own datasets
-        image = to_rgb(image)
-    if pictures.transform is not None:
-        return pictures.transform(image, key, flip)
-    height, width = image.height, image.width
-    return functional.pil_to_tensor(image), torch.tensor([height, width, 0, 0, height, width])
-
-
-def wants_flips(pictures: Pictures) -> bool:
-    return pictures.transform is not None and pictures.transform.random_flip
+        image = self.pictures[index].image
+        if image.mode != "RGB":  # those that are come upright from our own datasets
+            image = to_rgb(image)
+        flip = self.pictures.flips and _flipped(key)
+        placement = self.pictures.placement(image.size, key)
+        return placement.pixels(image, flip), torch.tensor(placement.geometry(flip))
 
 
 def _flipped(key: int) -> bool:

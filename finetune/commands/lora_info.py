@@ -5,10 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 _SHOWN = {
     "ss_base_model_version": "base", "ss_sd_model_name": "model", "modelspec.prediction_type": "predicts",

@@ -49,7 +49,7 @@ def run(options: Options) -> None:
         UsageError: `max_pictures` below 1, or the sheet cannot be written.
         DataError: as for training.
     """
-    from finetune.cache.visits import pixels_of
+    from finetune.cache.visits import Live
     from finetune.data.datasets import open_dataset
     from finetune.models.conditioners import chunks_of, count_tokens
     from finetune.models.loading import check_resolution
@@ -84,7 +84,8 @@ def run(options: Options) -> None:
         limit = chunks_of(options.max_token_length) * (tokenizer.model_max_length - 2)
     shown = range(min(len(pictures), options.max_pictures))
     keys = [example_key(options.seed, pictures.ids[index], 0) for index in shown]
-    cells = [pixels_of(pictures, index, key, flip=False)[0] for index, key in zip(shown, keys, strict=True)]
+    visits = Live(pictures)
+    cells = [visits.load(index, key)[0] for index, key in zip(shown, keys, strict=True)]
     sheet = contact_sheet(cells, pictures.ids, pictures.captions, counts, limit)
     try:
         sheet.save(path)

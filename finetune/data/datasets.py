@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.data.captions import CAPTION_SUFFIXES, METADATA, find_captions, first_caption
 from finetune.data.images import PICTURE_SUFFIXES, PictureFile, find_images, list_files
+from finetune.data.memory import PictureMemory
 from finetune.data.pictures import PictureFiles
 from finetune.data.source import check_source
 from finetune.data.transforms import Preprocess
@@ -33,6 +34,7 @@ class ImageFolder(PictureFiles):
         prompt: caption of the pictures that have none of their own.
         trigger: word put in place of every [trigger], or in front of each caption.
         resolution, resize_mode, center_crop, random_flip: see `Preprocess`.
+        memory: of earlier runs; without it, every picture is decoded once before anything else.
 
     An id is a path relative to the folder, with forward slashes.
 
@@ -51,6 +53,7 @@ class ImageFolder(PictureFiles):
         resize_mode: Literal["crop", "squash"] = "crop",
         center_crop: bool = True,
         random_flip: bool = False,
+        memory: PictureMemory | None = None,
     ) -> None:
         transform = Preprocess(resolution, resize_mode, center_crop, random_flip)
         root = Path(folder)
@@ -69,6 +72,7 @@ class ImageFolder(PictureFiles):
             found.captions,
             trigger=trigger,
             transform=transform,
+            memory=memory,
             orphans=[_below(root, file) for file in found.orphans],
             empty=[_below(root, file) for file in found.empty],
         )
@@ -99,6 +103,7 @@ class HuggingFaceDataset(PictureFiles):
         prompt: caption of the rows that have none.
         trigger: word put in place of every [trigger], or in front of each caption.
         resolution, resize_mode, center_crop, random_flip: see `Preprocess`.
+        memory: as for `ImageFolder`.
         image_column: a column of pictures: `datasets.Image`, encoded bytes, or paths.
         caption_column: a column of strings, or of lists whose first string is taken. The default one may be absent.
 
@@ -119,6 +124,7 @@ class HuggingFaceDataset(PictureFiles):
         resize_mode: Literal["crop", "squash"] = "crop",
         center_crop: bool = True,
         random_flip: bool = False,
+        memory: PictureMemory | None = None,
         image_column: str = IMAGE_COLUMN,
         caption_column: str = CAPTION_COLUMN,
     ) -> None:
@@ -130,7 +136,7 @@ class HuggingFaceDataset(PictureFiles):
             first_caption((("column", text), ("prompt", prompt))) for text in _caption_texts(rows, caption_column)
         ]
         names = [f"row {number}" for number in range(len(rows))]
-        super().__init__("the dataset", names, captions, trigger=trigger, transform=transform)
+        super().__init__("the dataset", names, captions, trigger=trigger, transform=transform, memory=memory)
 
     def _file(self, place: int) -> PictureFile:
         picture = self._pictures[place]["picture"]

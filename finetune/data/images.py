@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from tqdm import tqdm
 
+from finetune.data.memory import PictureMemory, Stamp
 from finetune.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -106,33 +107,44 @@ def find_images(folder: Path) -> list[Path]:
     return [path for path in list_files(folder) if path.suffix.lower() in known]
 
 
-def open_image(source: PictureFile, name: str | None = None) -> Image.Image:
+def read_file(source: PictureFile) -> bytes:
+    """Everything in a file. Raises OSError, or ValueError with the reason for what holds no picture."""
+    if isinstance(source, Path) and source.exists() and not source.is_file():
+        raise ValueError("not a regular file")  # a pipe would be waited for
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+        file.seek(0)
+        content = file.read()
+    if not content:
+        raise ValueError("the file is empty")
+    return content
+
+
+def open_image(source: PictureFile, name: str | None = None, digest: str | None = None) -> Image.Image:
     """The picture in a file, fully decoded: RGB, 8 bit, upright (see `to_rgb`); the first frame of an animation.
 
     Args:
         source: a path, or a binary file that can seek.
         name: what error messages call it; the path unless given.
+        digest: of the bytes that the file should hold.
 
     Raises:
-        DataError: "NAME: reason", for what is no picture, truncated, empty, or a decompression bomb.
+        DataError: "NAME: reason", for what is no picture, truncated, empty, a decompression bomb, or another file.
     """
     try:
-        return _decode(source)
+        content = read_file(source)
+        if digest is not None and digest_of(content) != digest:
+            raise ValueError("the file has changed since the start; start again")
+        return _decode(content)
     except _READ_ERRORS as error:
         raise DataError(f"{name or source}: {_reason(error)}") from error
 
 
-def _decode(source: PictureFile, name: str | None = None) -> Image.Image:
+def _decode(content: bytes, name: str | None = None) -> Image.Image:
     Image.init()  # all formats, before threads race to register them
     formats = [name for name in Image.ID if name in _FORMATS]
-    if isinstance(source, Path) and source.exists() and not source.is_file():
-        raise ValueError("not a regular file")
-    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
-        if not file.read(1):
-            raise ValueError("the file is empty")
-        with Image.open(file, formats=formats) as image:
-            image.load()
-            return to_rgb(image, name)
+    with Image.open(io.BytesIO(content), formats=formats) as image:
+        image.load()
+        return to_rgb(image, name)
 
 
 def _reason(error: Exception) -> str:
@@ -146,11 +158,9 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def digest_of(source: PictureFile) -> str:
-    """A digest of the bytes of a file that can seek."""
-    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
-        file.seek(0)
-        return hashlib.file_digest(cast(Any, file), lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def digest_of(content: bytes) -> str:
+    """A digest of bytes: 32 hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()[:32]  # which many processors have instructions for
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
@@ -218,26 +228,57 @@ class Checked(NamedTuple):
     """Of the file's bytes: another one is another picture."""
 
 
-def check_images(names: Sequence[str], source: Callable[[int], PictureFile]) -> list[Checked | Skipped]:
+def check_images(
+    names: Sequence[str], source: Callable[[int], PictureFile], memory: PictureMemory | None = None
+) -> list[Checked | Skipped]:
     """Decode every picture in full, in threads: what it is, or why it must be left out.
 
     Args:
         names: what each picture is called in the result.
         source: position in `names` -> where the picture is; may raise ValueError with the reason that there is none.
+        memory: of earlier runs, which spares the reading of files that are unchanged, and takes up what is new.
     """
 
-    def check(position: int) -> Checked | Skipped:
+    def check(position: int) -> _Finding | Skipped:
         try:
-            file = source(position)
-            size = _decode(file, names[position]).size
-            digest = digest_of(file)
+            found = _examine(source(position), names[position], memory)
         except _READ_ERRORS as error:
             return Skipped(names[position], _reason(error))
+        size = found.checked.size
         if max(size) > _LONGEST_STRIP * min(size):
             shape = f"{size[0]} x {size[1]} pixels"
             return Skipped(names[position], f"{shape}: one side is over {_LONGEST_STRIP} times the other")
-        return Checked(size, digest)
+        return found
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = pool.map(check, range(len(names)))
-        return list(tqdm(results, "checking pictures", len(names), unit="", delay=3, leave=False, disable=None))
+        bar = tqdm(results, "checking pictures", len(names), unit="", delay=3, leave=False, disable=None)
+        findings = list(bar)
+    new = [found for found in findings if not isinstance(found, Skipped) and found.new]
+    if memory is not None and new:
+        memory.note(
+            [(*found.file, found.checked.digest) for found in new if found.file],
+            [(found.checked.digest, found.checked.size) for found in new],
+        )
+    return [found if isinstance(found, Skipped) else found.checked for found in findings]
+
+
+class _Finding(NamedTuple):
+    checked: Checked
+    file: tuple[Path, Stamp] | None
+    """Where the bytes were found; None: not in a file of their own."""
+    new: bool
+    """Not remembered yet."""
+
+
+def _examine(source: PictureFile, name: str, memory: PictureMemory | None) -> _Finding:
+    """What a picture is, by memory if it can be. Raises one of `_READ_ERRORS` for what is none."""
+    file = (source, Stamp.of(source)) if memory is not None and isinstance(source, Path) else None
+    digest = memory.digest(*file) if memory is not None and file else None
+    remembered = digest is not None
+    content = None if remembered else read_file(source)
+    digest = digest or digest_of(content or b"")
+    size = memory.size(digest) if memory is not None else None
+    if size is None:
+        return _Finding(Checked(_decode(content or read_file(source), name).size, digest), file, new=True)
+    return _Finding(Checked(size, digest), file, new=not remembered)

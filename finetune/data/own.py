@@ -1,12 +1,11 @@
 """A dataset of the user's own, checked, with our caption rules and preprocessing put over it."""
 
-import io
 from typing import Any, Protocol
 
 from PIL import Image
 
 from finetune.data.captions import first_caption
-from finetune.data.images import digest_of
+from finetune.data.images import Checked, digest_of, to_rgb
 from finetune.data.pictures import Example, Pictures
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError
@@ -44,12 +43,12 @@ class OwnPictures(Pictures):
     ):
         if not len(rows):
             raise DataError("the dataset is empty")
-        self._rows = rows
+        self._rows, self._known = rows, dict[int, Checked]()
         ids, texts, contents = (getattr(rows, name, None) for name in ("ids", "captions", "contents"))
         if ids is None or texts is None:
             opened = [_checked(rows[index], index) for index in range(len(rows))]
             texts, ids = [text for _, text, _ in opened], [name for _, _, name in opened]
-            contents = [digest_of(io.BytesIO(image.tobytes())) for image, _, _ in opened]
+            contents = [_digest(image) for image, _, _ in opened]
         if not len(ids) == len(texts) == len(rows):
             raise DataError(f"the dataset has {len(rows)} rows, {len(ids)} ids and {len(texts)} captions")
         if strange := [text for text in texts if not isinstance(text, str | None)]:
@@ -60,12 +59,22 @@ class OwnPictures(Pictures):
     def __getitem__(self, index: int) -> Example:
         return Example(_checked(self._rows[index], index)[0], self.captions[index], self.ids[index])
 
+    def checked(self, index: int) -> Checked:
+        if index not in self._known:
+            image = to_rgb(self[index].image)
+            self._known[index] = Checked(image.size, _digest(image))
+        return self._known[index]
+
 
 def as_pictures(dataset: Pictures | Rows) -> Pictures:
     """The dataset if it is one of ours; rows of the user's own are checked, and keep a Preprocess that they have."""
     if isinstance(dataset, Pictures):
         return dataset
     return OwnPictures(dataset, transform=getattr(dataset, "transform", None))
+
+
+def _digest(image: Image.Image) -> str:
+    return digest_of(f"{image.mode} {image.size}".encode() + image.tobytes())
 
 
 def _checked(row: Any, index: int) -> tuple[Image.Image, str | None, str]:

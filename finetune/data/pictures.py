@@ -9,8 +9,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from finetune.data.captions import TRIGGER, Caption, placed_trigger, with_trigger
-from finetune.data.images import PictureFile, Skipped, check_images, open_image
-from finetune.data.transforms import Preprocess
+from finetune.data.images import Checked, PictureFile, Skipped, check_images, open_image
+from finetune.data.memory import PictureMemory
+from finetune.data.transforms import Placement, Preprocess, whole
 from finetune.errors import DataError
 from finetune.wording import counted, listed
 
@@ -31,7 +32,8 @@ class Pictures(Dataset[Example], ABC):
     Args:
         ids: of the pictures.
         captions: theirs.
-        contents: a digest of each picture itself; none where the dataset vouches for its ids.
+        contents: a digest of each picture itself, for the identity of a run; none where the dataset vouches for its
+            ids.
         trigger: word put in place of every [trigger], or in front of each caption.
         transform: how the pictures become squares; None: they are of one size that the model can take.
 
@@ -69,6 +71,19 @@ class Pictures(Dataset[Example], ABC):
     def __getitem__(self, index: int) -> Example:
         """Raises DataError if the picture can be read no longer."""
 
+    @abstractmethod
+    def checked(self, index: int) -> Checked:
+        """Size and digest of the picture. Raises DataError as `__getitem__` does, where it must be opened for that."""
+
+    @property
+    def flips(self) -> bool:
+        """Whether visits may be mirrored."""
+        return self.transform is not None and self.transform.random_flip
+
+    def placement(self, size: tuple[int, int], key: int) -> Placement:
+        """What is trained on of a picture of this width and height; a random crop is drawn from the key."""
+        return whole(*size) if self.transform is None else self.transform.place(*size, key)
+
     def notes(self) -> list[str]:
         """Lines for the user about what was found: what is left out, or looks wrong."""
         lines = []
@@ -85,7 +100,7 @@ class PictureFiles(Pictures):
     """What the layouts share: every picture found is decoded once, and those that cannot be read are left out.
 
     `where`, for messages, is what they are in; `names`, `captions` and `_file` speak of all pictures found, the
-    attributes of those that can be read.
+    attributes of those that can be read; `memory` is that of `check_images`.
 
     Raises:
         DataError: there are no pictures, or none that can be read.
@@ -99,10 +114,11 @@ class PictureFiles(Pictures):
         *,
         trigger: str | None,
         transform: Preprocess,
+        memory: PictureMemory | None,
         orphans: Sequence[str] = (),
         empty: Sequence[str] = (),
     ) -> None:
-        checked = check_images(names, self._file)
+        checked = check_images(names, self._file, memory)
         good = {place: found for place, found in enumerate(checked) if not isinstance(found, Skipped)}
         self.skipped = [problem for problem in checked if isinstance(problem, Skipped)]
         """Pictures that cannot be read."""
@@ -110,7 +126,7 @@ class PictureFiles(Pictures):
             raise DataError(
                 f"{where}: none of {counted(len(names), 'picture')} can be read; the first: {self.skipped[0]}"
             )
-        self._places = list(good)
+        self._places, self._checked = list(good), list(good.values())
         self.orphans = list(orphans)
         """Caption files without a picture, relative to the folder."""
         self.empty = list(empty)
@@ -130,8 +146,11 @@ class PictureFiles(Pictures):
         """Where the picture at this place of `names` is. Raises ValueError with the reason that there is none."""
 
     def __getitem__(self, index: int) -> Example:
-        image = open_image(self._file(self._places[index]), self.ids[index])
+        image = open_image(self._file(self._places[index]), self.ids[index], self._checked[index].digest)
         return Example(image, self.captions[index], self.ids[index])
+
+    def checked(self, index: int) -> Checked:
+        return self._checked[index]
 
     def notes(self) -> list[str]:
         reasons = [f"{bad.path} ({bad.reason})" for bad in self.skipped]

@@ -23,6 +23,16 @@ def steps_per_epoch(size: int, batch_size: int) -> Fraction:
     return Fraction(size, batch_size)
 
 
+def visited(*, size: int, batch_size: int, seed: int, steps: int) -> list[int]:
+    """The examples that the first `steps` steps visit, in the order of their first visits."""
+    found: dict[int, None] = {}
+    for step in range(steps):
+        if len(found) == size:
+            break
+        found |= dict.fromkeys(v.example for v in step_visits(step, size=size, batch_size=batch_size, seed=seed))
+    return list(found)
+
+
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, size: int) -> list[int]:
     source = torch.Generator().manual_seed(fold(seed, "order", epoch) & 0xFFFFFFFF)

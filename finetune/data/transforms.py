@@ -1,7 +1,7 @@
-"""From a picture to square pixels, and where they lie in it."""
+"""From a picture to pixels of the size that is trained, and where they lie in it."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -10,6 +10,39 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from finetune.errors import UsageError
 from finetune.seeding import uniform
+
+PREPROCESSING = 1
+"""Raised when the same picture and `Placement` come to other pixels: what was encoded before is then encoded anew."""
+
+
+class Placement(NamedTuple):
+    """Which pixels of a picture are trained on: scaled to a size, and a rectangle cut out of that."""
+
+    original: tuple[int, int]
+    """Height and width of the picture, upright."""
+    scaled: tuple[int, int]
+    """Height and width that it is scaled to."""
+    corner: tuple[int, int]
+    """Top and left of what is cut out of the scaled picture."""
+    size: tuple[int, int]
+    """Height and width of what is cut out."""
+
+    def pixels(self, image: Image.Image, flip: bool = False) -> Tensor:
+        """(3, H, W) uint8 of an upright RGB picture of the original size; with `flip`, mirrored left to right."""
+        (top, left), (height, width) = self.corner, self.size
+        resized = image.resize((self.scaled[1], self.scaled[0]), Image.Resampling.BILINEAR)
+        part = resized.crop((left, top, left + width, top + height))
+        return pil_to_tensor(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else part)
+
+    def geometry(self, flip: bool = False) -> tuple[int, ...]:
+        """Original height and width, crop top and left, target height and width; of the mirrored picture if `flip`."""
+        (top, left), (height, width) = self.corner, self.size
+        return (*self.original, top, self.scaled[1] - width - left if flip else left, height, width)
+
+
+def whole(width: int, height: int) -> Placement:
+    """The picture as it is."""
+    return Placement((height, width), (height, width), (0, 0), (height, width))
 
 
 @dataclass(frozen=True)
@@ -38,40 +71,31 @@ class Preprocess:
             raise UsageError(f"resize_mode = {self.resize_mode!r}: allowed is crop, squash")
 
     def __call__(self, image: Image.Image, key: int, flip: bool = False) -> tuple[Tensor, Tensor]:
-        """Pixels and geometry of an RGB picture; a pure function of picture, key and flip.
-
-        Args:
-            image: an upright RGB picture.
-            key: of the example at this visit; the random crop is drawn from it.
-            flip: mirror the result left to right.
+        """Pixels and geometry of an upright RGB picture; a pure function of picture, key and flip.
 
         Returns:
-            pixels (3, resolution, resolution) uint8, and geometry (6,) int64: original height and width, crop top and
-            left in the resized (and, with flip, mirrored) picture, target height and width, all in pixels.
+            pixels (3, resolution, resolution) uint8, and geometry (6,) int64, see `Placement.geometry`.
         """
-        side = self.resolution
-        resized = image.resize(self._size(image), Image.Resampling.BILINEAR)
-        top, left = self._corner(resized, key)
-        square = resized.crop((left, top, left + side, top + side))
-        if flip:
-            square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            left = resized.width - side - left
-        geometry = torch.tensor([image.height, image.width, top, left, side, side])
-        return pil_to_tensor(square), geometry
+        placement = self.place(image.width, image.height, key)
+        return placement.pixels(image, flip), torch.tensor(placement.geometry(flip))
 
-    def _size(self, image: Image.Image) -> tuple[int, int]:
-        """(width, height) to scale to, rounded as torchvision's Resize does."""
-        side, width, height = self.resolution, image.width, image.height
+    def place(self, width: int, height: int, key: int) -> Placement:
+        """Where the result lies in a picture of this size; a random crop is drawn from the key."""
+        side, scaled = self.resolution, self._scaled(width, height)
+        spare = scaled[0] - side, scaled[1] - side
+        if self.center_crop:
+            corner = round(spare[0] / 2), round(spare[1] / 2)
+        else:
+            place = uniform(torch.tensor([key]), "crop").item()  # one draw: only the longer side has room
+            corner = int(place * (spare[0] + 1)), int(place * (spare[1] + 1))
+        return Placement((height, width), scaled, corner, (side, side))
+
+    def _scaled(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) to scale to, rounded as torchvision's Resize does."""
+        side = self.resolution
         if self.resize_mode == "squash":
             return side, side
-        return (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
-
-    def _corner(self, resized: Image.Image, key: int) -> tuple[int, int]:
-        spare_height, spare_width = resized.height - self.resolution, resized.width - self.resolution
-        if self.center_crop:
-            return round(spare_height / 2), round(spare_width / 2)
-        place = uniform(torch.tensor([key]), "crop").item()  # one draw: only the longer side has room
-        return int(place * (spare_height + 1)), int(place * (spare_width + 1))
+        return (int(side * height / width), side) if width <= height else (side, int(side * width / height))
 
 
 def normalize(pixels: Tensor) -> Tensor:

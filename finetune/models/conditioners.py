@@ -5,11 +5,14 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from finetune.models.weights import fingerprint
 
 
 class Conditioner(Protocol):
@@ -17,6 +20,11 @@ class Conditioner(Protocol):
 
     tokenizer: CLIPTokenizer | None
     """What cuts prompts into tokens; None where there are no prompts."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that decides what `encode` answers."""
+        ...
 
     def encode(self, prompts: Sequence[str]) -> Mapping[str, Any]:
         """Prompts -> tensors of first size B, stored per distinct caption."""
@@ -47,6 +55,7 @@ class NoCondition:
 
     tokenizer = None
     token_limit = 0
+    fingerprint = "none"
 
     def to(self, device: torch.device | str) -> Self:
         return self
@@ -62,6 +71,14 @@ class NoCondition:
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         return [0] * len(prompts)
+
+
+def _settings(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel | CLIPTextModelWithProjection) -> list[Any]:
+    """What decides about hidden states beside the weights: words and marks, and how the layers compute."""
+    marks = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.model_max_length]
+    config = text_encoder.config
+    how = [config.hidden_act, config.num_attention_heads, config.layer_norm_eps, config.eos_token_id]
+    return [sorted(tokenizer.get_vocab().items()), marks, how]
 
 
 def count_tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> list[int]:
@@ -122,6 +139,11 @@ class ClipConditioner:
         self.text_encoder = text_encoder.requires_grad_(False).eval()
         self.chunks = chunks_of(max_token_length)
         self.clip_skip = clip_skip
+
+    @cached_property
+    def fingerprint(self) -> str:
+        how = _settings(self.tokenizer, self.text_encoder)
+        return fingerprint(self.text_encoder, how, self.chunks, self.clip_skip or 1)
 
     @property
     def token_limit(self) -> int:
@@ -189,6 +211,11 @@ class SdxlConditioner:
         self.chunks = chunks_of(max_token_length)
         self.clip_skip = clip_skip or 2
         self.zeros_for_empty = zeros_for_empty
+
+    @cached_property
+    def fingerprint(self) -> str:
+        how = [_settings(*pair) for pair in zip(self.tokenizers, self.text_encoders, strict=True)]
+        return fingerprint(nn.ModuleList(self.text_encoders), how, self.chunks, self.clip_skip)
 
     @property
     def token_limit(self) -> int:

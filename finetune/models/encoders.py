@@ -3,6 +3,7 @@
 # diffusers annotates its own methods narrower than what they take and give.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
 
+from functools import cached_property
 from typing import Protocol, Self
 
 import torch
@@ -10,10 +11,16 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from finetune import seeding
+from finetune.models.weights import fingerprint
 
 
 class Encoder(Protocol):
     """The frozen way from pixels in [-1, 1] to what the UNet denoises, and back."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that decides what `encode` answers."""
+        ...
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> what is stored of each picture."""
@@ -41,6 +48,10 @@ class VaeEncoder:
         self.vae = vae.requires_grad_(False).eval()
         self.scaling_factor: float = vae.config["scaling_factor"]
         self.shift_factor: float = vae.config.get("shift_factor") or 0.0
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.vae, *[self.vae.config[name] for name in ("act_fn", "norm_num_groups")])
 
     def to(self, device: torch.device | str) -> Self:
         self.vae.to(device)
@@ -70,6 +81,8 @@ class VaeEncoder:
 
 class PixelEncoder:
     """x0 is the picture itself; stored as bytes, (B, 3, H, W) uint8."""
+
+    fingerprint = "pixels"
 
     def to(self, device: torch.device | str) -> Self:
         return self

@@ -99,7 +99,14 @@ def load_model(
         unet.register_to_config(sample_size=resolution, _name_or_path="")
         return _pixel_model(found, unet, scheduler)
     sampler = _sampler(source.place, own, changes)
-    model = _latent_model(found, source, unet, scheduler, sampler, max_token_length, clip_skip, vae)
+    frozen = _frozen(found, source, max_token_length, clip_skip, vae)
+
+    def around(unet: UNet2DConditionModel) -> DiffusionPipeline:
+        own = sampler.from_config(sampler.config)
+        return getattr(diffusers, found.family.pipeline)(unet=unet, scheduler=own, **frozen.parts)
+
+    parts = unet, frozen.encoder, frozen.conditioner, scheduler, found.family, around, frozen.own_files
+    model = DiffusionModel(*parts)
     if prediction_type != own.get("prediction_type", "epsilon"):
         model.new_prediction_type = prediction_type
     return model
@@ -129,16 +136,35 @@ def check_resolution(found: Location, resolution: int) -> None:
         )
 
 
-def _latent_model(
+def load_frozen(
     found: Location,
-    source: ModelSource,
-    unet: UNet2DConditionModel,
-    scheduler: DDPMScheduler,
-    sampler: Any,
-    max_token_length: int,
-    clip_skip: int | None,
-    other_vae: str | None,
-) -> DiffusionModel:
+    *,
+    max_token_length: int = 77,
+    clip_skip: int | None = None,
+    tokenizer: str | None = None,
+    vae: str | None = None,
+) -> "Frozen":
+    """What `load_model` puts around the UNet, without it. Raises as it does."""
+    if not found.family.latent:
+        return Frozen(PixelEncoder(), NoCondition())
+    return _frozen(found, open_source(found, tokenizer), max_token_length, clip_skip, vae)
+
+
+@dataclass
+class Frozen:
+    """What stays as it is, and computes what is learned from."""
+
+    encoder: Encoder
+    conditioner: Conditioner
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the pipeline beside UNet and scheduler."""
+    own_files: Mapping[str, Path] = field(default_factory=dict)
+    """See `DiffusionModel`."""
+
+
+def _frozen(
+    found: Location, source: ModelSource, max_token_length: int, clip_skip: int | None, other_vae: str | None
+) -> Frozen:
     try:
         with without_library_bars():
             files = {part: source.own_files(part) for part in found.family.parts if part not in ("unet", "scheduler")}
@@ -166,13 +192,8 @@ def _latent_model(
     else:
         conditioner = ClipConditioner(text["tokenizer"], text["text_encoder"], max_token_length, clip_skip)
         more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-
-    def around(unet: UNet2DConditionModel) -> DiffusionPipeline:
-        scheduler = sampler.from_config(sampler.config)
-        return getattr(diffusers, found.family.pipeline)(unet=unet, vae=vae, scheduler=scheduler, **text, **more)
-
     own_files = {part: folder for part, folder in files.items() if folder}
-    return DiffusionModel(unet, VaeEncoder(vae), conditioner, scheduler, found.family, around, own_files)
+    return Frozen(VaeEncoder(vae), conditioner, {"vae": vae, **text, **more}, own_files)
 
 
 def _vae_folder(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """Reading safetensors into a module with no more memory than the module itself needs."""
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from math import prod
@@ -62,6 +63,15 @@ def read_weights(files: Iterable[Path], dtype: torch.dtype) -> dict[str, Tensor]
         except SafetensorError as error:
             raise ModelError(f"{path} is damaged: {error}") from error
     return state
+
+
+def fingerprint(module: nn.Module, *settings: object) -> str:
+    """A digest of a module's weights, as they are, and of what else decides its answers: 32 hexadecimal digits."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
 
 
 def rounded(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

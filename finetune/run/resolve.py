@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from finetune.cache.store import cache_folder
 from finetune.config import ResolvedConfig, TrainConfig, replace
 from finetune.errors import UsageError
 from finetune.models.families import FAMILIES, default_method, defaults, total_steps, warmup_steps
@@ -25,6 +26,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
             if not local[name].exists():
                 raise UsageError(f"{name} {given}: no such file or folder")
     paths: dict[str, Any] = {name: str(path.absolute()) for name, path in local.items() if path.exists()}
+    if config.cache_dir and (folder := cache_folder(config.cache_dir)):
+        paths["cache_dir"] = str(folder)
     if config.sample_prompts:
         paths["sample_prompts"] = [
             str(Path(given).expanduser().absolute()) if is_prompt_file(given) else given

@@ -2,8 +2,10 @@
 
 from typing import Any, cast
 
+from finetune.cache.store import cache_folder
 from finetune.config import TrainConfig
 from finetune.data.datasets import is_table, open_dataset
+from finetune.data.memory import PictureMemory
 from finetune.data.own import OwnPictures, Rows
 from finetune.data.pictures import Pictures
 from finetune.data.transforms import Preprocess
@@ -27,6 +29,7 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
         DataError: there is nothing to train on, or a latent model would get pictures without a caption.
     """
     resolution = config.resolution or found.resolution
+    folder = cache_folder(config.cache_dir)
     if dataset is not None and not is_table(dataset):
         pictures = _own_pictures(config, dataset, resolution)
     else:
@@ -38,6 +41,7 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
             resize_mode=config.resize_mode,
             center_crop=config.center_crop,
             random_flip=config.random_flip,
+            memory=PictureMemory(folder, strict=config.cache_strict) if folder else None,
             image_column=config.image_column,
             caption_column=config.caption_column,
         )

@@ -1,5 +1,7 @@
 """The lines a run prints before it starts: everything that a person would want to stop it for."""
 
+from finetune.cache.encoded import Encoded
+from finetune.cache.store import cache_folder
 from finetune.data.sampler import steps_per_epoch
 from finetune.models.conditioners import spelt_words
 from finetune.models.lora import trainable
@@ -19,6 +21,7 @@ def print_summary(run: Run) -> None:
         "pictures": f"{counted(len(encoded), 'photo')}: {counted(config.max_train_steps, 'step')} of "
         f"{config.global_batch}, {epochs:.4g} epochs, {config.resolution} px",
         "captions": _captions(run) if family.latent else "",
+        "encodings": encodings(encoded, config.cache_dir),
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_scheduler}, "
         f"{config.lr_warmup_steps} warm-up steps{', EMA' if config.use_ema else ''}",
         "precision": f"{'fp32' if config.mixed_precision == 'no' else config.mixed_precision} "
@@ -46,6 +49,13 @@ def _captions(run: Run) -> str:
     named = {"txt": ".txt files", "caption": ".caption files", "prompt": "--prompt"}
     counts = ", ".join(f"{count} from {named.get(source, source)}" for source, count in run.pictures.sources.items())
     return f"{counts} ({len(set(run.encoded.captions))} distinct)"
+
+
+def encodings(encoded: Encoded, cache_dir: str | None) -> str:
+    """How many were found and how many were made, and where they are kept."""
+    told = [f"{counted(made.items, made.kind)}, {made.new} of them new" for made in encoded.made]
+    folder = cache_folder(cache_dir)
+    return f"{'; '.join(told)}; kept {f'in {folder}' if folder else 'in memory'}"
 
 
 def _samples(samples: SamplePlan) -> str:

@@ -47,7 +47,8 @@ def test_what_is_stored_is_the_posterior_and_flips_keep_two(pictures: Path, tiny
     for version, shown in ((0, pixels), (1, pixels.flip(-1))):
         posterior = tiny.encoder.vae.encode(normalize(shown[None])).latent_dist
         expected = torch.cat([posterior.mean, posterior.std], dim=1)[0]
-        assert torch.equal(encoded.visits.stored[0][version], expected)
+        (item,) = encoded.visits.store.load([encoded.visits.key(0, flip=bool(version))])
+        assert torch.equal(item["stored"], expected)
 
 
 def test_latents_are_scaled_by_the_configs_factor_and_sampled_anew_at_each_visit(
@@ -143,7 +144,8 @@ def test_a_mirrored_picture_has_the_mirrored_corner(pictures: Path, tiny: Diffus
     encoded = encode(images, tiny)
     for batch in batches(encoded, batch_size=6, steps=20):
         row = batch.ids.index("00.png")
-        flipped = torch.equal(batch.stored[row], encoded.visits.stored[place][1])
+        (mirror,) = encoded.visits.store.load([encoded.visits.key(place, flip=True)])
+        flipped = torch.equal(batch.stored[row], mirror["stored"])
         seen[flipped] = batch.geometry[row].tolist()
     assert seen == {False: plain, True: mirrored}
 
@@ -174,9 +176,9 @@ def test_transparent_and_grey_pictures_of_ones_own_become_rgb_over_white(tiny: D
             return Image.new(("RGBA", "L", "RGB")[index], (64, 64), (0, 255, (255, 255, 255))[index]), "x", str(index)
 
     encoded = encode(Modes(), tiny)
-    white = encoded.visits.stored[2]
-    assert torch.equal(encoded.visits.stored[0], white)
-    assert torch.equal(encoded.visits.stored[1], white)
+    transparent, grey, white = (encoded.visits.load(index, key=0)[0] for index in range(3))
+    assert torch.equal(transparent, white)
+    assert torch.equal(grey, white)
 
 
 def test_pictures_of_two_sizes_and_doubled_ids_are_refused(tiny: DiffusionModel) -> None:

@@ -1,0 +1,258 @@
+"""DiskStore: items in safetensors shards with a small index; shared between runs, and safe for several processes."""
+
+import json
+import os
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors.torch import save
+
+from finetune.cache.store import Item, Kind, cache_folder
+from finetune.cache.writer import Writer, dead
+from finetune.errors import DataError, RunError, UsageError
+from finetune.files import flush_to_disk
+
+INDEX = "index.sqlite3"
+SHARDS = "shards"
+FORMAT = 1
+"""Of the index and the shards; a folder of another one is not touched."""
+
+_TABLES = f"""
+CREATE TABLE IF NOT EXISTS shards (
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, bytes INTEGER NOT NULL, used INTEGER NOT NULL
+);
+CREATE TABLE IF NOT EXISTS items (
+    key TEXT PRIMARY KEY, kind TEXT NOT NULL, shard INTEGER NOT NULL, tensors TEXT NOT NULL, crc INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS items_of_shard ON items (shard);
+CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, writer TEXT NOT NULL) WITHOUT ROWID;
+PRAGMA user_version = {FORMAT};
+"""
+
+_MOST_KEYS = 500
+"""Keys in one query; SQLite takes at most 999 parameters in old builds."""
+
+_MOST_OPEN = 64
+"""Shards that are kept open for reading."""
+
+_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
+
+
+class DiskStore:
+    """Items in a folder.
+
+    A shard, named at random, is a safetensors file whose tensors are called KEY.NAME. It is written whole, and then
+    belongs to the index, `index.sqlite3`, which knows for each key where its tensors lie and the checksum of their
+    bytes. The index alone says what is there: a shard that it does not know is what a killed process has left.
+
+    Reading checks the sum each time: what is damaged is never trained on.
+
+    Args:
+        folder: made if need be. One that cannot be written is read from.
+
+    Raises:
+        UsageError: it cannot be used, or a later version has written it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[int, int] = {}
+        self._writer: Writer | None = None
+        try:
+            if not (folder / INDEX).exists():
+                (folder / SHARDS).mkdir(parents=True, exist_ok=True)
+            self.writable = os.access(folder, os.W_OK) and os.access(folder / SHARDS, os.W_OK)
+            mode = "rwc" if self.writable else "ro"
+            place = f"{(folder / INDEX).absolute().as_uri()}?mode={mode}"
+            self.base = sqlite3.connect(place, uri=True, timeout=600, isolation_level=None, check_same_thread=False)
+            (version,) = self.base.execute("PRAGMA user_version").fetchone()
+            if version == 0 and self.writable:
+                self.base.executescript(_TABLES)
+            elif version != FORMAT:
+                raise UsageError(f"cache_dir {folder}: written by another version (format {version}, not {FORMAT})")
+        except (OSError, sqlite3.Error) as error:
+            raise UsageError(f"cache_dir {folder}: {error}; give another --cache_dir, or none") from error
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        wanted = list(dict.fromkeys(keys))
+        found = {row[0] for row in self._rows("SELECT key FROM items WHERE key IN", wanted)}
+        return [key for key in wanted if key not in found]
+
+    def claim(self, keys: Sequence[str]) -> list[str]:
+        """See `Store.claim`. Raises UsageError where the folder cannot be written."""
+        writer = self._opened_writer()
+        with self.locked():
+            open_keys = self.missing(keys)
+            held = self._rows("SELECT writer, key FROM claims WHERE key IN", open_keys)
+            gone = {name for name in {row[0] for row in held} if dead(self.folder, name)}
+            self.base.executemany("DELETE FROM claims WHERE writer = ?", [(name,) for name in gone])
+            taken = {key for name, key in held if name not in gone and name != writer.name}
+            mine = [key for key in open_keys if key not in taken]
+            self.base.executemany("INSERT OR REPLACE INTO claims VALUES (?, ?)", [(key, writer.name) for key in mine])
+        return mine
+
+    def put(self, kind: Kind, items: Mapping[str, Item]) -> None:
+        """See `Store.put`. Raises RunError where the disk is full, and UsageError where it cannot be written."""
+        if not items:
+            return
+        name = f"{uuid4().hex}.safetensors"
+        scratch = self.folder / SHARDS / f".{name}.{self._opened_writer().name}.part"
+        content = save({f"{key}.{part}": t.contiguous() for key, item in items.items() for part, t in item.items()})
+        places = _places(content)
+        rows = [(key, kind, *_row(places, key, item, content)) for key, item in items.items()]
+        try:
+            scratch.write_bytes(content)
+            flush_to_disk(scratch)
+            with self.locked():
+                scratch.rename(self.folder / SHARDS / name)
+                flush_to_disk(self.folder / SHARDS)
+                shard = self.base.execute(
+                    "INSERT INTO shards (name, bytes, used) VALUES (?, ?, ?)", (name, len(content), today())
+                ).lastrowid
+                self.base.executemany(
+                    "INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?, ?)",
+                    [(key, kind, shard, tensors, crc) for key, kind, tensors, crc in rows],
+                )
+                self.base.executemany("DELETE FROM claims WHERE key = ?", [(key,) for key in items])
+        except OSError as error:
+            raise self._failed(error) from error
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def load(self, keys: Sequence[str]) -> list[Item]:
+        """See `Store.load`. Raises DataError for an item that is damaged."""
+        found = {
+            key: (shard, tensors, crc)
+            for key, shard, tensors, crc in self._rows("SELECT key, shard, tensors, crc FROM items WHERE key IN", keys)
+        }
+        if gone := [key for key in keys if key not in found]:
+            raise DataError(f"cache_dir {self.folder}: an encoding is gone ({gone[0]}); start again")
+        return [self._read(key, *found[key]) for key in keys]
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with self.locked():
+                self.base.execute("DELETE FROM claims WHERE writer = ?", (self._writer.name,))
+            self._writer.close()
+            self._writer = None
+
+    def mark_used(self, keys: Sequence[str]) -> None:
+        if not self.writable:
+            return
+        shards = {row[0] for row in self._rows("SELECT DISTINCT shard FROM items WHERE key IN", keys)}
+        with self.locked():
+            self.base.executemany("UPDATE shards SET used = ? WHERE id = ?", [(today(), shard) for shard in shards])
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process writes to the index; what was written counts if nothing is raised.
+
+        Raises:
+            RunError: the disk is full, or the index damaged.
+        """
+        try:
+            with self.base:
+                self.base.execute("BEGIN IMMEDIATE")
+                yield
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> RunError:
+        return RunError(f"cache_dir {self.folder}: {error}; what was encoded before is kept")
+
+    def _rows(self, query: str, keys: Sequence[str]) -> list[tuple[Any, ...]]:
+        """What a query that ends in IN finds, for any number of keys."""
+        rows: list[tuple[Any, ...]] = []
+        for start in range(0, len(keys), _MOST_KEYS):
+            part = keys[start : start + _MOST_KEYS]
+            rows += self.base.execute(f"{query} ({','.join('?' * len(part))})", tuple(part)).fetchall()
+        return rows
+
+    def _opened_writer(self) -> Writer:
+        if not self.writable:
+            raise UsageError(
+                f"cache_dir {self.folder}: something is to be encoded, and it cannot be written; "
+                "give another --cache_dir, or none"
+            )
+        if self._writer is None:
+            try:
+                self._writer = Writer(self.folder)
+            except OSError as error:
+                raise self._failed(error) from error
+        return self._writer
+
+    def _read(self, key: str, shard: int, tensors: str, crc: int) -> Item:
+        parts = json.loads(tensors)
+        pieces = [self._bytes(shard, begin, end) for _, _, _, begin, end in parts]
+        if _checksum(pieces) != crc:
+            raise DataError(
+                f"cache_dir {self.folder}: an encoding is damaged ({key}); "
+                f"finetune-unet cache verify --cache_dir {self.folder} takes it out, and the next run encodes it anew"
+            )
+        return {
+            name: torch.frombuffer(piece, dtype=_DTYPES[dtype]).reshape(shape)
+            for (name, dtype, shape, _, _), piece in zip(parts, pieces, strict=True)
+        }
+
+    def _bytes(self, shard: int, begin: int, end: int) -> bytearray:
+        """Bytes of a shard; fewer, if it was cut short; none, if it is gone."""
+        if shard not in self._files:
+            if len(self._files) == _MOST_OPEN:
+                os.close(self._files.pop(next(iter(self._files))))
+            ((name,),) = self.base.execute("SELECT name FROM shards WHERE id = ?", (shard,)).fetchall()
+            try:
+                self._files[shard] = os.open(self.folder / SHARDS / name, os.O_RDONLY)
+            except FileNotFoundError:
+                return bytearray()
+        buffer = bytearray(end - begin)
+        return buffer[: os.preadv(self._files[shard], [buffer], begin)]
+
+
+def existing_store(cache_dir: str | None) -> DiskStore:
+    """The store in a cache folder, for what looks after it. Raises UsageError where there is none."""
+    folder = cache_folder(cache_dir)
+    if folder is None or not (folder / INDEX).exists():
+        raise UsageError(f"cache_dir {folder or cache_dir}: no encodings are kept there")
+    return DiskStore(folder)
+
+
+def today() -> int:
+    """Days since 1970."""
+    return int(time.time() // 86400)
+
+
+def _places(content: bytes) -> dict[str, tuple[str, list[int], int, int]]:
+    """Of a safetensors file: tensor -> dtype, shape, and where its bytes lie in the file."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    return {
+        name: (about["dtype"], about["shape"], *[8 + length + offset for offset in about["data_offsets"]])
+        for name, about in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _row(places: Mapping[str, Any], key: str, item: Item, content: bytes) -> tuple[str, int]:
+    """What the index says of an item: JSON of name, dtype, shape, begin and end of each tensor; the checksum."""
+    parts = [(name, *places[f"{key}.{name}"]) for name in item]
+    return json.dumps(parts), _checksum([content[begin:end] for *_, begin, end in parts])
+
+
+def _checksum(pieces: Iterable[bytes | bytearray]) -> int:
+    crc = 0
+    for piece in pieces:
+        crc = zlib.crc32(piece, crc)
+    return crc

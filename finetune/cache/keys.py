@@ -1,0 +1,23 @@
+"""Content keys: what an encoding is made of, so that another picture, crop or VAE has another key."""
+
+from finetune.data.transforms import PREPROCESSING, Placement
+from finetune.seeding import wide_fold
+
+
+def picture_key(digest: str, placement: Placement, flip: bool, encoder: str, precision: str) -> str:
+    """Of what the encoder made of a part of a picture.
+
+    Args:
+        digest: of the picture.
+        placement: the part, and its size.
+        flip: mirrored.
+        encoder: the encoder's fingerprint.
+        precision: number format that is kept.
+    """
+    numbers = (*placement.scaled, *placement.corner, *placement.size, int(flip))
+    return wide_fold("picture", PREPROCESSING, digest, *numbers, encoder, precision)
+
+
+def caption_key(caption: str, conditioner: str, precision: str) -> str:
+    """Of what the conditioner with this fingerprint made of a caption."""
+    return wide_fold("caption", caption, conditioner, precision)

@@ -1,0 +1,80 @@
+"""Store: what the frozen parts computed, by a key of the content that it was computed from."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+Item = Mapping[str, Tensor]
+"""What is stored under one key: tensors on the CPU by name."""
+
+Kind = Literal["picture", "caption"]
+"""What an item was made from, for people."""
+
+
+class Store(Protocol):
+    """Content key -> tensors. Items never change, so a key that is there needs no second look."""
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those of the keys that have no item yet, each once, in their order."""
+        ...
+
+    def claim(self, keys: Sequence[str]) -> list[str]:
+        """Those of the missing keys that this process shall compute: no other does, while this one lives."""
+        ...
+
+    def put(self, kind: Kind, items: Mapping[str, Item]) -> None:
+        """Keep items, all or none of them."""
+        ...
+
+    def load(self, keys: Sequence[str]) -> list[Item]:
+        """The items of keys that are there, each tensor a copy of its own."""
+        ...
+
+    def mark_used(self, keys: Sequence[str]) -> None:
+        """Note that these items are in use, so that they are kept when room is made."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more is going to be put; loading goes on."""
+        ...
+
+
+class MemoryStore:
+    """Items in the memory of this process."""
+
+    def __init__(self) -> None:
+        self._items: dict[str, Item] = {}
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        return [key for key in dict.fromkeys(keys) if key not in self._items]
+
+    def claim(self, keys: Sequence[str]) -> list[str]:
+        return list(keys)
+
+    def put(self, kind: Kind, items: Mapping[str, Item]) -> None:
+        self._items.update(items)
+
+    def load(self, keys: Sequence[str]) -> list[Item]:
+        return [self._items[key] for key in keys]
+
+    def mark_used(self, keys: Sequence[str]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def default_folder() -> Path:
+    """Where items are kept unless somebody says otherwise: `finetune-unet` in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "finetune-unet"
+
+
+def cache_folder(cache_dir: str | Path | None) -> Path | None:
+    """The folder that `--cache_dir` means: None is the default one, "none" (answered with None) is no folder at all."""
+    if cache_dir == "none":
+        return None
+    return default_folder() if cache_dir is None else Path(cache_dir).expanduser().absolute()

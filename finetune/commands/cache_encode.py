@@ -1,0 +1,43 @@
+"""finetune-unet cache encode: what training with the same options would encode, without training."""
+
+from finetune.config import TrainConfig
+from finetune.errors import UsageError
+
+
+def run(config: TrainConfig) -> None:
+    """Encode every picture and caption that the options name, and print how many were new.
+
+    Raises:
+        UsageError: the options ask for encodings that are not kept.
+        FinetuneError: as training with them does.
+    """
+    import torch
+
+    from finetune.cache.encode import encode
+    from finetune.models.loading import check_resolution, load_frozen
+    from finetune.models.locate import locate
+    from finetune.run.resolve import with_absolute_paths
+    from finetune.run.sources import open_pictures
+    from finetune.run.summary import encodings
+
+    if config.live_encoding or config.cache_dir == "none":
+        why = "live_encoding" if config.live_encoding else "cache_dir none"
+        raise UsageError(f"{why} cannot be used here: nothing would be kept")
+    config = with_absolute_paths(config)
+    found = locate(config.model)
+    check_resolution(found, config.resolution or found.resolution)
+    pictures = open_pictures(config, found, None)
+    frozen = load_frozen(
+        found,
+        max_token_length=config.max_token_length,
+        clip_skip=config.clip_skip,
+        tokenizer=config.tokenizer,
+        vae=config.vae,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    frozen.encoder.to(device)
+    frozen.conditioner.to(device)
+    encoded = encode(pictures, frozen, seed=config.seed, cache_dir=config.cache_dir, precision=config.cache_precision)
+    print(encodings(encoded, config.cache_dir))
+    for line in pictures.notes():
+        print(f"note: {line}")

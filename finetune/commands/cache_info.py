@@ -1,0 +1,25 @@
+"""finetune-unet cache info: what is kept of earlier runs."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Tell what encodings are kept, and how much room they take."""
+
+    cache_dir: str | None = None
+    """The cache folder. Default: finetune-unet in the user's cache folder."""
+
+
+def run(options: Options) -> None:
+    """Print a line for each kind of item, and the whole. Raises UsageError where there is no cache."""
+    from finetune.cache.care import contents
+    from finetune.cache.disk import existing_store
+    from finetune.wording import counted
+
+    store = existing_store(options.cache_dir)
+    found = contents(store)
+    for kind, count in found.items.items():
+        print(f"{counted(count, kind)} encoded")
+    print(f"{store.folder}: {counted(found.shards, 'shard')}, {found.bytes / 1e6:.1f} MB; ", end="")
+    print(f"the one used least lately: {counted(found.unused, 'day')} ago")

@@ -1,0 +1,24 @@
+"""finetune-unet cache verify: every encoding read, and those taken out that are damaged."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Read every encoding that is kept; what is damaged is taken out, and encoded anew by the next run."""
+
+    cache_dir: str | None = None
+    """The cache folder. Default: finetune-unet in the user's cache folder."""
+
+
+def run(options: Options) -> None:
+    """Print how many are sound, and those that were not. Raises UsageError where there is no cache."""
+    from finetune.cache.care import verify
+    from finetune.cache.disk import existing_store
+    from finetune.wording import counted
+
+    store = existing_store(options.cache_dir)
+    sound, damaged = verify(store)
+    print(f"{store.folder}: {counted(sound, 'encoding')} as written, {len(damaged)} damaged")
+    for key in damaged:
+        print(f"{key}: damaged, taken out")

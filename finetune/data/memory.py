@@ -1,0 +1,95 @@
+"""PictureMemory: what earlier runs have found out about files, so that nothing is read twice without need."""
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from finetune.errors import UsageError
+
+FILE = "pictures.sqlite3"
+"""Its name in the cache folder."""
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS files (
+    path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime INTEGER NOT NULL, inode INTEGER NOT NULL, digest TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS pictures (
+    digest TEXT PRIMARY KEY, width INTEGER NOT NULL, height INTEGER NOT NULL
+) WITHOUT ROWID;
+"""
+
+
+class Stamp(NamedTuple):
+    """What tells, without reading it, that a file is the one that was read before."""
+
+    size: int
+    mtime: int
+    """In nanoseconds."""
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Stamp":
+        found = path.stat()
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+class PictureMemory:
+    """A small database of pictures that could be read: file -> digest of its bytes -> width and height.
+
+    Threads may share it, and so may processes. What cannot be written is not remembered, and no harm is done.
+
+    Args:
+        folder: of the database; made if need be. One that cannot be written is read from.
+        strict: trust no stamp: every file is hashed anew.
+
+    Raises:
+        UsageError: the folder holds something else under its name, or cannot be made.
+    """
+
+    def __init__(self, folder: Path, *, strict: bool = False) -> None:
+        self._strict, self._lock = strict, threading.Lock()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writable = os.access(folder, os.W_OK)
+            place = f"{(folder / FILE).absolute().as_uri()}?mode={'rwc' if self._writable else 'ro'}"
+            if not self._writable and not (folder / FILE).exists():
+                place = "file::memory:"
+            self._base = sqlite3.connect(place, uri=True, timeout=60, check_same_thread=False)
+            if self._writable or not (folder / FILE).exists():
+                self._base.executescript(_TABLES)
+        except (OSError, sqlite3.Error) as error:
+            raise UsageError(f"cache_dir {folder}: {error}; give another --cache_dir, or none") from error
+
+    def digest(self, path: Path, stamp: Stamp) -> str | None:
+        """Of the bytes that the file had with this stamp; None: not known, or not to be trusted."""
+        if self._strict:
+            return None
+        query = "SELECT digest FROM files WHERE path = ? AND size = ? AND mtime = ? AND inode = ?"
+        row = self._row(query, (_name(path), *stamp))
+        return row[0] if row else None
+
+    def size(self, digest: str) -> tuple[int, int] | None:
+        """Width and height of the picture with these bytes; None: it was not decoded before."""
+        row = self._row("SELECT width, height FROM pictures WHERE digest = ?", (digest,))
+        return (row[0], row[1]) if row else None
+
+    def note(self, files: Iterable[tuple[Path, Stamp, str]], pictures: Iterable[tuple[str, tuple[int, int]]]) -> None:
+        """Remember the digests of files, and the sizes of pictures that were decoded in full."""
+        if not self._writable:
+            return
+        with self._lock, self._base:
+            rows = [(_name(path), *stamp, digest) for path, stamp, digest in files]
+            self._base.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", rows)
+            sizes = [(digest, *size) for digest, size in pictures]
+            self._base.executemany("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?)", sizes)
+
+    def _row(self, query: str, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        with self._lock:
+            return self._base.execute(query, values).fetchone()
+
+
+def _name(path: Path) -> bytes:
+    return os.fsencode(path.absolute())
