@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from finetune.cache.encode import encode
     from finetune.cache.encoded import Encoded, as_batch
     from finetune.config import TrainConfig, load_config
+    from finetune.data.buckets import Buckets
     from finetune.data.datasets import HuggingFaceDataset, ImageFolder, open_dataset
-    from finetune.data.loader import batches
+    from finetune.data.loader import batches, training_steps
     from finetune.data.pictures import Example
     from finetune.data.transforms import Preprocess
     from finetune.errors import FinetuneError
@@ -31,7 +32,8 @@ _HOMES = {
     "cache.encoded": ("Encoded", "as_batch"),
     "config": ("TrainConfig", "load_config"),
     "data.datasets": ("HuggingFaceDataset", "ImageFolder", "open_dataset"),
-    "data.loader": ("batches",),
+    "data.buckets": ("Buckets",),
+    "data.loader": ("batches", "training_steps"),
     "data.pictures": ("Example",),
     "data.transforms": ("Preprocess",),
     "errors": ("FinetuneError",),
@@ -48,6 +50,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Batch",
+    "Buckets",
     "DiffusionModel",
     "Ema",
     "Encoded",
@@ -74,6 +77,7 @@ __all__ = [
     "load_model",
     "open_dataset",
     "trainable",
+    "training_steps",
 ]
 
 

@@ -152,22 +152,18 @@ def _verb(argv: list[str]) -> str | None:
 def _run_verb(verb: str, argv: list[str]) -> None:
     """Run `finetune.commands.<verb>` with the options that follow the verb."""
     command = importlib.import_module(f"finetune.commands.{verb.replace(' ', '_')}")
-    if not hasattr(command, "Options"):  # it takes those of training
-        if _asks_for_help(argv):
-            _show_help(TRAIN_SECTIONS, f"{PROGRAM} {verb}", f"{PROGRAM} {verb}: {VERBS[verb]}")
-        else:
-            command.run(parse_train(argv))
-        return
-    sections = {verb: command.Options}
+    trains = getattr(command, "WITH_TRAINING_OPTIONS", False)
+    sections = {verb: command.Options} | (TRAIN_SECTIONS if trains else {})
     if _asks_for_help(argv):
         _show_help(sections, f"{PROGRAM} {verb}", f"{PROGRAM} {verb}: {VERBS[verb]}")
         return
     given = parse(sections, argv)
+    own = {field.name: given.pop(field.name) for field in dataclasses.fields(command.Options) if field.name in given}
     for field in dataclasses.fields(command.Options):
         has_default = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
-        if not has_default and field.name not in given:
+        if not has_default and field.name not in own:
             raise UsageError(f"{verb} needs --{field.name}")
-    command.run(command.Options(**given))
+    command.run(command.Options(**own), *([_config(given)] if trains else []))
 
 
 def _asks_for_help(argv: Sequence[str]) -> bool:
@@ -180,7 +176,11 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
     Raises:
         UsageError: an unknown, doubled or wrong option, here or in the file.
     """
-    given = parse(TRAIN_SECTIONS, argv)
+    return _config(parse(TRAIN_SECTIONS, argv))
+
+
+def _config(given: dict[str, Any]) -> TrainConfig:
+    """The config of what was given as flags, over what is in the file that they name."""
     file = given.pop("config", None)
     return TrainConfig(**(read_options(Path(file)) | given if file else given))
 

@@ -107,9 +107,22 @@ class DataOptions:
     trigger: str | None = option(None, needs="text", decided_by="transform")
     """A word placed before every caption, or where the caption says [trigger]."""
     resolution: int | None = option(None, AT_LEAST_ONE, names=("image_size",))
-    """Pixels per side. Default: the model's own."""
+    """Pixels per side; with buckets, of the square that no picture's area exceeds. Default: the model's own."""
+    aspect_ratio_bucketing: bool | None = option(None, decided_by="transform", called=("enable_bucket",))
+    """Train each picture near its own shape, in a size of at most as many pixels as the square. Default: on, but for
+    pixel-space models and --resize_mode squash."""
+    min_bucket_reso: int | None = option(None, AT_LEAST_ONE, needs="aspect_ratio_bucketing")
+    """Shortest side of such a size. Default: half of the resolution."""
+    max_bucket_reso: int | None = option(None, AT_LEAST_ONE, needs="aspect_ratio_bucketing")
+    """Longest side. Default: twice the resolution."""
+    bucket_reso_steps: int | None = option(
+        None, AT_LEAST_ONE, needs="aspect_ratio_bucketing", called=("bucket_resolution_steps",)
+    )
+    """Sides are multiples of this. Default: 64, below 512 px an eighth of the resolution."""
+    bucket_upscale: bool = option(False, needs="aspect_ratio_bucketing", called=("bucket_no_upscale",))
+    """Enlarge pictures of fewer pixels than their size has; else they are trained in a smaller one."""
     resize_mode: Literal["crop", "squash"] = option("crop", decided_by="transform")
-    """crop: shorter side to the resolution, then a square crop. squash: both sides at once, as the tutorial does."""
+    """crop: scaled to cover its size, which is then cut out. squash: both sides at once, as the tutorial does."""
     center_crop: bool = option(True, decided_by="transform")
     """Crop the centre; with --no-center_crop a random place, drawn once per picture (--live_encoding: per visit)."""
     random_flip: bool = option(False, decided_by="transform", called=("flip_aug",))
@@ -277,7 +290,6 @@ ELSEWHERE = {
     "output_name": "the export lies in --output_dir under the name that diffusers looks for",
     "scale_lr": "the learning rate is taken as it is given",
     "use_8bit_adam": f"8-bit optimizers: {_LATER}; --optimizer adafactor takes little memory",
-    **dict.fromkeys(("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps"), f"buckets: {_LATER}"),
     **dict.fromkeys(
         ("with_prior_preservation", "class_data_dir", "reg_data_dir", "class_prompt"), f"class pictures: {_LATER}"
     ),

@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 
 from finetune.cache.encode import encode
 from finetune.config import ResolvedConfig, TrainConfig, as_settings
-from finetune.data.loader import batches
+from finetune.data.loader import training_steps
 from finetune.data.own import Rows
 from finetune.data.pictures import Pictures
-from finetune.data.sampler import steps_per_epoch, visited
+from finetune.data.sampler import Sampler, steps_per_epoch
 from finetune.data.source import check_source
 from finetune.errors import Interrupted, RunError, UsageError
 from finetune.models.loading import DiffusionModel, check_resolution
@@ -105,8 +105,8 @@ def _put_together(
         seed=config.seed,
         cache_dir=config.cache_dir,
         precision=config.cache_precision,
-        visited=visited(
-            size=len(pictures), batch_size=config.global_batch, seed=config.seed, steps=config.max_train_steps
+        visited=Sampler(pictures.shapes(), batch_size=config.global_batch, seed=config.seed).visited(
+            config.max_train_steps
         ),
     )
     trainer = _trainer(config, model)
@@ -130,8 +130,15 @@ def _decide(
     found = locate(config.model)
     check_resolution(found, config.resolution or found.resolution)
     pictures = open_pictures(config, found, dataset)
-    varied = len(set(pictures.captions)) > 1
-    return resolve(config, found, pictures=len(pictures), varied_captions=varied, device=device), found, pictures
+    resolved = resolve(
+        config,
+        found,
+        pictures=len(pictures),
+        varied_captions=len(set(pictures.captions)) > 1,
+        device=device,
+        buckets=pictures.transform and pictures.transform.buckets,
+    )
+    return resolved, found, pictures
 
 
 def _begin(run: Run, resumed: Path | None) -> None:
@@ -151,7 +158,7 @@ def _train(run: Run) -> None:
     epoch = steps_per_epoch(len(run.encoded), config.global_batch)
     every_epochs = config.save_model_epochs and config.save_model_epochs * epoch
     log = tracking.Log(run.folder, trainer.steps_done)
-    steps = batches(
+    steps = training_steps(
         run.encoded,
         batch_size=config.global_batch,
         steps=total,
@@ -166,8 +173,8 @@ def _train(run: Run) -> None:
             draw_grid(run)
             progress.resume()
         clock = time.perf_counter()
-        for batch in steps:
-            metrics = trainer.step(batch)
+        for batches in steps:
+            metrics = trainer.step(*batches)
             seconds = time.perf_counter() - clock
             log.write(metrics, seconds)
             tracking.track(run.accelerator, metrics)

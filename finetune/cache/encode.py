@@ -70,6 +70,7 @@ def encode(
     return Encoded(
         ids=pictures.ids,
         captions=pictures.captions,
+        shapes=pictures.shapes(),
         visits=visits,
         encoder=model.encoder if live else None,
         conditioner=model.conditioner,

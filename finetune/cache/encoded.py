@@ -56,6 +56,8 @@ class Encoded:
 
     ids: Sequence[str]
     captions: Sequence[str]
+    shapes: Sequence[int]
+    """Of each example; what has the same one can be computed together."""
     visits: Kept | Live
     """The part that worker processes get a copy of."""
     encoder: Encoder | None

@@ -57,12 +57,13 @@ class Live:
 
     pictures: Pictures
 
-    def load(self, index: int, key: int) -> tuple[Tensor, Tensor]:
-        """Pixels (3, H, W) uint8 and geometry (6,)."""
+    def load(self, index: int, key: int, flip: bool | None = None) -> tuple[Tensor, Tensor]:
+        """Pixels (3, H, W) uint8 and geometry (6,); whether mirrored, is drawn where flips are wanted, unless given."""
         image = self.pictures[index].image
         if image.mode != "RGB":  # those that are come upright from our own datasets
             image = to_rgb(image)
-        flip = self.pictures.flips and _flipped(key)
+        if flip is None:
+            flip = self.pictures.flips and _flipped(key)
         placement = self.pictures.placement(image.size, key)
         return placement.pixels(image, flip), torch.tensor(placement.geometry(flip))
 

@@ -1,10 +1,19 @@
 """finetune-unet cache encode: what training with the same options would encode, without training."""
 
+from dataclasses import dataclass
+
 from finetune.config import TrainConfig
 from finetune.errors import UsageError
 
+WITH_TRAINING_OPTIONS = True
 
-def run(config: TrainConfig) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """No others than those of training."""
+
+
+def run(options: Options, config: TrainConfig) -> None:
     """Encode every picture and caption that the options name, and print how many were new.
 
     Raises:

@@ -8,9 +8,10 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from finetune.data.buckets import Buckets
 from finetune.data.captions import CAPTION_SUFFIXES, METADATA, find_captions, first_caption
 from finetune.data.images import PICTURE_SUFFIXES, PictureFile, find_images, list_files
-from finetune.data.memory import PictureMemory
+from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import PictureFiles
 from finetune.data.source import check_source
 from finetune.data.transforms import Preprocess
@@ -33,7 +34,7 @@ class ImageFolder(PictureFiles):
         folder: where the pictures are; hidden files and folders are left out.
         prompt: caption of the pictures that have none of their own.
         trigger: word put in place of every [trigger], or in front of each caption.
-        resolution, resize_mode, center_crop, random_flip: see `Preprocess`.
+        resolution, resize_mode, center_crop, random_flip, buckets: see `Preprocess`.
         memory: of earlier runs; without it, every picture is decoded once before anything else.
 
     An id is a path relative to the folder, with forward slashes.
@@ -53,9 +54,10 @@ class ImageFolder(PictureFiles):
         resize_mode: Literal["crop", "squash"] = "crop",
         center_crop: bool = True,
         random_flip: bool = False,
+        buckets: Buckets | None = None,
         memory: PictureMemory | None = None,
     ) -> None:
-        transform = Preprocess(resolution, resize_mode, center_crop, random_flip)
+        transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets)
         root = Path(folder)
         if not root.is_dir():
             raise UsageError(f"{folder}: {'not a folder' if root.exists() else 'no such folder'}")
@@ -102,7 +104,7 @@ class HuggingFaceDataset(PictureFiles):
         rows: one split. It is not changed; a format set on it is not used.
         prompt: caption of the rows that have none.
         trigger: word put in place of every [trigger], or in front of each caption.
-        resolution, resize_mode, center_crop, random_flip: see `Preprocess`.
+        resolution, resize_mode, center_crop, random_flip, buckets: see `Preprocess`.
         memory: as for `ImageFolder`.
         image_column: a column of pictures: `datasets.Image`, encoded bytes, or paths.
         caption_column: a column of strings, or of lists whose first string is taken. The default one may be absent.
@@ -124,11 +126,12 @@ class HuggingFaceDataset(PictureFiles):
         resize_mode: Literal["crop", "squash"] = "crop",
         center_crop: bool = True,
         random_flip: bool = False,
+        buckets: Buckets | None = None,
         memory: PictureMemory | None = None,
         image_column: str = IMAGE_COLUMN,
         caption_column: str = CAPTION_COLUMN,
     ) -> None:
-        transform = Preprocess(resolution, resize_mode, center_crop, random_flip)
+        transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets)
         if not len(rows):
             raise DataError("the dataset has no rows")
         self._pictures = _picture_column(rows, image_column)

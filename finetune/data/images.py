@@ -17,7 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from tqdm import tqdm
 
-from finetune.data.memory import PictureMemory, Stamp
+from finetune.data.picture_memory import PictureMemory, Stamp
 from finetune.errors import DataError
 
 _log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from finetune.batch import Batch
-from finetune.data.sampler import step_visits
+from finetune.data.sampler import Sampler
 from finetune.errors import UsageError
 from finetune.seeding import example_key
 
@@ -20,10 +20,15 @@ class Examples(Protocol):
     def ids(self) -> Sequence[str]: ...
 
     @property
+    def shapes(self) -> Sequence[int]:
+        """Of each example; what has the same one can be computed together."""
+        ...
+
+    @property
     def visits(self) -> "Visits": ...
 
     def assemble(self, indices: Sequence[int], keys: torch.Tensor, loaded: Sequence[Any]) -> Batch:
-        """Loaded visits -> a Batch; runs in the training process."""
+        """Loaded visits of one shape -> a Batch; runs in the training process."""
         ...
 
 
@@ -59,7 +64,7 @@ def _ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def batches(
+def training_steps(
     source: Examples,
     *,
     batch_size: int,
@@ -68,8 +73,8 @@ def batches(
     start: int = 0,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
-) -> Iterator[Batch]:
-    """The batches of optimizer steps `start` to `steps` (not included), each of `batch_size` examples.
+) -> Iterator[tuple[Batch, ...]]:
+    """The optimizer steps `start` to `steps` (not included), each of `batch_size` examples: a batch for each shape.
 
     Args:
         source: from `encode`.
@@ -85,11 +90,10 @@ def batches(
     """
     if batch_size < 1 or not source.ids:
         raise UsageError(f"batches: batch_size {batch_size} and {len(source.ids)} examples; at least 1 of each needed")
+    sampler = Sampler(source.shapes, batch_size=batch_size, seed=seed)
     plan = (
-        [(v.example, example_key(seed, source.ids[v.example], v.number)) for v in visits]
-        for visits in (
-            step_visits(step, size=len(source.ids), batch_size=batch_size, seed=seed) for step in range(start, steps)
-        )
+        [(v.example, example_key(seed, source.ids[v.example], v.number)) for v in sampler.visits(step)]
+        for step in range(start, steps)
     )
     loader = DataLoader(
         _Loads(source.visits),
@@ -100,8 +104,35 @@ def batches(
         generator=torch.Generator(),  # DataLoader draws a seed for its workers; not from the global one
     )
     for items in loader:
-        indices, keys, loaded = zip(*items, strict=True)
-        yield source.assemble(indices, torch.tensor(keys), loaded).to(device)
+        alike: dict[int, list[tuple[int, int, Any]]] = {}
+        for item in items:
+            alike.setdefault(source.shapes[item[0]], []).append(item)
+        parts = [zip(*some, strict=True) for some in alike.values()]
+        yield tuple(source.assemble(indices, torch.tensor(keys), loaded).to(device) for indices, keys, loaded in parts)
+
+
+def batches(
+    source: Examples,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int = 0,
+    start: int = 0,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """`training_steps` for pictures of one shape: each step is one batch. The arguments are the same.
+
+    Raises:
+        UsageError: the pictures are of several shapes (they have buckets), or as `training_steps` does.
+    """
+    if len(set(source.shapes)) > 1:
+        raise UsageError("batches: the pictures are of several shapes; use training_steps, and Trainer.step(*batches)")
+    whole = training_steps(
+        source, batch_size=batch_size, steps=steps, seed=seed, start=start, num_workers=num_workers, device=device
+    )
+    for (batch,) in whole:
+        yield batch
 
 
 class _Plan:

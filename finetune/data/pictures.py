@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from finetune.data.captions import TRIGGER, Caption, placed_trigger, with_trigger
 from finetune.data.images import Checked, PictureFile, Skipped, check_images, open_image
-from finetune.data.memory import PictureMemory
+from finetune.data.picture_memory import PictureMemory
 from finetune.data.transforms import Placement, Preprocess, whole
 from finetune.errors import DataError
 from finetune.wording import counted, listed
@@ -84,6 +84,14 @@ class Pictures(Dataset[Example], ABC):
         """What is trained on of a picture of this width and height; a random crop is drawn from the key."""
         return whole(*size) if self.transform is None else self.transform.place(*size, key)
 
+    def shapes(self) -> list[int]:
+        """Of each picture a number, the same for all that are trained in the same size."""
+        if self.transform is None or self.transform.buckets is None:  # of one size, or made so
+            return [0] * len(self)
+        sizes = [self.transform.size(*self.checked(index).size) for index in range(len(self))]
+        numbers = {size: number for number, size in enumerate(sorted(set(sizes)))}
+        return [numbers[size] for size in sizes]
+
     def notes(self) -> list[str]:
         """Lines for the user about what was found: what is left out, or looks wrong."""
         lines = []
@@ -131,8 +139,8 @@ class PictureFiles(Pictures):
         """Caption files without a picture, relative to the folder."""
         self.empty = list(empty)
         """Caption files beside a picture that say nothing, likewise."""
-        self.small = sum(min(found.size) < transform.resolution for found in good.values())
-        """How many pictures have a side below the resolution, and will be enlarged."""
+        self.small = sum(_is_enlarged(transform, *found.size) for found in good.values())
+        """How many pictures are smaller than what they are trained in."""
         super().__init__(
             [names[place] for place in good],
             [captions[place] for place in good],
@@ -154,11 +162,15 @@ class PictureFiles(Pictures):
 
     def notes(self) -> list[str]:
         reasons = [f"{bad.path} ({bad.reason})" for bad in self.skipped]
-        resolution = self.transform.resolution if self.transform else 0
         lines = {
             f"{len(reasons)} skipped: {listed(reasons)}": reasons,
             f"caption files without a picture, {len(self.orphans)}: {listed(self.orphans)}": self.orphans,
             f"empty caption files, {len(self.empty)}: {listed(self.empty)}": self.empty,
-            f"smaller than {resolution} px and enlarged: {counted(self.small, 'picture')}": self.small,
+            f"smaller than they are trained, and enlarged: {counted(self.small, 'picture')}": self.small,
         }
         return [line for line, found in lines.items() if found] + super().notes()
+
+
+def _is_enlarged(transform: Preprocess, width: int, height: int) -> bool:
+    target_height, target_width = transform.size(width, height)
+    return width < target_width or height < target_height

@@ -1,9 +1,10 @@
 """The order of the examples: a pure function of (seed, step), independent of ranks, workers and micro-batch."""
 
+from collections.abc import Sequence
 from fractions import Fraction
-from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from finetune.seeding import fold
@@ -23,27 +24,100 @@ def steps_per_epoch(size: int, batch_size: int) -> Fraction:
     return Fraction(size, batch_size)
 
 
-def visited(*, size: int, batch_size: int, seed: int, steps: int) -> list[int]:
-    """The examples that the first `steps` steps visit, in the order of their first visits."""
-    found: dict[int, None] = {}
-    for step in range(steps):
-        if len(found) == size:
-            break
-        found |= dict.fromkeys(v.example for v in step_visits(step, size=size, batch_size=batch_size, seed=seed))
-    return list(found)
+class Sampler:
+    """Which examples a step visits: always `batch_size`, of one shape where it can be.
 
+    Every epoch is a fresh permutation of all examples. Of those of each shape, as many full steps are made as there can
+    be; what is left over of all shapes makes mixed steps, and what is left over of these goes into the first steps of
+    the next epoch. So no step is short, and none teaches few examples at the full rate. With one shape for all, this
+    comes to one permutation after the other, cut into steps.
 
-@lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, size: int) -> list[int]:
-    source = torch.Generator().manual_seed(fold(seed, "order", epoch) & 0xFFFFFFFF)
-    return torch.randperm(size, generator=source).tolist()
-
-
-def step_visits(step: int, *, size: int, batch_size: int, seed: int) -> list[Visit]:
-    """The `batch_size` visits of optimizer step `step` (0 for the first).
-
-    Every epoch is a fresh permutation of all `size` examples. One follows the other without a gap, and steps are cut
-    from that: an epoch may end within a step, and no step is short, so none teaches few examples at the full rate.
+    Args:
+        shapes: of each example, a number; what has the same one can be computed together.
+        batch_size: examples per optimizer step.
+        seed: of the permutations.
     """
-    places = (divmod(position, size) for position in range(step * batch_size, (step + 1) * batch_size))
-    return [Visit(_order(seed, epoch, size)[place], epoch) for epoch, place in places]
+
+    def __init__(self, shapes: Sequence[int], *, batch_size: int, seed: int) -> None:
+        self.batch_size, self.seed = batch_size, seed
+        self._size, self._shapes = len(shapes), np.unique(shapes, return_inverse=True)[1]
+        self._epochs = -(-batch_size // self._size)  # in a round, which is to be no shorter than a step
+        self._round = self._size * self._epochs  # visits in it
+        self._kept: dict[int, np.ndarray] = {}
+
+    def visits(self, step: int) -> list[Visit]:
+        """The `batch_size` visits of optimizer step `step` (0 for the first)."""
+        number = -(-(step + 1) * self.batch_size // self._round) - 1
+        if number not in self._kept:
+            self._kept = {number: self._steps(number)}
+        row = self._kept[number][step - number * self._round // self.batch_size]
+        return [Visit(visit % self._size, visit // self._size) for visit in row.tolist()]
+
+    def visited(self, steps: int) -> list[int]:
+        """The examples that the first `steps` steps visit, in the order of their first visits."""
+        found: dict[int, None] = {}
+        for step in range(steps):
+            if len(found) == self._size:
+                break
+            found |= dict.fromkeys(visit.example for visit in self.visits(step))
+        return list(found)
+
+    def _steps(self, number: int) -> np.ndarray:
+        """The steps of a round, a row each of visits as `_order` has them."""
+        own, _ = self._order(number)
+        early = self._order(number - 1)[1] if number else own[:0]
+        by_shape = np.argsort(self._shapes[own % self._size], kind="stable")
+        alike = np.split(by_shape, np.flatnonzero(np.diff(self._shapes[own[by_shape] % self._size])) + 1)
+        alike.sort(key=len)  # places in the order, of one shape each; the most frequent last
+        begun = early.tolist()
+        if begun:
+            room = self.batch_size - len(begun)
+            begun += own[alike[-1][:room]].tolist()
+            alike[-1] = alike[-1][room:]
+        rows, places, loose = [], [], []
+        for same in alike:
+            left = len(same) % self.batch_size
+            loose.append([(place, int(own[place])) for place in same[:left].tolist()])
+            rows.append(own[same[left:]].reshape(-1, self.batch_size))
+            places.append(same[left :: self.batch_size])
+        for step in _packed([(-1, visit) for visit in begun], loose, self.batch_size):
+            rows.append(np.array([[visit for _, visit in step]]))
+            places.append(np.array([min(place for place, _ in step)]))
+        return np.concatenate(rows)[np.argsort(np.concatenate(places), kind="stable")]
+
+    def _order(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The visits of a round, epoch x examples + example, in the order of its permutations, without the last few
+        that would fill no step; and these, of the most frequent shapes, which the first step of the next round takes.
+        """
+        epochs = range(number * self._epochs, (number + 1) * self._epochs)
+        order = np.concatenate([self._permutation(epoch) + epoch * self._size for epoch in epochs])
+        later = (number + 1) * self._round % self.batch_size
+        counts = np.bincount(self._shapes)
+        frequent = np.argsort(counts[self._shapes[order % self._size]], kind="stable")[len(order) - later :]
+        return np.delete(order, frequent), order[frequent]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        source = torch.Generator().manual_seed(fold(self.seed, "order", epoch) & 0xFFFFFFFF)
+        return torch.randperm(self._size, generator=source).numpy()
+
+
+T = TypeVar("T")
+
+
+def _packed(begun: list[T], groups: list[list[T]], size: int) -> list[list[T]]:
+    """Steps of exactly `size` of what the groups hold, the first one begun already, few groups in more than one step:
+    each part of a group is a forward pass of its own.
+    """
+    steps: list[list[T]] = [[] for _ in range((len(begun) + sum(map(len, groups))) // size)]
+    if begun:
+        steps[0] = begun
+    too_large = []
+    for group in sorted(groups, key=len, reverse=True):
+        fitting = [step for step in steps if len(step) + len(group) <= size]
+        max(fitting, key=len).extend(group) if fitting else too_large.append(group)
+    for group in too_large:
+        for step in sorted(steps, key=len):
+            room = size - len(step)
+            step.extend(group[:room])
+            group = group[room:]
+    return steps

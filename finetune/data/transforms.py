@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from finetune.data.buckets import Buckets
 from finetune.errors import UsageError
 from finetune.seeding import uniform
 
@@ -47,55 +48,67 @@ def whole(width: int, height: int) -> Placement:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize and crop a picture to a square.
+    """Resize and crop a picture to a square, or to the size of its bucket.
 
-    With "crop", the shorter side is scaled to `resolution` and a square cut out; with "squash", both sides are
-    scaled to `resolution`, whatever the picture's shape.
+    With "crop", the picture is scaled until it just covers that size, which is then cut out; with "squash", both sides
+    are scaled to it, whatever the picture's shape.
 
     Raises:
-        UsageError: `resolution` is below 1, or `resize_mode` unknown.
+        UsageError: `resolution` is below 1, or `resize_mode` unknown, or buckets are squashed or of another resolution.
     """
 
     resolution: int
-    """Pixels per side of the result."""
+    """Pixels per side of the square; with buckets, none of them has a larger area."""
     resize_mode: Literal["crop", "squash"] = "crop"
     center_crop: bool = True
     """Cut out the centre, just as torchvision's Resize and CenterCrop do; if False, a place drawn from the key."""
     random_flip: bool = False
     """Whether visits may be mirrored; which ones, the caller draws."""
+    buckets: Buckets | None = None
+    """The sizes that pictures become; None: all become squares."""
 
     def __post_init__(self) -> None:
         if self.resolution < 1:
             raise UsageError(f"resolution = {self.resolution}: allowed is 1 or more")
         if self.resize_mode not in ("crop", "squash"):
             raise UsageError(f"resize_mode = {self.resize_mode!r}: allowed is crop, squash")
+        if self.buckets and (self.resize_mode == "squash" or self.buckets.resolution != self.resolution):
+            raise UsageError(f"{self.buckets} goes with resize_mode crop and resolution = {self.buckets.resolution}")
 
     def __call__(self, image: Image.Image, key: int, flip: bool = False) -> tuple[Tensor, Tensor]:
         """Pixels and geometry of an upright RGB picture; a pure function of picture, key and flip.
 
         Returns:
-            pixels (3, resolution, resolution) uint8, and geometry (6,) int64, see `Placement.geometry`.
+            pixels (3, H, W) uint8, and geometry (6,) int64, see `Placement.geometry`.
         """
         placement = self.place(image.width, image.height, key)
         return placement.pixels(image, flip), torch.tensor(placement.geometry(flip))
 
     def place(self, width: int, height: int, key: int) -> Placement:
         """Where the result lies in a picture of this size; a random crop is drawn from the key."""
-        side, scaled = self.resolution, self._scaled(width, height)
-        spare = scaled[0] - side, scaled[1] - side
+        size = self.size(width, height)
+        scaled = size if self.resize_mode == "squash" else _covering(size, width, height)
+        spare = scaled[0] - size[0], scaled[1] - size[1]
         if self.center_crop:
             corner = round(spare[0] / 2), round(spare[1] / 2)
         else:
-            place = uniform(torch.tensor([key]), "crop").item()  # one draw: only the longer side has room
+            place = uniform(torch.tensor([key]), "crop").item()  # one draw: only one side has room
             corner = int(place * (spare[0] + 1)), int(place * (spare[1] + 1))
-        return Placement((height, width), scaled, corner, (side, side))
+        return Placement((height, width), scaled, corner, size)
 
-    def _scaled(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) to scale to, rounded as torchvision's Resize does."""
-        side = self.resolution
-        if self.resize_mode == "squash":
-            return side, side
-        return (int(side * height / width), side) if width <= height else (side, int(side * width / height))
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Height and width of the result for a picture of this size."""
+        if self.buckets is None:
+            return self.resolution, self.resolution
+        bucket = self.buckets.size(width, height)
+        return bucket[1], bucket[0]
+
+
+def _covering(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
+    """(height, width) of a picture scaled until it just covers a size, rounded down as torchvision's Resize does."""
+    if width * size[0] <= height * size[1]:
+        return max(size[0], int(size[1] * height / width)), size[1]
+    return size[0], max(size[1], int(size[0] * width / height))
 
 
 def normalize(pixels: Tensor) -> Tensor:

@@ -168,6 +168,17 @@ def total_steps(pictures: int, global_batch: int, epochs: int | None, steps: int
     return ceil((pictures_seen(pictures) if epochs is None else epochs * pictures) / global_batch)
 
 
+def bucket_sides(resolution: int, multiple: int) -> dict[str, int]:
+    """The options of aspect-ratio buckets: 256 to 1024 in steps of 64 at 512 px, and in proportion elsewhere.
+
+    Args:
+        resolution: pixels per side of the square.
+        multiple: what the model's sides must be multiples of.
+    """
+    step = 64 if resolution >= 512 else max(multiple, resolution // 8 // multiple * multiple)
+    return {"min_bucket_reso": resolution // 2, "max_bucket_reso": 2 * resolution, "bucket_reso_steps": step}
+
+
 def warmup_steps(total: int, family: Family, resolution: int) -> int:
     """Optimizer steps of the warm-up: min(100, 5 % of the run); a large DDPM: the tutorial's 500, or a sixth."""
     if not family.latent and resolution > 64:

@@ -34,7 +34,11 @@ def contact_sheet(
     for number, picture in enumerate(pixels):
         x = MARGIN + number % columns * (CELL + MARGIN)
         y = MARGIN + number // columns * cell_height
-        sheet.paste(to_pil_image(picture).resize((CELL, CELL), Image.Resampling.LANCZOS), (x, y))
+        scale = CELL / max(picture.shape[1:])
+        small = to_pil_image(picture).resize(
+            (round(picture.shape[2] * scale), round(picture.shape[1] * scale)), Image.Resampling.LANCZOS
+        )
+        sheet.paste(small, (x + (CELL - small.width) // 2, y + (CELL - small.height) // 2))
         first, second = _two_lines(captions[number])
         count = f"{tokens[number]} of {limit} tokens" if limit else ""
         texts = ((names[number], "gray"), (first, "black"), (second, "black"))

@@ -7,8 +7,9 @@ import torch
 
 from finetune.cache.store import cache_folder
 from finetune.config import ResolvedConfig, TrainConfig, replace
+from finetune.data.buckets import Buckets
 from finetune.errors import UsageError
-from finetune.models.families import FAMILIES, default_method, defaults, total_steps, warmup_steps
+from finetune.models.families import FAMILIES, bucket_sides, default_method, defaults, total_steps, warmup_steps
 from finetune.models.locate import Location
 from finetune.options import about
 from finetune.run.precision import resolve_precision
@@ -37,7 +38,13 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def resolve(
-    config: TrainConfig, found: Location, *, pictures: int, varied_captions: bool, device: torch.device
+    config: TrainConfig,
+    found: Location,
+    *,
+    pictures: int,
+    varied_captions: bool,
+    device: torch.device,
+    buckets: Buckets | None = None,
 ) -> ResolvedConfig:
     """The config with every option decided that depends on the model, the pictures or the machine.
 
@@ -47,21 +54,17 @@ def resolve(
         pictures: how many there are to train on.
         varied_captions: True when they do not all share one caption.
         device: where the UNet will run.
+        buckets: what they are trained in; None: squares.
 
     Raises:
         UsageError: an option that this kind of model or method cannot use.
     """
     method = config.method or default_method(found.family)
-    _refuse_unusable(config, found, method)
+    _refuse_unusable(config, found, method, buckets)
     resolution = config.resolution or found.resolution
-    suited = defaults(
-        found.family,
-        method,
-        config.optimizer,
-        pictures=pictures,
-        resolution=resolution,
-        varied_captions=varied_captions,
-    )
+    few = {"pictures": pictures, "resolution": resolution, "varied_captions": varied_captions}
+    suited = defaults(found.family, method, config.optimizer, **few)
+    suited |= bucket_sides(resolution, found.multiple) if buckets else {}
     derived = {name: value for name, value in suited.items() if getattr(config, name) is None}
     batch = (config.train_batch_size or suited["train_batch_size"]) * (
         config.gradient_accumulation_steps or suited["gradient_accumulation_steps"]
@@ -81,6 +84,7 @@ def resolve(
         | {
             "method": method,
             "resolution": resolution,
+            "aspect_ratio_bucketing": buckets is not None,
             "lora_alpha": float(config.rank) if config.lora_alpha is None else config.lora_alpha,
             "num_train_epochs": epochs,
             "max_train_steps": steps,
@@ -92,7 +96,7 @@ def resolve(
     )
 
 
-def _refuse_unusable(config: TrainConfig, found: Location, method: str) -> None:
+def _refuse_unusable(config: TrainConfig, found: Location, method: str, buckets: Buckets | None) -> None:
     """Raise UsageError for the first option that was given and can do nothing here."""
     there = {
         "text": found.family.latent,
@@ -104,6 +108,7 @@ def _refuse_unusable(config: TrainConfig, found: Location, method: str) -> None:
         "LoRA or DoRA, and an optimizer other than prodigy": method == "lora"
         and config.lora_type in ("lora", "rslora", "dora")
         and config.optimizer != "prodigy",
+        "aspect_ratio_bucketing": buckets is not None,
         "use_ema": config.use_ema is not False,
         "optimizer adamw or prodigy": config.optimizer in ("adamw", "prodigy"),
         "push_to_hub": config.push_to_hub,

@@ -4,12 +4,14 @@ from typing import Any, cast
 
 from finetune.cache.store import cache_folder
 from finetune.config import TrainConfig
+from finetune.data.buckets import Buckets
 from finetune.data.datasets import is_table, open_dataset
-from finetune.data.memory import PictureMemory
 from finetune.data.own import OwnPictures, Rows
+from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Pictures
 from finetune.data.transforms import Preprocess
 from finetune.errors import UsageError
+from finetune.models.families import bucket_sides
 from finetune.models.locate import Location
 from finetune.options import about
 from finetune.seeding import fold
@@ -31,7 +33,7 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
     resolution = config.resolution or found.resolution
     folder = cache_folder(config.cache_dir)
     if dataset is not None and not is_table(dataset):
-        pictures = _own_pictures(config, dataset, resolution)
+        pictures = _own_pictures(config, found, dataset, resolution)
     else:
         pictures = open_dataset(
             config.data if dataset is None else cast(Any, dataset),
@@ -41,6 +43,7 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
             resize_mode=config.resize_mode,
             center_crop=config.center_crop,
             random_flip=config.random_flip,
+            buckets=_buckets(config, found, resolution),
             memory=PictureMemory(folder, strict=config.cache_strict) if folder else None,
             image_column=config.image_column,
             caption_column=config.caption_column,
@@ -53,7 +56,24 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
     return pictures
 
 
-def _own_pictures(config: TrainConfig, dataset: Rows, resolution: int) -> Pictures:
+def _buckets(config: TrainConfig, found: Location, resolution: int) -> Buckets | None:
+    """The sizes that pictures become, as the options say, or as suits the model. None: squares."""
+    wanted = config.aspect_ratio_bucketing
+    if wanted is None:
+        wanted = found.family.latent and config.resize_mode == "crop"
+    if not wanted:
+        return None
+    if config.resize_mode == "squash":
+        raise UsageError("aspect_ratio_bucketing cannot be used with resize_mode squash")
+    sides = bucket_sides(resolution, found.multiple)
+    sides |= {name: value for name in sides if (value := getattr(config, name)) is not None}
+    if (step := sides["bucket_reso_steps"]) % found.multiple:
+        raise UsageError(f"bucket_reso_steps = {step}: {found.name} takes multiples of {found.multiple} pixels")
+    smallest, largest = sides["min_bucket_reso"], sides["max_bucket_reso"]
+    return Buckets(resolution, smallest, largest, step, config.bucket_upscale)
+
+
+def _own_pictures(config: TrainConfig, found: Location, dataset: Rows, resolution: int) -> Pictures:
     """A dataset of the user's: with our captions and preprocessing, or as it is where it has a `transform`."""
     own = getattr(dataset, "transform", None)
     if own is not None and not isinstance(own, Preprocess):
@@ -67,7 +87,13 @@ def _own_pictures(config: TrainConfig, dataset: Rows, resolution: int) -> Pictur
         raise UsageError(f"{min(useless)} cannot be used with {whose}")
     if own is not None and own.resolution != resolution:
         raise UsageError(f"resolution = {resolution}: the dataset's own transform makes {own.resolution}")
-    how = own or Preprocess(resolution, config.resize_mode, config.center_crop, config.random_flip)
+    how = own or Preprocess(
+        resolution,
+        config.resize_mode,
+        config.center_crop,
+        config.random_flip,
+        _buckets(config, found, resolution),
+    )
     return OwnPictures(dataset, config.prompt, trigger=config.trigger, transform=how)
 
 

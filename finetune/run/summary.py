@@ -1,7 +1,10 @@
 """The lines a run prints before it starts: everything that a person would want to stop it for."""
 
+from collections import Counter
+
 from finetune.cache.encoded import Encoded
 from finetune.cache.store import cache_folder
+from finetune.data.pictures import Pictures
 from finetune.data.sampler import steps_per_epoch
 from finetune.models.conditioners import spelt_words
 from finetune.models.lora import trainable
@@ -19,7 +22,7 @@ def print_summary(run: Run) -> None:
         "model": f"{config.model} ({family.description}), predicts {run.model.scheduler.config['prediction_type']}",
         "learns": f"{_learns(run)} parameters",
         "pictures": f"{counted(len(encoded), 'photo')}: {counted(config.max_train_steps, 'step')} of "
-        f"{config.global_batch}, {epochs:.4g} epochs, {config.resolution} px",
+        f"{config.global_batch}, {epochs:.4g} epochs, {sizes(run.pictures)}",
         "captions": _captions(run) if family.latent else "",
         "encodings": encodings(encoded, config.cache_dir),
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_scheduler}, "
@@ -49,6 +52,18 @@ def _captions(run: Run) -> str:
     named = {"txt": ".txt files", "caption": ".caption files", "prompt": "--prompt"}
     counts = ", ".join(f"{count} from {named.get(source, source)}" for source, count in run.pictures.sources.items())
     return f"{counts} ({len(set(run.encoded.captions))} distinct)"
+
+
+def sizes(pictures: Pictures, most: int = 4) -> str:
+    """Width and height of what is trained, and of how many pictures, the most frequent first."""
+    transform = pictures.transform
+    if transform is None:
+        return "as they are"
+    if transform.buckets is None:
+        return f"{transform.resolution} px"
+    found = Counter(transform.size(*pictures.checked(index).size) for index in range(len(pictures)))
+    told = [f"{width}x{height}: {count}" for (height, width), count in found.most_common()]
+    return f"in {counted(len(found), 'size')} ({listed(told, most)})"
 
 
 def encodings(encoded: Encoded, cache_dir: str | None) -> str:

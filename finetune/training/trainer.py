@@ -1,7 +1,7 @@
 """Trainer: one optimizer step, and the state that must survive it."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -107,21 +107,25 @@ class Trainer:
             with self.ema.swapped_in():
                 yield
 
-    def step(self, batch: Batch) -> StepMetrics:
-        """One optimizer step on `batch`, all of it, whatever the micro-batch size.
+    def step(self, *batches: Batch) -> StepMetrics:
+        """One optimizer step on all examples of the batches, whatever the micro-batch size.
+
+        Args:
+            batches: each of examples of one shape.
 
         Raises:
             RunError: the loss or gradient is not finite; the examples are named and no weight has changed.
         """
         lr = self._set_learning_rate()
-        losses = self.backward(batch)
+        losses = self.backward(*batches)
         self.scaler.unscale_(self.optimizer)
         limit = self.max_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), limit, foreach=True)
-        weight = batch.weight.to(losses.device)
+        weight = torch.cat([batch.weight for batch in batches]).to(losses.device)
         loss, grad_norm = torch.stack([(weight * losses).sum() / weight.sum(), norm]).tolist()  # the step's one sync
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            self._refuse_or_skip(batch, losses, loss, grad_norm)
+            ids = [name for batch in batches for name in batch.ids]
+            self._refuse_or_skip(ids, losses, loss, grad_norm)
         else:
             self.overflows = 0
         self.scaler.step(self.optimizer)
@@ -132,15 +136,16 @@ class Trainer:
                 self.ema.update(self.updates)
             self.updates += 1
         self.steps_done += 1
-        return StepMetrics(self.steps_done, loss, None if self.overflows else grad_norm, lr, len(batch))
+        return StepMetrics(self.steps_done, loss, None if self.overflows else grad_norm, lr, len(losses))
 
-    def backward(self, batch: Batch) -> Tensor:
-        """Accumulate the gradient of sum(w l) / sum(w) over the batch; answers the examples' losses, (B,) fp32."""
+    def backward(self, *batches: Batch) -> Tensor:
+        """Accumulate the gradient of sum(w l) / sum(w) over all batches; answers the examples' losses, (B,) fp32."""
         if not self.unet.training:
             self.unet.train()
-        total = batch.weight.sum()
+        total = sum(batch.weight.sum() for batch in batches)
         losses = []
-        for number, part in enumerate(batch.split(self.micro_batch_size or len(batch))):
+        parts = (part for batch in batches for part in batch.split(self.micro_batch_size or len(batch)))
+        for number, part in enumerate(parts):
             with self._dropout_seeded(number), self.autocast():
                 x0 = self.encoder.sample(part.stored, part.keys)
                 noised = self.objective.draw(x0, part.keys)
@@ -156,14 +161,14 @@ class Trainer:
         first = self.optimizer.param_groups[0]
         return first["lr"] / first.get("factor", 1.0)
 
-    def _refuse_or_skip(self, batch: Batch, losses: Tensor, loss: float, grad_norm: float) -> None:
+    def _refuse_or_skip(self, ids: Sequence[str], losses: Tensor, loss: float, grad_norm: float) -> None:
         """Raise RunError, but for an overflow of fp16 gradients: the scaler skips that step and lowers its scale."""
         self.overflows += 1
         if math.isfinite(loss) and self.scaler.is_enabled() and self.overflows <= MAX_OVERFLOWS:
             return
         self.optimizer.zero_grad(set_to_none=True)
-        bad = [name for name, finite in zip(batch.ids, losses.isfinite().tolist(), strict=True) if not finite]
-        whole = f"the gradient's norm is {grad_norm} over {', '.join(batch.ids)}"
+        bad = [name for name, finite in zip(ids, losses.isfinite().tolist(), strict=True) if not finite]
+        whole = f"the gradient's norm is {grad_norm} over {', '.join(ids)}"
         what = f"the loss is not finite for {', '.join(bad)}" if bad else whole
         raise RunError(
             f"step {self.steps_done + 1}: {what}; "

@@ -16,8 +16,8 @@ from finetune.cache.encode import encode
 from finetune.cache.encoded import Encoded
 from finetune.data.datasets import ImageFolder, open_dataset
 from finetune.data.loader import batches
-from finetune.data.memory import PictureMemory
 from finetune.data.own import Rows
+from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Pictures
 from finetune.errors import DataError
 from finetune.models.loading import DiffusionModel, load_model

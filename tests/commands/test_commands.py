@@ -85,9 +85,10 @@ def test_preview_shows_the_pixels_and_names_long_captions(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sheet = tmp_path / "sheet.png"
-    preview.run(preview.Options(data=str(pictures), trigger="x" * 70, output=str(sheet), max_pictures=4))
+    words = ("--data", str(pictures), "--trigger", "x" * 70, "--output", str(sheet), "--max_pictures", "4")
+    assert main(["preview", *words]) == 0
     said = capsys.readouterr().out
-    assert "4 of 6 pictures at 64 px" in said
+    assert "4 of 6 pictures, in 3 sizes (72x56: 2, 48x80: 2, 64x64: 2)" in said
     assert "05.png: 82 tokens, of which the model reads 75" in said
     pixels = np.asarray(Image.open(sheet))
     assert pixels.shape == (8 + 192 + 4 * 14 + 8, 8 + 4 * 200, 3)
@@ -97,22 +98,23 @@ def test_preview_shows_the_pixels_and_names_long_captions(
 def test_preview_shows_where_the_trigger_would_read_well(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"data": str(tmp_path / "data"), "trigger": "sks", "output": str(tmp_path / "sheet.png")}
     shutil.copytree(pictures, tmp_path / "data")
     (tmp_path / "data/00.txt").write_text("a photo of a disc")
-    preview.run(preview.Options(**options))
+    preview.run(
+        preview.Options(output=str(tmp_path / "sheet.png")), TrainConfig(data=str(tmp_path / "data"), trigger="sks")
+    )
     where = "note: the trigger is put in front of 1 caption; better say where it belongs: 'a photo of [trigger] disc'"
     assert where in capsys.readouterr().out.splitlines()
 
 
 def test_preview_says_where_it_cannot_write(pictures: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere/sheet.png cannot be written"):
-        preview.run(preview.Options(data=str(pictures), output="nowhere/sheet.png"))
+        preview.run(preview.Options(output="nowhere/sheet.png"), TrainConfig(data=str(pictures)))
 
 
 def test_preview_is_not_written_among_the_pictures(pictures: Path) -> None:
     with pytest.raises(UsageError, match="lies inside --data"):
-        preview.run(preview.Options(data=str(pictures), output=str(pictures / "sheet.png")))
+        preview.run(preview.Options(output=str(pictures / "sheet.png")), TrainConfig(data=str(pictures)))
 
 
 def test_a_damaged_lora_is_told_in_one_line(lora_run: Path, tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ def test_a_command_line_of_sd_scripts(tmp_path: Path, capsys: pytest.CaptureFixt
         "mixed_precision": "fp16", "snr_gamma": 5.0, "lr_scheduler": "constant", "lr_warmup_steps": 0, "clip_skip": 2,
         "center_crop": False, "random_flip": True, "sample_prompts": ("prompts.txt",), "max_token_length": 77,
         "caption_dropout": 0.0, "lora_target_modules": (*ATTENTION_AND_FEED_FORWARD, "proj_in", "proj_out"),
+        "aspect_ratio_bucketing": True, "min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64,
+        "bucket_upscale": True,
     }  # fmt: skip
     told = capsys.readouterr().out
     for line in (
@@ -47,10 +49,9 @@ def test_a_command_line_of_sd_scripts(tmp_path: Path, capsys: pytest.CaptureFixt
         "note: AdamW8bit became adamw",
         "left: text_encoder_lr = 5e-06: the text encoder stays frozen here",
         "left: xformers = True: torch's own fast attention is used anyway",
-        "left: enable_bucket = True: buckets",
         "left: lr_scheduler = 'cosine_with_restarts': lr_scheduler = 'cosine_with_restarts': allowed is constant",
         "left: resume = 'out/state': a state of sd-scripts cannot be gone on from",
-        "6 left out",
+        "5 left out",
         "to train: finetune-unet --config",
     ):
         assert line in told
@@ -104,7 +105,7 @@ def test_a_dataset_file_of_sd_scripts(tmp_path: Path, capsys: pytest.CaptureFixt
       image_dir = "./b"
     """
     found = imported(tmp_path, "data.toml", text)
-    assert found == {"data": "./a", "resolution": 768, "train_batch_size": 2}
+    assert found == {"data": "./a", "resolution": 768, "train_batch_size": 2, "aspect_ratio_bucketing": False}
     told = capsys.readouterr().out
     assert "left: datasets.subsets = './b': one folder is trained on" in told
     assert "left: num_repeats = 10: there is no such option here" in told
@@ -149,7 +150,7 @@ def test_a_preset_of_onetrainer(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "model": "me/sd15", "method": "lora", "rank": 16, "lora_alpha": 1.0, "train_batch_size": 4,
         "learning_rate": 3e-4, "resolution": 512, "optimizer": "prodigy", "adam_beta2": 0.99, "snr_gamma": 5.0,
         "use_ema": True, "mixed_precision": "bf16", "data": "./a", "num_train_epochs": 100, "lr_warmup_steps": 200,
-        "lr_scheduler": "constant",
+        "lr_scheduler": "constant", "aspect_ratio_bucketing": True, "bucket_upscale": True,
     }  # fmt: skip
     told = capsys.readouterr().out
     assert "note: alpha is 1 (OneTrainer's default is 1" in told

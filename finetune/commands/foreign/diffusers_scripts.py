@@ -6,7 +6,8 @@ from typing import Any
 from finetune.commands.foreign.taken import Renamed, Taken, dropout, no_resume
 from finetune.config import accepted_names
 
-_SHARED = {"lr_scheduler": "constant", "lr_warmup_steps": 500, "mixed_precision": "no", "caption_dropout": 0.0}
+_SHARED = {"lr_scheduler": "constant", "lr_warmup_steps": 500, "mixed_precision": "no", "caption_dropout": 0.0,
+           "aspect_ratio_bucketing": False}  # fmt: skip
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "train_dreambooth": _SHARED
     | {"train_batch_size": 4, "num_train_epochs": 1, "resolution": 512, "learning_rate": 5e-6},

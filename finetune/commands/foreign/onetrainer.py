@@ -10,6 +10,7 @@ from finetune.commands.foreign.taken import Renamed, Taken, dropout, square
 DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 3e-6, "epochs": 100, "batch_size": 1, "learning_rate_warmup_steps": 200, "resolution": "512",
     "learning_rate_scheduler": "CONSTANT", "train_dtype": "FLOAT_16",
+    "aspect_ratio_bucketing": True,
 }  # fmt: skip
 """What OneTrainer takes where a file says nothing."""
 _MODELS = {"STABLE_DIFFUSION_15", "STABLE_DIFFUSION_20", "STABLE_DIFFUSION_20_BASE", "STABLE_DIFFUSION_21",
@@ -106,6 +107,12 @@ def _schedule(taken: Taken, value: Any) -> None:
     taken.put("lr_scheduler", str(value).lower(), "learning_rate_scheduler")
 
 
+def _buckets(taken: Taken, value: Any) -> None:
+    taken.put("aspect_ratio_bucketing", value, "aspect_ratio_bucketing")
+    if value:  # it enlarges small pictures
+        taken.ours["bucket_upscale"] = True
+
+
 def _checkpointing(taken: Taken, value: Any) -> None:
     taken.ours["gradient_checkpointing"] = value not in ("OFF", False)
 
@@ -119,7 +126,8 @@ _RENAMED: Renamed = {
     "training_method": _method, "model_type": _model_type, "optimizer": _optimizer, "text_encoder": _text_encoder,
     "text_encoder_2": _text_encoder, "unet": _unet, "vae": _vae,
     "loss_weight_fn": _loss_weight, "concepts": _concepts, "concept_file_name": _concept_file, "resolution": square,
-    "gradient_checkpointing": _checkpointing, "train_dtype": _chosen("mixed_precision", "train_dtype", _DTYPES),
+    "aspect_ratio_bucketing": _buckets, "gradient_checkpointing": _checkpointing,
+    "train_dtype": _chosen("mixed_precision", "train_dtype", _DTYPES),
     "peft_type": _chosen("lora_type", "peft_type", _KINDS),
     "learning_rate_warmup_steps": _warmup, "learning_rate_scheduler": _schedule,
     "lora_decompose": lambda taken, value: taken.put("lora_type", "dora", "lora_decompose") if value else None,

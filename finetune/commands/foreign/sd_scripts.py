@@ -87,6 +87,17 @@ def _random_crop(taken: Taken, value: Any) -> None:
     taken.put("center_crop", not value, "random_crop")
 
 
+def _buckets(taken: Taken, given: dict[str, Any]) -> None:
+    """Their switch and its sides, which do nothing without it; small pictures are enlarged there unless they say no."""
+    sides = {"min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64}
+    sides |= {name: given.pop(name) for name in sides if name in given}
+    upscale = not given.pop("bucket_no_upscale", False)
+    taken.ours["aspect_ratio_bucketing"] = bool(given.pop("enable_bucket", False))
+    if taken.ours["aspect_ratio_bucketing"]:
+        for name, value in {**sides, "bucket_upscale": upscale}.items():
+            taken.put(name, value, name)
+
+
 def _network_module(taken: Taken, value: Any) -> None:
     if value not in ("networks.lora", "lycoris.kohya"):
         taken.leave("network_module", value, "networks.lora and lycoris.kohya have their like here")
@@ -154,6 +165,7 @@ def take(given: Mapping[str, Any], script: str) -> Taken:
     for name in ("dataset_config", "config_file"):
         if file := given.pop(name, None):
             taken.leave(name, file, "import that file too, and put the settings together by hand")
+    _buckets(taken, given)
     taken.take(given, _RENAMED)
     defaults = {option: value for option, value in DEFAULTS.items() if lora or option not in _LORA_ALONE}
     if "num_train_epochs" in taken.ours:
@@ -182,6 +194,7 @@ def take_dataset(tables: Mapping[str, Any]) -> Taken:
     extension = merged.pop("caption_extension", None)
     if extension not in (None, ".txt", ".caption"):
         taken.leave("caption_extension", extension, "captions are read from .txt and .caption files")
+    _buckets(taken, merged)
     if merged.get("num_repeats") == 1:
         merged.pop("num_repeats")
     taken.take(merged, {**_RENAMED, **names})

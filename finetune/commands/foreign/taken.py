@@ -79,4 +79,4 @@ def square(taken: Taken, value: Any) -> None:
     if len(sides) == 1:
         taken.put("resolution", sides.pop(), "resolution")
     else:
-        taken.leave("resolution", value, "one number of pixels is taken; buckets come with a later version")
+        taken.leave("resolution", value, "one number of pixels is taken, whose square no bucket exceeds in area")

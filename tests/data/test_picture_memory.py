@@ -7,7 +7,7 @@ from PIL import Image
 
 from finetune.data import images
 from finetune.data.datasets import ImageFolder
-from finetune.data.memory import PictureMemory
+from finetune.data.picture_memory import PictureMemory
 from finetune.errors import DataError, UsageError
 
 

@@ -1,0 +1,96 @@
+"""Batches of pictures of several shapes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.batch import Batch
+from finetune.cache.encode import encode
+from finetune.cache.encoded import Encoded
+from finetune.data.buckets import Buckets
+from finetune.data.datasets import ImageFolder
+from finetune.data.loader import batches, training_steps
+from finetune.errors import UsageError
+from finetune.models.loading import DiffusionModel, load_model
+from finetune.models.lora import add_lora, trainable
+from finetune.training.objective import NoisePrediction
+from finetune.training.trainer import Trainer
+
+FACTOR = 4
+"""Of tiny's VAE."""
+
+
+@pytest.fixture(scope="module")
+def tiny() -> DiffusionModel:
+    return load_model("tiny")
+
+
+@pytest.fixture(scope="module")
+def mixed(pictures: Path, tiny: DiffusionModel) -> Encoded:
+    images = ImageFolder(pictures, resolution=64, random_flip=True, buckets=Buckets(64, 32, 128, 8))
+    return encode(images, tiny, cache_dir="none")
+
+
+def test_a_step_is_a_batch_for_each_shape(mixed: Encoded) -> None:
+    seen: list[str] = []
+    for parts in training_steps(mixed, batch_size=4, steps=3):
+        assert sum(map(len, parts)) == 4
+        shapes = [tuple(part.stored.shape[1:]) for part in parts]
+        assert len(shapes) == len(set(shapes))
+        assert all(
+            [FACTOR * side for side in part.stored.shape[2:]] == size
+            for part in parts
+            for size in part.geometry[:, 4:].tolist()
+        )
+        seen += [name for part in parts for name in part.ids]
+    assert sorted(seen) == sorted(2 * list(mixed.ids))
+
+
+def test_batches_of_several_shapes_are_told_where_one_is_wanted(mixed: Encoded) -> None:
+    with pytest.raises(UsageError, match="of several shapes; use training_steps"):
+        next(batches(mixed, batch_size=4, steps=1))
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_buckets_and_flips_are_the_same_with_any_number_of_workers(
+    pictures: Path, tiny: DiffusionModel, live: bool
+) -> None:
+    buckets = Buckets(64, 32, 128, 8)
+    images = ImageFolder(pictures, resolution=64, random_flip=True, center_crop=False, buckets=buckets)
+    encoded = encode(images, tiny, live=live, cache_dir="none")
+    runs = [
+        [part for parts in training_steps(encoded, batch_size=4, steps=3, num_workers=workers) for part in parts]
+        for workers in (0, 1, 2)
+    ]
+    for same in zip(*runs, strict=True):
+        for other in same[1:]:
+            assert same[0].ids == other.ids
+            assert torch.equal(same[0].stored, other.stored)
+            assert torch.equal(same[0].geometry, other.geometry)
+
+
+def test_each_picture_has_the_same_weight_whatever_its_shape(mixed: Encoded, tiny: DiffusionModel) -> None:
+    """Law 3: the gradient of a mixed step is the mean of the gradients of its pictures."""
+    (parts,) = training_steps(mixed, batch_size=6, steps=1)
+    assert len(parts) == 3
+
+    def gradient(*batches: Batch, micro_batch_size: int | None = None) -> list[torch.Tensor]:
+        model = load_model("tiny")
+        add_lora(model.unet, rank=2)
+        parameters = trainable(model.unet)
+        trainer = Trainer(
+            model.unet,
+            model.encoder,
+            NoisePrediction(model.scheduler),
+            torch.optim.SGD(parameters),
+            micro_batch_size=micro_batch_size,
+        )
+        trainer.backward(*batches)
+        return [p.grad for p in parameters if p.grad is not None]
+
+    singles = [gradient(single) for part in parts for single in part.split(1)]
+    mean = [sum(grads) / 6 for grads in zip(*singles, strict=True)]
+    for together in (gradient(*parts), gradient(*parts, micro_batch_size=1)):
+        for ours, expected in zip(together, mean, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-7)
