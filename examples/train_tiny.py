@@ -303,7 +303,7 @@ def train_unet(work: Path, assets: Path, *, pictures: int, steps: int, seed: int
     source = ft.encode(
         World(pictures, seed + 1),
         dataclasses.replace(model, conditioner=Tokens(tokenizer, text_encoder)),
-        caption_dropout=0.1,
+        captioning=ft.CaptionVisits(dropout=0.1),
         seed=seed,
     )
     painter = Painter(model.unet, text_encoder.requires_grad_(True))

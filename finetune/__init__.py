@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from finetune.cache.encoded import Encoded, as_batch
     from finetune.config import TrainConfig, load_config
     from finetune.data.buckets import Buckets
-    from finetune.data.datasets import HuggingFaceDataset, ImageFolder, open_dataset
+    from finetune.data.caption_visits import CaptionVisits
+    from finetune.data.datasets import HuggingFaceDataset, open_dataset
+    from finetune.data.image_folder import ImageFolder
     from finetune.data.loader import batches, training_steps
     from finetune.data.pictures import Example
     from finetune.data.transforms import Preprocess
@@ -31,8 +33,10 @@ _HOMES = {
     "cache.encode": ("encode",),
     "cache.encoded": ("Encoded", "as_batch"),
     "config": ("TrainConfig", "load_config"),
-    "data.datasets": ("HuggingFaceDataset", "ImageFolder", "open_dataset"),
     "data.buckets": ("Buckets",),
+    "data.caption_visits": ("CaptionVisits",),
+    "data.datasets": ("HuggingFaceDataset", "open_dataset"),
+    "data.image_folder": ("ImageFolder",),
     "data.loader": ("batches", "training_steps"),
     "data.pictures": ("Example",),
     "data.transforms": ("Preprocess",),
@@ -51,6 +55,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Batch",
     "Buckets",
+    "CaptionVisits",
     "DiffusionModel",
     "Ema",
     "Encoded",

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.config import TrainConfig, alternatives, fitted, read_options, readable, suggest
-from finetune.data.source import check_source
+from finetune.data.source import check_sources
 from finetune.errors import FinetuneError, UsageError
 from finetune.models.families import FAMILIES
 from finetune.models.locate import check_name
@@ -130,7 +130,7 @@ def _dispatch(argv: list[str]) -> int:
         config = parse_train(argv)
         check_name(config.model)
         if config.resume_from_checkpoint is None:
-            check_source(config.data)
+            check_sources(config.data)
         from finetune.recipe import fine_tune  # loads torch, which a wrong option, model or folder need not wait for
 
         fine_tune(config)

@@ -103,7 +103,8 @@ def _settle(config: TrainConfig, values: Mapping[str, Any], given: typing.Iterab
     config.__dict__.update(values, given=frozenset(given))
     for name, known in about().items():
         value = getattr(config, name)
-        if known.range is not None and value is not None and not known.range.holds(value):
+        numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+        if known.range is not None and not all(map(known.range.holds, numbers)):
             raise UsageError(f"{name} = {value}: allowed is {known.range.allowed}")
 
 
@@ -161,8 +162,9 @@ def fitted(hint: Any, value: Any) -> Any:
             return None
         if origin is Literal and any(type(value) is type(choice) and value == choice for choice in arguments):
             return value
-        if origin is tuple and isinstance(value, (list, tuple)):
-            return tuple(fitted(arguments[0], item) for item in value)
+        if origin is tuple and (isinstance(value, (list, tuple)) or type(value) in (str, int)):
+            items = value if isinstance(value, (list, tuple)) else [value]  # one is a list of one
+            return tuple(fitted(arguments[0], item) for item in items)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if kind is float and number and abs(value) <= sys.float_info.max:  # so neither inf nor nan
             return float(value)

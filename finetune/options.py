@@ -98,8 +98,10 @@ class ModelOptions:
 class DataOptions:
     """Pictures and captions."""
 
-    data: str = option("", names=("train_data_dir", "instance_data_dir"), called=("dataset_name",))
-    """A folder of pictures, a folder of parquet/arrow files, or a Hugging Face dataset id."""
+    data: tuple[str, ...] = option((), names=("train_data_dir", "instance_data_dir"), called=("dataset_name",))
+    """A folder of pictures, a folder of parquet/arrow files, or a Hugging Face dataset id; or several of these."""
+    repeats: tuple[int, ...] = option((), AT_LEAST_ONE, called=("num_repeats",))
+    """How many times the pictures of each --data come in an epoch, in the same order. Default: once."""
     prompt: str | None = option(
         None, needs="text", names=("instance_prompt",), called=("caption",), decided_by="transform"
     )
@@ -129,10 +131,18 @@ class DataOptions:
     """Mirror half of the visits left to right."""
     caption_dropout: float | None = option(None, BELOW_ONE, needs="text", called=("caption_dropout_rate",))
     """Share of visits trained with an empty caption. Default: 0.05 where captions vary, else 0."""
+    caption_lines: Literal["joined", "chosen"] = option("joined", needs="text", called=("enable_wildcard",))
+    """joined: a caption of several lines is one. chosen: each line is one, and each visit takes one of them."""
+    shuffle_caption: bool = option(False, needs="text")
+    """The parts of a caption between commas come in another order at each visit, which encodes it anew."""
+    keep_tokens: int = option(0, NOT_NEGATIVE, needs="shuffle_caption")
+    """So many of these parts, from the first, stay where they are."""
     max_token_length: Literal[77, 150, 225] = option(77, needs="text")
     """Longest caption in tokens; 150 and 225 are encoded in chunks of 75."""
     clip_skip: int | None = option(None, AT_LEAST_ONE, needs="text")
     """Take the text encoder's hidden state this many layers from the end (1: the last, as in sd-scripts and A1111)."""
+    max_bad_fraction: float = option(0.01, BELOW_ONE, change="free")
+    """Share of the pictures that may be unreadable; these are left out and listed in quarantine.jsonl."""
     image_column: str = option("image", decided_by="dataset")
     """Picture column of a Hugging Face dataset."""
     caption_column: str = option("text", decided_by="dataset")
@@ -293,7 +303,7 @@ ELSEWHERE = {
     **dict.fromkeys(
         ("with_prior_preservation", "class_data_dir", "reg_data_dir", "class_prompt"), f"class pictures: {_LATER}"
     ),
-    **dict.fromkeys(("shuffle_caption", "keep_tokens", "dataset_config"), _LATER),
+    "dataset_config": _LATER,
 }
 """What other tools have and this one has not -> why, in the words of an error."""
 

@@ -13,11 +13,12 @@ from safetensors import SafetensorError
 
 from finetune.cache.encode import encode
 from finetune.config import ResolvedConfig, TrainConfig, as_settings
+from finetune.data.caption_visits import CaptionVisits
 from finetune.data.loader import training_steps
 from finetune.data.own import Rows
 from finetune.data.pictures import Pictures
 from finetune.data.sampler import Sampler, steps_per_epoch
-from finetune.data.source import check_source
+from finetune.data.source import check_sources
 from finetune.errors import Interrupted, RunError, UsageError
 from finetune.models.loading import DiffusionModel, check_resolution
 from finetune.models.locate import Location, locate
@@ -28,6 +29,7 @@ from finetune.results.lora_facts import LoraFacts
 from finetune.run import folder as run_folder
 from finetune.run.base import load_base, numbers_by_block
 from finetune.run.grids import FIRST_STEPS, discard_strangers, draw_grid, lay_side_by_side, steps_between
+from finetune.run.ledger import write_ledger
 from finetune.run.memory import check_memory
 from finetune.run.parts import Run
 from finetune.run.precision import DTYPES, deterministic
@@ -97,25 +99,29 @@ def _put_together(
 ) -> Run:
     """Load the model, encode the pictures, and record and say what is going to happen."""
     model = _load(config, found).to(accelerator.device)
+    sampler = _sampler(config, pictures)
     encoded = encode(
         pictures,
         model,
         live=config.live_encoding,
-        caption_dropout=config.caption_dropout,
+        captioning=CaptionVisits(config.caption_dropout, config.shuffle_caption, config.keep_tokens),
         seed=config.seed,
         cache_dir=config.cache_dir,
         precision=config.cache_precision,
-        visited=Sampler(pictures.shapes(), batch_size=config.global_batch, seed=config.seed).visited(
-            config.max_train_steps
-        ),
+        visited=sampler.visited(config.max_train_steps),
     )
     trainer = _trainer(config, model)
-    samples = plan_samples(config, latent=found.family.latent, captions=encoded.captions, pictures=len(encoded))
+    samples = plan_samples(config, latent=found.family.latent, captions=encoded.captions, visits=encoded.epoch_visits)
     run_folder.begin(folder, config, digest(pictures))
+    write_ledger(folder.path, pictures, sampler, steps=0)
     run = Run(config, model, pictures, encoded, trainer, samples, folder.path, accelerator)
     print_summary(run)
     tracking.start_trackers(accelerator, folder.path, as_settings(config))
     return run
+
+
+def _sampler(config: ResolvedConfig, pictures: Pictures) -> Sampler:
+    return Sampler(pictures.shapes(), batch_size=config.global_batch, seed=config.seed, repeats=pictures.repeats)
 
 
 def _decide(
@@ -126,7 +132,7 @@ def _decide(
         config = run_folder.with_newest(config)
     config = run_folder.with_earlier(with_absolute_paths(config))
     if dataset is None:
-        check_source(config.data)  # before a model is downloaded in vain
+        check_sources(config.data)  # before a model is downloaded in vain
     found = locate(config.model)
     check_resolution(found, config.resolution or found.resolution)
     pictures = open_pictures(config, found, dataset)
@@ -134,6 +140,7 @@ def _decide(
         config,
         found,
         pictures=len(pictures),
+        epoch_visits=sum(pictures.repeats),
         varied_captions=len(set(pictures.captions)) > 1,
         device=device,
         buckets=pictures.transform and pictures.transform.buckets,
@@ -155,7 +162,7 @@ def _train(run: Run) -> None:
     """The loop: from the trainer's step to the last."""
     config, trainer = run.config, run.trainer
     total = config.max_train_steps
-    epoch = steps_per_epoch(len(run.encoded), config.global_batch)
+    epoch = steps_per_epoch(run.encoded.epoch_visits, config.global_batch)
     every_epochs = config.save_model_epochs and config.save_model_epochs * epoch
     log = tracking.Log(run.folder, trainer.steps_done)
     steps = training_steps(
@@ -207,6 +214,7 @@ def _finish(run: Run) -> None:
     with run.trainer.averaged():
         difference = export(run.model, folder, _told(run))
     lay_side_by_side(run)
+    write_ledger(folder, run.pictures, _sampler(config, run.pictures), run.trainer.steps_done)
     run.accelerator.end_training()
     run_folder.finish(folder, {"steps": run.trainer.steps_done, "reloaded_output_difference": difference})
     what = exported(folder)
@@ -230,13 +238,13 @@ def _told(run: Run) -> dict[str, str]:
         prediction_type=run.model.scheduler.config["prediction_type"],
         resolution=config.resolution,
         batch_size=config.global_batch,
-        epoch_steps=float(steps_per_epoch(len(run.encoded), config.global_batch)),
+        epoch_steps=float(steps_per_epoch(run.encoded.epoch_visits, config.global_batch)),
         learning_rate=config.learning_rate,
         optimizer=config.optimizer,
         lr_scheduler=config.lr_scheduler,
         seed=config.seed,
         trigger=config.trigger,
-        data=Path(config.data).name or "dataset",
+        data=run_folder.name_of(config.data),
         captions=run.encoded.captions,
     )
     title = run.folder.resolve().name

@@ -59,7 +59,7 @@ def test_defaults_are_those_of_the_sections() -> None:
 
 def test_options_are_kept() -> None:
     config = TrainConfig(model="sd15", data="./images", resolution=512, sample_prompts=["a", "b"], learning_rate=1)
-    assert (config.model, config.data, config.resolution) == ("sd15", "./images", 512)
+    assert (config.model, config.data, config.resolution) == ("sd15", ("./images",), 512)
     assert config.sample_prompts == ("a", "b")
     assert config.learning_rate == 1.0
     assert isinstance(config.learning_rate, float)
@@ -113,7 +113,7 @@ def test_both_names_of_one_option(names: tuple[str, str]) -> None:
         ({"prompt": 7}, "prompt = 7: allowed is text"),
         ({"max_token_length": 78}, "max_token_length = 78: allowed is 77, 150, 225"),
         ({"max_token_length": 77.0}, "max_token_length = 77.0: allowed is 77, 150, 225; did you mean 77?"),
-        ({"sample_prompts": "a"}, "sample_prompts = 'a': allowed is a list of: text"),
+        ({"sample_prompts": 1.5}, "sample_prompts = 1.5: allowed is a list of: text"),
         (
             {"report_to": ["tensorbord"]},
             "report_to = ['tensorbord']: allowed is tensorboard, wandb, trackio; did you mean tensorboard?",

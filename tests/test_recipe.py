@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from finetune.cli import parse_train
 from finetune.config import TrainConfig, load_resolved, replace
-from finetune.data.datasets import ImageFolder
+from finetune.data.image_folder import ImageFolder
 from finetune.data.sampler import steps_per_epoch
 from finetune.errors import DataError, FinetuneError, Interrupted, UsageError
 from finetune.models.tiny import tiny_folder
@@ -334,14 +334,14 @@ def test_bad_pictures_are_named_and_the_rest_is_trained_on(
     whole = (folder / "01.png").read_bytes()
     (folder / "01.png").write_bytes(whole[: len(whole) // 2])
     (folder / "lonely.txt").write_text("no picture")
-    fine_tune(options(folder, tmp_path / "out"))
+    fine_tune(options(folder, tmp_path / "out", max_bad_fraction=0.5))
     said = capsys.readouterr().out
     assert "2 photos" in said
-    assert "2 skipped: 00.png" in said
+    assert "2 pictures quarantined: 00.png" in said
     assert "caption files without a picture, 1: lonely.txt" in said
     for path in folder.glob("*.png"):
         path.write_bytes(b"no picture")
-    with pytest.raises(DataError, match="none of 4 pictures can be read"):
+    with pytest.raises(DataError, match="none of 4 pictures can be trained on"):
         fine_tune(options(folder, tmp_path / "out"))
 
 

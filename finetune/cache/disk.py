@@ -14,7 +14,7 @@ from uuid import uuid4
 import torch
 from safetensors.torch import save
 
-from finetune.cache.store import Item, Kind, cache_folder
+from finetune.cache.store import Item, Kind, MemoryStore, Store, cache_folder
 from finetune.cache.writer import Writer, dead
 from finetune.errors import DataError, RunError, UsageError
 from finetune.files import flush_to_disk
@@ -219,6 +219,12 @@ class DiskStore:
                 return bytearray()
         buffer = bytearray(end - begin)
         return buffer[: os.preadv(self._files[shard], [buffer], begin)]
+
+
+def open_store(cache_dir: str | Path | None) -> Store:
+    """The store that `--cache_dir` means, see `cache_folder`. Raises UsageError where its folder cannot be used."""
+    folder = cache_folder(cache_dir)
+    return MemoryStore() if folder is None else DiskStore(folder)
 
 
 def existing_store(cache_dir: str | None) -> DiskStore:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from finetune.cache.disk import DiskStore
-from finetune.cache.encoded import Conditions, Encoded
+from finetune.cache.disk import open_store
+from finetune.cache.encoded import Conditions, Encoded, LiveConditions
 from finetune.cache.fill import Made, fill
-from finetune.cache.store import Item, MemoryStore, Store, cache_folder
+from finetune.cache.store import Item
 from finetune.cache.visits import Kept, Live
+from finetune.data.caption_visits import CaptionVisits
 from finetune.data.own import Rows, as_pictures
 from finetune.data.pictures import Pictures
 from finetune.data.transforms import normalize
@@ -25,7 +26,7 @@ def encode(
     model: DiffusionModel | Frozen,
     *,
     live: bool = False,
-    caption_dropout: float = 0.0,
+    captioning: CaptionVisits = CaptionVisits(),  # noqa: B008 # frozen
     seed: int = 0,
     cache_dir: str | Path | None = None,
     precision: str = "fp32",
@@ -35,14 +36,14 @@ def encode(
 
     Encodings are known by their content: by the picture's bytes, the part of it that is trained, the VAE and the number
     format; by the caption and the text encoders. Flips keep two encodings; a random crop is drawn once per picture.
-    With `live`, pictures are encoded at each visit instead, with crop and flip drawn anew. What is no longer needed
-    leaves the device: the text encoder, and the VAE unless `live`.
+    With `live`, pictures are encoded at each visit instead, with crop and flip drawn anew; so are captions that are
+    shuffled. What is no longer needed leaves the device.
 
     Args:
         dataset: an ImageFolder, a HuggingFaceDataset, or any map-style dataset of (image, caption, id).
         model: its encoder and conditioner are used, on the device where they are.
         live: encode pictures at every visit.
-        caption_dropout: share of visits that get an empty caption, in [0, 1).
+        captioning: how the caption of a visit comes from those of its picture.
         seed: of the crops that are drawn once.
         cache_dir: where encodings are kept and found again. None: `finetune-unet` in the user's cache folder; "none":
             in memory alone.
@@ -55,29 +56,24 @@ def encode(
         RunError: it cannot be written (any more).
     """
     pictures = as_pictures(dataset)
-    folder = cache_folder(cache_dir)
-    store: Store = MemoryStore() if folder is None else DiskStore(folder)
+    store = open_store(cache_dir)
     wanted = list(range(len(pictures)) if visited is None else dict.fromkeys(visited))
-    conditions = Conditions(store, model.conditioner, precision)
-    made = [_encode_captions(conditions, model.conditioner, [*[pictures.captions[index] for index in wanted], ""])]
-    model.conditioner.to("cpu")
+    made = []
+    if captioning.shuffle:
+        conditions = LiveConditions(model.conditioner)
+    else:
+        conditions = Conditions(store, model.conditioner, precision)
+        captions = [*[text for index in wanted for text in pictures.texts(index)], ""]
+        made.append(_encode_captions(conditions, model.conditioner, captions))
+        model.conditioner.to("cpu")
     visits: Kept | Live = Live(pictures)
     if not live:
         visits = Kept(store, pictures, model.encoder.fingerprint, precision, seed)
         made.append(_encode_pictures(visits, model.encoder, wanted))
         model.encoder.to("cpu")
     store.close()
-    return Encoded(
-        ids=pictures.ids,
-        captions=pictures.captions,
-        shapes=pictures.shapes(),
-        visits=visits,
-        encoder=model.encoder if live else None,
-        conditioner=model.conditioner,
-        conditions=conditions,
-        caption_dropout=caption_dropout,
-        made=made,
-    )
+    encoder = model.encoder if live else None
+    return Encoded(pictures, pictures.shapes(), visits, encoder, model.conditioner, conditions, captioning, made)
 
 
 def _encode_captions(conditions: Conditions, conditioner: Conditioner, captions: Iterable[str]) -> Made:

@@ -13,6 +13,8 @@ from finetune.cache.fill import Made
 from finetune.cache.keys import caption_key
 from finetune.cache.store import Item, Store
 from finetune.cache.visits import Kept, Live
+from finetune.data.caption_visits import CaptionVisits
+from finetune.data.pictures import Pictures
 from finetune.data.transforms import normalize
 from finetune.errors import DataError
 from finetune.models.conditioners import Conditioner
@@ -51,11 +53,20 @@ class Conditions:
 
 
 @dataclass(frozen=True)
+class LiveConditions:
+    """Captions encoded at each visit, where there are too many different ones to keep."""
+
+    conditioner: Conditioner
+
+    def __getitem__(self, caption: str) -> Item:
+        return {name: tensor.cpu().float() for name, tensor in self.conditioner.encode([caption]).items()}
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A dataset ready to be visited: `batches` draws from it."""
 
-    ids: Sequence[str]
-    captions: Sequence[str]
+    pictures: Pictures
     shapes: Sequence[int]
     """Of each example; what has the same one can be computed together."""
     visits: Kept | Live
@@ -63,13 +74,32 @@ class Encoded:
     encoder: Encoder | None
     """Encodes at each visit; None where encodings are kept."""
     conditioner: Conditioner
-    conditions: Conditions
-    caption_dropout: float
+    conditions: Conditions | LiveConditions
+    captioning: CaptionVisits
     made: Sequence[Made]
     """How much of it was encoded for this, and how much was there."""
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.pictures)
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return self.pictures.ids
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """The first of each picture."""
+        return self.pictures.captions
+
+    @property
+    def repeats(self) -> Sequence[int]:
+        """How many times each picture comes in an epoch."""
+        return self.pictures.repeats
+
+    @property
+    def epoch_visits(self) -> int:
+        """Visits of an epoch."""
+        return sum(self.repeats)
 
     def assemble(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[tuple[Tensor, Tensor]]) -> Batch:
         """Loaded visits -> Batch on the CPU. Raises DataError when the pictures differ in size."""
@@ -78,9 +108,8 @@ class Encoded:
         if self.encoder is not None:
             stored = self.encoder.encode(normalize(stored)).cpu()
         geometry = torch.stack([row[1] for row in loaded])
-        dropped = (seeding.uniform(keys, "caption dropout") < self.caption_dropout).tolist()
-        captions = ["" if drop else self.captions[i] for i, drop in zip(indices, dropped, strict=True)]
-        rows = [self.conditions[caption] for caption in captions]
+        visits = zip(indices, keys.tolist(), strict=True)
+        rows = [self.conditions[self.captioning.caption(self.pictures.texts(index), key)] for index, key in visits]
         together = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         cond = self.conditioner.kwargs(together, geometry)
         return Batch(stored, cond, keys, geometry, ids, torch.ones(len(ids)))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from finetune.config import TrainConfig
+from finetune.data.source import check_sources
 from finetune.errors import UsageError
 
 WITH_TRAINING_OPTIONS = True
@@ -32,6 +33,7 @@ def run(options: Options, config: TrainConfig) -> None:
     if config.live_encoding or config.cache_dir == "none":
         why = "live_encoding" if config.live_encoding else "cache_dir none"
         raise UsageError(f"{why} cannot be used here: nothing would be kept")
+    check_sources(config.data)
     config = with_absolute_paths(config)
     found = locate(config.model)
     check_resolution(found, config.resolution or found.resolution)

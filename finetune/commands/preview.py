@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.config import TrainConfig
+from finetune.data.source import check_sources
 from finetune.errors import UsageError
 from finetune.files import is_inside
 
@@ -40,9 +41,12 @@ def run(options: Options, config: TrainConfig) -> None:
 
     if options.max_pictures < 1:
         raise UsageError(f"--max_pictures {options.max_pictures}: allowed is 1 or more")
-    path, data = Path(options.output).expanduser(), Path(config.data).expanduser()
-    if is_inside(path, data):
-        raise UsageError(f"--output {path} lies inside --data {data}, which would be trained on; give one elsewhere")
+    check_sources(config.data)
+    path = Path(options.output).expanduser()
+    for source in config.data:
+        if is_inside(path, Path(source).expanduser()):
+            where = f"--output {path} lies inside --data {source}"
+            raise UsageError(f"{where}, which would be trained on; give one elsewhere")
     found = locate(config.model)
     check_resolution(found, config.resolution or found.resolution)
     pictures = open_pictures(config, found, None)

@@ -6,13 +6,11 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune.data.images import list_files
 from finetune.errors import DataError
-from finetune.wording import counted, listed
 
 TRIGGER = "[trigger]"
 """Stands for the trigger word in a caption."""
@@ -27,7 +25,9 @@ class Caption(NamedTuple):
 
     text: str
     source: str
-    """txt, caption, metadata, column, the dataset or prompt; none, with an empty text, where there is no caption."""
+    """txt, caption, metadata, column, the dataset, prompt or folder; none, with an empty text, where there is none."""
+    others: tuple[str, ...] = ()
+    """More texts for the same picture; each visit takes one of all."""
 
 
 class FoundCaptions(NamedTuple):
@@ -39,67 +39,102 @@ class FoundCaptions(NamedTuple):
     """Caption files that no picture belongs to."""
     empty: list[Path]
     """Caption files beside a picture that say nothing."""
+    unreadable: dict[Path, str]
+    """Pictures whose caption file is not UTF-8 -> what is wrong."""
+    files: int
+    """How many files captions were read from."""
 
 
-def first_caption(candidates: Iterable[tuple[str, str | None]]) -> Caption:
-    """The first of (source, text) whose text says something; line breaks become single spaces."""
-    for source, text in candidates:
-        lines = (line.strip() for line in (text or "").splitlines())
-        if joined := " ".join(line for line in lines if line):
-            return Caption(joined, source)
+Texts = str | Sequence[str] | None
+"""What a source says of a picture: a text, several of them, or nothing."""
+
+
+def first_caption(candidates: Iterable[tuple[str, Texts]], *, by_line: bool = False) -> Caption:
+    """The first of (source, texts) that says something; line breaks become single spaces.
+
+    Args:
+        candidates: in the order of precedence.
+        by_line: each line is a text of its own.
+    """
+    for source, given in candidates:
+        texts = [given] if isinstance(given, str) else given or []
+        if by_line:
+            texts = [line for text in texts for line in text.splitlines()]
+        if said := [joined for text in texts if (joined := _without_breaks(text))]:
+            return Caption(said[0], source, tuple(said[1:]))
     return Caption("", "none")
 
 
-def find_captions(folder: Path, pictures: Sequence[Path], prompt: str | None = None) -> FoundCaptions:
-    """The caption of each picture below `folder`.
+def _without_breaks(text: str) -> str:
+    lines = (line.strip() for line in text.splitlines())
+    return " ".join(line for line in lines if line)
 
-    In order of precedence: NAME.txt beside the picture; NAME.caption beside it; metadata.jsonl or metadata.csv in the
-    folder or in any folder below it (the nearest to the picture wins, jsonl before csv); `prompt`.
+
+def find_captions(
+    files: Sequence[Path],
+    pictures: Sequence[Path],
+    prompt: str | None = None,
+    subjects: Mapping[Path, str] | None = None,
+    by_line: bool = False,
+) -> FoundCaptions:
+    """The caption of each picture.
+
+    In order of precedence: NAME.txt beside the picture; NAME.caption beside it; metadata.jsonl or metadata.csv in its
+    folder or one above (the nearest to the picture wins, jsonl before csv); `prompt`; its subject.
     What is empty counts as absent.
 
+    Args:
+        files: all that there are, the pictures among them.
+        pictures: those that want a caption.
+        prompt: caption of those that have none of their own.
+        subjects: what the folders' names say of pictures.
+        by_line: each line of a caption is one of its own.
+
     Raises:
-        DataError: caption files are not UTF-8 (all are named), a metadata file is not or is malformed, or it names a
-            file that is no picture.
+        DataError: a metadata file is not UTF-8 or is malformed, or it names a file that is no picture.
     """
-    files = list_files(folder)
     sidecars = {
         (file.with_suffix(""), file.suffix.lower()): file for file in files if file.suffix.lower() in CAPTION_SUFFIXES
     }
     metadata = _read_metadata([file for file in files if file.name in METADATA], pictures)
 
-    unreadable: list[Path] = []
-    empty: list[Path] = []
-
-    def beside(picture: Path, suffix: str) -> str | None:
-        file = sidecars.get((picture.with_suffix(""), suffix))
-        if file is None:
-            return None
-        try:
-            text = _decoded(file)
-        except UnicodeDecodeError:
-            unreadable.append(file)
-            return None
-        if not text.strip():
-            empty.append(file)
-        return text
-
+    texts, unreadable = _read_sidecars(sidecars, pictures)
+    empty = [sidecars[place] for place, text in texts.items() if not text.strip()]
     captions = [
         first_caption(
             (
-                ("txt", beside(picture, ".txt")),
-                ("caption", beside(picture, ".caption")),
+                ("txt", texts.get((picture.with_suffix(""), ".txt"))),
+                ("caption", texts.get((picture.with_suffix(""), ".caption"))),
                 ("metadata", metadata.get(picture)),
                 ("prompt", prompt),
-            )
+                ("folder", (subjects or {}).get(picture)),
+            ),
+            by_line=by_line,
         )
         for picture in pictures
     ]
-    if unreadable:
-        names = listed([str(file.relative_to(folder)) for file in unreadable], most=20)
-        raise DataError(f"{folder}: not UTF-8 {counted(len(unreadable), 'caption file')}: {names}; save as UTF-8")
     stems = {picture.with_suffix("") for picture in pictures}
     orphans = [file for (stem, _), file in sidecars.items() if stem not in stems]
-    return FoundCaptions(captions, orphans, empty)
+    read = len(sidecars) - len(orphans) + sum(file.name in METADATA for file in files)
+    return FoundCaptions(captions, orphans, empty, unreadable, read)
+
+
+def _read_sidecars(
+    sidecars: Mapping[tuple[Path, str], Path], pictures: Sequence[Path]
+) -> tuple[dict[tuple[Path, str], str], dict[Path, str]]:
+    """The texts of the files beside pictures; and the pictures for which one is not UTF-8, with what is wrong."""
+    texts: dict[tuple[Path, str], str] = {}
+    unreadable: dict[Path, str] = {}
+    for picture in pictures:
+        for suffix in CAPTION_SUFFIXES:
+            place = picture.with_suffix(""), suffix
+            try:
+                if place in sidecars:
+                    texts[place] = _decoded(sidecars[place])
+            except UnicodeDecodeError as error:
+                name = sidecars[place].name
+                unreadable[picture] = f"{name} is not UTF-8 at byte {error.start}; save it as UTF-8"
+    return texts, unreadable
 
 
 def with_trigger(caption: str, trigger: str | None) -> str:
@@ -139,10 +174,10 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
-def _read_metadata(files: list[Path], pictures: Sequence[Path]) -> dict[Path, str | None]:
+def _read_metadata(files: list[Path], pictures: Sequence[Path]) -> dict[Path, Texts]:
     """Picture -> caption. What is read later wins: files further down, and by their names jsonl after csv."""
     by_place = {os.path.normpath(picture): picture for picture in pictures}
-    captions: dict[Path, str | None] = {}
+    captions: dict[Path, Texts] = {}
     for file in sorted(files, key=lambda file: (len(file.parts), file)):
         lines: dict[Path, int] = {}
         for line, name, text in _json_rows(file) if file.suffix == ".jsonl" else _csv_rows(file):
@@ -164,8 +199,8 @@ def _refuse_other_names(where: str, names: Iterable[str]) -> None:
         raise DataError(f"{where}: captions go under text, not {other[0]}")
 
 
-def _json_rows(file: Path) -> Iterator[tuple[int, str, str | None]]:
-    """Line number, file name and caption of each row of a metadata.jsonl."""
+def _json_rows(file: Path) -> Iterator[tuple[int, str, Texts]]:
+    """Line number, file name and captions of each row of a metadata.jsonl."""
     for number, line in enumerate(_read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
@@ -177,8 +212,9 @@ def _json_rows(file: Path) -> Iterator[tuple[int, str, str | None]]:
             raise DataError(f'{file}, line {number}: no file_name; a row is {{"file_name": "a.png", "text": "..."}}')
         text = row.get("text")
         _refuse_other_names(f"{file}, line {number}", row)
-        if text is not None and not isinstance(text, str):
-            raise DataError(f"{file}, line {number}: text is {text!r}, allowed is a string")
+        several = isinstance(text, list) and all(isinstance(one, str) for one in text)
+        if text is not None and not isinstance(text, str) and not several:
+            raise DataError(f"{file}, line {number}: text is {text!r}, allowed is a string or a list of them")
         yield number, row["file_name"], text
 
 

@@ -1,22 +1,20 @@
-"""Pictures with captions as torch Datasets: a folder of files, or a Hugging Face dataset."""
+"""What `--data` names, opened: a folder of pictures, or a Hugging Face dataset."""
 
 import glob
 import io
 import os
-import re
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.data.buckets import Buckets
-from finetune.data.captions import CAPTION_SUFFIXES, METADATA, find_captions, first_caption
-from finetune.data.images import PICTURE_SUFFIXES, PictureFile, find_images, list_files
+from finetune.data.captions import Texts, first_caption
+from finetune.data.image_folder import ImageFolder
+from finetune.data.images import PICTURE_SUFFIXES, PictureFile, list_files
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import PictureFiles
 from finetune.data.source import check_source
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError, UsageError, hub_errors
-from finetune.wording import listed
 
 if TYPE_CHECKING:
     import datasets
@@ -27,76 +25,6 @@ CAPTION_COLUMN = "text"
 _TABLE_SUFFIXES = (".parquet", ".arrow")
 
 
-class ImageFolder(PictureFiles):
-    """The pictures in a folder, at any depth, with the captions beside them (see `find_captions`).
-
-    Args:
-        folder: where the pictures are; hidden files and folders are left out.
-        prompt: caption of the pictures that have none of their own.
-        trigger: word put in place of every [trigger], or in front of each caption.
-        resolution, resize_mode, center_crop, random_flip, buckets: see `Preprocess`.
-        memory: of earlier runs; without it, every picture is decoded once before anything else.
-
-    An id is a path relative to the folder, with forward slashes.
-
-    Raises:
-        UsageError: `folder` is none, or an option is out of range.
-        DataError: no picture in it that can be read, or a malformed caption file.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        prompt: str | None = None,
-        *,
-        trigger: str | None = None,
-        resolution: int = 512,
-        resize_mode: Literal["crop", "squash"] = "crop",
-        center_crop: bool = True,
-        random_flip: bool = False,
-        buckets: Buckets | None = None,
-        memory: PictureMemory | None = None,
-    ) -> None:
-        transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets)
-        root = Path(folder)
-        if not root.is_dir():
-            raise UsageError(f"{folder}: {'not a folder' if root.exists() else 'no such folder'}")
-        self._files = find_images(root)
-        if not self._files:
-            raise DataError(f"{folder}: no picture found; allowed are {' '.join(PICTURE_SUFFIXES)}")
-        found = find_captions(root, self._files, prompt)
-        strangers = set(list_files(root)).difference(self._files)
-        endings = [file.suffix.lower() or "without an ending" for file in strangers if file.name not in METADATA]
-        self._others = Counter(ending for ending in endings if ending not in CAPTION_SUFFIXES)
-        super().__init__(
-            str(folder),
-            [_below(root, file) for file in self._files],
-            found.captions,
-            trigger=trigger,
-            transform=transform,
-            memory=memory,
-            orphans=[_below(root, file) for file in found.orphans],
-            empty=[_below(root, file) for file in found.empty],
-        )
-
-    def _file(self, place: int) -> PictureFile:
-        return self._files[place]
-
-    def notes(self) -> list[str]:
-        kinds = listed([f"{count} {suffix}" for suffix, count in sorted(self._others.items())])
-        repeats = sorted({name.split("/")[0] for name in self.ids if re.match(r"\d+_[^/]+/", name)})
-        lines = {
-            f"files that are neither pictures nor captions: {kinds}": kinds,
-            f"repeats in the names of folders are not read, pictures come once an epoch: {listed(repeats)}": repeats,
-        }
-        return super().notes() + [line for line, found in lines.items() if found]
-
-
-def _below(root: Path, file: Path) -> str:
-    """The path relative to the folder, with forward slashes."""
-    return file.relative_to(root).as_posix()
-
-
 class HuggingFaceDataset(PictureFiles):
     """The rows of a `datasets.Dataset` with a column of pictures, and perhaps one of captions.
 
@@ -105,9 +33,10 @@ class HuggingFaceDataset(PictureFiles):
         prompt: caption of the rows that have none.
         trigger: word put in place of every [trigger], or in front of each caption.
         resolution, resize_mode, center_crop, random_flip, buckets: see `Preprocess`.
-        memory: as for `ImageFolder`.
+        caption_lines, memory: as for `ImageFolder`.
         image_column: a column of pictures: `datasets.Image`, encoded bytes, or paths.
-        caption_column: a column of strings, or of lists whose first string is taken. The default one may be absent.
+        caption_column: a column of strings, or of lists of them, of which each visit takes one. The default one may be
+            absent.
 
     An id is the number of the row from 0: "row 12".
 
@@ -127,6 +56,7 @@ class HuggingFaceDataset(PictureFiles):
         center_crop: bool = True,
         random_flip: bool = False,
         buckets: Buckets | None = None,
+        caption_lines: Literal["joined", "chosen"] = "joined",
         memory: PictureMemory | None = None,
         image_column: str = IMAGE_COLUMN,
         caption_column: str = CAPTION_COLUMN,
@@ -136,7 +66,8 @@ class HuggingFaceDataset(PictureFiles):
             raise DataError("the dataset has no rows")
         self._pictures = _picture_column(rows, image_column)
         captions = [
-            first_caption((("column", text), ("prompt", prompt))) for text in _caption_texts(rows, caption_column)
+            first_caption((("column", texts), ("prompt", prompt)), by_line=caption_lines == "chosen")
+            for texts in _caption_texts(rows, caption_column)
         ]
         names = [f"row {number}" for number in range(len(rows))]
         super().__init__("the dataset", names, captions, trigger=trigger, transform=transform, memory=memory)
@@ -167,18 +98,18 @@ def _picture_column(rows: "datasets.Dataset", column: str) -> "datasets.Dataset"
         raise DataError(f"--image_column {column}: holds {plain}, not pictures") from error
 
 
-def _caption_texts(rows: "datasets.Dataset", column: str) -> list[str | None]:
-    """The caption of each row, without decoding its picture."""
+def _caption_texts(rows: "datasets.Dataset", column: str) -> list[Texts]:
+    """The captions of each row, without decoding its picture."""
     if column not in rows.column_names:
         if column == CAPTION_COLUMN:
             return [None] * len(rows)
         raise DataError(f"--caption_column {column}: no such column; there are {', '.join(rows.column_names)}")
     values = rows.with_format(None).select_columns([column])[:][column]
-    texts = [next(iter(value), None) if isinstance(value, list) else value for value in values]
-    for number, text in enumerate(texts):
-        if text is not None and not isinstance(text, str):
-            raise DataError(f"--caption_column {column}: row {number} holds {text!r}, allowed is text")
-    return texts
+    for number, value in enumerate(values):
+        for text in value if isinstance(value, list) else [value]:
+            if text is not None and not isinstance(text, str):
+                raise DataError(f"--caption_column {column}: row {number} holds {text!r}, allowed is text")
+    return [[text for text in value if text] if isinstance(value, list) else value for value in values]
 
 
 def is_table(dataset: Any) -> bool:

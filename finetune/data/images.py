@@ -26,7 +26,7 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", "
 """Endings (in any case) of the files that are read as pictures."""
 
 _FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl")
-"""Pictures that Pillow cannot read by itself: found all the same, so that they are named as skipped."""
+"""Pictures that Pillow cannot read by itself: found all the same, so that they are named as unreadable."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 """What a file may hold, whatever its name. Not all that Pillow knows: it hands EPS, for one, to Ghostscript to run."""
@@ -101,10 +101,9 @@ def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
             yield path
 
 
-def find_images(folder: Path) -> list[Path]:
-    """The pictures below `folder`, known by their suffix, in the order of `list_files`. Raises DataError as it does."""
-    known = PICTURE_SUFFIXES + _FOREIGN_SUFFIXES
-    return [path for path in list_files(folder) if path.suffix.lower() in known]
+def is_picture(path: Path) -> bool:
+    """Whether its name says that it is one."""
+    return path.suffix.lower() in PICTURE_SUFFIXES + _FOREIGN_SUFFIXES
 
 
 def read_file(source: PictureFile) -> bytes:

@@ -25,6 +25,11 @@ class Examples(Protocol):
         ...
 
     @property
+    def repeats(self) -> Sequence[int]:
+        """How many times each example comes in an epoch."""
+        ...
+
+    @property
     def visits(self) -> "Visits": ...
 
     def assemble(self, indices: Sequence[int], keys: torch.Tensor, loaded: Sequence[Any]) -> Batch:
@@ -90,7 +95,7 @@ def training_steps(
     """
     if batch_size < 1 or not source.ids:
         raise UsageError(f"batches: batch_size {batch_size} and {len(source.ids)} examples; at least 1 of each needed")
-    sampler = Sampler(source.shapes, batch_size=batch_size, seed=seed)
+    sampler = Sampler(source.shapes, batch_size=batch_size, seed=seed, repeats=source.repeats)
     plan = (
         [(v.example, example_key(seed, source.ids[v.example], v.number)) for v in sampler.visits(step)]
         for step in range(start, steps)

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from PIL import Image
@@ -26,6 +27,24 @@ class Example(NamedTuple):
     """Unique within the dataset and the same wherever the dataset lies; randomness is drawn from it."""
 
 
+class Ledger(NamedTuple):
+    """What became of everything that was found: `found` is the sum of all that follows."""
+
+    found: int
+    """Files, or rows of a table."""
+    trained: int
+    """Pictures."""
+    quarantined: int
+    """Pictures that cannot be trained on."""
+    captions: int = 0
+    """Files that captions were read from."""
+    skipped: Mapping[str, int] = MappingProxyType({})
+    """Why -> how many."""
+
+    def adds_up(self) -> bool:
+        return self.found == self.trained + self.quarantined + self.captions + sum(self.skipped.values())
+
+
 class Pictures(Dataset[Example], ABC):
     """A map-style dataset that is ready to be encoded.
 
@@ -36,10 +55,14 @@ class Pictures(Dataset[Example], ABC):
             ids.
         trigger: word put in place of every [trigger], or in front of each caption.
         transform: how the pictures become squares; None: they are of one size that the model can take.
+        repeats: how many times each comes in an epoch; none: once.
 
     Raises:
         DataError: an id stands for two pictures.
     """
+
+    quarantined: Sequence[Skipped] = ()
+    """Pictures that were found and cannot be trained on."""
 
     def __init__(
         self,
@@ -49,10 +72,17 @@ class Pictures(Dataset[Example], ABC):
         *,
         trigger: str | None,
         transform: Preprocess | None,
+        repeats: Sequence[int] = (),
     ) -> None:
+        self.repeats = list(repeats) or [1] * len(ids)
         self.ids, self.contents, self.transform = list(ids), list(contents), transform
         self.captions = [with_trigger(caption.text, trigger) for caption in captions]
-        """With the trigger word; empty where there is neither a caption nor a prompt."""
+        """The first of each, with the trigger word; empty where there is neither a caption nor a prompt."""
+        self._more = {
+            index: tuple(with_trigger(text, trigger) for text in caption.others)
+            for index, caption in enumerate(captions)
+            if caption.others
+        }
         self.sources = Counter(caption.source for caption in captions)
         """How many captions came from where: txt, caption, metadata, column, prompt, none."""
         self.triggerless = 0 if trigger else sum(TRIGGER in caption.text for caption in captions)
@@ -80,6 +110,10 @@ class Pictures(Dataset[Example], ABC):
         """Whether visits may be mirrored."""
         return self.transform is not None and self.transform.random_flip
 
+    def texts(self, index: int) -> tuple[str, ...]:
+        """All captions of a picture; each visit takes one of them."""
+        return (self.captions[index], *self._more.get(index, ()))
+
     def placement(self, size: tuple[int, int], key: int) -> Placement:
         """What is trained on of a picture of this width and height; a random crop is drawn from the key."""
         return whole(*size) if self.transform is None else self.transform.place(*size, key)
@@ -91,6 +125,10 @@ class Pictures(Dataset[Example], ABC):
         sizes = [self.transform.size(*self.checked(index).size) for index in range(len(self))]
         numbers = {size: number for number, size in enumerate(sorted(set(sizes)))}
         return [numbers[size] for size in sizes]
+
+    def ledger(self) -> Ledger:
+        """What became of everything that was found."""
+        return Ledger(len(self) + len(self.quarantined), len(self), len(self.quarantined))
 
     def notes(self) -> list[str]:
         """Lines for the user about what was found: what is left out, or looks wrong."""
@@ -108,7 +146,8 @@ class PictureFiles(Pictures):
     """What the layouts share: every picture found is decoded once, and those that cannot be read are left out.
 
     `where`, for messages, is what they are in; `names`, `captions` and `_file` speak of all pictures found, the
-    attributes of those that can be read; `memory` is that of `check_images`.
+    attributes of those that can be read; `memory` is that of `check_images`; `bad` are names of pictures that cannot
+    be trained on for another reason, `repeats` is empty or speaks of all found.
 
     Raises:
         DataError: there are no pictures, or none that can be read.
@@ -123,16 +162,20 @@ class PictureFiles(Pictures):
         trigger: str | None,
         transform: Preprocess,
         memory: PictureMemory | None,
+        bad: Mapping[str, str] | None = None,
+        repeats: Sequence[int] = (),
         orphans: Sequence[str] = (),
         empty: Sequence[str] = (),
     ) -> None:
         checked = check_images(names, self._file, memory)
+        for place, name in enumerate(names):
+            if bad and name in bad:
+                checked[place] = Skipped(name, bad[name])
         good = {place: found for place, found in enumerate(checked) if not isinstance(found, Skipped)}
-        self.skipped = [problem for problem in checked if isinstance(problem, Skipped)]
-        """Pictures that cannot be read."""
+        self.quarantined = [problem for problem in checked if isinstance(problem, Skipped)]
         if not good:
             raise DataError(
-                f"{where}: none of {counted(len(names), 'picture')} can be read; the first: {self.skipped[0]}"
+                f"{where}: none of {counted(len(names), 'picture')} can be trained on; the first: {self.quarantined[0]}"
             )
         self._places, self._checked = list(good), list(good.values())
         self.orphans = list(orphans)
@@ -147,6 +190,7 @@ class PictureFiles(Pictures):
             [found.digest for found in good.values()],
             trigger=trigger,
             transform=transform,
+            repeats=[repeats[place] for place in good] if repeats else (),
         )
 
     @abstractmethod
@@ -161,9 +205,9 @@ class PictureFiles(Pictures):
         return self._checked[index]
 
     def notes(self) -> list[str]:
-        reasons = [f"{bad.path} ({bad.reason})" for bad in self.skipped]
+        reasons = [f"{bad.path} ({bad.reason})" for bad in self.quarantined]
         lines = {
-            f"{len(reasons)} skipped: {listed(reasons)}": reasons,
+            f"{counted(len(reasons), 'picture')} quarantined: {listed(reasons)}": reasons,
             f"caption files without a picture, {len(self.orphans)}: {listed(self.orphans)}": self.orphans,
             f"empty caption files, {len(self.empty)}: {listed(self.empty)}": self.empty,
             f"smaller than they are trained, and enlarged: {counted(self.small, 'picture')}": self.small,

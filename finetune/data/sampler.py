@@ -19,28 +19,33 @@ class Visit(NamedTuple):
     """How many times it has been visited before."""
 
 
-def steps_per_epoch(size: int, batch_size: int) -> Fraction:
-    """Optimizer steps in which every example is visited once: no whole number where a step runs into the next epoch."""
-    return Fraction(size, batch_size)
+def steps_per_epoch(visits: int, batch_size: int) -> Fraction:
+    """Optimizer steps for the visits of an epoch: no whole number where a step runs into the next one."""
+    return Fraction(visits, batch_size)
 
 
 class Sampler:
     """Which examples a step visits: always `batch_size`, of one shape where it can be.
 
-    Every epoch is a fresh permutation of all examples. Of those of each shape, as many full steps are made as there can
-    be; what is left over of all shapes makes mixed steps, and what is left over of these goes into the first steps of
-    the next epoch. So no step is short, and none teaches few examples at the full rate. With one shape for all, this
-    comes to one permutation after the other, cut into steps.
+    Every epoch is a fresh permutation of all examples, each as often as it is repeated. Of those of each shape, as many
+    full steps are made as there can be; what is left over of all shapes makes mixed steps, and what is left over of
+    these goes into the first step of the next epoch. So no step is short, and none teaches few examples at the full
+    rate. With one shape for all, this comes to one permutation after the other, cut into steps.
 
     Args:
         shapes: of each example, a number; what has the same one can be computed together.
         batch_size: examples per optimizer step.
         seed: of the permutations.
+        repeats: how many times each example comes in an epoch; none: once.
     """
 
-    def __init__(self, shapes: Sequence[int], *, batch_size: int, seed: int) -> None:
+    def __init__(self, shapes: Sequence[int], *, batch_size: int, seed: int, repeats: Sequence[int] = ()) -> None:
         self.batch_size, self.seed = batch_size, seed
-        self._size, self._shapes = len(shapes), np.unique(shapes, return_inverse=True)[1]
+        self._repeats = np.asarray(repeats or [1] * len(shapes))
+        self._examples = np.repeat(np.arange(len(shapes)), self._repeats)  # of the visits of an epoch
+        self._times = np.arange(len(self._examples)) - np.repeat(self._repeats.cumsum() - self._repeats, self._repeats)
+        self._size = len(self._examples)
+        self._shapes = np.unique(np.asarray(shapes)[self._examples], return_inverse=True)[1]
         self._epochs = -(-batch_size // self._size)  # in a round, which is to be no shorter than a step
         self._round = self._size * self._epochs  # visits in it
         self._kept: dict[int, np.ndarray] = {}
@@ -51,13 +56,15 @@ class Sampler:
         if number not in self._kept:
             self._kept = {number: self._steps(number)}
         row = self._kept[number][step - number * self._round // self.batch_size]
-        return [Visit(visit % self._size, visit // self._size) for visit in row.tolist()]
+        examples, times = self._examples[row % self._size], self._times[row % self._size]
+        numbers = row // self._size * self._repeats[examples] + times
+        return [Visit(*visit) for visit in zip(examples.tolist(), numbers.tolist(), strict=True)]
 
     def visited(self, steps: int) -> list[int]:
         """The examples that the first `steps` steps visit, in the order of their first visits."""
         found: dict[int, None] = {}
         for step in range(steps):
-            if len(found) == self._size:
+            if len(found) == len(self._repeats):
                 break
             found |= dict.fromkeys(visit.example for visit in self.visits(step))
         return list(found)
@@ -86,8 +93,8 @@ class Sampler:
         return np.concatenate(rows)[np.argsort(np.concatenate(places), kind="stable")]
 
     def _order(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The visits of a round, epoch x examples + example, in the order of its permutations, without the last few
-        that would fill no step; and these, of the most frequent shapes, which the first step of the next round takes.
+        """The visits of a round, epoch x size of an epoch + place in it, in the order of its permutations, without the
+        last few that would fill no step; and these, of the most frequent shapes, which the next round takes first.
         """
         epochs = range(number * self._epochs, (number + 1) * self._epochs)
         order = np.concatenate([self._permutation(epoch) + epoch * self._size for epoch in epochs])

@@ -1,8 +1,17 @@
 """What `--data` may name. Free of torch, so that a misspelt folder is told at once."""
 
 import os
+from collections.abc import Sequence
 
 from finetune.errors import UsageError
+
+
+def check_sources(sources: Sequence[str]) -> None:
+    """Raise UsageError where there is none, or for the first that could not be opened."""
+    if not sources:
+        raise UsageError("--data is missing; give a folder of pictures or a dataset id")
+    for source in sources:
+        check_source(source)
 
 
 def check_source(source: str) -> None:

@@ -161,11 +161,11 @@ def _pixel_defaults(resolution: int) -> dict[str, Any]:
     }
 
 
-def total_steps(pictures: int, global_batch: int, epochs: int | None, steps: int | None) -> int:
+def total_steps(pictures: int, epoch_visits: int, global_batch: int, epochs: int | None, steps: int | None) -> int:
     """Optimizer steps of a run: `steps` if given, else as many as `epochs` or `pictures_seen` need."""
     if steps is not None:
         return steps
-    return ceil((pictures_seen(pictures) if epochs is None else epochs * pictures) / global_batch)
+    return ceil((pictures_seen(pictures) if epochs is None else epochs * epoch_visits) / global_batch)
 
 
 def bucket_sides(resolution: int, multiple: int) -> dict[str, int]:

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ DECISIONS: dict[str, tuple[Deed, Deed, Deed, Deed, Deed]] = {
 """What a command does, for each way in which it asks for a folder (the rows) and each `State` that it finds."""
 
 _LEFT_BY_A_RUN = ("metrics.jsonl", "timings.jsonl", "result.json", "samples/step-*.png")
+_LEFT_BY_A_RUN += ("ledger.json", "quarantine.jsonl")
 _LEFT_BY_A_RUN += ("samples/before-after.png", ".checkpoint-*.part", "logs/**/events.out.tfevents.*")
 _LEFT_BY_A_RUN += (
     "logs/**/hparams.yml",
@@ -106,9 +107,10 @@ def _candidates(config: ResolvedConfig) -> Iterator[tuple[str, Path, Path | None
 def _folder(deed: Deed, asked: str, path: Path, checkpoint: Path | None, config: ResolvedConfig) -> RunFolder:
     """The folder with what is to be said about it. Raises UsageError for a start among the pictures."""
     checkpoint = checkpoint if deed == "go on" else None
-    if deed != "say finished" and checkpoint is None and config.data and is_inside(path, Path(config.data)):
+    around = [source for source in config.data if is_inside(path, Path(source))]
+    if deed != "say finished" and checkpoint is None and around:
         raise UsageError(
-            f"output_dir {path} lies inside --data {config.data}: its pictures would be trained on next time; "
+            f"output_dir {path} lies inside --data {around[0]}: its pictures would be trained on next time; "
             "give an --output_dir elsewhere"
         )
     note = ""
@@ -200,8 +202,12 @@ def with_earlier(config: TrainConfig) -> TrainConfig:
 
 def default_folder(config: TrainConfig) -> Path:
     """runs/<data>-<model>, relative to the working directory."""
-    data = Path(config.data).name or "dataset"
-    return Path("runs") / f"{data}-{Path(config.model).name.removesuffix('.safetensors')}"
+    return Path("runs") / f"{name_of(config.data)}-{Path(config.model).name.removesuffix('.safetensors')}"
+
+
+def name_of(data: Sequence[str]) -> str:
+    """What the sources of pictures are called together."""
+    return "+".join(Path(source).name for source in data) or "dataset"
 
 
 def _resume_folder(config: TrainConfig) -> Path:
@@ -266,10 +272,15 @@ def differences(a: ResolvedConfig, b: ResolvedConfig, *, resumed: bool = False) 
         free.add("length")
     mine, theirs = as_dict(a), as_dict(b)
     return [
-        f"{name}: {mine[name]} -> {theirs[name]}"
+        f"{name}: {_said(mine[name])} -> {_said(theirs[name])}"
         for name, known in about().items()
         if known.change not in free | ({"machine"} if name not in b.given else set()) and mine[name] != theirs[name]
     ]
+
+
+def _said(value: Any) -> Any:
+    """A value of an option for people, a list as it is typed."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _changes(path: Path, config: ResolvedConfig, data: str, *, resumed: bool = False) -> list[str]:

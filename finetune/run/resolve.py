@@ -1,5 +1,6 @@
 """From what was given to a config with nothing left open, decided and checked before any weight is loaded."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from finetune.run.prompts import is_prompt_file
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Local folders as absolute paths, so that config.toml repeats the run from anywhere."""
-    local = {"data": Path(config.data).expanduser()} if config.data else {}
+    local: dict[str, Path] = {}
     if config.model not in FAMILIES:
         local["model"] = Path(config.model).expanduser()
     for name in ("tokenizer", "init_lora", "vae"):
@@ -27,6 +28,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
             if not local[name].exists():
                 raise UsageError(f"{name} {given}: no such file or folder")
     paths: dict[str, Any] = {name: str(path.absolute()) for name, path in local.items() if path.exists()}
+    sources = [(given, Path(given).expanduser()) for given in config.data]
+    paths["data"] = [str(path.absolute()) if given and path.exists() else given for given, path in sources]
     if config.cache_dir and (folder := cache_folder(config.cache_dir)):
         paths["cache_dir"] = str(folder)
     if config.sample_prompts:
@@ -44,6 +47,7 @@ def resolve(
     pictures: int,
     varied_captions: bool,
     device: torch.device,
+    epoch_visits: int | None = None,
     buckets: Buckets | None = None,
 ) -> ResolvedConfig:
     """The config with every option decided that depends on the model, the pictures or the machine.
@@ -54,6 +58,7 @@ def resolve(
         pictures: how many there are to train on.
         varied_captions: True when they do not all share one caption.
         device: where the UNet will run.
+        epoch_visits: of an epoch, repeats counted; None: one for each picture.
         buckets: what they are trained in; None: squares.
 
     Raises:
@@ -66,34 +71,40 @@ def resolve(
     suited = defaults(found.family, method, config.optimizer, **few)
     suited |= bucket_sides(resolution, found.multiple) if buckets else {}
     derived = {name: value for name, value in suited.items() if getattr(config, name) is None}
+    visits = pictures if epoch_visits is None else epoch_visits
+    return ResolvedConfig(
+        config,
+        **derived
+        | _length(config, found, suited, pictures, visits)
+        | {
+            "method": method,
+            "resolution": resolution,
+            "aspect_ratio_bucketing": buckets is not None,
+            "lora_alpha": float(config.rank) if config.lora_alpha is None else config.lora_alpha,
+            "mixed_precision": resolve_precision(
+                config.mixed_precision, device, small=found.family.is_small(resolution)
+            ),
+        },
+    )
+
+
+def _length(
+    config: TrainConfig, found: Location, suited: Mapping[str, Any], pictures: int, visits: int
+) -> dict[str, int | None]:
+    """Epochs, steps and warm-up of the run; `visits` are those of an epoch."""
     batch = (config.train_batch_size or suited["train_batch_size"]) * (
         config.gradient_accumulation_steps or suited["gradient_accumulation_steps"]
     )
     epochs = config.num_train_epochs
     if epochs is None and config.max_train_steps is None:
         epochs = suited["num_train_epochs"]
-    steps = total_steps(pictures, batch, epochs, config.max_train_steps)
+    steps = total_steps(pictures, visits, batch, epochs, config.max_train_steps)
     warmup = config.lr_warmup_steps
     if warmup is None:
-        warmup = warmup_steps(steps, found.family, resolution)
+        warmup = warmup_steps(steps, found.family, config.resolution or found.resolution)
     elif warmup >= steps:
         raise UsageError(f"lr_warmup_steps = {warmup}: the whole run has only {steps} steps; give a smaller one")
-    return ResolvedConfig(
-        config,
-        **derived
-        | {
-            "method": method,
-            "resolution": resolution,
-            "aspect_ratio_bucketing": buckets is not None,
-            "lora_alpha": float(config.rank) if config.lora_alpha is None else config.lora_alpha,
-            "num_train_epochs": epochs,
-            "max_train_steps": steps,
-            "lr_warmup_steps": warmup,
-            "mixed_precision": resolve_precision(
-                config.mixed_precision, device, small=found.family.is_small(resolution)
-            ),
-        },
-    )
+    return {"num_train_epochs": epochs, "max_train_steps": steps, "lr_warmup_steps": warmup}
 
 
 def _refuse_unusable(config: TrainConfig, found: Location, method: str, buckets: Buckets | None) -> None:
@@ -109,6 +120,7 @@ def _refuse_unusable(config: TrainConfig, found: Location, method: str, buckets:
         and config.lora_type in ("lora", "rslora", "dora")
         and config.optimizer != "prodigy",
         "aspect_ratio_bucketing": buckets is not None,
+        "shuffle_caption": config.shuffle_caption,
         "use_ema": config.use_ema is not False,
         "optimizer adamw or prodigy": config.optimizer in ("adamw", "prodigy"),
         "push_to_hub": config.push_to_hub,

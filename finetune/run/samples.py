@@ -28,7 +28,7 @@ class SamplePlan:
     """Estimated share of the run's time, without those that are drawn if time allows."""
 
 
-def plan_samples(config: ResolvedConfig, *, latent: bool, captions: Sequence[str], pictures: int) -> SamplePlan:
+def plan_samples(config: ResolvedConfig, *, latent: bool, captions: Sequence[str], visits: int) -> SamplePlan:
     """Grids as asked for, or a first and a last of the largest size that `SAMPLING_SHARE` of the run allows.
 
     At least one picture is drawn before and after, unless none is wanted. How many grids fit between them, `interval`
@@ -40,11 +40,11 @@ def plan_samples(config: ResolvedConfig, *, latent: bool, captions: Sequence[str
         config: resolved.
         latent: prompts and guidance, or neither.
         captions: of the training pictures.
-        pictures: how many there are to train on.
+        visits: of an epoch.
     """
     if config.num_inference_steps == 0 or config.sample_every == 0:
         return SamplePlan()
-    epoch = steps_per_epoch(pictures, config.global_batch)
+    epoch = steps_per_epoch(visits, config.global_batch)
     every = config.sample_every or (config.save_image_epochs * epoch if config.save_image_epochs else None)
     prompts = sample_prompts(config.sample_prompts or (default_prompts(config, captions) if latent else ("",)))
     per_picture = config.num_inference_steps * (2 if latent and config.guidance_scale > 1 else 1)

@@ -1,21 +1,25 @@
 """The pictures of a run: what `--data` names, or a dataset of the user's own."""
 
+from collections.abc import Callable
+from functools import partial
+from math import ceil
 from typing import Any, cast
 
 from finetune.cache.store import cache_folder
 from finetune.config import TrainConfig
 from finetune.data.buckets import Buckets
 from finetune.data.datasets import is_table, open_dataset
+from finetune.data.joined import Joined, Part, names_of
 from finetune.data.own import OwnPictures, Rows
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Pictures
 from finetune.data.transforms import Preprocess
-from finetune.errors import UsageError
+from finetune.errors import DataError, UsageError
 from finetune.models.families import bucket_sides
 from finetune.models.locate import Location
 from finetune.options import about
 from finetune.seeding import fold
-from finetune.wording import counted
+from finetune.wording import counted, listed
 
 
 def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) -> Pictures:
@@ -28,15 +32,18 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
 
     Raises:
         UsageError: the source is not there, or an option says what the dataset has decided already.
-        DataError: there is nothing to train on, or a latent model would get pictures without a caption.
+        DataError: there is nothing to train on, too much that cannot be, or a latent model would get pictures without
+            a caption.
     """
     resolution = config.resolution or found.resolution
     folder = cache_folder(config.cache_dir)
+    if dataset is None and len(config.repeats) not in (0, len(config.data)):
+        raise UsageError(f"repeats: {counted(len(config.repeats), 'number')} for {len(config.data)} --data")
     if dataset is not None and not is_table(dataset):
         pictures = _own_pictures(config, found, dataset, resolution)
     else:
-        pictures = open_dataset(
-            config.data if dataset is None else cast(Any, dataset),
+        opened = partial(
+            open_dataset,
             prompt=config.prompt,
             trigger=config.trigger,
             resolution=resolution,
@@ -44,16 +51,37 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
             center_crop=config.center_crop,
             random_flip=config.random_flip,
             buckets=_buckets(config, found, resolution),
+            caption_lines=config.caption_lines,
             memory=PictureMemory(folder, strict=config.cache_strict) if folder else None,
             image_column=config.image_column,
             caption_column=config.caption_column,
         )
+        pictures = _joined(config, opened) if dataset is None else opened(cast(Any, dataset))
+    _refuse_too_many_bad(pictures, config.max_bad_fraction)
     empty = pictures.captions.count("")
     if found.family.latent and empty:
         raise UsageError(
             f"{empty} of {counted(len(pictures), 'picture')} without a caption: give --prompt, or captions beside them"
         )
     return pictures
+
+
+def _joined(config: TrainConfig, opened: Callable[[str], Pictures]) -> Pictures:
+    """All that `--data` names, as one; a single source keeps its ids."""
+    repeats = config.repeats or (1,) * len(config.data)
+    if len(config.data) == 1 and repeats == (1,):
+        return opened(config.data[0])
+    names = names_of(config.data)
+    return Joined([Part(name, opened(source), n) for name, source, n in zip(names, config.data, repeats, strict=True)])
+
+
+def _refuse_too_many_bad(pictures: Pictures, most: float) -> None:
+    bad, found = pictures.quarantined, len(pictures) + len(pictures.quarantined)
+    if len(bad) > most * found:
+        raise DataError(
+            f"{len(bad)} of {counted(found, 'picture')} cannot be trained on: {listed(list(map(str, bad)), 10)}; "
+            f"mend or remove them, or leave them out with --max_bad_fraction {ceil(100 * len(bad) / found) / 100:g}"
+        )
 
 
 def _buckets(config: TrainConfig, found: Location, resolution: int) -> Buckets | None:
@@ -98,5 +126,6 @@ def _own_pictures(config: TrainConfig, found: Location, dataset: Rows, resolutio
 
 
 def digest(pictures: Pictures) -> str:
-    """A digest of the pictures, their names and their captions: another one is another run."""
-    return f"{fold(*pictures.ids, *pictures.captions, *pictures.contents):016x}"
+    """A digest of the pictures, their names, captions and repeats: another one is another run."""
+    captions = [text for index in range(len(pictures)) for text in pictures.texts(index)]
+    return f"{fold(*pictures.ids, *captions, *pictures.contents, *pictures.repeats):016x}"

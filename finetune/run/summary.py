@@ -17,12 +17,13 @@ from finetune.wording import counted, listed
 def print_summary(run: Run) -> None:
     """Model, pictures, captions, schedule, precision, samples and output, a line each; then what was noticed."""
     config, encoded, family = run.config, run.encoded, run.model.family
-    epochs = float(config.max_train_steps / steps_per_epoch(len(encoded), config.global_batch))
+    epochs = float(config.max_train_steps / steps_per_epoch(encoded.epoch_visits, config.global_batch))
     rows = {
         "model": f"{config.model} ({family.description}), predicts {run.model.scheduler.config['prediction_type']}",
         "learns": f"{_learns(run)} parameters",
-        "pictures": f"{counted(len(encoded), 'photo')}: {counted(config.max_train_steps, 'step')} of "
-        f"{config.global_batch}, {epochs:.4g} epochs, {sizes(run.pictures)}",
+        "pictures": f"{counted(len(encoded), 'photo')}{_repeats(encoded)}: "
+        f"{counted(config.max_train_steps, 'step')} of {config.global_batch}, {epochs:.4g} epochs, "
+        f"{sizes(run.pictures)}",
         "captions": _captions(run) if family.latent else "",
         "encodings": encodings(encoded, config.cache_dir),
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_scheduler}, "
@@ -49,9 +50,16 @@ def _learns(run: Run) -> str:
 
 
 def _captions(run: Run) -> str:
-    named = {"txt": ".txt files", "caption": ".caption files", "prompt": "--prompt"}
+    named = {"txt": ".txt files", "caption": ".caption files", "prompt": "--prompt", "folder": "the folders' names"}
     counts = ", ".join(f"{count} from {named.get(source, source)}" for source, count in run.pictures.sources.items())
     return f"{counts} ({len(set(run.encoded.captions))} distinct)"
+
+
+def _repeats(encoded: Encoded) -> str:
+    """How many come more than once in an epoch."""
+    counts = sorted(Counter(encoded.repeats).items())
+    told = [f"{count} of them {times} times" for times, count in counts if times > 1]
+    return f" ({', '.join(told)} an epoch)" if told else ""
 
 
 def sizes(pictures: Pictures, most: int = 4) -> str:

@@ -14,7 +14,8 @@ from finetune.cache.care import contents, verify
 from finetune.cache.disk import SHARDS, DiskStore, existing_store
 from finetune.cache.encode import encode
 from finetune.cache.encoded import Encoded
-from finetune.data.datasets import ImageFolder, open_dataset
+from finetune.data.datasets import open_dataset
+from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import batches
 from finetune.data.own import Rows
 from finetune.data.picture_memory import PictureMemory

@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 
 from finetune.cache.encode import encode
 from finetune.cache.encoded import as_batch
-from finetune.data.datasets import ImageFolder
+from finetune.data.caption_visits import CaptionVisits
+from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import batches
 from finetune.data.transforms import Preprocess, normalize
 from finetune.errors import DataError
@@ -30,7 +31,7 @@ def five_losses(pictures: Path, live: bool, flip: bool = True) -> list[float]:
     model = load_model("tiny")
     add_lora(model.unet, rank=4)
     images = ImageFolder(pictures, resolution=64, random_flip=flip)
-    encoded = encode(images, model, live=live, caption_dropout=0.3)
+    encoded = encode(images, model, live=live, captioning=CaptionVisits(dropout=0.3))
     optimizer = torch.optim.AdamW(trainable(model.unet), lr=1e-3)
     trainer = Trainer(model.unet, model.encoder, NoisePrediction(model.scheduler), optimizer)
     return [trainer.step(batch).loss for batch in batches(encoded, batch_size=4, steps=5)]
@@ -67,7 +68,7 @@ def test_latents_are_scaled_by_the_configs_factor_and_sampled_anew_at_each_visit
 def test_worker_count_changes_nothing_to_the_bit(pictures: Path, tiny: DiffusionModel) -> None:
     images = ImageFolder(pictures, resolution=64, random_flip=True, center_crop=False)
     for live in (False, True):
-        encoded = encode(images, tiny, live=live, caption_dropout=0.5)
+        encoded = encode(images, tiny, live=live, captioning=CaptionVisits(dropout=0.5))
         runs = [list(batches(encoded, batch_size=4, steps=4, num_workers=workers)) for workers in (0, 2)]
         for a, b in zip(*runs, strict=True):
             assert a.ids == b.ids
@@ -111,7 +112,7 @@ def test_each_picture_gets_its_own_caption_and_dropped_ones_the_empty_prompt(
     states = {c: tiny.conditioner.encode([c])["encoder_hidden_states"][0] for c in [*images.captions, ""]}
     own = dict(zip(images.ids, images.captions, strict=True))
     dropped = 0
-    for batch in batches(encode(images, tiny, caption_dropout=0.5), batch_size=6, steps=8):
+    for batch in batches(encode(images, tiny, captioning=CaptionVisits(dropout=0.5)), batch_size=6, steps=8):
         for name, row in zip(batch.ids, batch.cond["encoder_hidden_states"], strict=True):
             empty = torch.equal(row, states[""])
             assert empty or torch.equal(row, states[own[name]])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.captions import TRIGGER, Caption, find_captions, first_caption, placed_trigger, with_trigger
-from finetune.data.images import find_images
+from finetune.data.images import is_picture, list_files
 from finetune.errors import DataError
 
 
@@ -17,12 +17,16 @@ def make(folder: Path, **files: str) -> list[Path]:
         path = folder / name.replace("__", "/").replace("_DOT_", ".")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    return find_images(folder)
+    return pictures_in(folder)
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    return [file for file in list_files(folder) if is_picture(file)]
 
 
 def captions(folder: Path, prompt: str | None = None) -> dict[str, Caption]:
-    pictures = find_images(folder)
-    found = find_captions(folder, pictures, prompt).captions
+    pictures = pictures_in(folder)
+    found = find_captions(list_files(folder), pictures, prompt).captions
     return {picture.relative_to(folder).as_posix(): caption for picture, caption in zip(pictures, found, strict=True)}
 
 
@@ -79,7 +83,9 @@ def test_pictures_with_the_same_stem_share_it_only_in_the_same_folder(tmp_path: 
 
 def test_caption_files_without_a_picture_are_listed(tmp_path: Path):
     pictures = make(tmp_path, a_DOT_png="", a_DOT_txt="dog", README_DOT_txt="", sub__old_DOT_caption="cat")
-    assert find_captions(tmp_path, pictures)[1] == [tmp_path / "README.txt", tmp_path / "sub" / "old.caption"]
+    found = find_captions(list_files(tmp_path), pictures)
+    assert found.orphans == [tmp_path / "README.txt", tmp_path / "sub" / "old.caption"]
+    assert found.files == 1
 
 
 @pytest.mark.parametrize("given", ["sub/../sub", "."], ids=["dots", "plain"])
@@ -134,12 +140,15 @@ def test_malformed_metadata_names_file_and_line(tmp_path: Path, name: str, conte
     assert "\n" not in str(caught.value)
 
 
-def test_all_caption_files_that_are_not_utf8_are_named_at_once(tmp_path: Path):
+def test_caption_files_that_are_not_utf8_are_named_with_their_pictures(tmp_path: Path):
     make(tmp_path, a_DOT_png="", sub__b_DOT_png="", c_DOT_png="", c_DOT_txt="fine")
     for name in ("a.txt", "sub/b.caption"):
         (tmp_path / name).write_bytes("un café".encode("latin-1"))
-    with pytest.raises(DataError, match=r"not UTF-8 2 caption files: a\.txt, sub/b\.caption; save as UTF-8$"):
-        captions(tmp_path)
+    found = find_captions(list_files(tmp_path), pictures_in(tmp_path), "a prompt")
+    assert found.unreadable == {
+        tmp_path / "a.png": "a.txt is not UTF-8 at byte 6; save it as UTF-8",
+        tmp_path / "sub/b.png": "b.caption is not UTF-8 at byte 6; save it as UTF-8",
+    }
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig"])
@@ -152,7 +161,7 @@ def test_a_byte_order_mark_says_how_a_file_is_read(tmp_path: Path, encoding: str
 
 def test_empty_caption_files_are_named(tmp_path: Path):
     pictures = make(tmp_path, a_DOT_png="", a_DOT_txt=" \n", b_DOT_png="", b_DOT_txt="b", c_DOT_txt="")
-    found = find_captions(tmp_path, pictures, "the prompt")
+    found = find_captions(list_files(tmp_path), pictures, "the prompt")
     assert [caption.text for caption in found.captions] == ["the prompt", "b"]
     assert (found.empty, found.orphans) == ([tmp_path / "a.txt"], [tmp_path / "c.txt"])
 

@@ -15,7 +15,8 @@ import torch
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
-from finetune.data.datasets import HuggingFaceDataset, ImageFolder, open_dataset
+from finetune.data.datasets import HuggingFaceDataset, open_dataset
+from finetune.data.image_folder import ImageFolder
 from finetune.data.images import Skipped
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError, UsageError
@@ -58,7 +59,7 @@ def test_a_folder_tells_all_that_it_found(tmp_path: Path):
     assert images.ids == [f"sub/{number}.png" for number in range(4)]
     assert images.captions == ["a pet", "a dog", "two", "a pet"]
     assert images.sources == {"prompt": 2, "txt": 1, "caption": 1}
-    assert images.skipped == [Skipped("broken.png", "not a picture of a kind that can be read")]
+    assert images.quarantined == [Skipped("broken.png", "not a picture of a kind that can be read")]
     assert images.orphans == ["left.txt"]
     assert images.triggerless == 1
     assert images.small == 2
@@ -122,7 +123,7 @@ def test_a_folder_that_is_none_or_has_no_pictures_is_an_error(tmp_path: Path):
 def test_if_no_picture_can_be_read_the_first_is_named(tmp_path: Path):
     (tmp_path / "a.png").touch()
     (tmp_path / "b.png").touch()
-    with pytest.raises(DataError, match=r"none of 2 pictures can be read; the first: a\.png: the file is empty$"):
+    with pytest.raises(DataError, match=r"none of 2 pictures can be trained on; the first: a\.png: the file is empty$"):
         ImageFolder(tmp_path)
 
 
@@ -158,7 +159,7 @@ def test_rows_tell_all_that_they_hold():
     assert data.ids == ["row 0", "row 2"]
     assert data.captions == ["sks one two", "sks a thing"]
     assert data.sources == {"column": 1, "prompt": 1}
-    assert data.skipped == [
+    assert data.quarantined == [
         Skipped("row 1", "not a picture of a kind that can be read"),
         Skipped("row 3", "no picture in this row"),
     ]
@@ -174,7 +175,7 @@ def test_pictures_may_be_bytes_or_paths_and_captions_lists(tmp_path: Path):
     by_path = datasets.Dataset.from_dict({"photo": [str(path), "nowhere.png"], "labels": captions})
     data = HuggingFaceDataset(by_path, image_column="photo", caption_column="labels")
     assert (data.ids, data.captions, data[0].image.size) == (["row 0"], ["first"], (3, 3))
-    assert data.skipped == [Skipped("row 1", "No such file or directory")]
+    assert data.quarantined == [Skipped("row 1", "No such file or directory")]
     by_bytes = datasets.Dataset.from_dict({"photo": [path.read_bytes()] * 2, "labels": captions})
     data = HuggingFaceDataset(by_bytes, "p", image_column="photo", caption_column="labels")
     assert (data.captions, data.sources) == (["first", "p"], {"column": 1, "prompt": 1})
@@ -209,7 +210,7 @@ def test_selected_and_formatted_rows_are_taken_as_they_are():
         (
             {"image": [b""]},
             {},
-            "the dataset: none of 1 picture can be read; the first: row 0: the file is empty",
+            "the dataset: none of 1 picture can be trained on; the first: row 0: the file is empty",
         ),
     ],
 )
@@ -355,7 +356,7 @@ def test_folders_named_for_repeats_and_triggers_that_read_badly_are_noted(tmp_pa
         (tmp_path / name).with_suffix(".txt").write_text("a photo of a dog")
     (tmp_path / "cats/c.txt").write_text("a photo of [trigger] cat")
     notes = ImageFolder(tmp_path, trigger="sks", resolution=4).notes()
-    assert "repeats in the names of folders are not read, pictures come once an epoch: 10_dog" in notes
+    assert "not read as repeats, since other folders hold pictures too: 10_dog" in notes
     where = "the trigger is put in front of 2 captions; better say where it belongs: 'a photo of [trigger] dog'"
     assert where in notes
     assert not any("trigger is put" in note for note in ImageFolder(tmp_path, resolution=4).notes())

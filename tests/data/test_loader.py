@@ -9,7 +9,7 @@ from finetune.batch import Batch
 from finetune.cache.encode import encode
 from finetune.cache.encoded import Encoded
 from finetune.data.buckets import Buckets
-from finetune.data.datasets import ImageFolder
+from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import batches, training_steps
 from finetune.errors import UsageError
 from finetune.models.loading import DiffusionModel, load_model

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from finetune.data import images
-from finetune.data.datasets import ImageFolder
+from finetune.data.image_folder import ImageFolder
 from finetune.data.picture_memory import PictureMemory
 from finetune.errors import DataError, UsageError
 
@@ -86,8 +86,8 @@ def test_such_an_edit_is_never_encoded_under_the_old_pictures_key(folder: Path) 
 
 def test_what_cannot_be_read_is_looked_at_again(folder: Path, decoded: list[bytes]) -> None:
     (folder / "bad.png").write_bytes(b"no picture")
-    assert [bad.path for bad in opened(folder).skipped] == ["bad.png"]
-    assert [bad.path for bad in opened(folder).skipped] == ["bad.png"]
+    assert [bad.path for bad in opened(folder).quarantined] == ["bad.png"]
+    assert [bad.path for bad in opened(folder).quarantined] == ["bad.png"]
     assert decoded.count(b"no picture") == 2
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from finetune.cache.encode import encode
 from finetune.commands import sample
 from finetune.config import TrainConfig, load_resolved
-from finetune.data.datasets import ImageFolder
+from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import batches
 from finetune.errors import ModelError
 from finetune.models.families import FAMILIES

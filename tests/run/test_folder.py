@@ -105,10 +105,10 @@ def test_a_resume_that_names_nothing_means_the_run_started_last() -> None:
     first, second = started(CONFIG), started(replace(CONFIG, data="others"))
     os.utime(second / "data.json", (1, 1))
     newest = runs.with_earlier(runs.with_newest(TrainConfig(resume_from_checkpoint="latest", max_train_steps=20)))
-    assert (newest.output_dir, newest.data, newest.prompt) == (str(first), "images", "a butterfly")
+    assert (newest.output_dir, newest.data, newest.prompt) == (str(first), ("images",), "a butterfly")
     assert choose(resolved(newest)).checkpoint == first / "checkpoint-5"
     elsewhere = TrainConfig(resume_from_checkpoint="latest", output_dir=str(second))
-    assert runs.with_earlier(runs.with_newest(elsewhere)).data == "others"
+    assert runs.with_earlier(runs.with_newest(elsewhere)).data == ("others",)
 
 
 def test_overwrite_deletes_what_a_run_wrote_and_nothing_else() -> None:

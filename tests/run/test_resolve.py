@@ -102,7 +102,7 @@ def test_an_option_that_cannot_be_used_is_an_error(options: dict, found: Locatio
 
 def planned(**options: object):
     config = resolve(TrainConfig(**options), SD15, pictures=12, varied_captions=False, device=CPU)
-    return plan_samples(config, latent=True, captions=["a dog"] * 12, pictures=12)
+    return plan_samples(config, latent=True, captions=["a dog"] * 12, visits=12)
 
 
 def test_unasked_grids_stay_within_their_share_of_the_run() -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
-from finetune.data.datasets import HuggingFaceDataset, ImageFolder
+from finetune.data.datasets import HuggingFaceDataset
+from finetune.data.image_folder import ImageFolder
 from finetune.data.own import OwnPictures
 from finetune.run.sources import digest
 

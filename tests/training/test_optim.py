@@ -6,7 +6,7 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from finetune.cache.encode import encode
-from finetune.data.datasets import ImageFolder
+from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import batches
 from finetune.errors import UsageError
 from finetune.models.families import FAMILIES, defaults

@@ -9,7 +9,7 @@ from torch import Tensor
 from finetune.batch import Batch
 from finetune.cache.encode import encode
 from finetune.cache.encoded import Encoded
-from finetune.data.datasets import ImageFolder
+from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import batches
 from finetune.errors import RunError
 from finetune.models.loading import DiffusionModel, load_model

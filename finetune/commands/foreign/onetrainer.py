@@ -84,11 +84,16 @@ def _loss_weight(taken: Taken, value: Any) -> None:
 
 
 def _concepts(taken: Taken, value: Any) -> None:
-    folders = [concept["path"] for concept in value or [] if concept.get("enabled", True) and concept.get("path")]
-    if folders:
-        taken.put("data", folders[0], "concepts.path")
-    if folders[1:]:
-        taken.leave("concepts", folders[1:], "one folder is trained on; several come with a later version")
+    concepts = [concept for concept in value or [] if concept.get("enabled", True) and concept.get("path")]
+    if not concepts:
+        return
+    taken.put("data", [concept["path"] for concept in concepts], "concepts.path")
+    repeats = [concept.get("balancing", 1.0) for concept in concepts]
+    strange = [times for times in repeats if times < 1 or times != int(times)]
+    if strange or any(concept.get("balancing_strategy", "REPEATS") != "REPEATS" for concept in concepts):
+        taken.leave("concepts.balancing", repeats, "whole numbers of repeats are taken")
+    elif set(repeats) != {1}:
+        taken.put("repeats", [int(times) for times in repeats], "concepts.balancing")
 
 
 def _concept_file(taken: Taken, value: Any) -> None:

@@ -98,6 +98,31 @@ def _buckets(taken: Taken, given: dict[str, Any]) -> None:
             taken.put(name, value, name)
 
 
+def _captions(taken: Taken, given: dict[str, Any]) -> None:
+    """Kept tokens mean nothing where nothing is shuffled; each line of a file is a caption where wildcards are on."""
+    taken.ours["shuffle_caption"] = bool(given.pop("shuffle_caption", False))
+    kept = given.pop("keep_tokens", 0)
+    if taken.ours["shuffle_caption"] and kept:
+        taken.put("keep_tokens", kept, "keep_tokens")
+    if given.pop("enable_wildcard", False):
+        taken.ours["caption_lines"] = "chosen"
+
+
+def _folders(taken: Taken, subsets: list[dict[str, Any]], default: int) -> None:
+    """Folders and repeats; a setting that one folder has otherwise than the first is left."""
+    with_pictures = [subset for subset in subsets if "image_dir" in subset]
+    if not with_pictures:
+        return
+    taken.put("data", [subset["image_dir"] for subset in with_pictures], "image_dir")
+    repeats = [subset.get("num_repeats", default) for subset in with_pictures]
+    if set(repeats) != {1}:
+        taken.put("repeats", repeats, "num_repeats")
+    for subset in with_pictures[1:]:
+        for name, value in subset.items():
+            if name not in ("image_dir", "num_repeats") and value != with_pictures[0].get(name):
+                taken.leave(f"{subset['image_dir']}.{name}", value, "all folders have the settings of the first")
+
+
 def _network_module(taken: Taken, value: Any) -> None:
     if value not in ("networks.lora", "lycoris.kohya"):
         taken.leave("network_module", value, "networks.lora and lycoris.kohya have their like here")
@@ -166,6 +191,7 @@ def take(given: Mapping[str, Any], script: str) -> Taken:
         if file := given.pop(name, None):
             taken.leave(name, file, "import that file too, and put the settings together by hand")
     _buckets(taken, given)
+    _captions(taken, given)
     taken.take(given, _RENAMED)
     defaults = {option: value for option, value in DEFAULTS.items() if lora or option not in _LORA_ALONE}
     if "num_train_epochs" in taken.ours:
@@ -178,24 +204,26 @@ def take(given: Mapping[str, Any], script: str) -> Taken:
 
 
 def take_dataset(tables: Mapping[str, Any]) -> Taken:
-    """The settings of a dataset TOML: one folder of pictures is taken over."""
+    """The settings of a dataset TOML: its folders with their repeats; what else a folder has is that of the first."""
     taken = Taken("sd-scripts")
     datasets = tables.get("datasets", [])
     subsets = [subset for dataset in datasets for subset in dataset.get("subsets", [])]
     merged: dict[str, Any] = dict(tables.get("general", {}))
     for dataset in datasets[:1]:
         merged |= {name: value for name, value in dataset.items() if name != "subsets"}
+    default = merged.get("num_repeats", 1)
     for subset in subsets[:1]:
         merged |= subset
-    if len(subsets) > 1:
-        folders = ", ".join(str(subset.get("image_dir", subset)) for subset in subsets[1:])
-        taken.leave("datasets.subsets", folders, "one folder is trained on; several come with a later version")
-    names = {"image_dir": "data", "batch_size": "train_batch_size", "class_tokens": "prompt"}
+    if len(datasets) > 1:
+        taken.leave("datasets", f"{len(datasets)} tables", "settings are those of the first, folders those of all")
+    for name in ("image_dir", "num_repeats"):
+        merged.pop(name, None)
+    _folders(taken, subsets, default)
+    names = {"batch_size": "train_batch_size", "class_tokens": "prompt"}
     extension = merged.pop("caption_extension", None)
     if extension not in (None, ".txt", ".caption"):
         taken.leave("caption_extension", extension, "captions are read from .txt and .caption files")
     _buckets(taken, merged)
-    if merged.get("num_repeats") == 1:
-        merged.pop("num_repeats")
+    _captions(taken, merged)
     taken.take(merged, {**_RENAMED, **names})
     return taken

@@ -1,0 +1,34 @@
+"""CaptionVisits: which words a visit trains its picture with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from finetune import seeding
+
+
+@dataclass(frozen=True)
+class CaptionVisits:
+    """How the caption of a visit comes from those of its picture; all of it drawn from the visit's key."""
+
+    dropout: float = 0.0
+    """Share of visits without words, in [0, 1)."""
+    shuffle: bool = False
+    """The parts between commas come in another order at each visit."""
+    keep_tokens: int = 0
+    """So many of these parts, from the first, stay where they are."""
+
+    def caption(self, captions: Sequence[str], key: int) -> str:
+        """One of the captions, each as likely, or the empty one."""
+        keys = torch.tensor([key])
+        if self.dropout and seeding.uniform(keys, "caption dropout").item() < self.dropout:
+            return ""
+        number = int(seeding.integers(keys, "caption", len(captions))) if len(captions) > 1 else 0
+        return self._shuffled(captions[number], key) if self.shuffle else captions[number]
+
+    def _shuffled(self, caption: str, key: int) -> str:
+        parts = [part.strip() for part in caption.split(",")]
+        kept, moved = parts[: self.keep_tokens], parts[self.keep_tokens :]
+        order = torch.randperm(len(moved), generator=seeding.generator(key, "caption order")).tolist()
+        return ", ".join([*kept, *[moved[place] for place in order]])

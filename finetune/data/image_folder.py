@@ -1,0 +1,125 @@
+"""ImageFolder: the pictures in a folder, with the captions beside them."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from finetune.data.buckets import Buckets
+from finetune.data.captions import CAPTION_SUFFIXES, METADATA, find_captions
+from finetune.data.images import PICTURE_SUFFIXES, PictureFile, is_picture, list_files
+from finetune.data.picture_memory import PictureMemory
+from finetune.data.pictures import Ledger, PictureFiles
+from finetune.data.transforms import Preprocess
+from finetune.errors import DataError, UsageError
+from finetune.wording import listed
+
+_REPEATED = re.compile(r"(\d{1,3})_(.+)")
+"""A folder's name in the layout of sd-scripts: repeats and subject. A year has four digits."""
+
+
+class ImageFolder(PictureFiles):
+    """The pictures in a folder, at any depth, with the captions beside them (see `find_captions`).
+
+    Where all pictures lie in folders called N_SUBJECT, as sd-scripts has them, each comes N times in an epoch, and the
+    subject is the caption of those that have no other.
+
+    Args:
+        folder: where the pictures are; hidden files and folders are left out.
+        prompt: caption of the pictures that have none of their own.
+        trigger: word put in place of every [trigger], or in front of each caption.
+        resolution, resize_mode, center_crop, random_flip, buckets: see `Preprocess`.
+        caption_lines: "joined": a caption of several lines is one; "chosen": each line is one, and visits take turns.
+        memory: of earlier runs; without it, every picture is decoded once before anything else.
+
+    An id is a path relative to the folder, with forward slashes.
+
+    Raises:
+        UsageError: `folder` is none, or an option is out of range.
+        DataError: no picture in it that can be read, or a malformed metadata file.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        prompt: str | None = None,
+        *,
+        trigger: str | None = None,
+        resolution: int = 512,
+        resize_mode: Literal["crop", "squash"] = "crop",
+        center_crop: bool = True,
+        random_flip: bool = False,
+        buckets: Buckets | None = None,
+        caption_lines: Literal["joined", "chosen"] = "joined",
+        memory: PictureMemory | None = None,
+    ) -> None:
+        transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets)
+        root = Path(folder)
+        if not root.is_dir():
+            raise UsageError(f"{folder}: {'not a folder' if root.exists() else 'no such folder'}")
+        files = list_files(root)
+        self._files = [file for file in files if is_picture(file)]
+        if not self._files:
+            raise DataError(f"{folder}: no picture found; allowed are {' '.join(PICTURE_SUFFIXES)}")
+        names = [_below(root, file) for file in self._files]
+        repeats, subjects = _repeated(names)
+        found = find_captions(
+            files,
+            self._files,
+            prompt,
+            dict(zip(self._files, subjects, strict=False)),
+            by_line=caption_lines == "chosen",
+        )
+        self._count, self._caption_files = len(files), found.files
+        self._others = Counter(file.suffix.lower() or "without an ending" for file in files if _is_strange(file))
+        super().__init__(
+            str(folder),
+            names,
+            found.captions,
+            trigger=trigger,
+            transform=transform,
+            memory=memory,
+            bad={_below(root, picture): reason for picture, reason in found.unreadable.items()},
+            repeats=repeats,
+            orphans=[_below(root, file) for file in found.orphans],
+            empty=[_below(root, file) for file in found.empty],
+        )
+
+    def _file(self, place: int) -> PictureFile:
+        return self._files[place]
+
+    def ledger(self) -> Ledger:
+        strange = {f"neither pictures nor captions: {ending}": count for ending, count in sorted(self._others.items())}
+        orphans = {"caption files without a picture": len(self.orphans)} if self.orphans else {}
+        return (
+            super().ledger()._replace(found=self._count, captions=self._caption_files, skipped={**orphans, **strange})
+        )
+
+    def notes(self) -> list[str]:
+        kinds = listed([f"{count} {suffix}" for suffix, count in sorted(self._others.items())])
+        named = sorted({name.split("/")[0] for name in self.ids if _REPEATED.match(name)})
+        unused = named if set(self.repeats) == {1} else []
+        lines = {
+            f"files that are neither pictures nor captions: {kinds}": kinds,
+            f"not read as repeats, since other folders hold pictures too: {listed(unused)}": unused,
+        }
+        return super().notes() + [line for line, found in lines.items() if found]
+
+
+def _repeated(names: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Repeats and subject of each picture by the name of the folder that it lies in; both empty in other layouts."""
+    found = [_REPEATED.fullmatch(name.split("/")[0]) if "/" in name else None for name in names]
+    numbers = [(int(match[1]), match[2]) for match in found if match and int(match[1])]
+    if len(numbers) < len(names):
+        return [], []
+    return [number for number, _ in numbers], [subject for _, subject in numbers]
+
+
+def _is_strange(file: Path) -> bool:
+    return not is_picture(file) and file.name not in METADATA and file.suffix.lower() not in CAPTION_SUFFIXES
+
+
+def _below(root: Path, file: Path) -> str:
+    """The path relative to the folder, with forward slashes."""
+    return file.relative_to(root).as_posix()

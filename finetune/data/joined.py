@@ -1,0 +1,83 @@
+"""Joined: several datasets as one."""
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+from finetune.data.captions import Caption
+from finetune.data.images import Checked, Skipped
+from finetune.data.pictures import Example, Ledger, Pictures
+
+
+class Part(NamedTuple):
+    """One of the datasets."""
+
+    name: str
+    """What the ids of its pictures begin with."""
+    pictures: Pictures
+    repeats: int
+    """How many times each of its own repeats comes in an epoch."""
+
+
+class Joined(Pictures):
+    """The pictures of several datasets that share one transform, one dataset after the other.
+
+    An id is the name of the dataset and the id there: "cats/a.png".
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = list(parts)
+        self._ends = list(accumulate(len(part.pictures) for part in parts))
+        texts = [part.pictures.texts(index) for part in parts for index in range(len(part.pictures))]
+        super().__init__(
+            [f"{part.name}/{name}" for part in parts for name in part.pictures.ids],
+            [Caption(first, "", tuple(others)) for first, *others in texts],
+            [content for part in parts for content in part.pictures.contents],
+            trigger=None,
+            transform=parts[0].pictures.transform,
+            repeats=[part.repeats * times for part in parts for times in part.pictures.repeats],
+        )
+        self.sources = sum((part.pictures.sources for part in parts), Counter())
+        self.quarantined = [
+            Skipped(f"{part.name}/{bad.path}", bad.reason) for part in parts for bad in part.pictures.quarantined
+        ]
+
+    def __getitem__(self, index: int) -> Example:
+        part, place = self._place(index)
+        return part.pictures[place]._replace(id=self.ids[index])
+
+    def checked(self, index: int) -> Checked:
+        part, place = self._place(index)
+        return part.pictures.checked(place)
+
+    def ledger(self) -> Ledger:
+        whole = [part.pictures.ledger() for part in self._parts]
+        return Ledger(
+            found=sum(ledger.found for ledger in whole),
+            trained=sum(ledger.trained for ledger in whole),
+            quarantined=sum(ledger.quarantined for ledger in whole),
+            captions=sum(ledger.captions for ledger in whole),
+            skipped=sum((Counter(ledger.skipped) for ledger in whole), Counter()),
+        )
+
+    def notes(self) -> list[str]:
+        return [f"{part.name}: {line}" for part in self._parts for line in part.pictures.notes()]
+
+    def _place(self, index: int) -> tuple[Part, int]:
+        number = bisect_right(self._ends, index)
+        return self._parts[number], index - (self._ends[number - 1] if number else 0)
+
+
+def names_of(sources: Sequence[str]) -> list[str]:
+    """A name for each source, the last part of its path; a number after it where another source has the same."""
+    names: list[str] = []
+    for source in sources:
+        name, number = Path(source).name or "data", 2
+        unique = name
+        while unique in names:
+            unique, number = f"{name}-{number}", number + 1
+        names.append(unique)
+    return names
