@@ -121,7 +121,7 @@ class DataOptions:
         None, AT_LEAST_ONE, needs="aspect_ratio_bucketing", called=("bucket_resolution_steps",)
     )
     """Sides are multiples of this. Default: 64, below 512 px an eighth of the resolution."""
-    bucket_upscale: bool = option(False, needs="aspect_ratio_bucketing", called=("bucket_no_upscale",))
+    bucket_upscale: bool | None = option(None, needs="aspect_ratio_bucketing", called=("bucket_no_upscale",))
     """Enlarge pictures of fewer pixels than their size has; else they are trained in a smaller one."""
     resize_mode: Literal["crop", "squash"] = option("crop", decided_by="transform")
     """crop: scaled to cover its size, which is then cut out. squash: both sides at once, as the tutorial does."""
@@ -135,8 +135,8 @@ class DataOptions:
     """joined: a caption of several lines is one. chosen: each line is one, and each visit takes one of them."""
     shuffle_caption: bool = option(False, needs="text")
     """The parts of a caption between commas come in another order at each visit, which encodes it anew."""
-    keep_tokens: int = option(0, NOT_NEGATIVE, needs="shuffle_caption")
-    """So many of these parts, from the first, stay where they are."""
+    keep_tokens: int | None = option(None, NOT_NEGATIVE, needs="shuffle_caption")
+    """So many of these parts, from the first, stay where they are. Default: none."""
     max_token_length: Literal[77, 150, 225] = option(77, needs="text")
     """Longest caption in tokens; 150 and 225 are encoded in chunks of 75."""
     clip_skip: int | None = option(None, AT_LEAST_ONE, needs="text")

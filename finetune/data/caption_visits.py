@@ -16,8 +16,8 @@ class CaptionVisits:
     """Share of visits without words, in [0, 1)."""
     shuffle: bool = False
     """The parts between commas come in another order at each visit."""
-    keep_tokens: int = 0
-    """So many of these parts, from the first, stay where they are."""
+    keep_tokens: int | None = None
+    """So many of these parts, from the first, stay where they are; None: none."""
 
     def caption(self, captions: Sequence[str], key: int) -> str:
         """One of the captions, each as likely, or the empty one."""
@@ -29,6 +29,7 @@ class CaptionVisits:
 
     def _shuffled(self, caption: str, key: int) -> str:
         parts = [part.strip() for part in caption.split(",")]
-        kept, moved = parts[: self.keep_tokens], parts[self.keep_tokens :]
+        count = self.keep_tokens or 0
+        kept, moved = parts[:count], parts[count:]
         order = torch.randperm(len(moved), generator=seeding.generator(key, "caption order")).tolist()
         return ", ".join([*kept, *[moved[place] for place in order]])

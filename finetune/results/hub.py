@@ -133,16 +133,18 @@ def model_card(folder: Path, repository: str, settings: Mapping[str, Any]) -> st
     found = _exported(folder)
     known = about()
     told = {name: value for name, value in settings.items() if name not in known or known[name].change != "free"}
-    told |= {name: _without_folders(str(told[name])) for name in ("model", "data") if name in told}
+    sources = settings.get("data", ())
+    told |= {"model": _without_folders(told["model"])} if "model" in told else {}
+    told |= {"data": [_without_folders(source) for source in sources]} if sources else {}
     if "sample_prompts" in told:
         told["sample_prompts"] = [
             Path(given).name if Path(given).is_absolute() else given for given in told["sample_prompts"]
         ]
-    model, data = str(settings.get("model", "tiny")), str(settings.get("data", ""))
+    model = str(settings.get("model", "tiny"))
     base = FAMILIES[model].hub_id if model in FAMILIES else _hub_id(model)
     front = ModelCardData(
         base_model=base,
-        datasets=[data] if _hub_id(data) else None,
+        datasets=[source for source in sources if _hub_id(source)] or None,
         library_name="diffusers",
         pipeline_tag="text-to-image" if found.takes_text else "unconditional-image-generation",
         tags=["finetune-unet", *(["lora"] if found.adapter else [])],

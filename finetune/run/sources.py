@@ -98,7 +98,7 @@ def _buckets(config: TrainConfig, found: Location, resolution: int) -> Buckets |
     if (step := sides["bucket_reso_steps"]) % found.multiple:
         raise UsageError(f"bucket_reso_steps = {step}: {found.name} takes multiples of {found.multiple} pixels")
     smallest, largest = sides["min_bucket_reso"], sides["max_bucket_reso"]
-    return Buckets(resolution, smallest, largest, step, config.bucket_upscale)
+    return Buckets(resolution, smallest, largest, step, bool(config.bucket_upscale))
 
 
 def _own_pictures(config: TrainConfig, found: Location, dataset: Rows, resolution: int) -> Pictures:

@@ -121,12 +121,12 @@ def test_no_push_tells_where_the_base_model_lies(hub: Hub, tmp_path: Path, metho
     if method == "lora":
         add_lora(model.unet, rank=2)
     export(model, folder)
-    settings = {"model": str(base), "data": str(base / "images"), "output_dir": str(folder)}
+    settings = {"model": str(base), "data": (str(base / "images"),), "output_dir": str(folder)}
     settings["resume_from_checkpoint"] = str(base / "checkpoint-5")
     push(folder, "cats", private=False, settings=settings)
     files = hub.repositories["someone/cats"].files
     assert [path for path, content in files.items() if b"somewhere-private" in content] == []
-    assert b'data = "images"' in files["README.md"]
+    assert b'"images",' in files["README.md"]
 
 
 @pytest.mark.parametrize("private", [True, False])
@@ -238,8 +238,8 @@ def test_a_folder_that_is_named_like_a_repository_is_not_taken_for_one(
 
 
 def test_a_data_set_of_the_hub_is_named(run_folder: Path):
-    assert card(run_folder, data="owner/pictures")[0]["datasets"] == ["owner/pictures"]
-    assert "datasets" not in card(run_folder, data="/home/someone/pictures")[0]
+    assert card(run_folder, data=("owner/pictures",))[0]["datasets"] == ["owner/pictures"]
+    assert "datasets" not in card(run_folder, data=("/home/someone/pictures",))[0]
 
 
 def test_the_front_matter_says_what_was_trained(run_folder: Path, tmp_path: Path):
@@ -281,9 +281,9 @@ def test_captions_stay_inside_code_blocks(run_folder: Path):
 
 def test_the_last_setting_of_a_run_is_nobodys_folder(run_folder: Path):
     settings = {"output_dir": "/home/someone/out", "resume_from_checkpoint": "/home/someone/out/checkpoint-5"}
-    _, body = card(run_folder, **settings, data="/home/someone/images/", model="/home/someone/model", hub_model_id="x")
+    _, body = card(run_folder, **settings, data=("/home/someone/images/",), model="/home/someone/model", hub_model_id="x")
     assert "/home" not in body
-    assert tomllib.loads(block(body, "toml")) == {"data": "images", "model": "model"}
+    assert tomllib.loads(block(body, "toml")) == {"data": ["images"], "model": "model"}
     assert 'from_pretrained("model")  # a folder that is not on the hub' in block(body, "python")
 
 
