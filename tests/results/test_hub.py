@@ -281,7 +281,9 @@ def test_captions_stay_inside_code_blocks(run_folder: Path):
 
 def test_the_last_setting_of_a_run_is_nobodys_folder(run_folder: Path):
     settings = {"output_dir": "/home/someone/out", "resume_from_checkpoint": "/home/someone/out/checkpoint-5"}
-    _, body = card(run_folder, **settings, data=("/home/someone/images/",), model="/home/someone/model", hub_model_id="x")
+    _, body = card(
+        run_folder, **settings, data=("/home/someone/images/",), model="/home/someone/model", hub_model_id="x"
+    )
     assert "/home" not in body
     assert tomllib.loads(block(body, "toml")) == {"data": ["images"], "model": "model"}
     assert 'from_pretrained("model")  # a folder that is not on the hub' in block(body, "python")
