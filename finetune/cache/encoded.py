@@ -101,13 +101,13 @@ class Encoded:
         """Visits of an epoch."""
         return sum(self.repeats)
 
-    def assemble(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[tuple[Tensor, Tensor]]) -> Batch:
+    def assemble(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[tuple[Tensor, Sequence[int]]]) -> Batch:
         """Loaded visits -> Batch on the CPU. Raises DataError when the pictures differ in size."""
         ids = tuple(self.ids[index] for index in indices)
         stored = _stack([row[0] for row in loaded], ids)
         if self.encoder is not None:
             stored = self.encoder.encode(normalize(stored)).cpu()
-        geometry = torch.stack([row[1] for row in loaded])
+        geometry = torch.tensor([row[1] for row in loaded])
         visits = zip(indices, keys.tolist(), strict=True)
         rows = [self.conditions[self.captioning.caption(self.pictures.texts(index), key)] for index, key in visits]
         together = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

@@ -1,5 +1,6 @@
 """Fill a store: compute what is missing, beside other processes that do the same, and keep it as it comes."""
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,10 @@ SHARD_BYTES = 64 * 2**20
 SHARD_SECONDS = 30.0
 """A shard is written when one of these is reached: what a killed process loses."""
 
-_AHEAD = 8
+_THREADS = min(8, os.cpu_count() or 1)
+"""That prepare."""
+
+_AHEAD = 4 * _THREADS
 """Keys that are prepared while one is computed."""
 
 _WAIT = 0.2
@@ -45,7 +49,7 @@ def fill(
     prepare: Callable[[str], Prepared],
     compute: Callable[[str, Prepared], Item],
 ) -> Made:
-    """See to it that each key has its item. Two threads prepare; what they do overlaps with what this one computes.
+    """See to it that each key has its item. Threads prepare; what they do overlaps with what this one computes.
 
     Args:
         store: to be filled.
@@ -56,7 +60,7 @@ def fill(
     """
     new, missing = 0, store.missing(keys)
     bar = tqdm(total=len(missing), desc=f"encoding {kind}s", unit=kind, delay=3, leave=False)
-    with bar, ThreadPoolExecutor(2) as pool:
+    with bar, ThreadPoolExecutor(_THREADS) as pool:
         while missing:
             shard = _Shard(store, kind)
             for key, prepared in _ahead(pool, prepare, _claimed(store, missing)):

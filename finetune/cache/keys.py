@@ -14,8 +14,8 @@ def picture_key(digest: str, placement: Placement, flip: bool, encoder: str, pre
         encoder: the encoder's fingerprint.
         precision: number format that is kept.
     """
-    numbers = (*placement.scaled, *placement.corner, *placement.size, int(flip))
-    return wide_fold("picture", PREPROCESSING, digest, *numbers, encoder, precision)
+    (a, b), (c, d), (e, f) = placement.scaled, placement.corner, placement.size
+    return wide_fold(f"picture {PREPROCESSING} {digest} {a} {b} {c} {d} {e} {f} {flip} {encoder} {precision}")
 
 
 def caption_key(caption: str, conditioner: str, precision: str) -> str:

@@ -26,18 +26,20 @@ class Kept:
     precision: str
     seed: int
 
-    def load(self, index: int, key: int) -> tuple[Tensor, Tensor]:
-        """The stored encoding (C, h, w), mirrored half of the time if flips are wanted, and its geometry (6,)."""
+    def load(self, index: int, key: int) -> tuple[Tensor, tuple[int, ...]]:
+        """The stored encoding (C, h, w), mirrored half of the time if flips are wanted, and its geometry."""
         flip = self.pictures.flips and _flipped(key)
-        (item,) = self.store.load([self.key(index, flip)])
+        placement = self._placement(index)
+        (item,) = self.store.load([self._key(index, placement, flip)])
         stored = item["stored"]
-        geometry = torch.tensor(self._placement(index).geometry(flip))
-        return stored.float() if stored.is_floating_point() else stored, geometry
+        return stored.float() if stored.is_floating_point() else stored, placement.geometry(flip)
 
     def key(self, index: int, flip: bool) -> str:
         """Of the encoding of one version of a picture."""
-        digest = self.pictures.checked(index).digest
-        return picture_key(digest, self._placement(index), flip, self.encoder, self.precision)
+        return self._key(index, self._placement(index), flip)
+
+    def _key(self, index: int, placement: Placement, flip: bool) -> str:
+        return picture_key(self.pictures.checked(index).digest, placement, flip, self.encoder, self.precision)
 
     def pixels(self, index: int, flip: bool) -> Tensor:
         """(3, H, W) uint8 that are to be encoded. Raises DataError where the picture is another than at the start."""
@@ -57,15 +59,15 @@ class Live:
 
     pictures: Pictures
 
-    def load(self, index: int, key: int, flip: bool | None = None) -> tuple[Tensor, Tensor]:
-        """Pixels (3, H, W) uint8 and geometry (6,); whether mirrored, is drawn where flips are wanted, unless given."""
+    def load(self, index: int, key: int, flip: bool | None = None) -> tuple[Tensor, tuple[int, ...]]:
+        """Pixels (3, H, W) uint8 and their geometry; `flip` is drawn where flips are wanted, unless given."""
         image = self.pictures[index].image
         if image.mode != "RGB":  # those that are come upright from our own datasets
             image = to_rgb(image)
         if flip is None:
             flip = self.pictures.flips and _flipped(key)
         placement = self.pictures.placement(image.size, key)
-        return placement.pixels(image, flip), torch.tensor(placement.geometry(flip))
+        return placement.pixels(image, flip), placement.geometry(flip)
 
 
 def _flipped(key: int) -> bool:

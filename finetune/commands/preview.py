@@ -58,7 +58,7 @@ def run(options: Options, config: TrainConfig) -> None:
     visits, cells, names = Live(pictures), [], []
     for index in range(min(len(pictures), options.max_pictures)):
         pixels, geometry = visits.load(index, example_key(config.seed, pictures.ids[index], 0), flip=False)
-        height, width, *_, target_height, target_width = geometry.tolist()
+        height, width, *_, target_height, target_width = geometry
         cells.append(pixels)
         names.append(f"{target_width}x{target_height} of {width}x{height}: {pictures.ids[index]}")
     sheet = contact_sheet(cells, names, pictures.captions, counts, limit)
