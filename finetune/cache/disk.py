@@ -143,9 +143,12 @@ class DiskStore:
         return [self._read(key, *found[key]) for key in keys]
 
     def close(self) -> None:
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        try:
             with self.locked():
                 self.base.execute("DELETE FROM claims WHERE writer = ?", (self._writer.name,))
+        finally:
             self._writer.close()
             self._writer = None
 
@@ -178,7 +181,10 @@ class DiskStore:
         rows: list[tuple[Any, ...]] = []
         for start in range(0, len(keys), _MOST_KEYS):
             part = keys[start : start + _MOST_KEYS]
-            rows += self.base.execute(f"{query} ({','.join('?' * len(part))})", tuple(part)).fetchall()
+            try:
+                rows += self.base.execute(f"{query} ({','.join('?' * len(part))})", tuple(part)).fetchall()
+            except sqlite3.Error as error:
+                raise self._failed(error) from error
         return rows
 
     def _opened_writer(self) -> Writer:

@@ -1,6 +1,7 @@
 """Pictures through the encoder and captions through the conditioner, each content once."""
 
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor
@@ -56,22 +57,21 @@ def encode(
         RunError: it cannot be written (any more).
     """
     pictures = as_pictures(dataset)
-    store = open_store(cache_dir)
     wanted = list(range(len(pictures)) if visited is None else dict.fromkeys(visited))
-    made = []
-    if captioning.shuffle:
-        conditions = LiveConditions(model.conditioner)
-    else:
-        conditions = Conditions(store, model.conditioner, precision)
-        captions = [*[text for index in wanted for text in pictures.texts(index)], ""]
-        made.append(_encode_captions(conditions, model.conditioner, captions))
-        model.conditioner.to("cpu")
-    visits: Kept | Live = Live(pictures)
-    if not live:
-        visits = Kept(store, pictures, model.encoder.fingerprint, precision, seed)
-        made.append(_encode_pictures(visits, model.encoder, wanted))
-        model.encoder.to("cpu")
-    store.close()
+    with closing(open_store(cache_dir)) as store:  # or what was claimed would stay so after an error
+        made = []
+        if captioning.shuffle:
+            conditions = LiveConditions(model.conditioner)
+        else:
+            conditions = Conditions(store, model.conditioner, precision)
+            captions = [*[text for index in wanted for text in pictures.texts(index)], ""]
+            made.append(_encode_captions(conditions, model.conditioner, captions))
+            model.conditioner.to("cpu")
+        visits: Kept | Live = Live(pictures)
+        if not live:
+            visits = Kept(store, pictures, model.encoder.fingerprint, precision, seed)
+            made.append(_encode_pictures(visits, model.encoder, wanted))
+            model.encoder.to("cpu")
     encoder = model.encoder if live else None
     return Encoded(pictures, pictures.shapes(), visits, encoder, model.conditioner, conditions, captioning, made)
 

@@ -63,10 +63,12 @@ def fill(
     with bar, ThreadPoolExecutor(_THREADS) as pool:
         while missing:
             shard = _Shard(store, kind)
-            for key, prepared in _ahead(pool, prepare, _claimed(store, missing)):
-                shard.add(key, compute(key, prepared))
-                bar.update()
-            shard.write()
+            try:
+                for key, prepared in _ahead(pool, prepare, _claimed(store, missing)):
+                    shard.add(key, compute(key, prepared))
+                    bar.update()
+            finally:
+                shard.write()  # also what came before an error
             new += shard.items
             missing = store.missing(missing)
             bar.n = bar.total - len(missing)

@@ -1,5 +1,6 @@
 """PictureMemory: what earlier runs have found out about files, so that nothing is read twice without need."""
 
+import contextlib
 import os
 import sqlite3
 import threading
@@ -80,10 +81,10 @@ class PictureMemory:
         """Remember the digests of files, and the sizes of pictures that were decoded in full."""
         if not self._writable:
             return
-        with self._lock, self._base:
-            rows = [(_name(path), *stamp, digest) for path, stamp, digest in files]
+        rows = [(_name(path), *stamp, digest) for path, stamp, digest in files]
+        sizes = [(digest, *size) for digest, size in pictures]
+        with self._lock, contextlib.suppress(sqlite3.OperationalError), self._base:  # a full disk, or locked for long
             self._base.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", rows)
-            sizes = [(digest, *size) for digest, size in pictures]
             self._base.executemany("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?)", sizes)
 
     def _row(self, query: str, values: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -8,14 +8,14 @@ import tempfile
 import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune.config import ResolvedConfig, TrainConfig, as_dict, config_text, load_resolved, replace
 from finetune.errors import UsageError
 from finetune.files import is_inside, remove, write_whole
-from finetune.options import about
+from finetune.options import SECTIONS, about, about_field
 from finetune.results.export import INDEX, kohya_files, names_of_exports
 from finetune.training.checkpoint import checkpoints, latest
 
@@ -195,7 +195,7 @@ def with_earlier(config: TrainConfig) -> TrainConfig:
     earlier = load_resolved(recorded)
     lengths = {name for name, known in about().items() if known.change == "length"}
     own = config.given | (lengths if config.given & lengths else set())
-    own |= {name for name, known in about().items() if known.change == "free"}
+    own |= {field.name for field in fields(SECTIONS["output"]) if about_field(field).change == "free"}
     inherited = {name: value for name, value in as_dict(earlier).items() if name not in own}
     return replace(config, config.given | (earlier.given - own), **inherited)
 

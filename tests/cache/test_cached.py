@@ -168,6 +168,16 @@ def test_a_picture_that_changes_before_it_is_encoded_is_an_error(folder: Path, e
         encoded(images)
 
 
+def test_after_an_error_the_rest_is_kept_and_can_be_encoded_in_the_same_process(folder: Path, encoded: Count) -> None:
+    images = ImageFolder(folder, resolution=64)
+    whole = (folder / "03.png").read_bytes()
+    (folder / "03.png").write_bytes((folder / "04.png").read_bytes())
+    with pytest.raises(DataError, match=r"03\.png"):
+        encoded(images)
+    (folder / "03.png").write_bytes(whole)
+    assert encoded(images) == {"caption": (7, 0), "picture": (6, 3)}  # what was claimed is free again
+
+
 def test_pictures_of_ones_own_are_known_by_their_pixels(encoded: Count) -> None:
     class Own:
         def __init__(self, red: int) -> None:

@@ -168,6 +168,14 @@ def test_a_resume_cannot_end_before_its_checkpoint() -> None:
         choose(shorter)
 
 
+def test_a_resume_reads_its_pictures_as_before() -> None:
+    started(replace(CONFIG, output_dir="out", max_bad_fraction=0.4, cache_dir="none"))
+    resumed = runs.with_earlier(TrainConfig(resume_from_checkpoint="latest", output_dir="out"))
+    assert (resumed.max_bad_fraction, resumed.cache_dir) == (0.4, "none")
+    other = runs.with_earlier(TrainConfig(resume_from_checkpoint="latest", output_dir="out", cache_dir="elsewhere"))
+    assert other.cache_dir == "elsewhere"
+
+
 def test_an_explicit_resume_may_be_longer_but_not_of_other_pictures() -> None:
     path = started(replace(CONFIG, output_dir="out"))
     longer = replace(CONFIG, output_dir="out", resume_from_checkpoint="latest", max_train_steps=20)
