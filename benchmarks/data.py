@@ -132,9 +132,9 @@ def index(work: Path) -> None:
     """A store and an order of a million items."""
     for count in (1_000, 1_000_000):
         store = DiskStore(work / f"store-{count}")
-        item = {"stored": torch.zeros(8, 8, 8)}
         for start in range(0, count, 20_000):
-            store.put("picture", {f"{number:032x}": item for number in range(start, min(count, start + 20_000))})
+            numbers = range(start, min(count, start + 20_000))
+            store.put("picture", {f"{number:032x}": {"stored": torch.zeros(8, 8, 8)} for number in numbers})
         store.close()
         opened = seconds(lambda place=store.folder: DiskStore(place).missing([f"{0:032x}"]))
         reader, source = DiskStore(store.folder), random.Random(0)

@@ -6,11 +6,12 @@
 The model has Stable Diffusion 1.5's shape and random weights; it is built once, without download. Three loops train:
 
   a  the plain loop of diffusers' text-to-image example scripts: VAE and text encoder at every step, all in fp32;
-  b  the bare UNet: forward, backward, optimizer step, on inputs that lie ready, at our precision;
+  b  a bare loop at its best: weights in half precision, hand-written low-rank layers, inputs that lie ready, fused
+     AdamW on these weights, no masters, no metrics;
   c  finetune's Trainer, fed by its loader.
 
 They take turns in rounds, so that what else the machine does falls on all alike, and ratios are taken within a round.
-Not timed is what comes before the first step: loading, and for c the encoding of the pictures.
+Not timed is what comes before the first step, such as encoding. On a CPU it also says where the time of our step goes.
 """
 
 # diffusers annotates its own methods narrower than what they take and give.
@@ -29,7 +30,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,10 @@ import numpy as np
 import psutil
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from loops import LEARNING_RATE, Step, bare_loop, our_loop, our_trainer, schedule, unet_config
 from peft import LoraConfig
 from PIL import Image
+from step_profile import profile_step
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import functional as vision
@@ -48,14 +52,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import finetune as ft
 from finetune.models.loading import without_library_bars
 from finetune.models.tiny import tiny_folder
+from finetune.run.compiling import compile_blocks
 from finetune.run.precision import DTYPES, resolve_precision
-from finetune.training.optim import make_optimizer
 
-Step = Callable[[], object]
-
-LABELS = {"a": "plain diffusers loop, fp32", "b": "bare UNet", "c": "finetune: loader and Trainer"}
+LABELS = {"a": "plain diffusers loop, fp32", "b": "bare loop at its best", "c": "finetune: loader and Trainer"}
 CAPTION = "a picture of noise"
-LEARNING_RATE = 1e-5
 
 
 @without_library_bars()
@@ -69,12 +70,14 @@ def main() -> None:
     peaks = {name: peak_bytes_in_child(name) for name in names if name != "b"}  # first, while memory is free
     report = {
         "machine": describe_machine(options.device),
-        "options": {name: value for name, value in vars(options).items() if name not in ("only", "json")},
+        "options": {name: value for name, value in vars(options).items() if name not in ("only", "json", "against")},
         "left_out": left_out,
         "peak_bytes": peaks,
         **summarize(measure(options, folder, names), options.batch_size),
     }
     print_table(report, options)
+    if options.against:
+        print_changes(json.loads(options.against.read_text(encoding="utf-8")), report)
     if options.json:
         options.json.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
 
@@ -92,9 +95,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="per loop and round")
     parser.add_argument("--width", type=int, default=320, help="of the UNet's first level; 64: 38 M parameters")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="in all three")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet of b and c while they are timed")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet's blocks in b and c")
     parser.add_argument("--model_dir", type=Path, default=Path(tempfile.gettempdir()) / "finetune-benchmarks")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--against", type=Path, help="an earlier --json: print how the figures have changed")
     parser.add_argument("--only", choices=("a", "c"), help="only print the peak memory of this loop alone, in bytes")
     options = parser.parse_args()
     if options.width % 32 or options.resolution % 64:
@@ -139,15 +143,8 @@ def build_model(model_dir: Path, width: int) -> Path:
             )
         ),
         tokenizer=tokenizer,
-        unet=UNet2DConditionModel(
-            sample_size=64,
-            block_out_channels=(width, 2 * width, 4 * width, 4 * width),
-            cross_attention_dim=768,
-            attention_head_dim=8,
-        ),
-        scheduler=DDPMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-        ),
+        unet=UNet2DConditionModel(**unet_config("sd15", width)),
+        scheduler=schedule(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -222,54 +219,43 @@ def our_parts(options: argparse.Namespace, folder: Path) -> tuple[ft.Trainer, It
     if lora:
         ft.add_lora(model.unet, options.rank)
     encoded = ft.encode(RandomPictures(options), model)
-    trainer = ft.Trainer(
-        model.unet,
-        model.encoder,
-        ft.NoisePrediction(model.scheduler),
-        make_optimizer("adamw", ft.trainable(model.unet), learning_rate=LEARNING_RATE),
-        learning_rate=lambda step: LEARNING_RATE,
-        micro_batch_size=options.batch_size,
-        precision=precision,
-    )
-    steps = (options.rounds + 1) * options.steps + 1  # one batch is for b
-    return trainer, ft.batches(encoded, batch_size=options.batch_size, steps=steps, device=options.device)
+    trainer = our_trainer(model.unet, model.encoder, ft.NoisePrediction(model.scheduler), precision)
+    if options.compile and (why_not := compile_blocks(model.unet)):
+        sys.exit(f"--compile: {why_not}")
+    steps = (options.rounds + 1) * options.steps + 10  # a few are for b, and to count
+    return trainer, ft.batches(encoded, batch_size=options.batch_size, steps=steps)
 
 
-def bare_loop(trainer: ft.Trainer, batch: ft.Batch) -> Step:
-    """b: what no trainer can leave out, on the trainer's own UNet and optimizer."""
-    noised = trainer.objective.draw(trainer.encoder.sample(batch.stored, batch.keys), batch.keys)
-    trainer.unet.train()
-
-    def step() -> None:
-        with torch.autocast(noised.x_t.device.type, trainer.precision, enabled=trainer.precision is not None):
-            prediction = trainer.unet(noised.x_t, noised.t, **batch.cond).sample
-        F.mse_loss(prediction.float(), noised.target).backward()
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad(set_to_none=True)
-
+def bare_parts(options: argparse.Namespace, folder: Path, trainer: ft.Trainer, batch: ft.Batch) -> Step:
+    """The bare loop on a UNet of its own, and one of our batches."""
+    dtype = DTYPES[options.precision] or torch.float32
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=dtype).to(options.device)
+    if options.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    (part,) = trainer.prepare(batch).parts
+    rank = options.rank if options.method == "lora" else None
+    step = bare_loop(unet, part.drawn.x_t.to(dtype), part.drawn.t, part.drawn.target, dict(part.cond), rank)
+    if options.compile:
+        compile_blocks(unet)
     return step
-
-
-def our_loop(trainer: ft.Trainer, batches: Iterator[ft.Batch]) -> Step:
-    """c: the loop of `fine_tune` without its log, samples and checkpoints."""
-    return lambda: trainer.step(next(batches))
 
 
 def measure(options: argparse.Namespace, folder: Path, names: str) -> dict[str, Any]:
     """Sizes of the UNet, operations of its step, and seconds per step of each loop in each round."""
     loops: dict[str, Step] = {"a": plain_loop(options, folder)} if "a" in names else {}
     trainer, batches = our_parts(options, folder)
-    loops |= {"b": bare_loop(trainer, next(batches)), "c": our_loop(trainer, batches)}
-    operations = count_operations(loops["b"])
-    if options.compile:
-        trainer.unet.compile()  # after the count, which cannot look into compiled code
-    seconds, matmul_rate = take_turns(loops, options)
+    loops["b"] = bare_parts(options, folder, trainer, next(batches))
+    operations = None if options.compile else count_operations(loops["b"])  # it cannot look into compiled code
+    with our_loop(trainer, batches) as loops["c"]:
+        seconds, matmul_rate = take_turns(loops, options)
+        ours = {} if options.device.type == "cuda" else profile_step(loops["c"], trainer.unet, trainer.optimizer)
     return {
         "parameters": sum(parameter.numel() for parameter in trainer.unet.parameters()),
         "trained_parameters": sum(parameter.numel() for parameter in trainer.parameters.values()),
         "operations_per_step": operations,
         "matmul_operations_per_second": matmul_rate,
         "seconds_per_step": seconds,
+        "our_step": ours,
     }
 
 
@@ -328,9 +314,10 @@ def peak_bytes_in_child(name: str) -> int:
 
 def peak_bytes_alone(options: argparse.Namespace, folder: Path) -> int:
     """Peak memory of this process after it has loaded the model, encoded (c) and made a few steps."""
-    step = plain_loop(options, folder) if options.only == "a" else our_loop(*our_parts(options, folder))
-    for _ in range(options.steps):
-        step()
+    plain = options.only == "a"
+    with nullcontext(plain_loop(options, folder)) if plain else our_loop(*our_parts(options, folder)) as step:
+        for _ in range(options.steps):
+            step()
     return peak_bytes(options.device)
 
 
@@ -371,8 +358,15 @@ def summarize(figures: dict[str, Any], batch_size: int) -> dict[str, Any]:
             for name in seconds
             if name != "c"
         },
-        "operations_per_second": figures["operations_per_step"] / medians["c"],
+        "operations_per_second": (figures["operations_per_step"] or 0) / medians["c"],
     }
+
+
+def print_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Each loop's median seconds a step, then and now."""
+    for name, seconds in now["median_seconds_per_step"].items():
+        if (earlier := before["median_seconds_per_step"].get(name)) is not None:
+            print(f"{name}    {earlier:.3g} s a step before, {seconds:.3g} now: {earlier / seconds:.3f} times as fast")
 
 
 def print_table(report: dict[str, Any], options: argparse.Namespace) -> None:
@@ -390,7 +384,12 @@ def print_table(report: dict[str, Any], options: argparse.Namespace) -> None:
     for name, ratios in report["ratios"].items():
         print(f"{name}  {statistics.median(ratios):.3f}  ({min(ratios):.3f} to {max(ratios):.3f} over the rounds)")
     reached, best = report["operations_per_second"] / 1e12, report["matmul_operations_per_second"] / 1e12
-    print(f"c    {reached:.3g} TFLOP/s, {reached / best:.0%} of the {best:.3g} of a large matmul")
+    if reached:
+        print(f"c    {reached:.3g} TFLOP/s, {reached / best:.0%} of the {best:.3g} of a large matmul")
+    if step := report["our_step"]:
+        parts = ", ".join(f"{name} {step[name]:.3g} s" for name in ("forward", "backward", "optimizer"))
+        print(f"c    {parts}; {step['share_outside']:.1%} of the step outside of these")
+        print(f"c    {step['casts']} casts a step, which write {step['cast_bytes'] / 1e6:.3g} MB")
     print(report["left_out"])
 
 

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from finetune.results.export import export
     from finetune.results.sampling import draw_pictures, grid
     from finetune.training.ema import Ema
+    from finetune.training.metrics import StepMetrics
     from finetune.training.objective import Noised, NoisePrediction
-    from finetune.training.trainer import StepMetrics, Trainer
+    from finetune.training.trainer import Prepared, Trainer
 
 _HOMES = {
     "batch": ("Batch",),
@@ -48,7 +49,8 @@ _HOMES = {
     "results.sampling": ("draw_pictures", "grid"),
     "training.ema": ("Ema",),
     "training.objective": ("NoisePrediction", "Noised"),
-    "training.trainer": ("StepMetrics", "Trainer"),
+    "training.metrics": ("StepMetrics",),
+    "training.trainer": ("Prepared", "Trainer"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -65,6 +67,7 @@ __all__ = [
     "ImageFolder",
     "NoisePrediction",
     "Noised",
+    "Prepared",
     "Preprocess",
     "StepMetrics",
     "TrainConfig",

@@ -1,8 +1,8 @@
 """Batch: everything one optimizer step needs of its examples, as tensors."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,39 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Mapping[str, Any]) -
         name: map_tensors(function, value) if isinstance(value, Mapping) else function(value)
         for name, value in tree.items()
     }
+
+
+Tree = TypeVar("Tree")
+
+
+def moved(tree: Tree, device: torch.device | str) -> Tree:
+    """A tensor, or a mapping or dataclass of them, on `device`: through pinned memory, so that nobody waits."""
+    found: Any = tree
+    if isinstance(found, Tensor):
+        found = found.pin_memory() if found.device.type == "cpu" and torch.device(device).type == "cuda" else found
+        return found.to(device, non_blocking=True)
+    if isinstance(found, Mapping):
+        return {name: moved(value, device) for name, value in found.items()}  # pyright: ignore[reportReturnType]
+    if is_dataclass(found) and not isinstance(found, type):
+        there: Any = {field.name: moved(getattr(found, field.name), device) for field in fields(found)}
+        return replace(found, **there)  # pyright: ignore[reportReturnType]
+    return tree
+
+
+def as_input(cond: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A UNet's keyword arguments for weights of this dtype.
+
+    SDXL's `time_ids` are pixels, for which half precision is too coarse: the UNet itself rounds what it makes of them.
+    """
+    cast: dict[str, Any] = {}
+    for name, value in cond.items():
+        if isinstance(value, Mapping):
+            cast[name] = as_input(value, dtype)
+        elif isinstance(value, Tensor) and value.is_floating_point() and name != "time_ids":
+            cast[name] = value.to(dtype)
+        else:
+            cast[name] = value
+    return cast
 
 
 @dataclass(frozen=True)
@@ -40,18 +73,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`; the keys stay on the CPU, where draws are made."""
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        return replace(
-            self,
-            stored=move(self.stored),
-            cond=map_tensors(move, self.cond),
-            geometry=move(self.geometry),
-            weight=move(self.weight),
-            extra=None if self.extra is None else move(self.extra),
-        )
+        return replace(moved(self, device), keys=self.keys)
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Consecutive slices of at most `size` examples, for gradient accumulation."""

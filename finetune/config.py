@@ -72,6 +72,7 @@ class ResolvedConfig(TrainConfig):
     lora_alpha: float
     lora_target_modules: tuple[str, ...]
     mixed_precision: Literal["no", "fp16", "bf16"]
+    compile: bool
     resolution: int
     aspect_ratio_bucketing: bool
     caption_dropout: float
@@ -254,8 +255,9 @@ def load_resolved(path: Path) -> ResolvedConfig:
         if not derived:  # written by version 0.1.0, as if all were given, but for what it decided in the end
             targets = config.lora_target_modules or ATTENTION_AND_FEED_FORWARD
             derived = {"lora_target_modules": targets, "lora_alpha": config.lora_alpha or float(config.rank)}
-        if config.aspect_ratio_bucketing is None:  # versions without buckets wrote nothing of them
-            derived.setdefault("aspect_ratio_bucketing", False)
+        for later in ("aspect_ratio_bucketing", "compile"):  # versions without these wrote nothing of them
+            if getattr(config, later) is None:
+                derived.setdefault(later, False)
         return ResolvedConfig(config, **derived)
     except UsageError as error:
         raise UsageError(f"config file {path}: {error}") from error

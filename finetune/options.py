@@ -91,7 +91,10 @@ class ModelOptions:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = option("auto", change="machine")
-    """auto: bf16 where the hardware multiplies it natively (CPUs included), else fp16 on a GPU and no on a CPU."""
+    """What the UNet computes in. auto: bf16 where the hardware multiplies it natively (CPUs included), else fp16 on a
+    GPU and no on a CPU."""
+    compile: bool | None = option(None, change="machine", called=("torch_compile", "compile_unet"))
+    """torch.compile the UNet's blocks. Default: on a GPU, where the run is long enough to win the time back."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import time
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -10,9 +9,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from torch import nn
 
 from finetune.cache.encode import encode
 from finetune.config import ResolvedConfig, TrainConfig, as_settings
+from finetune.data.ahead import ahead
 from finetune.data.caption_visits import CaptionVisits
 from finetune.data.loader import training_steps
 from finetune.data.own import Rows
@@ -28,11 +29,13 @@ from finetune.results.export import discard_steps_after, export, export_step, ex
 from finetune.results.lora_facts import LoraFacts
 from finetune.run import folder as run_folder
 from finetune.run.base import load_base, numbers_by_block
-from finetune.run.grids import FIRST_STEPS, discard_strangers, draw_grid, lay_side_by_side, steps_between
+from finetune.run.compiling import compile_blocks
+from finetune.run.grids import discard_strangers, draw_grid, lay_side_by_side
 from finetune.run.ledger import write_ledger
 from finetune.run.memory import check_memory
 from finetune.run.parts import Run
-from finetune.run.precision import DTYPES, deterministic
+from finetune.run.precision import DTYPES, gpu_algorithms
+from finetune.run.reports import reports
 from finetune.run.resolve import resolve, with_absolute_paths
 from finetune.run.samples import plan_samples
 from finetune.run.signals import catch_signals
@@ -79,7 +82,7 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
         _push(config, folder.path)
         return folder.path
     print(f"{'memory':>10}  {check_memory(config, found, accelerator.device)}")
-    with run_folder.occupied(folder), deterministic(config.deterministic):
+    with run_folder.occupied(folder), gpu_algorithms(deterministic=config.deterministic):
         run = _put_together(config, found, pictures, folder, accelerator)
         try:
             _begin(run, folder.checkpoint)
@@ -98,7 +101,7 @@ def _put_together(
     config: ResolvedConfig, found: Location, pictures: Pictures, folder: run_folder.RunFolder, accelerator: Accelerator
 ) -> Run:
     """Load the model, encode the pictures, and record and say what is going to happen."""
-    model = _load(config, found).to(accelerator.device)
+    model = _load(config, found, accelerator.device)
     sampler = _sampler(config, pictures)
     encoded = encode(
         pictures,
@@ -164,43 +167,39 @@ def _train(run: Run) -> None:
     total = config.max_train_steps
     epoch = steps_per_epoch(run.encoded.epoch_visits, config.global_batch)
     every_epochs = config.save_model_epochs and config.save_model_epochs * epoch
-    log = tracking.Log(run.folder, trainer.steps_done)
-    steps = training_steps(
+    planned = training_steps(
         run.encoded,
         batch_size=config.global_batch,
         steps=total,
         seed=config.seed,
         start=trainer.steps_done,
         num_workers=config.dataloader_num_workers,
-        device=run.accelerator.device,
     )
-    every = steps_between(run)
-    with catch_signals() as stop, tracking.progress(trainer.steps_done, total) as progress:
-        if trainer.steps_done == total or due(trainer.steps_done, every):  # the last part stopped before it
+    prepared = (trainer.prepare(*batches) for batches in planned)
+    with catch_signals() as stop, reports(run) as told, ahead(prepared, wanted=not run.encoded.live) as steps:
+        if trainer.steps_done == total or due(trainer.steps_done, told.between_grids):  # the last part stopped before
             draw_grid(run)
-            progress.resume()
-        clock = time.perf_counter()
-        for batches in steps:
-            metrics = trainer.step(*batches)
-            seconds = time.perf_counter() - clock
-            log.write(metrics, seconds)
-            tracking.track(run.accelerator, metrics)
-            progress.show(metrics, seconds)
-            if metrics.step == FIRST_STEPS:
-                every = steps_between(run)
-            last = metrics.step == total
-            if last or stop.number or due(metrics.step, config.checkpointing_steps) or due(metrics.step, every_epochs):
+        told.resume()
+        for prepared_step in steps:
+            told.add(trainer.take(prepared_step))
+            step = trainer.steps_done
+            last = step == total
+            saves = last or stop.number or due(step, config.checkpointing_steps) or due(step, every_epochs)
+            draws = last or due(step, told.between_grids)
+            if not saves and not draws:
+                continue
+            told.finish()
+            if saves:
                 saved = checkpoint.save(run.folder, trainer.state_dict(), keep=config.checkpoints_total_limit)
                 if not last:
-                    with trainer.averaged():
-                        export_step(run.model, run.folder, metrics.step, _told(run))
+                    with trainer.in_full():
+                        export_step(run.model, run.folder, step, _told(run))
                 if stop.number and not last:
                     kept = f"{saved} is kept, and the same command goes on from there"
-                    raise Interrupted(f"stopped at step {metrics.step} of {total}; {kept}", stop.number)
-            if last or due(metrics.step, every):
+                    raise Interrupted(f"stopped at step {step} of {total}; {kept}", stop.number)
+            if draws:
                 draw_grid(run)
-                progress.resume()
-            clock = time.perf_counter()
+            told.resume()
 
 
 def due(step: int, every: int | Fraction | None) -> bool:
@@ -211,7 +210,7 @@ def due(step: int, every: int | Fraction | None) -> bool:
 def _finish(run: Run) -> None:
     """Export, prove the export, and say where everything is."""
     config, folder = run.config, run.folder
-    with run.trainer.averaged():
+    with run.trainer.in_full():
         difference = export(run.model, folder, _told(run))
     lay_side_by_side(run)
     write_ledger(folder, run.pictures, _sampler(config, run.pictures), run.trainer.steps_done)
@@ -257,12 +256,16 @@ def _push(config: ResolvedConfig, folder: Path) -> None:
         print("pushed:", hub.push(folder, config.hub_model_id, private=private, settings=as_settings(config)))
 
 
-def _load(config: ResolvedConfig, found: Location) -> DiffusionModel:
-    """The model, with an adapter for LoRA; a frozen base needs no more than half precision, trained weights fp32."""
+def _load(config: ResolvedConfig, found: Location, device: torch.device) -> DiffusionModel:
+    """The model on its device, with an adapter for LoRA: what is frozen in half precision, what learns in fp32."""
     half = DTYPES[config.mixed_precision] if config.method == "lora" else None
-    model = load_base(config, found, half or torch.float32)
+    model = load_base(config, found, half or torch.float32).to(device)
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
+    if device.type == "cuda":
+        nn.Module.to(model.unet, memory_format=torch.channels_last)  # in which its convolutions are fastest there
+    if config.compile and (why_not := compile_blocks(model.unet)):
+        print(f"{'note':>10}  the UNet is not compiled: {why_not}")
     if config.init_lora and (left := Adapter(model.unet).take_over(Path(config.init_lora))):
         print(f"{'note':>10}  {config.init_lora}: {counted(left, 'tensor')} for text encoders, which stay as they are")
     return model

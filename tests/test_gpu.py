@@ -11,9 +11,18 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from finetune.cache.encode import encode
 from finetune.config import TrainConfig
+from finetune.data.ahead import ahead
+from finetune.data.image_folder import ImageFolder
+from finetune.data.loader import batches
+from finetune.models.loading import load_model
+from finetune.models.lora import add_lora, trainable
 from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
+from finetune.training.objective import NoisePrediction
+from finetune.training.optim import make_optimizer
+from finetune.training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -53,6 +62,32 @@ def test_losses_equal_those_of_a_cpu_run(pictures: Path, tmp_path: Path) -> None
     command = [sys.executable, "-m", "finetune", "--config", str(cuda / "config.toml"), "--output_dir", str(cpu)]
     subprocess.run(command, check=True, env=os.environ | {"ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""})
     assert losses(cuda) == pytest.approx(losses(cpu), rel=1e-2)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_step_waits_for_nothing(pictures: Path, method: str) -> None:
+    model = load_model("tiny").to("cuda")
+    if method == "lora":
+        add_lora(model.unet, rank=4)
+    encoded = encode(ImageFolder(pictures, "a disc", resolution=64), model)
+    learned = trainable(model.unet.requires_grad_(True) if method == "full" else model.unet)
+    optimizer = make_optimizer("adamw", learned, learning_rate=1e-4)
+    objective = NoisePrediction(model.scheduler)
+    trainer = Trainer(model.unet, model.encoder, objective, optimizer, precision=torch.bfloat16)
+    with ahead(trainer.prepare(batch) for batch in batches(encoded, batch_size=2, steps=4)) as steps:
+        trainer.take(next(steps))  # makes the optimizer's state
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            made = [trainer.take(step) for step in steps]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(0 < metrics.loss < 10 for metrics in made)
+
+
+def test_compiled_blocks_give_the_losses_of_others(pictures: Path, tmp_path: Path) -> None:
+    plain = run(pictures, tmp_path / "plain", mixed_precision="no", deterministic=True, rank=4, compile=False)
+    compiled = run(pictures, tmp_path / "compiled", mixed_precision="no", deterministic=True, rank=4, compile=True)
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-3)
 
 
 def test_live_encoding_gives_the_losses_of_kept_encodings(pictures: Path, tmp_path: Path) -> None:

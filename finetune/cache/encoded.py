@@ -83,6 +83,11 @@ class Encoded:
         return len(self.pictures)
 
     @property
+    def live(self) -> bool:
+        """Whether a visit needs an encoder, which nothing else can use meanwhile."""
+        return self.encoder is not None or isinstance(self.conditions, LiveConditions)
+
+    @property
     def ids(self) -> Sequence[str]:
         return self.pictures.ids
 

@@ -81,7 +81,6 @@ def run(options: Options) -> None:
         num_inference_steps=options.num_inference_steps,
         guidance_scale=guidance_scale,
         negative_prompt=options.negative_prompt,
-        precision=half,
     )
     _save(rows, options.prompt or ("unconditional",), options.seed, output)
 

@@ -27,6 +27,7 @@ from finetune.models.lora_kinds import (
     without_alpha_for_whole_factors,
 )
 from finetune.models.lora_layouts import PEFT_PREFIX, LoraFile, from_kohya, read_lora, write_kohya
+from finetune.models.lora_lean import lean
 from finetune.models.lora_math import rank_of
 from finetune.models.lora_names import layer_names
 from finetune.options import ATTENTION_AND_FEED_FORWARD
@@ -90,6 +91,7 @@ def add_lora(
                 f"lora_target_modules {', '.join(target_modules)}: {str(error).splitlines()[0]}"
             ) from error
     without_alpha_for_whole_factors(unet, "default", config)
+    lean(unet, "default")
     for parameter in trainable(unet):
         parameter.data = parameter.data.float()
 

@@ -13,9 +13,10 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from finetune.batch import as_input
 from finetune.files import write_whole
 from finetune.models.loading import DiffusionModel
 from finetune.results.lettering import fitting, write
@@ -37,7 +38,6 @@ def draw_pictures(
     num_inference_steps: int,
     guidance_scale: float = 7.5,
     negative_prompt: str = "",
-    precision: torch.dtype | None = None,
     at_once: int = 1,
 ) -> list[list[Image.Image]]:
     """Pictures for each prompt (outer) and seed (inner), the UNet in eval mode.
@@ -53,7 +53,6 @@ def draw_pictures(
         num_inference_steps: sampler steps; pixel mode uses DDIM.
         guidance_scale: classifier-free guidance, 1 is none; latent mode only.
         negative_prompt: what guidance leads away from.
-        precision: dtype that the UNet computes in, as it did in training; VAE and text encoder stay in their own.
         at_once: pictures of a prompt that are drawn as one batch: quicker, but rounded otherwise than one by one.
     """
     model.to(model.unet.device)  # `encode` has sent the frozen parts to the CPU
@@ -61,7 +60,7 @@ def draw_pictures(
     pipeline = model.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     if isinstance(pipeline, DDPMPipeline):
-        with _computing_in(precision, model.unet), _progress(model.unet, num_inference_steps):
+        with _spoken_to_in_full(model.unet), _progress(model.unet, num_inference_steps):
             return [_draw_unconditional(pipeline, seeds, num_inference_steps)]
     draw: Any = pipeline
     batches = [seeds[start : start + at_once] for start in range(0, len(seeds), at_once)]
@@ -71,7 +70,7 @@ def draw_pictures(
             encoded = model.conditioner.pipeline_arguments(prompt, negative_prompt)
             row: list[Image.Image] = []
             for some in batches:
-                with _computing_in(precision, model.unet):
+                with _spoken_to_in_full(model.unet):
                     row += draw(
                         **encoded,
                         num_images_per_prompt=len(some),
@@ -97,16 +96,16 @@ def _progress(unet: nn.Module, steps: int) -> Iterator[None]:
 
 
 @contextmanager
-def _computing_in(precision: torch.dtype | None, unet: Any) -> Iterator[None]:
-    """Inside, the UNet alone runs under autocast, and answers in fp32: guidance magnifies what is rounded off."""
-    if precision is None:
+def _spoken_to_in_full(unet: Any) -> Iterator[None]:
+    """Inside, the UNet takes and answers fp32 whatever its dtype: guidance magnifies what is rounded off."""
+    dtype = next(unet.parameters()).dtype  # of its first layer, where `unet.dtype` would see an adapter's
+    if dtype == torch.float32:
         yield
         return
     plain = unet.forward
 
-    def forward(*args: Any, return_dict: bool = True, **options: Any) -> Any:
-        with torch.autocast(unet.device.type, dtype=precision):
-            answer = plain(*args, return_dict=True, **options)
+    def forward(sample: Tensor, timestep: Tensor, return_dict: bool = True, **options: Any) -> Any:
+        answer = plain(sample.to(dtype), timestep, return_dict=True, **as_input(options, dtype))
         answer.sample = answer.sample.float()
         return answer if return_dict else (answer.sample,)
 

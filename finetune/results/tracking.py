@@ -7,10 +7,9 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy
 import torch
@@ -20,24 +19,20 @@ from tqdm.auto import tqdm
 
 from finetune.errors import UsageError
 from finetune.files import write_whole
-from finetune.training.trainer import StepMetrics
+from finetune.training.metrics import StepMetrics
+
+METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 
 
 class Log:
-    """Appends a line per step to two files in the run folder.
+    """Appends a line per step to two files.
 
     `metrics.jsonl` holds only what the run determines, so that two equal runs write equal files; `timings.jsonl`
     what the machine determines.
-
-    Args:
-        folder: the run folder.
-        step: steps already done; later lines of an interrupted run are cut off.
     """
 
-    def __init__(self, folder: Path, step: int):
-        self._metrics, self._timings = folder / "metrics.jsonl", folder / "timings.jsonl"
-        for path in (self._metrics, self._timings):
-            _cut(path, step)
+    def __init__(self, metrics: TextIO, timings: TextIO):
+        self._metrics, self._timings = metrics, timings
 
     def write(self, metrics: StepMetrics, seconds: float) -> None:
         """Log one step: its metrics, the seconds since the last, images per second and peak memory in GB."""
@@ -47,20 +42,37 @@ class Log:
             "images_per_second": round(metrics.examples / seconds, 3),
             "peak_memory_gb": round(peak_memory_gb(), 3),
         }
-        for path, record in ((self._metrics, asdict(metrics)), (self._timings, timing)):
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+        for file, record in ((self._metrics, metrics.as_dict()), (self._timings, timing)):
+            file.write(json.dumps(record) + "\n")
+
+
+@contextmanager
+def log(folder: Path, step: int) -> Iterator[Log]:
+    """Inside, the log of a run folder, whose files hold each line as soon as it is written.
+
+    Args:
+        folder: the run folder.
+        step: steps already done; later lines of an interrupted run are cut off.
+    """
+    for name in (METRICS, TIMINGS):
+        _cut(folder / name, step)
+    with _appended(folder / METRICS) as metrics, _appended(folder / TIMINGS) as timings:
+        yield Log(metrics, timings)
+
+
+def _appended(path: Path) -> TextIO:
+    return path.open("a", encoding="utf-8", buffering=1)
 
 
 def note_grid(folder: Path, step: int, seconds: float) -> None:
     """Record in timings.jsonl how long a sample grid has taken."""
-    with (folder / "timings.jsonl").open("a", encoding="utf-8") as file:
+    with _appended(folder / TIMINGS) as file:
         file.write(json.dumps({"step": step, "grid_seconds": round(seconds, 4)}) + "\n")
 
 
 def timings(folder: Path) -> list[dict[str, Any]]:
     """The lines of timings.jsonl."""
-    return [json.loads(line) for line in (folder / "timings.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / TIMINGS).read_text(encoding="utf-8").splitlines()]
 
 
 def _cut(path: Path, step: int) -> None:
@@ -147,7 +159,7 @@ def start_trackers(accelerator: Accelerator, folder: Path, settings: Mapping[str
 
 def track(accelerator: Accelerator, metrics: StepMetrics) -> None:
     """Send a step's metrics to the open trackers."""
-    values = asdict(metrics)
+    values = metrics.as_dict()
     accelerator.log(values, step=values.pop("step"))
 
 

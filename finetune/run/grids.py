@@ -38,7 +38,6 @@ def draw_grid(run: Run) -> None:
                 num_inference_steps=prompt.num_inference_steps or config.num_inference_steps,
                 guidance_scale=config.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale,
                 negative_prompt=prompt.negative,
-                precision=run.trainer.precision,
                 at_once=AT_ONCE,
             )[0]
             for prompt in samples.prompts

@@ -9,7 +9,7 @@ import torch
 from finetune.errors import UsageError
 
 DTYPES: dict[str, torch.dtype | None] = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""The mixed_precision option -> dtype of autocast (None: none)."""
+"""The mixed_precision option -> dtype that the UNet computes in (None: its weights')."""
 
 
 def resolve_precision(wanted: str, device: torch.device, *, small: bool) -> str:
@@ -39,20 +39,21 @@ def resolve_precision(wanted: str, device: torch.device, *, small: bool) -> str:
 
 
 @contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Inside, if wanted, a GPU takes only algorithms that give the same bits every time; torch's setting is put back.
+def gpu_algorithms(*, deterministic: bool) -> Iterator[None]:
+    """Inside, a GPU takes its fastest algorithms, or only those that give the same bits every time; then as before.
 
-    cuBLAS reads its part of it from the environment when it is first used: nothing may have multiplied before.
+    The fastest are those that cuDNN finds by trying, and for fp32 products TF32 (10 bits of mantissa). cuBLAS reads
+    its part of the other choice from the environment when it is first used: nothing may have multiplied before.
     """
-    if not wanted:
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+    backends = torch.backends
+    before = torch.are_deterministic_algorithms_enabled(), backends.cudnn.benchmark, backends.cuda.matmul.allow_tf32
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    backends.cudnn.benchmark = not deterministic
+    backends.cuda.matmul.allow_tf32 = not deterministic
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
+        backends.cudnn.benchmark, backends.cuda.matmul.allow_tf32 = before[1:]

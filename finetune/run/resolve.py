@@ -13,6 +13,7 @@ from finetune.errors import UsageError
 from finetune.models.families import FAMILIES, bucket_sides, default_method, defaults, total_steps, warmup_steps
 from finetune.models.locate import Location
 from finetune.options import about
+from finetune.run.compiling import compile_pays
 from finetune.run.precision import resolve_precision
 from finetune.run.prompts import is_prompt_file
 
@@ -72,18 +73,20 @@ def resolve(
     suited |= bucket_sides(resolution, found.multiple) if buckets else {}
     derived = {name: value for name, value in suited.items() if getattr(config, name) is None}
     visits = pictures if epoch_visits is None else epoch_visits
+    length = _length(config, found, suited, pictures, visits)
+    small = found.family.is_small(resolution)
+    steps = length["max_train_steps"] or 0
     return ResolvedConfig(
         config,
         **derived
-        | _length(config, found, suited, pictures, visits)
+        | length
         | {
             "method": method,
             "resolution": resolution,
             "aspect_ratio_bucketing": buckets is not None,
             "lora_alpha": float(config.rank) if config.lora_alpha is None else config.lora_alpha,
-            "mixed_precision": resolve_precision(
-                config.mixed_precision, device, small=found.family.is_small(resolution)
-            ),
+            "mixed_precision": resolve_precision(config.mixed_precision, device, small=small),
+            "compile": compile_pays(device, steps, small=small) if config.compile is None else config.compile,
         },
     )
 

@@ -29,7 +29,7 @@ def print_summary(run: Run) -> None:
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_scheduler}, "
         f"{config.lr_warmup_steps} warm-up steps{', EMA' if config.use_ema else ''}",
         "precision": f"{'fp32' if config.mixed_precision == 'no' else config.mixed_precision} "
-        f"on {run.trainer.device.type}",
+        f"on {run.trainer.device.type}{', compiled' if config.compile else ''}",
         "samples": _samples(run.samples),
         "output": str(run.folder),
     }

@@ -82,8 +82,7 @@ class NoisePrediction:
 
         `input_noise`, if given, replaces the noise in x_t but not in the target.
         """
-        self.alphas_cumprod = self.alphas_cumprod.to(x0.device)
-        abar = self.alphas_cumprod[t]
+        abar = self.alphas_cumprod.to(x0.device, non_blocking=True)[t]
         signal, spread = (root.view(-1, 1, 1, 1) for root in (abar.sqrt(), (1 - abar).sqrt()))
         x_t = signal * x0 + spread * (noise if input_noise is None else input_noise)
         if self.prediction_type == "epsilon":

@@ -21,7 +21,7 @@ def make_optimizer(
     weight_decay: float = 0.01,
     epsilon: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    """An optimizer by name: adamw (fused), adafactor and sgd from torch, prodigy from prodigyopt.
+    """An optimizer by name: adamw and sgd (both fused) and adafactor from torch, prodigy from prodigyopt.
 
     `parameters` may be groups, as `parameter_groups` makes them.
 
@@ -34,7 +34,7 @@ def make_optimizer(
             some, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon, fused=True
         )
     if name == "sgd":
-        return torch.optim.SGD(some, lr=learning_rate, weight_decay=weight_decay)
+        return torch.optim.SGD(some, lr=learning_rate, weight_decay=weight_decay, fused=True)
     if name == "adafactor":
         return torch.optim.Adafactor(some, lr=learning_rate, weight_decay=weight_decay)
     if name != "prodigy":

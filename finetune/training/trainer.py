@@ -2,18 +2,21 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from finetune.batch import Batch
+from finetune.batch import Batch, as_input, moved
 from finetune.errors import RunError
 from finetune.models.encoders import Encoder
 from finetune.seeding import fold
 from finetune.training.ema import Ema
+from finetune.training.masters import Masters
+from finetune.training.metrics import Arriving, StepMetrics, Values
 
 MAX_OVERFLOWS = 25
 """Steps in a row that fp16 may skip: its loss scale starts at 2 ** 16 and halves each time."""
@@ -23,40 +26,50 @@ class Objective(Protocol):
     """What a network is trained to do: `NoisePrediction`, or one of your own."""
 
     def draw(self, x0: Tensor, keys: Tensor) -> Any:
-        """Everything random of a visit: x0 (B, C, H, W), keys (B,) on the CPU."""
+        """Everything random of a visit: x0 (B, C, H, W), keys (B,) on the CPU; a tensor, or a dataclass of them."""
         ...
 
     def loss(self, network: Any, drawn: Any, cond: Mapping[str, Any], extra: Tensor | None, /) -> Tensor:
-        """The loss of each example, (B,) fp32, from what `draw` answered."""
+        """The loss of each example, (B,) fp32, from what `draw` answered; `network(x, t, **cond)` answers a UNet's."""
         ...
 
 
 @dataclass(frozen=True)
-class StepMetrics:
-    """What one optimizer step did."""
+class MicroBatch:
+    """Examples of one forward pass, drawn and on the device."""
 
-    step: int
-    """Steps done, this one included."""
-    loss: float
-    """sum(w l) / sum(w) over the step's examples."""
-    grad_norm: float | None
-    """L2 norm of the gradient before clipping; None where fp16 overflowed and the step was skipped."""
-    lr: float
-    examples: int
+    drawn: Any
+    cond: Mapping[str, Any]
+    extra: Tensor | None
+    weight: Tensor
+    """(B,) fp32."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that an optimizer step takes, on the device: `Trainer.prepare` makes it, ahead of time if you like."""
+
+    parts: tuple[MicroBatch, ...]
+    weight: Tensor
+    """(B,) of all parts."""
+    total: float
+    """The sum of the weights."""
+    ids: tuple[str, ...]
 
 
 class Trainer:
     """Trains the parameters of `unet` that require gradients.
 
     Args:
-        unet: the UNet, plain or with an adapter, or any module that the objective can call.
+        unet: the UNet, plain or with an adapter, or any module that the objective can call. What learns is in fp32.
         encoder: turns what a batch stores into x0.
         objective: draws noise and timesteps, measures the error.
         optimizer: over the trainable parameters.
         learning_rate: updates done before (0 for the first) -> rate; None keeps the optimizer's own.
         micro_batch_size: examples per forward pass; None: the whole batch at once. Changes nothing but memory.
         max_grad_norm: clip to this norm; 0: never.
-        precision: dtype of autocast; None computes in the weights' own. fp16 scales the loss dynamically.
+        precision: dtype that the UNet computes in (see `Masters`); None: the weights' own. fp16 scales the loss
+            dynamically.
         ema: follows each update.
         seed: of the dropout inside the network, anew for each step and micro-batch.
     """
@@ -76,36 +89,29 @@ class Trainer:
         seed: int = 0,
     ):
         self.unet = unet
-        self.device = next(unet.parameters()).device
+        self.masters = Masters(unet, precision)
+        self.parameters = self.masters.parameters
+        first = next(unet.parameters())
+        self.device, self.dtype = first.device, first.dtype
         self.encoder = encoder
         self.objective = objective
         self.optimizer = optimizer
         self.learning_rate = learning_rate
         self.micro_batch_size = micro_batch_size
         self.max_grad_norm = max_grad_norm
-        self.precision = precision
         self.ema = ema
         self.seed = seed
         self.steps_done = 0
         self.updates = 0
         """Steps that changed the weights: all but those that fp16 skipped. Learning rate and EMA count these."""
         self.overflows = 0
-        self.parameters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+        self.waits = self.scaler.is_enabled() or not getattr(optimizer, "_step_supports_amp_scaling", False)
+        """Each step waits for the device before the update: the optimizer cannot be told there whether to make it."""
+        self.halted = torch.zeros((), device=self.device)
+        """On the device: 1 from the first step on that was not finite; no update is made any more."""
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in unet.modules())
-
-    def autocast(self) -> torch.autocast:
-        """The precision that the UNet runs in, for sampling as for training."""
-        return torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the UNet holds its EMA weights, where there is an EMA."""
-        if self.ema is None:
-            yield
-        else:
-            with self.ema.swapped_in():
-                yield
+        self._before: StepMetrics | None = None
 
     def step(self, *batches: Batch) -> StepMetrics:
         """One optimizer step on all examples of the batches, whatever the micro-batch size.
@@ -114,45 +120,81 @@ class Trainer:
             batches: each of examples of one shape.
 
         Raises:
-            RunError: the loss or gradient is not finite; the examples are named and no weight has changed.
+            RunError: the loss or gradient of this step or of the one before is not finite; the message names the step
+                and the examples, and no weight has changed since. On a GPU that of this step comes with the next one,
+                or when its metrics are read.
         """
+        return self.take(self.prepare(*batches))
+
+    def prepare(self, *batches: Batch) -> Prepared:
+        """The random part of a step, and its way to the device: a function of the batches, so call it when you like."""
+        parts = [part for batch in batches for part in batch.split(self.micro_batch_size or len(batch))]
+        weight = torch.cat([batch.weight for batch in batches])
+        drawn = []
+        for part in parts:
+            noised = self.objective.draw(self.encoder.sample(part.stored, part.keys), part.keys)
+            drawn.append(MicroBatch(noised, as_input(part.cond, self.dtype), part.extra, part.weight))
+        ids = tuple(name for batch in batches for name in batch.ids)
+        total = float(weight.sum())
+        return Prepared(tuple(moved(part, self.device) for part in drawn), moved(weight, self.device), total, ids)
+
+    def take(self, step: Prepared) -> StepMetrics:
+        """`step`, of what was prepared."""
         lr = self._set_learning_rate()
-        losses = self.backward(*batches)
+        losses = self.backward(step)
         self.scaler.unscale_(self.optimizer)
         limit = self.max_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), limit, foreach=True)
-        weight = torch.cat([batch.weight for batch in batches]).to(losses.device)
-        loss, grad_norm = torch.stack([(weight * losses).sum() / weight.sum(), norm]).tolist()  # the step's one sync
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
-            ids = [name for batch in batches for name in batch.ids]
-            self._refuse_or_skip(ids, losses, loss, grad_norm)
+        loss = (step.weight * losses).sum() / step.total
+        number, arriving = self.steps_done + 1, Arriving(loss, norm)
+        read = partial(self._finite, number, step.ids, losses, arriving)
+        if self.waits:
+            values = read()
+            arriving, read = None, lambda: values
         else:
-            self.overflows = 0
+            finite = loss.isfinite() & norm.isfinite()
+            self.halted = torch.maximum(self.halted, (~finite).float())
+            self.optimizer.found_inf = self.halted  # pyright: ignore[reportAttributeAccessIssue] # fused optimizers'
+        self._update()
+        self.steps_done = number
+        metrics = StepMetrics(number, lr, len(step.ids), arriving, read)
+        self.settle()
+        self._before = metrics
+        return metrics
+
+    def settle(self) -> None:
+        """Wait for the step before, and raise RunError if it was not finite."""
+        before, self._before = self._before, None
+        if before is not None:
+            before.as_dict()
+
+    def backward(self, step: Prepared) -> Tensor:
+        """Accumulate the gradient of sum(w l) / sum(w) over all parts; answers the examples' losses, (B,) fp32."""
+        if not self.unet.training:
+            self.unet.train()
+        losses = []
+        for number, part in enumerate(step.parts):
+            with self._dropout_seeded(number):
+                loss = self.objective.loss(self._network, part.drawn, part.cond, part.extra)
+            self.scaler.scale((part.weight * loss).sum() / step.total).backward()
+            self.masters.collect()
+            losses.append(loss.detach())
+        return torch.cat(losses)
+
+    def _network(self, x: Tensor, t: Tensor, **cond: Any) -> Any:
+        return self.unet(x.to(self.dtype), t, **cond)
+
+    def _update(self) -> None:
+        """The optimizer's step on the masters, unless the device or the scaler says no; then what follows them."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if not self.overflows:
-            if self.ema is not None:
-                self.ema.update(self.updates)
-            self.updates += 1
-        self.steps_done += 1
-        return StepMetrics(self.steps_done, loss, None if self.overflows else grad_norm, lr, len(losses))
-
-    def backward(self, *batches: Batch) -> Tensor:
-        """Accumulate the gradient of sum(w l) / sum(w) over all batches; answers the examples' losses, (B,) fp32."""
-        if not self.unet.training:
-            self.unet.train()
-        total = sum(batch.weight.sum() for batch in batches)
-        losses = []
-        parts = (part for batch in batches for part in batch.split(self.micro_batch_size or len(batch)))
-        for number, part in enumerate(parts):
-            with self._dropout_seeded(number), self.autocast():
-                x0 = self.encoder.sample(part.stored, part.keys)
-                noised = self.objective.draw(x0, part.keys)
-                loss = self.objective.loss(self.unet, noised, part.cond, part.extra)
-            self.scaler.scale((part.weight * loss).sum() / total).backward()
-            losses.append(loss.detach())
-        return torch.cat(losses)
+        if self.overflows:
+            return
+        self.masters.write_back()
+        if self.ema is not None:
+            self.ema.update(self.updates)
+        self.updates += 1
 
     def _set_learning_rate(self) -> float:
         if self.learning_rate is not None:
@@ -161,18 +203,21 @@ class Trainer:
         first = self.optimizer.param_groups[0]
         return first["lr"] / first.get("factor", 1.0)
 
-    def _refuse_or_skip(self, ids: Sequence[str], losses: Tensor, loss: float, grad_norm: float) -> None:
-        """Raise RunError, but for an overflow of fp16 gradients: the scaler skips that step and lowers its scale."""
+    def _finite(self, step: int, ids: Sequence[str], losses: Tensor, arriving: Arriving) -> Values:
+        """Loss and norm of a step. Raises RunError, but for an overflow of fp16, which the scaler skips."""
+        loss, norm = arriving.wait()
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.overflows = 0
+            return loss, norm
         self.overflows += 1
         if math.isfinite(loss) and self.scaler.is_enabled() and self.overflows <= MAX_OVERFLOWS:
-            return
+            return loss, None
         self.optimizer.zero_grad(set_to_none=True)
         bad = [name for name, finite in zip(ids, losses.isfinite().tolist(), strict=True) if not finite]
-        whole = f"the gradient's norm is {grad_norm} over {', '.join(ids)}"
+        whole = f"the gradient's norm is {norm} over {', '.join(ids)}"
         what = f"the loss is not finite for {', '.join(bad)}" if bad else whole
         raise RunError(
-            f"step {self.steps_done + 1}: {what}; "
-            "no weight was changed. A lower learning_rate or mixed_precision no may help"
+            f"step {step}: {what}; no weight was changed. A lower learning_rate or mixed_precision no may help"
         )
 
     @contextmanager
@@ -189,8 +234,32 @@ class Trainer:
                 torch.cuda.manual_seed(seed)
             yield
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the UNet computes with its EMA weights, where there is an EMA: for pictures."""
+        if self.ema is None:
+            yield
+            return
+        try:
+            with self.ema.swapped_in():
+                self.masters.write_back()
+                yield
+        finally:
+            self.masters.write_back()
+
+    @contextmanager
+    def in_full(self) -> Iterator[None]:
+        """Inside, the UNet holds what it has learned in fp32, averaged where there is an EMA: for an export."""
+        self.settle()
+        with self.ema.swapped_in() if self.ema else nullcontext(), self.masters.lent():
+            yield
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs beside its config: weights, optimizer, EMA, scaler, steps done."""
+        """Everything a resumed run needs beside its config: weights, optimizer, EMA, scaler, steps done.
+
+        Raises RunError when the last step was not finite.
+        """
+        self.settle()
         return {
             "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -211,7 +280,12 @@ class Trainer:
             raise RunError("the checkpoint holds other parameters than this run trains (model, method or rank differ)")
         for name, parameter in self.parameters.items():
             parameter.copy_(state["weights"][name])
+        self.masters.write_back()
         self.optimizer.load_state_dict(dict(state["optimizer"]))
+        for parameter, slots in self.optimizer.state.items():
+            for name, value in slots.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:  # files forget channels_last
+                    slots[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         if self.ema is not None:
             self.ema.load(state["ema"])
         self.scaler.load_state_dict(dict(state["scaler"]))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from finetune.errors import UsageError
-from finetune.run.precision import deterministic, resolve_precision
+from finetune.run.precision import gpu_algorithms, resolve_precision
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])
@@ -20,8 +20,13 @@ def test_a_cpu_refuses_fp16_and_leaves_small_networks_in_fp32() -> None:
         resolve_precision("fp16", torch.device("cpu"), small=False)
 
 
-def test_deterministic_algorithms_are_asked_for_and_put_back() -> None:
+def test_the_choice_of_algorithms_is_made_and_put_back() -> None:
+    backends = torch.backends
     for wanted in (True, False):
-        with deterministic(wanted):
+        with gpu_algorithms(deterministic=wanted):
             assert torch.are_deterministic_algorithms_enabled() == wanted
+            assert backends.cudnn.benchmark != wanted
+            assert backends.cuda.matmul.allow_tf32 != wanted
         assert not torch.are_deterministic_algorithms_enabled()
+        assert not backends.cudnn.benchmark
+        assert not backends.cuda.matmul.allow_tf32

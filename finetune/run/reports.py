@@ -1,0 +1,56 @@
+"""What is told of each step: lines in files, trackers, and the progress on the terminal."""
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from finetune.results import tracking
+from finetune.run.grids import FIRST_STEPS, steps_between
+from finetune.run.parts import Run
+from finetune.training.metrics import StepMetrics
+
+
+class Reports:
+    """Tells of a step as soon as nobody has to wait for its figures: on a GPU that is one step later."""
+
+    def __init__(self, run: Run, log: tracking.Log, progress: tracking.Progress):
+        self.between_grids = steps_between(run)
+        """Steps between sample grids, None while that is not known."""
+        self._run, self._log, self._progress = run, log, progress
+        self._waiting: deque[StepMetrics] = deque()
+        self._clock = time.perf_counter()
+
+    def add(self, metrics: StepMetrics) -> None:
+        """A step that was just made; tells of it, or of the one before."""
+        self._waiting.append(metrics)
+        while self._waiting and (len(self._waiting) > 1 or self._waiting[0].ready):
+            self._tell(self._waiting.popleft())
+
+    def finish(self) -> None:
+        """Tell of what has not been told of, before something else is done than training."""
+        while self._waiting:
+            self._tell(self._waiting.popleft())
+
+    def resume(self) -> None:
+        """What was done since the last step (a grid, a checkpoint) does not count into the time of the next."""
+        self._clock = time.perf_counter()
+        self._progress.resume()
+
+    def _tell(self, metrics: StepMetrics) -> None:
+        metrics.as_dict()  # waits for the step, so that the time is its own
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        self._log.write(metrics, seconds)
+        tracking.track(self._run.accelerator, metrics)
+        self._progress.show(metrics, seconds)
+        if metrics.step == FIRST_STEPS:
+            self.between_grids = steps_between(self._run)
+
+
+@contextmanager
+def reports(run: Run) -> Iterator[Reports]:
+    """The reports of a run from the trainer's step on, its files open inside."""
+    done, total = run.trainer.steps_done, run.config.max_train_steps
+    with tracking.log(run.folder, done) as log, tracking.progress(done, total) as progress:
+        yield Reports(run, log, progress)
