@@ -151,6 +151,7 @@ def our_trainer(unet: Any, encoder: Any, objective: ft.NoisePrediction, precisio
         make_optimizer("adamw", ft.trainable(unet), learning_rate=LEARNING_RATE),
         learning_rate=lambda step: LEARNING_RATE,
         precision=precision,
+        cuda_graphs=True,
     )
 
 
@@ -167,6 +168,4 @@ def unet_of(name: str, device: torch.device, dtype: torch.dtype, width: int = 32
     with torch.device(device):
         unet = UNet2DConditionModel(**unet_config(name, width))
     nn.Module.to(unet, dtype)
-    if device.type == "cuda":
-        nn.Module.to(unet, memory_format=torch.channels_last)
     return unet

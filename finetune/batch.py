@@ -7,30 +7,45 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-
-def map_tensors(function: Callable[[Tensor], Tensor], tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Apply `function` to every tensor of a nested mapping (SDXL's `added_cond_kwargs` is one level down)."""
-    return {
-        name: map_tensors(function, value) if isinstance(value, Mapping) else function(value)
-        for name, value in tree.items()
-    }
-
-
 Tree = TypeVar("Tree")
 
 
-def moved(tree: Tree, device: torch.device | str) -> Tree:
-    """A tensor, or a mapping or dataclass of them, on `device`: through pinned memory, so that nobody waits."""
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+    """The same tree of mappings and dataclasses, with `function` of each tensor in its place.
+
+    SDXL's `added_cond_kwargs` is such a mapping, one level down.
+    """
     found: Any = tree
     if isinstance(found, Tensor):
-        found = found.pin_memory() if found.device.type == "cpu" and torch.device(device).type == "cuda" else found
-        return found.to(device, non_blocking=True)
+        return function(found)  # pyright: ignore[reportReturnType]
     if isinstance(found, Mapping):
-        return {name: moved(value, device) for name, value in found.items()}  # pyright: ignore[reportReturnType]
+        return {name: map_tensors(function, value) for name, value in found.items()}  # pyright: ignore[reportReturnType]
     if is_dataclass(found) and not isinstance(found, type):
-        there: Any = {field.name: moved(getattr(found, field.name), device) for field in fields(found)}
+        there: Any = {field.name: map_tensors(function, getattr(found, field.name)) for field in fields(found)}
         return replace(found, **there)  # pyright: ignore[reportReturnType]
     return tree
+
+
+def moved(tree: Tree, device: torch.device | str) -> Tree:
+    """A tree's tensors on `device`: through pinned memory, so that nobody waits."""
+    pinned = torch.device(device).type == "cuda"
+
+    def move(tensor: Tensor) -> Tensor:
+        tensor = tensor.pin_memory() if pinned and tensor.device.type == "cpu" else tensor
+        return tensor.to(device, non_blocking=True)
+
+    return map_tensors(move, tree)
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The tensors in a mapping or dataclass, and in those inside of it, in their order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, Mapping):
+        return [tensor for value in tree.values() for tensor in tensors_of(value)]
+    if is_dataclass(tree):
+        return [tensor for field in fields(tree) for tensor in tensors_of(getattr(tree, field.name))]
+    return []
 
 
 def as_input(cond: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -95,6 +95,8 @@ class ModelOptions:
     GPU and no on a CPU."""
     compile: bool | None = option(None, change="machine", called=("torch_compile", "compile_unet"))
     """torch.compile the UNet's blocks. Default: on a GPU, where the run is long enough to win the time back."""
+    cuda_graphs: bool = option(True, change="machine")
+    """On a GPU, launch a step as a whole instead of kernel by kernel, where it fits into memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

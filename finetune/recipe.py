@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from torch import nn
 
 from finetune.cache.encode import encode
 from finetune.config import ResolvedConfig, TrainConfig, as_settings
@@ -262,8 +261,6 @@ def _load(config: ResolvedConfig, found: Location, device: torch.device) -> Diff
     model = load_base(config, found, half or torch.float32).to(device)
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
-    if device.type == "cuda":
-        nn.Module.to(model.unet, memory_format=torch.channels_last)  # in which its convolutions are fastest there
     if config.compile and (why_not := compile_blocks(model.unet)):
         print(f"{'note':>10}  the UNet is not compiled: {why_not}")
     if config.init_lora and (left := Adapter(model.unet).take_over(Path(config.init_lora))):
@@ -309,4 +306,5 @@ def _trainer(config: ResolvedConfig, model: DiffusionModel) -> Trainer:
         precision=DTYPES[config.mixed_precision],
         ema=ema,
         seed=config.seed,
+        cuda_graphs=config.cuda_graphs,
     )

@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from finetune.batch import Batch
 from finetune.cache.encode import encode
 from finetune.config import TrainConfig
 from finetune.data.ahead import ahead
@@ -64,18 +67,43 @@ def test_losses_equal_those_of_a_cpu_run(pictures: Path, tmp_path: Path) -> None
     assert losses(cuda) == pytest.approx(losses(cpu), rel=1e-2)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_step_waits_for_nothing(pictures: Path, method: str) -> None:
-    model = load_model("tiny").to("cuda")
+def trained(pictures: Path, method: str, *, cuda_graphs: bool) -> tuple[Trainer, Iterator[Batch]]:
+    """A trainer of `tiny` in bf16, and eight batches for it."""
+    model = load_model("tiny")
     if method == "lora":
         add_lora(model.unet, rank=4)
-    encoded = encode(ImageFolder(pictures, "a disc", resolution=64), model)
+    encoded = encode(ImageFolder(pictures, "a disc", resolution=64), model, cache_dir="none")
+    model.unet.to("cuda")
     learned = trainable(model.unet.requires_grad_(True) if method == "full" else model.unet)
     optimizer = make_optimizer("adamw", learned, learning_rate=1e-4)
     objective = NoisePrediction(model.scheduler)
-    trainer = Trainer(model.unet, model.encoder, objective, optimizer, precision=torch.bfloat16)
-    with ahead(trainer.prepare(batch) for batch in batches(encoded, batch_size=2, steps=4)) as steps:
-        trainer.take(next(steps))  # makes the optimizer's state
+    options: dict[str, Any] = {"precision": torch.bfloat16, "cuda_graphs": cuda_graphs, "micro_batch_size": 1}
+    trainer = Trainer(model.unet, model.encoder, objective, optimizer, **options)
+    return trainer, batches(encoded, batch_size=2, steps=8)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_graphs_change_nothing(pictures: Path, method: str) -> None:
+    found = []
+    for cuda_graphs in (True, False):
+        trainer, all_batches = trained(pictures, method, cuda_graphs=cuda_graphs)
+        made = [trainer.step(batch) for batch in all_batches]
+        assert (trainer.graphs is not None) == cuda_graphs
+        assert trainer.graphs is None or trainer.graphs._recorded
+        found.append(
+            ([metrics.loss for metrics in made], torch.cat([p.flatten() for p in trainer.parameters.values()]))
+        )
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-3)
+    assert (found[0][1] - found[1][1]).norm() <= 1e-3 * found[1][1].norm()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+def test_a_step_waits_for_nothing(pictures: Path, method: str, cuda_graphs: bool) -> None:
+    trainer, all_batches = trained(pictures, method, cuda_graphs=cuda_graphs)
+    with ahead(trainer.prepare(batch) for batch in all_batches) as steps:
+        for _ in range(4):  # makes the optimizer's state, and records the graph
+            trainer.take(next(steps))
         torch.cuda.set_sync_debug_mode("error")
         try:
             made = [trainer.take(step) for step in steps]
@@ -99,6 +127,7 @@ def test_live_encoding_gives_the_losses_of_kept_encodings(pictures: Path, tmp_pa
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_longer_run_resumes(pictures: Path, tmp_path: Path, precision: str) -> None:
     config = {"mixed_precision": precision, "rank": 4, "use_ema": True, "lr_warmup_steps": 0}
+    config["lr_scheduler"] = "constant"  # any other ends with its run
     straight = run(pictures, tmp_path / "straight", max_train_steps=10, **config)
     run(pictures, tmp_path / "out", **config)
     resumed = run(pictures, tmp_path / "out", max_train_steps=10, resume_from_checkpoint="latest", **config)

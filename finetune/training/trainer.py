@@ -15,6 +15,7 @@ from finetune.errors import RunError
 from finetune.models.encoders import Encoder
 from finetune.seeding import fold
 from finetune.training.ema import Ema
+from finetune.training.graphs import Graphs
 from finetune.training.masters import Masters
 from finetune.training.metrics import Arriving, StepMetrics, Values
 
@@ -41,8 +42,8 @@ class MicroBatch:
     drawn: Any
     cond: Mapping[str, Any]
     extra: Tensor | None
-    weight: Tensor
-    """(B,) fp32."""
+    share: Tensor
+    """(B,) fp32: of each example's loss in that of the step, w / sum(w) over all parts."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,6 @@ class Prepared:
     """All that an optimizer step takes, on the device: `Trainer.prepare` makes it, ahead of time if you like."""
 
     parts: tuple[MicroBatch, ...]
-    weight: Tensor
-    """(B,) of all parts."""
-    total: float
-    """The sum of the weights."""
     ids: tuple[str, ...]
 
 
@@ -72,6 +69,8 @@ class Trainer:
             dynamically.
         ema: follows each update.
         seed: of the dropout inside the network, anew for each step and micro-batch.
+        cuda_graphs: on a GPU, launch a whole micro-batch at once (see `Graphs`), where that is possible: in half
+            precision, without dropout and gradient checkpointing. The objective's `loss` must not read a value then.
     """
 
     def __init__(
@@ -87,6 +86,7 @@ class Trainer:
         precision: torch.dtype | None = None,
         ema: Ema | None = None,
         seed: int = 0,
+        cuda_graphs: bool = False,
     ):
         self.unet = unet
         self.masters = Masters(unet, precision)
@@ -111,6 +111,10 @@ class Trainer:
         self.halted = torch.zeros((), device=self.device)
         """On the device: 1 from the first step on that was not finite; no update is made any more."""
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in unet.modules())
+        checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in unet.modules())
+        draws = self.has_dropout or checkpoints  # which saves and sets the generator's state
+        possible = self.device.type == "cuda" and precision is not None and not self.scaler.is_enabled() and not draws
+        self.graphs = Graphs(self._compute, self.masters.working, self.device) if cuda_graphs and possible else None
         self._before: StepMetrics | None = None
 
     def step(self, *batches: Batch) -> StepMetrics:
@@ -129,14 +133,13 @@ class Trainer:
     def prepare(self, *batches: Batch) -> Prepared:
         """The random part of a step, and its way to the device: a function of the batches, so call it when you like."""
         parts = [part for batch in batches for part in batch.split(self.micro_batch_size or len(batch))]
-        weight = torch.cat([batch.weight for batch in batches])
+        total = sum(part.weight.sum() for part in parts)
         drawn = []
         for part in parts:
             noised = self.objective.draw(self.encoder.sample(part.stored, part.keys), part.keys)
-            drawn.append(MicroBatch(noised, as_input(part.cond, self.dtype), part.extra, part.weight))
+            drawn.append(MicroBatch(noised, as_input(part.cond, self.dtype), part.extra, part.weight / total))
         ids = tuple(name for batch in batches for name in batch.ids)
-        total = float(weight.sum())
-        return Prepared(tuple(moved(part, self.device) for part in drawn), moved(weight, self.device), total, ids)
+        return Prepared(tuple(moved(part, self.device) for part in drawn), ids)
 
     def take(self, step: Prepared) -> StepMetrics:
         """`step`, of what was prepared."""
@@ -145,7 +148,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         limit = self.max_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), limit, foreach=True)
-        loss = (step.weight * losses).sum() / step.total
+        loss = (torch.cat([part.share for part in step.parts]) * losses).sum()
         number, arriving = self.steps_done + 1, Arriving(loss, norm)
         read = partial(self._finite, number, step.ids, losses, arriving)
         if self.waits:
@@ -175,11 +178,14 @@ class Trainer:
         losses = []
         for number, part in enumerate(step.parts):
             with self._dropout_seeded(number):
-                loss = self.objective.loss(self._network, part.drawn, part.cond, part.extra)
-            self.scaler.scale((part.weight * loss).sum() / step.total).backward()
+                losses.append(self._compute(part) if self.graphs is None else self.graphs(part))
             self.masters.collect()
-            losses.append(loss.detach())
         return torch.cat(losses)
+
+    def _compute(self, part: MicroBatch) -> Tensor:
+        loss = self.objective.loss(self._network, part.drawn, part.cond, part.extra)
+        self.scaler.scale((part.share * loss).sum()).backward()
+        return loss.detach()
 
     def _network(self, x: Tensor, t: Tensor, **cond: Any) -> Any:
         return self.unet(x.to(self.dtype), t, **cond)
