@@ -13,7 +13,6 @@ are computed in fp32 and rounded.
 import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from loops import conditions, schedule, unet_of
 from torch import Tensor, nn
 
 import finetune as ft
-from finetune.batch import as_input, moved
+from finetune.batch import moved
 
 BF16 = torch.bfloat16
 
@@ -49,9 +48,8 @@ def main() -> None:
                     parameter.data += 0.01
             nn.Module.to(unet, weights)
             change(unet)
-            seen = replace(noised, x_t=noised.x_t.to(weights))
             with torch.autocast(device.type, BF16) if autocast else nullcontext():
-                loss = objective.loss(unet, seen, as_input(cond, weights))
+                loss = objective.loss(unet, noised, cond)
             loss.sum().backward()
             gradient = torch.cat([p.grad.double().flatten() for p in ft.trainable(unet) if p.grad is not None])
             found = loss.detach().double(), gradient

@@ -235,7 +235,6 @@ def train(
         objective,
         make_optimizer("adamw", parameters.values(), learning_rate=peak, betas=(0.9, 0.99)),
         learning_rate=partial(learning_rate, peak=peak, schedule="cosine", warmup=min(300, steps // 10), total=steps),
-        precision=DTYPES[resolve_precision("auto", torch.device("cpu"), small=False)],
         ema=ema,
         seed=seed,
     )
@@ -243,7 +242,9 @@ def train(
         trainer.load_state_dict(checkpoint.load(last))
     losses: list[float] = []
     clock = time.perf_counter()
-    with catch_signals() as stop, (run / "log.txt").open("a", encoding="utf-8") as log:
+    half = DTYPES[resolve_precision("auto", torch.device("cpu"), small=False)]
+    autocast = torch.autocast("cpu", half, enabled=half is not None)  # what it trains stays in fp32
+    with catch_signals() as stop, (run / "log.txt").open("a", encoding="utf-8") as log, autocast:
         for examples in ft.batches(source, batch_size=batch, steps=steps, seed=seed, start=trainer.steps_done):
             metrics = trainer.step(examples)
             losses.append(metrics.loss)

@@ -1,6 +1,6 @@
 import torch
 
-from finetune.batch import Batch
+from finetune.batch import Batch, as_input, map_tensors, tensors_of
 
 
 def make_batch(size: int) -> Batch:
@@ -30,6 +30,27 @@ def test_split_covers_every_example_once_in_order_nested_conditions_too() -> Non
         [part.extra.flatten() for part in parts if part.extra is not None],
     ):
         assert torch.cat(values).tolist() == list(range(7))
+
+
+def test_a_tree_keeps_its_form_and_the_order_of_its_tensors() -> None:
+    batch = make_batch(2)
+    doubled = map_tensors(lambda tensor: 2 * tensor, batch)
+    assert isinstance(doubled, Batch)
+    assert doubled.ids == batch.ids
+    assert doubled.cond["added_cond_kwargs"]["time_ids"].tolist() == [[0], [2]]
+    pairs = zip(tensors_of(batch), tensors_of(doubled), strict=True)
+    assert all(torch.equal(2 * one, two) for one, two in pairs)
+    assert len(tensors_of(batch)) == 7
+
+
+def test_inputs_are_rounded_but_for_pixels_that_half_precision_cannot_count() -> None:
+    cond = {
+        "encoder_hidden_states": torch.full((1, 1, 1), 1 / 3),
+        "added_cond_kwargs": {"text_embeds": torch.ones(1, 2), "time_ids": torch.tensor([[1023.0, 3021.0]])},
+    }
+    rounded = as_input(cond, torch.bfloat16)
+    assert rounded["encoder_hidden_states"].dtype == rounded["added_cond_kwargs"]["text_embeds"].dtype == torch.bfloat16
+    assert rounded["added_cond_kwargs"]["time_ids"].tolist() == [[1023.0, 3021.0]]
 
 
 def test_keys_stay_on_the_cpu() -> None:

@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from finetune import seeding
+from finetune.batch import as_input
 from finetune.errors import UsageError
 
 
@@ -107,12 +108,14 @@ class NoisePrediction:
         """Weighted squared error of each example, mean over its elements: (B,) fp32.
 
         Args:
-            unet: called as `unet(x, t, **cond)`, answers an object with `.sample`.
+            unet: called as `unet(x, t, **cond)`, answers an object with `.sample`. What it gets is in its `dtype`,
+                where it has one.
             noised: from `draw` or `noised`.
             cond: the UNet's keyword arguments.
             extra: channels appended to x_t (inpainting), (B, C', H, W).
         """
         x = noised.x_t if extra is None else torch.cat([noised.x_t, extra], dim=1)
-        prediction = unet(x, noised.t, **cond).sample
+        dtype = getattr(unet, "dtype", x.dtype)
+        prediction = unet(x.to(dtype), noised.t, **as_input(cond, dtype)).sample
         error = (prediction.float() - noised.target.float()).square().mean(dim=(1, 2, 3))
         return noised.snr_weight * error

@@ -31,7 +31,7 @@ class Objective(Protocol):
         ...
 
     def loss(self, network: Any, drawn: Any, cond: Mapping[str, Any], extra: Tensor | None, /) -> Tensor:
-        """The loss of each example, (B,) fp32, from what `draw` answered; `network(x, t, **cond)` answers a UNet's."""
+        """The loss of each example, (B,) fp32, from what `draw` answered. What it gives the network is in its dtype."""
         ...
 
 
@@ -183,12 +183,9 @@ class Trainer:
         return torch.cat(losses)
 
     def _compute(self, part: MicroBatch) -> Tensor:
-        loss = self.objective.loss(self._network, part.drawn, part.cond, part.extra)
+        loss = self.objective.loss(self.unet, part.drawn, part.cond, part.extra)
         self.scaler.scale((part.share * loss).sum()).backward()
         return loss.detach()
-
-    def _network(self, x: Tensor, t: Tensor, **cond: Any) -> Any:
-        return self.unet(x.to(self.dtype), t, **cond)
 
     def _update(self) -> None:
         """The optimizer's step on the masters, unless the device or the scaler says no; then what follows them."""

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from finetune.errors import UsageError
 from finetune.models.loading import load_model
 from finetune.models.locate import locate
 from finetune.recipe import fine_tune
-from finetune.run.memory import LIBRARIES, check_memory, kept_numbers, needed_bytes
+from finetune.run.memory import LIBRARIES, bytes_of, check_memory, kept_numbers, needed_bytes
 from finetune.run.resolve import resolve
 
 CPU = torch.device("cpu")
@@ -59,6 +60,21 @@ def test_what_learns_and_how_it_computes_counts() -> None:
     assert needed(method="full", use_ema=True) - full == 4 * weights
     assert needed(method="full", use_ema=False, optimizer="sgd") == full - 4 * 2 * weights
     assert needed(train_batch_size=16) > lora > needed(gradient_checkpointing=True)
+
+
+def needed_on_an_h100(method: str, batch: int) -> float:
+    """GB of Stable Diffusion 1.5 at 512 px in bf16, where its frozen parts are on the CPU."""
+    options: dict[str, Any] = {"method": method, "train_batch_size": batch, "mixed_precision": "bf16"}
+    config = resolved(model="tiny", data="x", use_ema=False, **options)
+    return bytes_of(config, 859_520_964, kept_numbers(SD15, 64, latent=True) * batch) / 1e9
+
+
+@pytest.mark.parametrize(
+    ("method", "batch", "measured"),
+    [("lora", 1, 2.9), ("lora", 4, 5.8), ("lora", 16, 17.5), ("full", 16, 28.0), ("full", 32, 43.7)],
+)
+def test_a_gpu_needs_what_was_measured_on_one(method: str, batch: int, measured: float) -> None:
+    assert needed_on_an_h100(method, batch) == pytest.approx(measured, rel=0.1)
 
 
 def test_sizes_that_cannot_work_are_refused_before_anything_is_made(pictures: Path, tmp_path: Path) -> None:
