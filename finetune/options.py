@@ -107,6 +107,15 @@ class DataOptions:
     """A folder of pictures, a folder of parquet/arrow files, or a Hugging Face dataset id; or several of these."""
     repeats: tuple[int, ...] = option((), AT_LEAST_ONE, called=("num_repeats",))
     """How many times the pictures of each --data come in an epoch, in the same order. Default: once."""
+    class_data: str | None = option(None, needs="text", names=("class_data_dir",), called=("reg_data_dir",))
+    """A folder of pictures of the kind that the subject is of, learned beside it so that the kind is not forgotten
+    (DreamBooth). What is missing there is drawn by the model."""
+    class_prompt: str | None = option(None, needs="class_data")
+    """Their caption, where they have none of their own, and what is drawn: "a photo of a dog"."""
+    num_class_images: int | None = option(None, AT_LEAST_ONE, needs="class_data")
+    """How many there should be. Default: those that are there, else 100."""
+    prior_loss_weight: float | None = option(None, POSITIVE, needs="class_data")
+    """How much they count beside the subject. Default: 1."""
     prompt: str | None = option(
         None, needs="text", names=("instance_prompt",), called=("caption",), decided_by="transform"
     )
@@ -305,9 +314,7 @@ ELSEWHERE = {
     "output_name": "the export lies in --output_dir under the name that diffusers looks for",
     "scale_lr": "the learning rate is taken as it is given",
     "use_8bit_adam": f"8-bit optimizers: {_LATER}; --optimizer adafactor takes little memory",
-    **dict.fromkeys(
-        ("with_prior_preservation", "class_data_dir", "reg_data_dir", "class_prompt"), f"class pictures: {_LATER}"
-    ),
+    "with_prior_preservation": "class pictures are learned wherever --class_data names some",
     "dataset_config": _LATER,
 }
 """What other tools have and this one has not -> why, in the words of an error."""

@@ -28,6 +28,7 @@ from finetune.results.export import discard_steps_after, export, export_step, ex
 from finetune.results.lora_facts import LoraFacts
 from finetune.run import folder as run_folder
 from finetune.run.base import load_base, numbers_by_block
+from finetune.run.class_pictures import draw_missing
 from finetune.run.compiling import compile_blocks
 from finetune.run.grids import discard_strangers, draw_grid, lay_side_by_side
 from finetune.run.ledger import write_ledger
@@ -137,13 +138,14 @@ def _decide(
         check_sources(config.data)  # before a model is downloaded in vain
     found = locate(config.model)
     check_resolution(found, config.resolution or found.resolution)
+    draw_missing(config, found, device)
     pictures = open_pictures(config, found, dataset)
     resolved = resolve(
         config,
         found,
         pictures=len(pictures),
         epoch_visits=sum(pictures.repeats),
-        varied_captions=len(set(pictures.captions)) > 1,
+        varied_captions=len(set(pictures.captions[: pictures.subjects])) > 1,
         device=device,
         buckets=pictures.transform and pictures.transform.buckets,
     )

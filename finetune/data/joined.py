@@ -20,6 +20,10 @@ class Part(NamedTuple):
     pictures: Pictures
     repeats: int
     """How many times each of its own repeats comes in an epoch."""
+    weight: float = 1.0
+    """How much each picture counts in the loss."""
+    remembered: bool = False
+    """Whether it holds class pictures; the last ones may."""
 
 
 class Joined(Pictures):
@@ -40,6 +44,8 @@ class Joined(Pictures):
             transform=parts[0].pictures.transform,
             repeats=[part.repeats * times for part in parts for times in part.pictures.repeats],
         )
+        self.subjects = sum(len(part.pictures) for part in parts if not part.remembered)
+        self.weights = [part.weight * weight for part in parts for weight in part.pictures.weights]
         self.sources = sum((part.pictures.sources for part in parts), Counter())
         self.quarantined = [
             Skipped(f"{part.name}/{bad.path}", bad.reason) for part in parts for bad in part.pictures.quarantined
@@ -69,6 +75,25 @@ class Joined(Pictures):
     def _place(self, index: int) -> tuple[Part, int]:
         number = bisect_right(self._ends, index)
         return self._parts[number], index - (self._ends[number - 1] if number else 0)
+
+
+def with_class_pictures(name: str, subject: Pictures, kind: Pictures, weight: float) -> Joined:
+    """The pictures of a subject, and after them those of its kind, so that the kind is not forgotten.
+
+    In an epoch the kind is seen about as often as the subject, and counts `weight` times as much. The loss of a step is
+    the mean over its pictures, so in expectation (subject + weight kind) / (1 + weight), where diffusers' script adds
+    without dividing.
+
+    Args:
+        name: of the subject's dataset.
+        subject: what is to be learned.
+        kind: what is to be remembered.
+        weight: of the prior loss (Ruiz et al. 2022, "DreamBooth", eq. 2).
+    """
+    visits, others = sum(subject.repeats), sum(kind.repeats)
+    repeats = max(1, round(visits / others))
+    each = weight * visits / (repeats * others)
+    return Joined([Part(name, subject, 1), Part("class", kind, repeats, each, remembered=True)])
 
 
 def names_of(sources: Sequence[str]) -> list[str]:

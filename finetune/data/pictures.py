@@ -61,6 +61,10 @@ class Pictures(Dataset[Example], ABC):
         DataError: an id stands for two pictures.
     """
 
+    subjects: int
+    """How many, from the first, are of what is to be learned; class pictures follow."""
+    weights: Sequence[float]
+    """How much each counts in the loss of a step, beside the others."""
     quarantined: Sequence[Skipped] = ()
     """Pictures that were found and cannot be trained on."""
 
@@ -75,6 +79,7 @@ class Pictures(Dataset[Example], ABC):
         repeats: Sequence[int] = (),
     ) -> None:
         self.repeats = list(repeats) or [1] * len(ids)
+        self.subjects, self.weights = len(ids), [1.0] * len(ids)
         self.ids, self.contents, self.transform = list(ids), list(contents), transform
         self.captions = [with_trigger(caption.text, trigger) for caption in captions]
         """The first of each, with the trigger word; empty where there is neither a caption nor a prompt."""

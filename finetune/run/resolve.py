@@ -23,12 +23,15 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     local: dict[str, Path] = {}
     if config.model not in FAMILIES:
         local["model"] = Path(config.model).expanduser()
+    if config.class_data:
+        local["class_data"] = Path(config.class_data).expanduser()
     for name in ("tokenizer", "init_lora", "vae"):
         if given := getattr(config, name):
             local[name] = Path(given).expanduser()
             if not local[name].exists():
                 raise UsageError(f"{name} {given}: no such file or folder")
-    paths: dict[str, Any] = {name: str(path.absolute()) for name, path in local.items() if path.exists()}
+    kept = {name: path for name, path in local.items() if path.exists() or name == "class_data"}  # which may be made
+    paths: dict[str, Any] = {name: str(path.absolute()) for name, path in kept.items()}
     sources = [(given, Path(given).expanduser()) for given in config.data]
     paths["data"] = [str(path.absolute()) if given and path.exists() else given for given, path in sources]
     if config.cache_dir and (folder := cache_folder(config.cache_dir)):
@@ -124,6 +127,7 @@ def _refuse_unusable(config: TrainConfig, found: Location, method: str, buckets:
         and config.optimizer != "prodigy",
         "aspect_ratio_bucketing": buckets is not None,
         "shuffle_caption": config.shuffle_caption,
+        "class_data": config.class_data is not None,
         "use_ema": config.use_ema is not False,
         "optimizer adamw or prodigy": config.optimizer in ("adamw", "prodigy"),
         "push_to_hub": config.push_to_hub,

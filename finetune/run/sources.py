@@ -9,7 +9,7 @@ from finetune.cache.store import cache_folder
 from finetune.config import TrainConfig
 from finetune.data.buckets import Buckets
 from finetune.data.datasets import is_table, open_dataset
-from finetune.data.joined import Joined, Part, names_of
+from finetune.data.joined import Joined, Part, names_of, with_class_pictures
 from finetune.data.own import OwnPictures, Rows
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Pictures
@@ -39,24 +39,28 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
     folder = cache_folder(config.cache_dir)
     if dataset is None and len(config.repeats) not in (0, len(config.data)):
         raise UsageError(f"repeats: {counted(len(config.repeats), 'number')} for {len(config.data)} --data")
-    if dataset is not None and not is_table(dataset):
-        pictures = _own_pictures(config, found, dataset, resolution)
+    opened = partial(
+        open_dataset,
+        prompt=config.prompt,
+        trigger=config.trigger,
+        resolution=resolution,
+        resize_mode=config.resize_mode,
+        center_crop=config.center_crop,
+        random_flip=config.random_flip,
+        buckets=_buckets(config, found, resolution),
+        caption_lines=config.caption_lines,
+        memory=PictureMemory(folder, strict=config.cache_strict) if folder else None,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+    )
+    if dataset is None:
+        pictures = _joined(config, opened)
+    elif is_table(dataset):
+        pictures = opened(cast(Any, dataset))
     else:
-        opened = partial(
-            open_dataset,
-            prompt=config.prompt,
-            trigger=config.trigger,
-            resolution=resolution,
-            resize_mode=config.resize_mode,
-            center_crop=config.center_crop,
-            random_flip=config.random_flip,
-            buckets=_buckets(config, found, resolution),
-            caption_lines=config.caption_lines,
-            memory=PictureMemory(folder, strict=config.cache_strict) if folder else None,
-            image_column=config.image_column,
-            caption_column=config.caption_column,
-        )
-        pictures = _joined(config, opened) if dataset is None else opened(cast(Any, dataset))
+        pictures = _own_pictures(config, found, dataset, resolution)
+    if config.class_data:
+        pictures = _with_class_pictures(config, pictures, opened)
     _refuse_too_many_bad(pictures, config.max_bad_fraction)
     empty = pictures.captions.count("")
     if found.family.latent and empty:
@@ -73,6 +77,15 @@ def _joined(config: TrainConfig, opened: Callable[[str], Pictures]) -> Pictures:
         return opened(config.data[0])
     names = names_of(config.data)
     return Joined([Part(name, opened(source), n) for name, source, n in zip(names, config.data, repeats, strict=True)])
+
+
+def _with_class_pictures(config: TrainConfig, subject: Pictures, opened: Callable[..., Pictures]) -> Pictures:
+    kind = opened(config.class_data, prompt=config.class_prompt, trigger=None)
+    if empty := kind.captions.count(""):
+        pictures = counted(len(kind), "picture")
+        raise UsageError(f"class_data: {empty} of {pictures} without a caption; give --class_prompt")
+    weight = 1.0 if config.prior_loss_weight is None else config.prior_loss_weight
+    return with_class_pictures(names_of(config.data or ("data",))[0], subject, kind, weight)
 
 
 def _refuse_too_many_bad(pictures: Pictures, most: float) -> None:

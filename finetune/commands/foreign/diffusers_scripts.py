@@ -59,6 +59,10 @@ def take(given: Mapping[str, Any], script: str) -> Taken:
         taken.ours |= {"method": "lora", "rank": 4} if "lora" in script else {"method": "full"}
     if "xl" in script:
         taken.ours.pop("resolution", None)  # theirs and ours are the model's own
+    given = dict(given)
+    if not given.pop("with_prior_preservation", False):
+        for name in ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight"):
+            given.pop(name, None)  # theirs does not look at them then
     if "max_train_steps" in given:
         taken.ours.pop("num_train_epochs", None)
     taken.take(given, {**accepted_names(), **_OWN})

@@ -110,7 +110,15 @@ def _captions(taken: Taken, given: dict[str, Any]) -> None:
 
 def _folders(taken: Taken, subsets: list[dict[str, Any]], default: int) -> None:
     """Folders and repeats; a setting that one folder has otherwise than the first is left."""
-    with_pictures = [subset for subset in subsets if "image_dir" in subset]
+    everything = [subset for subset in subsets if "image_dir" in subset]
+    with_pictures = [subset for subset in everything if not subset.get("is_reg")]
+    for number, subset in enumerate(subset for subset in everything if subset.get("is_reg")):
+        if number:
+            taken.leave("is_reg", subset["image_dir"], "class pictures come from one folder")
+            continue
+        taken.put("class_data", subset["image_dir"], "image_dir")
+        if prompt := subset.get("class_tokens"):
+            taken.put("class_prompt", prompt, "class_tokens")
     if not with_pictures:
         return
     taken.put("data", [subset["image_dir"] for subset in with_pictures], "image_dir")
@@ -132,6 +140,11 @@ def _trackers(taken: Taken, value: Any) -> None:
     taken.put("report_to", ["tensorboard", "wandb"] if value == "all" else [value], "log_with")
 
 
+def _prior(taken: Taken, value: Any) -> None:
+    if taken.ours.get("class_data"):  # there it has a value also where there are no class pictures
+        taken.put("prior_loss_weight", value, "prior_loss_weight")
+
+
 def _max_token_length(taken: Taken, value: Any) -> None:
     taken.put("max_token_length", 77 if value == 75 else value, "max_token_length")
 
@@ -145,6 +158,7 @@ _TARGETS = (*ATTENTION_AND_FEED_FORWARD, "proj_in", "proj_out")
 
 _RENAMED: Renamed = {
     "pretrained_model_name_or_path": "model", "train_data_dir": "data", "vae": "vae",
+    "reg_data_dir": "class_data", "prior_loss_weight": _prior,
     "train_batch_size": "train_batch_size", "max_train_steps": "max_train_steps",
     "max_train_epochs": "num_train_epochs", "seed": "seed",
     "gradient_accumulation_steps": "gradient_accumulation_steps", "gradient_checkpointing": "gradient_checkpointing",
@@ -207,7 +221,8 @@ def take_dataset(tables: Mapping[str, Any]) -> Taken:
     """The settings of a dataset TOML: its folders with their repeats; what else a folder has is that of the first."""
     taken = Taken("sd-scripts")
     datasets = tables.get("datasets", [])
-    subsets = [subset for dataset in datasets for subset in dataset.get("subsets", [])]
+    everything = [subset for dataset in datasets for subset in dataset.get("subsets", [])]
+    subsets = [subset for subset in everything if not subset.get("is_reg")]
     merged: dict[str, Any] = dict(tables.get("general", {}))
     for dataset in datasets[:1]:
         merged |= {name: value for name, value in dataset.items() if name != "subsets"}
@@ -218,7 +233,7 @@ def take_dataset(tables: Mapping[str, Any]) -> Taken:
         taken.leave("datasets", f"{len(datasets)} tables", "settings are those of the first, folders those of all")
     for name in ("image_dir", "num_repeats"):
         merged.pop(name, None)
-    _folders(taken, subsets, default)
+    _folders(taken, everything, default)
     names = {"batch_size": "train_batch_size", "class_tokens": "prompt"}
     extension = merged.pop("caption_extension", None)
     if extension not in (None, ".txt", ".caption"):
