@@ -34,6 +34,7 @@ VERBS = {
     "sample": "draw pictures with a trained model",
     "export": "write what a run has learned as another kind of file",
     "preview": "see the pictures as training will see them",
+    "inspect": "see what one step of a run was made of",
     "import": "another tool's settings as a config.toml",
     "cache encode": "encode what training with the same options would need",
     "cache info": "what encodings are kept, and their size",

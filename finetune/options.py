@@ -200,15 +200,18 @@ class TrainingOptions:
     """Shape of the learning rate after the warm-up."""
     lr_warmup_steps: int | None = option(None, NOT_NEGATIVE)
     """Optimizer steps over which the learning rate rises from 0. Default: min(100, 5 % of the run)."""
-    optimizer: Literal["adamw", "adafactor", "prodigy", "sgd"] = option("adamw", called=("optimizer_type",))
-    """Each has a learning rate of its own by default. prodigy finds its step size; it needs the package prodigyopt."""
-    adam_beta1: float | None = option(None, BELOW_ONE, needs="optimizer adamw or prodigy")
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "sgd"] = option(
+        "adamw", called=("optimizer_type",)
+    )
+    """Each has a learning rate of its own by default. adamw8bit keeps its moments in 8 bits, and needs the package
+    bitsandbytes; prodigy finds its step size, and needs prodigyopt."""
+    adam_beta1: float | None = option(None, BELOW_ONE, needs="an optimizer of the Adam family")
     """Decay of AdamW's first moment."""
-    adam_beta2: float = option(0.999, BELOW_ONE, needs="optimizer adamw or prodigy")
+    adam_beta2: float = option(0.999, BELOW_ONE, needs="an optimizer of the Adam family")
     """Decay of AdamW's second moment."""
     adam_weight_decay: float = option(0.01, NOT_NEGATIVE)
     """Decoupled weight decay."""
-    adam_epsilon: float = option(1e-8, POSITIVE, needs="optimizer adamw or prodigy")
+    adam_epsilon: float = option(1e-8, POSITIVE, needs="an optimizer of the Adam family")
     """AdamW's epsilon."""
     max_grad_norm: float = option(1.0, NOT_NEGATIVE)
     """Clip the gradient to this norm; 0 turns clipping off."""
@@ -313,7 +316,7 @@ ELSEWHERE = {
     "logging_dir": "trackers write into logs/ of the run folder",
     "output_name": "the export lies in --output_dir under the name that diffusers looks for",
     "scale_lr": "the learning rate is taken as it is given",
-    "use_8bit_adam": f"8-bit optimizers: {_LATER}; --optimizer adafactor takes little memory",
+    "use_8bit_adam": "give --optimizer adamw8bit",
     "with_prior_preservation": "class pictures are learned wherever --class_data names some",
     "dataset_config": _LATER,
 }

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from finetune.cache.encode import encode
+from finetune.cache.encoded import Encoded
 from finetune.config import ResolvedConfig, TrainConfig, as_settings
 from finetune.data.ahead import ahead
 from finetune.data.caption_visits import CaptionVisits
@@ -101,8 +102,22 @@ def _put_together(
     config: ResolvedConfig, found: Location, pictures: Pictures, folder: run_folder.RunFolder, accelerator: Accelerator
 ) -> Run:
     """Load the model, encode the pictures, and record and say what is going to happen."""
-    model = _load(config, found, accelerator.device)
-    sampler = _sampler(config, pictures)
+    steps = range(config.max_train_steps)
+    model, encoded, trainer = assembled(config, found, pictures, accelerator.device, steps=steps)
+    samples = plan_samples(config, latent=found.family.latent, captions=encoded.captions, visits=encoded.epoch_visits)
+    run_folder.begin(folder, config, digest(pictures))
+    write_ledger(folder.path, pictures, _sampler(config, pictures), steps=0)
+    run = Run(config, model, pictures, encoded, trainer, samples, folder.path, accelerator)
+    print_summary(run)
+    tracking.start_trackers(accelerator, folder.path, as_settings(config))
+    return run
+
+
+def assembled(
+    config: ResolvedConfig, found: Location, pictures: Pictures, device: torch.device, *, steps: range
+) -> tuple[DiffusionModel, Encoded, Trainer]:
+    """The untrained model, what `steps` (from 0) need of the pictures, encoded, and the trainer."""
+    model = _load(config, found, device)
     encoded = encode(
         pictures,
         model,
@@ -111,16 +126,9 @@ def _put_together(
         seed=config.seed,
         cache_dir=config.cache_dir,
         precision=config.cache_precision,
-        visited=sampler.visited(config.max_train_steps),
+        visited=_sampler(config, pictures).visited(steps),
     )
-    trainer = _trainer(config, model)
-    samples = plan_samples(config, latent=found.family.latent, captions=encoded.captions, visits=encoded.epoch_visits)
-    run_folder.begin(folder, config, digest(pictures))
-    write_ledger(folder.path, pictures, sampler, steps=0)
-    run = Run(config, model, pictures, encoded, trainer, samples, folder.path, accelerator)
-    print_summary(run)
-    tracking.start_trackers(accelerator, folder.path, as_settings(config))
-    return run
+    return model, encoded, _trainer(config, model)
 
 
 def _sampler(config: ResolvedConfig, pictures: Pictures) -> Sampler:

@@ -4,10 +4,13 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: threads of their own would only wait for one another
     os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start

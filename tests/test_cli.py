@@ -151,11 +151,8 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ),
         ("--train_text_encoder", "unknown option --train_text_encoder; the text encoder stays frozen here"),
         ("--logging_dir x", "unknown option --logging_dir; trackers write into logs/ of the run folder"),
-        (
-            "--use_8bit_adam",
-            "unknown option --use_8bit_adam; 8-bit optimizers: it comes with a later version; "
-            "--optimizer adafactor takes little memory",
-        ),
+        ("--use_8bit_adam", "unknown option --use_8bit_adam; give --optimizer adamw8bit"),
+        ("--reg_data_dir x", "unknown option --reg_data_dir; did you mean --class_data?"),
         ("--no-centre_crop", "unknown option --no-centre_crop; did you mean --no_center_crop?"),
         ("--no_rank", "unknown option --no_rank; did you mean --rank?"),
         ("-rank 4", "unknown option -rank; did you mean --rank?"),
@@ -182,12 +179,12 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         (
             "samle",
             "unknown command 'samle'; did you mean sample? "
-            "(commands: sample, export, preview, import, cache, lora; options alone train)",
+            "(commands: sample, export, preview, inspect, import, cache, lora; options alone train)",
         ),
         (
             "samle --help",
             "unknown command 'samle'; did you mean sample? "
-            "(commands: sample, export, preview, import, cache, lora; options alone train)",
+            "(commands: sample, export, preview, inspect, import, cache, lora; options alone train)",
         ),
     ],
 )

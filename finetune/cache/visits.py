@@ -34,6 +34,10 @@ class Kept:
         stored = item["stored"]
         return stored.float() if stored.is_floating_point() else stored, placement.geometry(flip)
 
+    def seen(self, index: int, key: int) -> Tensor:
+        """(3, H, W) uint8: the pixels whose encoding `load` answers."""
+        return self.pixels(index, self.pictures.flips and _flipped(key))
+
     def key(self, index: int, flip: bool) -> str:
         """Of the encoding of one version of a picture."""
         return self._key(index, self._placement(index), flip)
@@ -68,6 +72,10 @@ class Live:
             flip = self.pictures.flips and _flipped(key)
         placement = self.pictures.placement(image.size, key)
         return placement.pixels(image, flip), placement.geometry(flip)
+
+    def seen(self, index: int, key: int) -> Tensor:
+        """The pixels that `load` answers."""
+        return self.load(index, key)[0]
 
 
 def _flipped(key: int) -> bool:

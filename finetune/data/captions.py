@@ -6,9 +6,9 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from finetune.errors import DataError
 
@@ -16,7 +16,7 @@ TRIGGER = "[trigger]"
 """Stands for the trigger word in a caption."""
 
 CAPTION_SUFFIXES = (".txt", ".caption")
-METADATA = ("metadata.csv", "metadata.jsonl")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _OTHER_NAMES = {"caption", "captions", "prompt", "prompts", "description", "txt"}
 
 
@@ -79,8 +79,9 @@ def find_captions(
 ) -> FoundCaptions:
     """The caption of each picture.
 
-    In order of precedence: NAME.txt beside the picture; NAME.caption beside it; metadata.jsonl or metadata.csv in its
-    folder or one above (the nearest to the picture wins, jsonl before csv); `prompt`; its subject.
+    In order of precedence: NAME.txt beside the picture; NAME.caption beside it; metadata.parquet, metadata.jsonl or
+    metadata.csv in its folder or one above (the nearest to the picture wins, and these in this order); `prompt`; its
+    subject.
     What is empty counts as absent.
 
     Args:
@@ -175,12 +176,12 @@ def _read_text(path: Path) -> str:
 
 
 def _read_metadata(files: list[Path], pictures: Sequence[Path]) -> dict[Path, Texts]:
-    """Picture -> caption. What is read later wins: files further down, and by their names jsonl after csv."""
+    """Picture -> caption. What is read later wins: files further down, and by their names."""
     by_place = {os.path.normpath(picture): picture for picture in pictures}
     captions: dict[Path, Texts] = {}
     for file in sorted(files, key=lambda file: (len(file.parts), file)):
         lines: dict[Path, int] = {}
-        for line, name, text in _json_rows(file) if file.suffix == ".jsonl" else _csv_rows(file):
+        for line, name, text in _ROWS[file.suffix](file):
             place = os.path.normpath(file.parent / name)
             if place not in by_place:
                 wrong = "is no picture that is read" if os.path.exists(place) else "does not exist"
@@ -208,14 +209,30 @@ def _json_rows(file: Path) -> Iterator[tuple[int, str, Texts]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{file}, line {number}: not JSON ({error.msg})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise DataError(f'{file}, line {number}: no file_name; a row is {{"file_name": "a.png", "text": "..."}}')
-        text = row.get("text")
-        _refuse_other_names(f"{file}, line {number}", row)
-        several = isinstance(text, list) and all(isinstance(one, str) for one in text)
-        if text is not None and not isinstance(text, str) and not several:
-            raise DataError(f"{file}, line {number}: text is {text!r}, allowed is a string or a list of them")
-        yield number, row["file_name"], text
+        yield number, *_name_and_text(f"{file}, line {number}", row)
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[int, str, Texts]]:
+    """The same of a metadata.parquet."""
+    from pyarrow import ArrowException, parquet  # late: only who has such a file waits for it
+
+    try:
+        rows = parquet.read_table(file).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{file}: not Parquet ({str(error).splitlines()[0]})") from error
+    for number, row in enumerate(rows, start=1):
+        yield number, *_name_and_text(f"{file}, line {number}", row)
+
+
+def _name_and_text(where: str, row: Any) -> tuple[str, Texts]:
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+        raise DataError(f'{where}: no file_name; a row is {{"file_name": "a.png", "text": "..."}}')
+    text = row.get("text")
+    _refuse_other_names(where, row)
+    several = isinstance(text, list) and all(isinstance(one, str) for one in text)
+    if text is not None and not isinstance(text, str) and not several:
+        raise DataError(f"{where}: text is {text!r}, allowed is a string or a list of them")
+    return row["file_name"], text
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, str, str | None]]:
@@ -233,3 +250,10 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, str, str | None]]:
             yield reader.line_num, row["file_name"], row.get("text")
     except csv.Error as error:
         raise DataError(f"{file}, line {reader.line_num + 1}: not CSV ({error})") from error
+
+
+_ROWS: dict[str, Callable[[Path], Iterator[tuple[int, str, Texts]]]] = {
+    ".csv": _csv_rows,
+    ".jsonl": _json_rows,
+    ".parquet": _parquet_rows,
+}

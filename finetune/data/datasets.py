@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.data.buckets import Buckets
-from finetune.data.captions import Texts, first_caption
+from finetune.data.captions import METADATA, Texts, first_caption
 from finetune.data.image_folder import ImageFolder
 from finetune.data.images import PICTURE_SUFFIXES, PictureFile, list_files
 from finetune.data.picture_memory import PictureMemory
@@ -159,7 +159,7 @@ def _holds_tables(path: Path) -> bool:
         raise UsageError(f"--data {path}: not a folder; allowed are folders and {' '.join(_TABLE_SUFFIXES)} files")
     if _was_saved(path):
         return True
-    suffixes = {file.suffix.lower() for file in list_files(path)}
+    suffixes = {file.suffix.lower() for file in list_files(path) if file.name not in METADATA}
     tables = suffixes.intersection(_TABLE_SUFFIXES)
     if tables and suffixes.intersection(PICTURE_SUFFIXES):
         raise DataError(f"--data {path}: holds pictures and {' '.join(sorted(tables))} files; name one of them")

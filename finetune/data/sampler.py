@@ -60,10 +60,10 @@ class Sampler:
         numbers = row // self._size * self._repeats[examples] + times
         return [Visit(*visit) for visit in zip(examples.tolist(), numbers.tolist(), strict=True)]
 
-    def visited(self, steps: int) -> list[int]:
-        """The examples that the first `steps` steps visit, in the order of their first visits."""
+    def visited(self, steps: range) -> list[int]:
+        """The examples that these steps visit, in the order of their first visits."""
         found: dict[int, None] = {}
-        for step in range(steps):
+        for step in steps:
             if len(found) == len(self._repeats):
                 break
             found |= dict.fromkeys(visit.example for visit in self.visits(step))

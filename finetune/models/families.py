@@ -113,7 +113,7 @@ def defaults(
     Args:
         family: a row of the table.
         method: "lora" or "full".
-        optimizer: "adamw", "adafactor", "prodigy" or "sgd".
+        optimizer: "adamw", "adamw8bit", "adafactor", "prodigy" or "sgd".
         pictures: number of pictures to train on, at least 1.
         resolution: pixels per side.
         varied_captions: True when the pictures do not all share one caption.

@@ -286,7 +286,7 @@ def _said(value: Any) -> Any:
 def _changes(path: Path, config: ResolvedConfig, data: str, *, resumed: bool = False) -> list[str]:
     """What makes this another run than the one in the folder."""
     changed = differences(load_resolved(path / "config.toml"), config, resumed=resumed)
-    return changed + ([] if _digest(path) == data else ["the pictures, their names or captions"])
+    return changed + ([] if is_data_of(path, data) else ["the pictures, their names or captions"])
 
 
 def _is_run(path: Path) -> bool:
@@ -300,6 +300,11 @@ def _holds_a_model(path: Path) -> bool:
 
 def _has_trained(path: Path) -> bool:
     return (path / "metrics.jsonl").exists() or (path / "result.json").exists() or latest(path) is not None
+
+
+def is_data_of(path: Path, data: str) -> bool:
+    """Whether a run folder's run trains on the pictures of this digest."""
+    return _digest(path) == data
 
 
 def _digest(path: Path) -> str | None:

@@ -23,7 +23,7 @@ UNets of Stable Diffusion 1.5 and of the tutorial, at four sizes each: within 3 
 _CHECKPOINTED = 0.2
 """What gradient checkpointing leaves of them, about."""
 
-_MOMENTS = {"adamw": 2, "prodigy": 4, "adafactor": 0, "sgd": 0}
+_MOMENTS = {"adamw": 2, "adamw8bit": 0.5, "prodigy": 4, "adafactor": 0, "sgd": 0}
 """Numbers that an optimizer keeps per weight."""
 
 

@@ -129,7 +129,7 @@ def _refuse_unusable(config: TrainConfig, found: Location, method: str, buckets:
         "shuffle_caption": config.shuffle_caption,
         "class_data": config.class_data is not None,
         "use_ema": config.use_ema is not False,
-        "optimizer adamw or prodigy": config.optimizer in ("adamw", "prodigy"),
+        "an optimizer of the Adam family": config.optimizer in ("adamw", "adamw8bit", "prodigy"),
         "push_to_hub": config.push_to_hub,
         "sample_every left out": config.sample_every is None,
     }

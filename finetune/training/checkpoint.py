@@ -94,11 +94,15 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def _flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state_dict as tensors named "index.name" and the rest, fit for JSON."""
+    """An optimizer's state_dict as tensors named "index.name" and the rest, fit for JSON.
+
+    bitsandbytes keeps its tensors in a mapping of their own: "index.name/inner".
+    """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for index, slots in state["state"].items():
-        for name, value in slots.items():
+        inner = {f"{n}/{i}": v for n, value in slots.items() if isinstance(value, Mapping) for i, v in value.items()}
+        for name, value in ({n: v for n, v in slots.items() if not isinstance(v, Mapping)} | inner).items():
             (tensors if isinstance(value, Tensor) else values)[f"{index}.{name}"] = value
     return tensors, {"values": values, "param_groups": state["param_groups"]}
 
@@ -107,7 +111,11 @@ def _unflatten_optimizer(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **plain["values"]}.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        slots, (name, _, inner) = state.setdefault(int(index), {}), name.partition("/")
+        if inner:
+            slots.setdefault(name, {})[inner] = value
+        else:
+            slots[name] = value
     groups = [
         {name: tuple(v) if isinstance(v, list) and name != "params" else v for name, v in group.items()}
         for group in plain["param_groups"]  # JSON made lists of the tuples (betas, eps)

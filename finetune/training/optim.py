@@ -21,7 +21,10 @@ def make_optimizer(
     weight_decay: float = 0.01,
     epsilon: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    """An optimizer by name: adamw and sgd (both fused) and adafactor from torch, prodigy from prodigyopt.
+    """An optimizer by name.
+
+    adamw and sgd (both fused) and adafactor are torch's, prodigy is prodigyopt's, and adamw8bit bitsandbytes': AdamW
+    with moments of 8 bits, scaled block by block (Dettmers et al. 2021).
 
     `parameters` may be groups, as `parameter_groups` makes them.
 
@@ -37,8 +40,14 @@ def make_optimizer(
         return torch.optim.SGD(some, lr=learning_rate, weight_decay=weight_decay, fused=True)
     if name == "adafactor":
         return torch.optim.Adafactor(some, lr=learning_rate, weight_decay=weight_decay)
+    if name == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise UsageError("optimizer = 'adamw8bit' needs a package: pip install bitsandbytes") from error
+        return AdamW8bit(some, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon)
     if name != "prodigy":
-        raise UsageError(f"optimizer = {name!r}: allowed is adamw, adafactor, prodigy, sgd")
+        raise UsageError(f"optimizer = {name!r}: allowed is adamw, adamw8bit, adafactor, prodigy, sgd")
     try:
         from prodigyopt import Prodigy
     except ImportError as error:

@@ -109,7 +109,7 @@ class Trainer:
         self.waits = self.scaler.is_enabled() or not getattr(optimizer, "_step_supports_amp_scaling", False)
         """Each step waits for the device before the update: the optimizer cannot be told there whether to make it."""
         self.halted = torch.zeros((), device=self.device)
-        """On the device: 1 from the first step on that was not finite; no update is made any more."""
+        """On the device: 1 from a step on that was not finite until it is told; no update is made meanwhile."""
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in unet.modules())
         checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in unet.modules())
         draws = self.has_dropout or checkpoints  # which saves and sets the generator's state
@@ -125,8 +125,9 @@ class Trainer:
 
         Raises:
             RunError: the loss or gradient of this step or of the one before is not finite; the message names the step
-                and the examples, and no weight has changed since. On a GPU that of this step comes with the next one,
-                or when its metrics are read.
+                and the examples, and no weight has changed since. With fused AdamW or SGD it comes with the next step,
+                or when the metrics are read; with other optimizers, which cannot be told on the device, and in fp16,
+                at once.
         """
         return self.take(self.prepare(*batches))
 
@@ -216,6 +217,8 @@ class Trainer:
         if math.isfinite(loss) and self.scaler.is_enabled() and self.overflows <= MAX_OVERFLOWS:
             return loss, None
         self.optimizer.zero_grad(set_to_none=True)
+        self.overflows = 0
+        self.halted.zero_()  # who catches the error may go on
         bad = [name for name, finite in zip(ids, losses.isfinite().tolist(), strict=True) if not finite]
         whole = f"the gradient's norm is {norm} over {', '.join(ids)}"
         what = f"the loss is not finite for {', '.join(bad)}" if bad else whole

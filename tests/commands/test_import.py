@@ -35,7 +35,8 @@ def test_a_command_line_of_sd_scripts(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found == {
         "model": "models/v1-5.safetensors", "data": ("./images",), "resolution": 512, "output_dir": "out/dog",
         "method": "lora", "rank": 32, "lora_alpha": 1.0, "learning_rate": 1e-4, "num_train_epochs": 10,
-        "train_batch_size": 2, "optimizer": "adamw", "adam_weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.99,
+        "train_batch_size": 2, "optimizer": "adamw8bit", "adam_weight_decay": 0.1, "adam_beta1": 0.9,
+        "adam_beta2": 0.99,
         "mixed_precision": "fp16", "snr_gamma": 5.0, "lr_scheduler": "constant", "lr_warmup_steps": 0, "clip_skip": 2,
         "center_crop": False, "random_flip": True, "sample_prompts": ("prompts.txt",), "max_token_length": 77,
         "caption_dropout": 0.0, "lora_target_modules": (*ATTENTION_AND_FEED_FORWARD, "proj_in", "proj_out"),
@@ -46,7 +47,6 @@ def test_a_command_line_of_sd_scripts(tmp_path: Path, capsys: pytest.CaptureFixt
     for line in (
         "note: alpha is 1 where sd-scripts is told none",
         "note: sd-scripts trained the text encoder too",
-        "note: AdamW8bit became adamw",
         "left: text_encoder_lr = 5e-06: the text encoder stays frozen here",
         "left: xformers = True: torch's own fast attention is used anyway",
         "left: lr_scheduler = 'cosine_with_restarts': lr_scheduler = 'cosine_with_restarts': allowed is constant",
@@ -86,8 +86,45 @@ def test_a_toml_file_of_sd_scripts(tmp_path: Path, capsys: pytest.CaptureFixture
     told = capsys.readouterr().out
     assert "left: resolution = '1024,768': one number of pixels is taken" in told
     assert "left: network_args.preset = 'full': there is no such option here" in told
-    assert "left: optimizer_type = 'Lion': the optimizers here: adafactor, adamw, prodigy, sgd" in told
+    assert "left: optimizer_type = 'Lion': the optimizers here: adafactor, adamw, adamw8bit, prodigy, sgd" in told
     assert "text encoder too" not in told
+
+
+def test_class_pictures(tmp_path: Path) -> None:
+    words = "train_network.py --train_data_dir=dog --reg_data_dir=dogs --prior_loss_weight=0.5 --network_dim=4"
+    found = imported(tmp_path, "kohya.sh", f"accelerate launch {words}")
+    assert (found["class_data"], found["prior_loss_weight"]) == ("dogs", 0.5)
+    words = "train_network.py --train_data_dir=dog --prior_loss_weight=1.0 --network_dim=4"
+    (tmp_path / "config.toml").unlink()
+    assert "prior_loss_weight" not in imported(tmp_path, "without.sh", f"accelerate launch {words}")
+    words = "train_dreambooth_lora.py --instance_data_dir=dog --instance_prompt=sks --class_data_dir=dogs "
+    words += "--class_prompt=dogs --num_class_images=50"
+    (tmp_path / "config.toml").unlink()
+    assert "class_data" not in imported(tmp_path, "off.sh", f"accelerate launch {words}")
+    (tmp_path / "config.toml").unlink()
+    found = imported(tmp_path, "on.sh", f"accelerate launch {words} --with_prior_preservation --use_8bit_adam")
+    assert (found["class_data"], found["class_prompt"], found["num_class_images"]) == ("dogs", "dogs", 50)
+    assert found["optimizer"] == "adamw8bit"
+
+
+def test_class_pictures_in_a_dataset_file(tmp_path: Path) -> None:
+    found = imported(
+        tmp_path,
+        "dataset.toml",
+        """
+    [[datasets]]
+      [[datasets.subsets]]
+      image_dir = "dog"
+      class_tokens = "sks dog"
+      num_repeats = 10
+      [[datasets.subsets]]
+      is_reg = true
+      image_dir = "dogs"
+      class_tokens = "dog"
+    """,
+    )
+    assert (found["data"], found["repeats"], found["prompt"]) == (("dog",), (10,), "sks dog")
+    assert (found["class_data"], found["class_prompt"]) == ("dogs", "dog")
 
 
 def test_a_dataset_file_of_sd_scripts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import Table, parquet
 
 from finetune.data.captions import TRIGGER, Caption, find_captions, first_caption, placed_trigger, with_trigger
 from finetune.data.images import is_picture, list_files
@@ -109,6 +110,23 @@ def test_jsonl_wins_over_csv_in_the_same_folder(tmp_path: Path):
     make(tmp_path, a_DOT_png="", metadata_DOT_csv="file_name,text\na.png,from csv\n")
     write_rows(tmp_path / "metadata.jsonl", {"file_name": "a.png", "text": "from jsonl"})
     assert captions(tmp_path)["a.png"].text == "from jsonl"
+
+
+def test_parquet_wins_over_both_and_has_the_same_rules(tmp_path: Path):
+    make(tmp_path, a_DOT_png="", metadata_DOT_csv="file_name,text\na.png,from csv\n")
+    write_rows(tmp_path / "metadata.jsonl", {"file_name": "a.png", "text": "from jsonl"})
+    table = tmp_path / "metadata.parquet"
+    parquet.write_table(Table.from_pylist([{"file_name": "a.png", "text": ["one", "two"]}]), table)
+    assert captions(tmp_path)["a.png"] == Caption("one", "metadata", ("two",))
+    parquet.write_table(Table.from_pylist([{"file_name": "a.png", "text": "x"}, {"file_name": "b.png"}]), table)
+    with pytest.raises(DataError, match=r"metadata.parquet, line 2: b.png does not exist"):
+        captions(tmp_path)
+    parquet.write_table(Table.from_pylist([{"file_name": "a.png", "caption": "x"}]), table)
+    with pytest.raises(DataError, match=r"metadata.parquet, line 1: captions go under text, not caption"):
+        captions(tmp_path)
+    table.write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match=r"metadata.parquet: not Parquet"):
+        captions(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_each_picture_has_the_same_weight_whatever_its_shape(mixed: Encoded, tin
             torch.optim.SGD(parameters),
             micro_batch_size=micro_batch_size,
         )
-        trainer.backward(*batches)
+        trainer.backward(trainer.prepare(*batches))
         return [p.grad for p in parameters if p.grad is not None]
 
     singles = [gradient(single) for part in parts for single in part.split(1)]

@@ -91,8 +91,8 @@ def test_five_photos_at_batch_four_take_four_at_every_step() -> None:
 def test_what_a_run_visits_comes_in_the_order_of_its_visits() -> None:
     sampler = Sampler([0] * 50, batch_size=4, seed=0)
     expected = [visit.example for step in range(3) for visit in sampler.visits(step)]
-    assert sampler.visited(3) == expected
-    assert sorted(sampler.visited(1000)) == list(range(50))
+    assert sampler.visited(range(3)) == expected
+    assert sorted(sampler.visited(range(1000))) == list(range(50))
 
 
 def test_twelve_photos_at_batch_four_make_three_steps_an_epoch_and_five_one_and_a_quarter() -> None:

@@ -5,19 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.batch import Batch
-from finetune.models.encoders import PixelEncoder
-from finetune.models.lora import add_lora, trainable
-from finetune.training.ema import Ema
 from finetune.training.metrics import StepMetrics
 from finetune.training.objective import Noised, NoisePrediction
-from finetune.training.optim import make_optimizer
-from finetune.training.trainer import Trainer
+from tests.small_trainer import small_batch, small_trainer
 
 READS = {"item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy", "nonzero", "is_nonzero"}
 
@@ -54,28 +48,8 @@ class Reading(NoisePrediction):
 
 
 def two_steps(method: str, optimizer: str, objective: type[NoisePrediction], precision: torch.dtype | None) -> None:
-    with torch.random.fork_rng(devices=[]):
-        unet = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(32, 64), norm_num_groups=8, cross_attention_dim=32, attention_head_dim=4,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        )  # fmt: skip
-    if method == "lora":
-        add_lora(unet, rank=2)
-    learned = {name: p for name, p in unet.named_parameters() if p.requires_grad}
-    trainer = Trainer(
-        unet,
-        PixelEncoder(),
-        objective(DDPMScheduler()),
-        make_optimizer(optimizer, trainable(unet), learning_rate=1e-3),
-        micro_batch_size=1,
-        precision=precision,
-        ema=Ema(learned),
-    )
-    cond = {"encoder_hidden_states": torch.ones(2, 5, 32)}
-    stored = torch.zeros(2, 4, 8, 8, dtype=torch.uint8)
-    batch = Batch(stored, cond, torch.arange(2), torch.zeros(2, 6), ("a", "b"), torch.ones(2))
-    prepared = [trainer.prepare(batch) for _ in range(2)]
+    trainer = small_trainer(method, optimizer, objective, micro_batch_size=1, precision=precision)
+    prepared = [trainer.prepare(small_batch()) for _ in range(2)]
     made: list[StepMetrics] = []
     with NoReads(), NoScalars():
         for step in prepared:

@@ -12,6 +12,7 @@ from finetune.errors import UsageError
 from finetune.models.families import FAMILIES, defaults
 from finetune.models.loading import load_model
 from finetune.models.lora import add_lora, trainable
+from finetune.training import checkpoint
 from finetune.training.objective import NoisePrediction
 from finetune.training.optim import learning_rate, make_optimizer
 from finetune.training.trainer import Trainer
@@ -30,7 +31,7 @@ def test_learning_rate_equals_diffusers_schedulers(schedule: str, warmup: int) -
         theirs.step()
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor", "prodigy", "sgd"])
 def test_each_optimizer_moves_the_weights_downhill(name: str) -> None:
     weight = torch.nn.Parameter(torch.full((4, 4), 2.0))
     optimizer = make_optimizer(name, [weight], learning_rate=1.0 if name == "prodigy" else 0.1)
@@ -40,7 +41,7 @@ def test_each_optimizer_moves_the_weights_downhill(name: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor", "prodigy", "sgd"])
 def test_each_optimizer_learns_with_its_default_rate(pictures: Path, name: str, method: str) -> None:
     family, steps = FAMILIES["tiny"], 24
     suited = defaults(family, method, name, pictures=6, resolution=64, varied_captions=True)
@@ -53,6 +54,35 @@ def test_each_optimizer_learns_with_its_default_rate(pictures: Path, name: str, 
     trainer = Trainer(model.unet, model.encoder, NoisePrediction(model.scheduler), optimizer, learning_rate=rate)
     losses = [trainer.step(batch).loss for _ in range(steps)]
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "prodigy"])
+def test_optimizers_of_other_packages_go_on_to_the_same_bits(name: str, tmp_path: Path) -> None:
+    def fresh() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+        weight = torch.nn.Parameter(
+            torch.linspace(-1, 1, 64 * 128).view(64, 128)
+        )  # bitsandbytes leaves small ones whole
+        return weight, make_optimizer(name, [weight], learning_rate=0.5 if name == "prodigy" else 1e-2)
+
+    def train(weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            weight.grad = torch.linspace(1, 2 + step, weight.numel()).view_as(weight)
+            optimizer.step()
+
+    straight, optimizer = fresh()
+    train(straight, optimizer, range(6))
+    weight, optimizer = fresh()
+    train(weight, optimizer, range(3))
+    state = {"weights": {"w": weight.detach()}, "optimizer": optimizer.state_dict(), "ema": {}, "scaler": {}}
+    saved = checkpoint.load(checkpoint.save(tmp_path, state | {"step": 3, "updates": 3}))
+    resumed, optimizer = fresh()
+    resumed.data.copy_(saved["weights"]["w"])
+    optimizer.load_state_dict(saved["optimizer"])
+    train(resumed, optimizer, range(3, 6))
+    assert torch.equal(straight, resumed)
+    if name == "adamw8bit":
+        tensors = [value for slots in optimizer.state.values() for value in slots.values() if torch.is_tensor(value)]
+        assert torch.uint8 in {tensor.dtype for tensor in tensors}
 
 
 def test_an_unknown_optimizer_is_refused() -> None:

@@ -39,6 +39,7 @@ _OWN: Renamed = {
     "validation_epochs": "save_image_epochs", "report_to": _trackers, "logger": _trackers, "lr_scheduler": _schedule,
     "pretrained_vae_model_name_or_path": "vae", "ddpm_num_inference_steps": "num_inference_steps",
     "resume_from_checkpoint": no_resume, "lora_dropout": dropout,
+    "use_8bit_adam": lambda taken, value: taken.put("optimizer", "adamw8bit", "use_8bit_adam") if value else None,
     "use_dora": lambda taken, value: taken.put("lora_type", "dora", "use_dora"),
 }  # fmt: skip
 

@@ -16,7 +16,9 @@ DEFAULTS: Mapping[str, Any] = {
 _MODELS = {"STABLE_DIFFUSION_15", "STABLE_DIFFUSION_20", "STABLE_DIFFUSION_20_BASE", "STABLE_DIFFUSION_21",
            "STABLE_DIFFUSION_21_BASE", "STABLE_DIFFUSION_XL_10_BASE"}  # fmt: skip
 _DTYPES = {"FLOAT_32": "no", "TFLOAT_32": "no", "FLOAT_16": "fp16", "BFLOAT_16": "bf16"}
-_OPTIMIZERS = {"ADAMW": "adamw", "ADAMW_8BIT": "adamw", "ADAFACTOR": "adafactor", "PRODIGY": "prodigy", "SGD": "sgd"}
+_OPTIMIZERS = {
+    "ADAMW": "adamw", "ADAMW_8BIT": "adamw8bit", "ADAFACTOR": "adafactor", "PRODIGY": "prodigy", "SGD": "sgd",
+}  # fmt: skip
 _ARGUMENTS = {"weight_decay": "adam_weight_decay", "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon"}
 _KINDS = {"LORA": "lora", "LOHA": "loha"}
 

@@ -8,8 +8,8 @@ from finetune.commands.foreign.taken import Renamed, Taken, dropout, no_resume, 
 from finetune.options import ATTENTION_AND_FEED_FORWARD
 
 _OPTIMIZERS = {
-    "adamw": "adamw", "adamw8bit": "adamw", "pagedadamw8bit": "adamw", "adafactor": "adafactor", "prodigy": "prodigy",
-    "sgdnesterov": "sgd", "sgdnesterov8bit": "sgd",
+    "adamw": "adamw", "adamw8bit": "adamw8bit", "pagedadamw8bit": "adamw8bit", "adafactor": "adafactor",
+    "prodigy": "prodigy", "sgdnesterov": "sgd", "sgdnesterov8bit": "sgd",
 }  # fmt: skip
 _SCHEDULES = {"constant_with_warmup": "constant"}
 _ARGUMENTS = {"weight_decay": "adam_weight_decay", "eps": "adam_epsilon"}
@@ -30,8 +30,8 @@ def _optimizer(taken: Taken, value: Any) -> None:
         taken.leave("optimizer_type", value, f"the optimizers here: {', '.join(sorted(set(_OPTIMIZERS.values())))}")
         return
     taken.ours["optimizer"] = known
-    if "8bit" in str(value).lower():
-        taken.notes.append(f"{value} became {known}: there are no 8-bit optimizers yet")
+    if str(value).lower().startswith(("paged", "sgdnesterov8")):
+        taken.notes.append(f"{value} became {known}: what is paged, or SGD in 8 bits, there is not")
 
 
 def _optimizer_arguments(taken: Taken, value: Any) -> None:

@@ -1,0 +1,112 @@
+"""finetune-unet inspect: what one step of a run was made of."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.config import load_resolved
+from finetune.errors import UsageError
+
+if TYPE_CHECKING:
+    from finetune.batch import Batch
+    from finetune.cache.encoded import Encoded
+    from finetune.training.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Build a step of a run again: its pictures, captions, tokens and timesteps, and its loss where the weights are
+    kept."""
+
+    run: str
+    """The run folder."""
+    step: int
+    """Which step, from 1."""
+    output: str | None = None
+    """The contact sheet to write. Default: step-N.png in the run folder."""
+
+
+def run(options: Options) -> None:
+    """Write a contact sheet of the step's pictures; print each with its caption, tokens, timestep and loss.
+
+    Raises:
+        UsageError: no such run or step, or a run on a dataset of Python's.
+        FinetuneError: as training does.
+    """
+    import torch
+
+    from finetune.data.loader import training_steps
+    from finetune.models.locate import locate
+    from finetune.recipe import assembled
+    from finetune.results.contact_sheet import contact_sheet
+    from finetune.run.folder import is_data_of
+    from finetune.run.sources import digest, open_pictures
+
+    folder = Path(options.run).expanduser()
+    if not (folder / "config.toml").is_file():
+        raise UsageError(f"--run {folder}: no run folder")
+    config = load_resolved(folder / "config.toml")
+    if not 1 <= options.step <= config.max_train_steps:
+        raise UsageError(f"--step {options.step}: allowed are 1 to {config.max_train_steps}")
+    if not config.data:
+        raise UsageError(f"--run {folder}: it learned from a dataset of a program's own, which is not here")
+    found, device = locate(config.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pictures = open_pictures(config, found, None)
+    if not is_data_of(folder, digest(pictures)):
+        print("note: the pictures, their names or captions are others than those of the run")
+    _, encoded, trainer = assembled(config, found, pictures, device, steps=range(options.step - 1, options.step))
+    (batches,) = training_steps(
+        encoded, batch_size=config.global_batch, steps=options.step, seed=config.seed, start=options.step - 1
+    )
+    losses = _losses(trainer, batches, folder, options.step)
+    timesteps = [int(t) for part in trainer.prepare(*batches).parts for t in part.drawn.t]
+    captions, pixels = _seen(encoded, batches)
+    tokens, limit = encoded.conditioner.token_counts(captions), encoded.conditioner.token_limit
+    ids = [name for batch in batches for name in batch.ids]
+    names = []
+    for number, name in enumerate(ids):
+        loss = f", loss {losses[number]:.4f}" if losses else ""
+        names.append(f"t {timesteps[number]}{loss}: {name}")
+        told = f", {tokens[number]} of {limit} tokens" if limit else ""
+        print(f"{name}: timestep {timesteps[number]}{loss}{told}, {captions[number]!r}")
+    path = Path(options.output).expanduser() if options.output else folder / f"step-{options.step}.png"
+    try:
+        contact_sheet(pixels, names, captions, tokens, limit).save(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--output {path} cannot be written: {error}") from error
+    print(path)
+
+
+def _losses(trainer: "Trainer", batches: "tuple[Batch, ...]", folder: Path, step: int) -> list[float]:
+    """The loss of each example, where the weights before the step are kept; and that of the step, beside the log."""
+    import json
+
+    from finetune.training import checkpoint
+
+    there = dict(checkpoint.checkpoints(folder))
+    if step > 1 and step - 1 not in there:
+        known = ", ".join(str(kept + 1) for kept in there) or "none"
+        print(f"the loss cannot be computed again: no checkpoint {step - 1}; of steps 1 and {known} it can")
+        return []
+    if step > 1:
+        trainer.load_state_dict(checkpoint.load(there[step - 1]))
+    prepared = trainer.prepare(*batches)
+    losses = trainer.backward(prepared).cpu()
+    weights = [weight for batch in batches for weight in batch.weight.tolist()]
+    loss = sum(w * one for w, one in zip(weights, losses.tolist(), strict=True)) / sum(weights)
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    logged = {line["step"]: line["loss"] for line in map(json.loads, lines)}.get(step)
+    print(f"step {step}: loss {loss:.6f}, in metrics.jsonl {'none' if logged is None else f'{logged:.6f}'}")
+    return losses.tolist()
+
+
+def _seen(encoded: "Encoded", batches: "tuple[Batch, ...]") -> "tuple[list[str], list]":
+    """Caption and pixels of each example, as the step had them."""
+    captions, pixels = [], []
+    places = {name: index for index, name in enumerate(encoded.ids)}
+    for batch in batches:
+        for name, key in zip(batch.ids, batch.keys.tolist(), strict=True):
+            index = places[name]
+            captions.append(encoded.captioning.caption(encoded.pictures.texts(index), key))
+            pixels.append(encoded.visits.seen(index, key))
+    return captions, pixels
