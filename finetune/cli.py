@@ -183,7 +183,16 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
 def _config(given: dict[str, Any]) -> TrainConfig:
     """The config of what was given as flags, over what is in the file that they name."""
     file = given.pop("config", None)
-    return TrainConfig(**(read_options(Path(file)) | given if file else given))
+    options = read_options(Path(file)) | given if file else given
+    sources = options.get("data", ())
+    if len(sources) == 1 and sources[0].endswith(".toml"):
+        from finetune.commands.foreign.sd_scripts import read_dataset
+
+        taken = read_dataset(Path(sources[0]))
+        for line in (*taken.notes, *(f"not taken over: {setting}: {why}" for setting, why in taken.left.items())):
+            print(f"{sources[0]}: {line}")
+        options = taken.ours | {name: value for name, value in options.items() if name != "data"}
+    return TrainConfig(**options)
 
 
 def parse(sections: Mapping[str, type], argv: Sequence[str]) -> dict[str, Any]:

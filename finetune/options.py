@@ -104,7 +104,8 @@ class DataOptions:
     """Pictures and captions."""
 
     data: tuple[str, ...] = option((), names=("train_data_dir", "instance_data_dir"), called=("dataset_name",))
-    """A folder of pictures, a folder of parquet/arrow files, or a Hugging Face dataset id; or several of these."""
+    """A folder of pictures, a folder of parquet/arrow files, or a Hugging Face dataset id; or several of these. Or the
+    dataset file of sd-scripts (.toml), whose settings hold where no others are given."""
     repeats: tuple[int, ...] = option((), AT_LEAST_ONE, called=("num_repeats",))
     """How many times the pictures of each --data come in an epoch, in the same order. Default: once."""
     class_data: str | None = option(None, needs="text", names=("class_data_dir",), called=("reg_data_dir",))
@@ -318,7 +319,7 @@ ELSEWHERE = {
     "scale_lr": "the learning rate is taken as it is given",
     "use_8bit_adam": "give --optimizer adamw8bit",
     "with_prior_preservation": "class pictures are learned wherever --class_data names some",
-    "dataset_config": _LATER,
+    "dataset_config": "give the file as --data",
 }
 """What other tools have and this one has not -> why, in the words of an error."""
 

@@ -152,6 +152,8 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("--train_text_encoder", "unknown option --train_text_encoder; the text encoder stays frozen here"),
         ("--logging_dir x", "unknown option --logging_dir; trackers write into logs/ of the run folder"),
         ("--use_8bit_adam", "unknown option --use_8bit_adam; give --optimizer adamw8bit"),
+        ("--dataset_config x.toml", "unknown option --dataset_config; give the file as --data"),
+        ("--data nowhere.toml", "--data nowhere.toml: No such file or directory"),
         ("--reg_data_dir x", "unknown option --reg_data_dir; did you mean --class_data?"),
         ("--no-centre_crop", "unknown option --no-centre_crop; did you mean --no_center_crop?"),
         ("--no_rank", "unknown option --no_rank; did you mean --rank?"),

@@ -29,7 +29,7 @@ def draw_missing(config: TrainConfig, found: Location, device: torch.device) -> 
     Raises:
         UsageError: it has to, and there is no `class_prompt`.
     """
-    if config.class_data is None:
+    if config.class_data is None or not found.family.latent:  # which cannot use it, as will be told
         return
     folder = Path(config.class_data).expanduser()
     there = sum(map(is_picture, list_files(folder))) if folder.is_dir() else 0
@@ -40,11 +40,17 @@ def draw_missing(config: TrainConfig, found: Location, device: torch.device) -> 
         found_there = f"{there} of {counted(wanted, 'picture')}"
         raise UsageError(f"class_data {folder}: {found_there}; give --class_prompt, and the model draws the others")
     folder.mkdir(parents=True, exist_ok=True)
-    print(
-        f"class pictures: {wanted - there} of {config.class_prompt!r}, drawn by {config.model} to {folder}", flush=True
-    )
+    drawn = f"{wanted - there} of {config.class_prompt!r}, drawn by {config.model}"
+    print(f"class pictures: {drawn} to {folder}", flush=True)
     half = DTYPES[resolve_precision(config.mixed_precision, device, small=found.family.is_small(found.resolution))]
-    model = load_model(found, dtype=half or torch.float32, vae=config.vae, tokenizer=config.tokenizer).to(device)
+    model = load_model(
+        found,
+        dtype=half or torch.float32,
+        max_token_length=config.max_token_length,
+        clip_skip=config.clip_skip,
+        tokenizer=config.tokenizer,
+        vae=config.vae,
+    ).to(device)
     names = (folder / f"drawn-{seed:05d}.png" for seed in range(2 * wanted))
     missing = [path for path in names if not path.exists()][: wanted - there]
     for start in range(0, len(missing), _AT_ONCE):

@@ -9,8 +9,7 @@ _BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 """What a UNet repeats. Blocks of one shape share their code, where the whole UNet would be compiled as one piece."""
 
 _SHAPES = 64
-"""Shapes of blocks that are compiled: an SD1.5 has 4 of one and 21 of the other; torch gives up at 8."""
-
+"""Shapes of blocks that are compiled; torch gives up at 8, and a UNet's residual blocks have more."""
 
 PAYS_AFTER = 10_000
 """Steps of training after which a GPU has won back what compiling takes: an H100 two minutes, for a tenth of a step."""
@@ -34,6 +33,7 @@ def compile_blocks(unet: nn.Module) -> str | None:
         return str(error).strip().splitlines()[0]
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, _SHAPES)
+    dynamo.suppress_errors = True  # a block that cannot be compiled runs as it is, with a warning
     # Convolutions are fastest with channels last, but torch's own group norm turns them over and back: with compiled
     # ones only is it worth it.
     nn.Module.to(unet, memory_format=torch.channels_last)
@@ -41,6 +41,11 @@ def compile_blocks(unet: nn.Module) -> str | None:
         if type(module).__name__ in _BLOCKS:
             module.compile()
     return None
+
+
+def is_compiled(unet: nn.Module) -> bool:
+    """Whether `compile_blocks` did it."""
+    return any(module._compiled_call_impl is not None for module in unet.modules())
 
 
 def _probe(x: torch.Tensor) -> torch.Tensor:

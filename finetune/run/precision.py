@@ -49,6 +49,7 @@ def gpu_algorithms(*, deterministic: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), backends.cudnn.benchmark, backends.cuda.matmul.allow_tf32
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    deterministic |= before[0]  # as the program around may have asked
     torch.use_deterministic_algorithms(deterministic)
     backends.cudnn.benchmark = not deterministic
     backends.cuda.matmul.allow_tf32 = not deterministic

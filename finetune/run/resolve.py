@@ -10,6 +10,7 @@ from finetune.cache.store import cache_folder
 from finetune.config import ResolvedConfig, TrainConfig, replace
 from finetune.data.buckets import Buckets
 from finetune.errors import UsageError
+from finetune.files import is_inside
 from finetune.models.families import FAMILIES, bucket_sides, default_method, defaults, total_steps, warmup_steps
 from finetune.models.locate import Location
 from finetune.options import about
@@ -25,6 +26,10 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         local["model"] = Path(config.model).expanduser()
     if config.class_data:
         local["class_data"] = Path(config.class_data).expanduser()
+        if around := [source for source in config.data if is_inside(local["class_data"], Path(source).expanduser())]:
+            raise UsageError(
+                f"class_data {config.class_data} lies inside --data {around[0]}, all of which is the subject"
+            )
     for name in ("tokenizer", "init_lora", "vae"):
         if given := getattr(config, name):
             local[name] = Path(given).expanduser()

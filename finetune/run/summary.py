@@ -9,6 +9,7 @@ from finetune.data.sampler import steps_per_epoch
 from finetune.models.conditioners import spelt_words
 from finetune.models.lora import trainable
 from finetune.models.lora_kinds import NAMES
+from finetune.run.compiling import is_compiled
 from finetune.run.parts import Run
 from finetune.run.samples import SAMPLING_SHARE, SamplePlan
 from finetune.wording import counted, listed
@@ -29,7 +30,7 @@ def print_summary(run: Run) -> None:
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_scheduler}, "
         f"{config.lr_warmup_steps} warm-up steps{', EMA' if config.use_ema else ''}",
         "precision": f"{'fp32' if config.mixed_precision == 'no' else config.mixed_precision} "
-        f"on {run.trainer.device.type}{', compiled' if config.compile else ''}",
+        f"on {run.trainer.device.type}{', compiled' if is_compiled(run.model.unet) else ''}",
         "samples": _samples(run.samples),
         "output": str(run.folder),
     }

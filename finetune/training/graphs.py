@@ -19,6 +19,13 @@ WARM_UP = 3
 SPARE = 0.25
 """Share of the device's memory that is left free beside the graphs, for sample grids and checkpoints."""
 
+MOST = 32
+"""Graphs; of the shapes that come after these, as many buckets may have, micro-batches are computed as they are."""
+
+
+Shape = tuple[torch.Size, ...]
+"""Of all tensors of a micro-batch."""
+
 
 @dataclass(frozen=True)
 class _Recorded:
@@ -40,11 +47,11 @@ class Graphs:
 
     def __init__(self, compute: Callable[[Any], Tensor], parameters: Mapping[str, nn.Parameter], device: torch.device):
         self._compute, self._parameters, self._device = compute, parameters, device
-        self._seen: dict[tuple[torch.Size, ...], int] = {}
-        self._recorded: dict[tuple[torch.Size, ...], _Recorded] = {}
+        self._seen: dict[Shape, int] = {}
+        self._activations: dict[Shape, int] = {}
+        self._recorded: dict[Shape, _Recorded] = {}
+        self._refused: set[Shape] = set()
         self._pool: Any = None
-        self._activations = 0
-        self._fits: bool | None = None
 
     def __call__(self, part: Any) -> Tensor:
         """`compute(part)`: the losses, and each parameter's gradient in its `.grad`, which was None."""
@@ -53,8 +60,9 @@ class Graphs:
         if shape not in self._recorded:
             self._seen[shape] = self._seen.get(shape, 0) + 1
             if self._seen[shape] <= WARM_UP:
-                return self._measured(part)
-            if not self._room():
+                return self._measured(part, shape)
+            if shape in self._refused or not self._room(shape):
+                self._refused.add(shape)
                 return self._compute(part)
             self._recorded[shape] = self._record(part)
         recorded = self._recorded[shape]
@@ -64,21 +72,26 @@ class Graphs:
             self._parameters[name].grad = gradient
         return recorded.losses.clone()
 
-    def _measured(self, part: Any) -> Tensor:
+    def _measured(self, part: Any, shape: Shape) -> Tensor:
         """Compute it kernel by kernel, and note the memory that it takes on the way."""
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)
         losses = self._compute(part)
-        self._activations = max(self._activations, torch.cuda.max_memory_allocated(self._device) - before)
+        self._activations[shape] = torch.cuda.max_memory_allocated(self._device) - before
         return losses
 
-    def _room(self) -> bool:
-        """Whether the memory of a graph, which stays its own, leaves enough for all else. All graphs share theirs."""
-        if self._fits is None:
-            torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info(self._device)
-            self._fits = free - self._activations >= SPARE * total
-        return self._fits
+    def _room(self, shape: Shape) -> bool:
+        """Whether a graph of this shape leaves enough memory for all else.
+
+        Its gradients stay its own; activations lie where those of the other graphs do.
+        """
+        if len(self._recorded) >= MOST:
+            return False
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        gradients = sum(p.numel() * p.element_size() for p in self._parameters.values())
+        shared = max((self._activations[other] for other in self._recorded), default=0)
+        return free - gradients - max(0, self._activations[shape] - shared) >= SPARE * total
 
     def _record(self, part: Any) -> _Recorded:
         part = map_tensors(torch.clone, part)

@@ -85,6 +85,13 @@ def test_what_cannot_be_drawn_or_has_no_caption_is_told(make_pictures: MakePictu
         open_pictures(config, locate("tiny"), None)
 
 
+def test_class_pictures_among_those_of_the_subject_are_refused(make_pictures: MakePictures, tmp_path: Path) -> None:
+    dog = make_pictures(tmp_path / "dog", count=2)
+    config = TrainConfig(model="tiny", data=str(dog), prompt="x", class_data=str(dog / "class"), class_prompt="y")
+    with pytest.raises(UsageError, match=r"class_data .*class lies inside --data .*dog, all of which is the subject"):
+        fine_tune(config)
+
+
 def test_a_run_learns_both_and_its_defaults_are_those_of_the_subject(
     make_pictures: MakePictures, tmp_path: Path
 ) -> None:

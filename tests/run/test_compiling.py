@@ -6,7 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from finetune.models.loading import load_model
-from finetune.run.compiling import PAYS_AFTER, compile_blocks, compile_pays
+from finetune.run.compiling import PAYS_AFTER, compile_blocks, compile_pays, is_compiled
 
 
 def test_only_long_runs_of_large_models_on_a_gpu_are_compiled_unasked() -> None:
@@ -27,7 +27,7 @@ def test_a_machine_without_a_compiler_says_so_and_changes_nothing(monkeypatch: p
     monkeypatch.setattr(torch, "compile", failing)
     unet = load_model("tiny").unet
     assert compile_blocks(unet) == "Failed to find C compiler."
-    assert not any(module._compiled_call_impl for module in unet.modules())
+    assert not is_compiled(unet)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -36,4 +36,5 @@ def test_blocks_are_compiled_and_the_unet_is_laid_out_for_it() -> None:
     assert compile_blocks(unet) is None
     compiled = {type(module).__name__ for module in unet.modules() if module._compiled_call_impl is not None}
     assert compiled == {"BasicTransformerBlock", "ResnetBlock2D"}
+    assert is_compiled(unet)
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)

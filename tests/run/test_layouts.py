@@ -10,6 +10,7 @@ import pytest
 from pyarrow import Table, parquet
 
 from finetune.cache.disk import existing_store
+from finetune.cli import parse_train
 from finetune.config import TrainConfig
 from finetune.recipe import fine_tune
 
@@ -56,6 +57,30 @@ def repeats(source: Path, to: Path) -> dict[str, object]:
     return {"data": str(to)}
 
 
+def dataset_file(source: Path, to: Path) -> dict[str, object]:
+    shutil.copytree(source, to / "pictures")
+    (to / "dataset.toml").write_text(
+        f"""
+        [general]
+        caption_extension = ".txt"
+        [[datasets]]
+        resolution = 64
+        batch_size = 3
+        enable_bucket = true
+        min_bucket_reso = 32
+        max_bucket_reso = 128
+        bucket_reso_steps = 8
+        bucket_no_upscale = true
+          [[datasets.subsets]]
+          image_dir = "{to / "pictures"}"
+          class_tokens = "{CAPTION}"
+          num_repeats = 2
+        """
+    )
+    config = parse_train(["--data", str(to / "dataset.toml"), "--seed", "0"])
+    return {name: getattr(config, name) for name in config.given if name != "train_batch_size"}
+
+
 def dreambooth(source: Path, to: Path) -> dict[str, object]:
     shutil.copytree(source, to / "instance")
     (to / "class").mkdir()
@@ -89,6 +114,7 @@ LAYOUTS: dict[str, Callable[[Path, Path], dict[str, object]]] = {
     "metadata.parquet": metadata("parquet"),
     "repeats": repeats,
     "dreambooth": dreambooth,
+    "dataset.toml": dataset_file,
     "parquet": tables,
     "saved": saved,
 }

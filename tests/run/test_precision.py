@@ -30,3 +30,11 @@ def test_the_choice_of_algorithms_is_made_and_put_back() -> None:
         assert not torch.are_deterministic_algorithms_enabled()
         assert not backends.cudnn.benchmark
         assert not backends.cuda.matmul.allow_tf32
+    torch.use_deterministic_algorithms(True)  # by the program around
+    try:
+        with gpu_algorithms(deterministic=False):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert not backends.cudnn.benchmark
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,10 +1,12 @@
 """kohya's sd-scripts: its command lines and TOML files, and its dataset TOML."""
 
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune.commands.foreign.taken import Renamed, Taken, dropout, no_resume, square, word_value
+from finetune.errors import UsageError
 from finetune.options import ATTENTION_AND_FEED_FORWARD
 
 _OPTIMIZERS = {
@@ -215,6 +217,17 @@ def take(given: Mapping[str, Any], script: str) -> Taken:
     if warmup is not None:
         _warmup(taken, warmup)
     return taken
+
+
+def read_dataset(path: Path) -> Taken:
+    """What `take_dataset` takes from a file. Raises UsageError where it is none."""
+    try:
+        tables = tomllib.loads(path.expanduser().read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"--data {path}: {getattr(error, 'strerror', None) or f'no TOML: {error}'}") from error
+    if "datasets" not in tables:
+        raise UsageError(f"--data {path}: no [[datasets]], as a dataset file of sd-scripts has them")
+    return take_dataset(tables)
 
 
 def take_dataset(tables: Mapping[str, Any]) -> Taken:
