@@ -58,7 +58,7 @@ def run(options: Options) -> None:
     (batches,) = training_steps(
         encoded, batch_size=config.global_batch, steps=options.step, seed=config.seed, start=options.step - 1
     )
-    losses = _losses(trainer, batches, folder, options.step)
+    losses = _losses(trainer, batches, folder, options.step, config.max_train_steps)
     timesteps = [int(t) for part in trainer.prepare(*batches).parts for t in part.drawn.t]
     captions, pixels = _seen(encoded, batches)
     tokens, limit = encoded.conditioner.token_counts(captions), encoded.conditioner.token_limit
@@ -77,7 +77,7 @@ def run(options: Options) -> None:
     print(path)
 
 
-def _losses(trainer: "Trainer", batches: "tuple[Batch, ...]", folder: Path, step: int) -> list[float]:
+def _losses(trainer: "Trainer", batches: "tuple[Batch, ...]", folder: Path, step: int, last: int) -> list[float]:
     """The loss of each example, where the weights before the step are kept; and that of the step, beside the log."""
     import json
 
@@ -85,8 +85,8 @@ def _losses(trainer: "Trainer", batches: "tuple[Batch, ...]", folder: Path, step
 
     there = dict(checkpoint.checkpoints(folder))
     if step > 1 and step - 1 not in there:
-        known = ", ".join(str(kept + 1) for kept in there) or "none"
-        print(f"the loss cannot be computed again: no checkpoint {step - 1}; of steps 1 and {known} it can")
+        known = ", ".join(str(kept + 1) for kept in (0, *there) if kept < last)
+        print(f"the loss cannot be computed again: no checkpoint {step - 1}; it can for these steps: {known}")
         return []
     if step > 1:
         trainer.load_state_dict(checkpoint.load(there[step - 1]))

@@ -48,7 +48,7 @@ def test_without_the_weights_all_but_the_loss_is_told(
     sheet = tmp_path / "sheet.png"
     assert cli.main(["inspect", "--run", str(out), "--step", "2", "--output", str(sheet)]) == 0
     told = capsys.readouterr().out
-    assert "no checkpoint 1; of steps 1 and 3, 4 it can" in told
+    assert "no checkpoint 1; it can for these steps: 1, 3" in told
     assert len(re.findall(r"timestep \d+, \d+ of 75 tokens", told)) == 4
     assert sheet.is_file()
 
