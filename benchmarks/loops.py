@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import finetune as ft
 from finetune.data.ahead import ahead
 from finetune.models.encoders import VaeEncoder
+from finetune.models.lora_names import UNETS
 from finetune.options import ATTENTION_AND_FEED_FORWARD
 from finetune.training.optim import make_optimizer
 
@@ -24,7 +25,7 @@ LEARNING_RATE = 1e-5
 
 
 def unet_config(name: str, width: int = 320) -> dict[str, Any]:
-    """Arguments of a UNet of Stable Diffusion 1.5's or SDXL's shape; `width` is of its first level."""
+    """Arguments of a UNet of Stable Diffusion 1.5's shape, its first level `width` wide, or of SDXL's."""
     if name == "sd15":
         return {
             "sample_size": 64,
@@ -32,19 +33,7 @@ def unet_config(name: str, width: int = 320) -> dict[str, Any]:
             "cross_attention_dim": 768,
             "attention_head_dim": 8,
         }
-    return {
-        "sample_size": 128,
-        "block_out_channels": (width, 2 * width, 4 * width),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    }
+    return {"sample_size": 128, **UNETS["sdxl"]}
 
 
 def schedule() -> DDPMScheduler:

@@ -21,7 +21,7 @@ _XL: Mapping[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-_UNETS: Mapping[str, Mapping[str, Any]] = {
+UNETS: Mapping[str, Mapping[str, Any]] = {
     "sd15": {"cross_attention_dim": 768},
     "sd21": {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
     "sdxl": _XL,
@@ -48,7 +48,7 @@ def layer_names(config: Mapping[str, Any], weights: Iterable[str]) -> dict[str, 
 
 def family_layers(family: str) -> tuple[dict[str, str], dict[str, torch.Size]]:
     """The names of the layers of "sd15", "sd21" or "sdxl", as `layer_names`, and the shape of each layer's weight."""
-    return layers_of(_UNETS[family])
+    return layers_of(UNETS[family])
 
 
 def layers_of(config: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, torch.Size]]:
