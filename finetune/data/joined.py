@@ -25,6 +25,11 @@ class Part(NamedTuple):
     remembered: bool = False
     """Whether it holds class pictures; the last ones may."""
 
+    def sources(self) -> "Counter[str]":
+        """How many captions came from where; the prompt of class pictures is one of its own."""
+        renamed = {"prompt": "class_prompt"} if self.remembered else {}
+        return Counter({renamed.get(name, name): count for name, count in self.pictures.sources.items()})
+
 
 class Joined(Pictures):
     """The pictures of several datasets that share one transform, one dataset after the other.
@@ -46,7 +51,7 @@ class Joined(Pictures):
         )
         self.subjects = sum(len(part.pictures) for part in parts if not part.remembered)
         self.weights = [part.weight * weight for part in parts for weight in part.pictures.weights]
-        self.sources = sum((part.pictures.sources for part in parts), Counter())
+        self.sources = sum((part.sources() for part in parts), Counter())
         self.quarantined = [
             Skipped(f"{part.name}/{bad.path}", bad.reason) for part in parts for bad in part.pictures.quarantined
         ]

@@ -51,7 +51,13 @@ def _learns(run: Run) -> str:
 
 
 def _captions(run: Run) -> str:
-    named = {"txt": ".txt files", "caption": ".caption files", "prompt": "--prompt", "folder": "the folders' names"}
+    named = {
+        "txt": ".txt files",
+        "caption": ".caption files",
+        "prompt": "--prompt",
+        "class_prompt": "--class_prompt",
+        "folder": "the folders' names",
+    }
     counts = ", ".join(f"{count} from {named.get(source, source)}" for source, count in run.pictures.sources.items())
     return f"{counts} ({len(set(run.encoded.captions))} distinct)"
 

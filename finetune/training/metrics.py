@@ -11,7 +11,7 @@ Values = tuple[float, float | None]
 
 
 class Arriving:
-    """Numbers on their way from the device, and what remains to be done when they are there.
+    """Numbers on their way from the device.
 
     Args:
         numbers: 0-dimensional tensors on one device.

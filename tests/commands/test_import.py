@@ -91,7 +91,7 @@ def test_a_toml_file_of_sd_scripts(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_class_pictures(tmp_path: Path) -> None:
-    words = "train_network.py --train_data_dir=dog --reg_data_dir=dogs --prior_loss_weight=0.5 --network_dim=4"
+    words = "train_network.py --prior_loss_weight=0.5 --train_data_dir=dog --reg_data_dir=dogs --network_dim=4"
     found = imported(tmp_path, "kohya.sh", f"accelerate launch {words}")
     assert (found["class_data"], found["prior_loss_weight"]) == ("dogs", 0.5)
     words = "train_network.py --train_data_dir=dog --prior_loss_weight=1.0 --network_dim=4"

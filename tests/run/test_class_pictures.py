@@ -39,6 +39,7 @@ def test_in_an_epoch_the_kind_weighs_what_was_asked_however_many_there_are(
     assert sum(weight[subjects:]) == pytest.approx(0.5 * subjects)
     assert both.ids[0] == "dog/00.png"
     assert both.ids[subjects] == "class/00.png"
+    assert both.sources == {"prompt": subjects, "class_prompt": others}
 
 
 def test_batches_carry_the_weights(make_pictures: MakePictures, tmp_path: Path) -> None:

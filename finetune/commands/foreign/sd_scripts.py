@@ -142,11 +142,6 @@ def _trackers(taken: Taken, value: Any) -> None:
     taken.put("report_to", ["tensorboard", "wandb"] if value == "all" else [value], "log_with")
 
 
-def _prior(taken: Taken, value: Any) -> None:
-    if taken.ours.get("class_data"):  # there it has a value also where there are no class pictures
-        taken.put("prior_loss_weight", value, "prior_loss_weight")
-
-
 def _max_token_length(taken: Taken, value: Any) -> None:
     taken.put("max_token_length", 77 if value == 75 else value, "max_token_length")
 
@@ -160,7 +155,7 @@ _TARGETS = (*ATTENTION_AND_FEED_FORWARD, "proj_in", "proj_out")
 
 _RENAMED: Renamed = {
     "pretrained_model_name_or_path": "model", "train_data_dir": "data", "vae": "vae",
-    "reg_data_dir": "class_data", "prior_loss_weight": _prior,
+    "reg_data_dir": "class_data", "prior_loss_weight": "prior_loss_weight",
     "train_batch_size": "train_batch_size", "max_train_steps": "max_train_steps",
     "max_train_epochs": "num_train_epochs", "seed": "seed",
     "gradient_accumulation_steps": "gradient_accumulation_steps", "gradient_checkpointing": "gradient_checkpointing",
@@ -208,6 +203,8 @@ def take(given: Mapping[str, Any], script: str) -> Taken:
             taken.leave(name, file, "import that file too, and put the settings together by hand")
     _buckets(taken, given)
     _captions(taken, given)
+    if not given.get("reg_data_dir"):
+        given.pop("prior_loss_weight", None)  # theirs has a value also where there are no class pictures
     taken.take(given, _RENAMED)
     defaults = {option: value for option, value in DEFAULTS.items() if lora or option not in _LORA_ALONE}
     if "num_train_epochs" in taken.ours:
