@@ -164,6 +164,9 @@ class DataOptions:
     """Caption column of a Hugging Face dataset."""
     live_encoding: bool = False
     """Send each picture through the VAE at every visit instead of once."""
+    encode: Literal["auto", "before", "ahead"] = option("auto", change="free")
+    """before: all that the run visits is encoded before its first step. ahead: each picture when the run comes to it.
+    auto: before, unless it would take more than a minute. Changes speed only."""
     cache_dir: str | None = option(None, change="free", called=("latents_cache_path", "cache_latents_to_disk"))
     """Folder in which encodings are kept for this and later runs; none: in memory alone. Default: finetune-unet in the
     user's cache folder."""

@@ -2,6 +2,8 @@
 
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -47,8 +49,11 @@ from finetune.training import checkpoint
 from finetune.training.ema import Ema
 from finetune.training.objective import NoisePrediction
 from finetune.training.optim import learning_rate, make_optimizer, parameter_groups
-from finetune.training.trainer import Trainer
+from finetune.training.trainer import Prepared, Trainer
 from finetune.wording import counted
+
+_FIRST_STEP_BY = 60.0
+"""Seconds that encoding may take before the first step; what would take longer is encoded as visits come to it."""
 
 _LESS_MEMORY = "a smaller --train_batch_size (and more --gradient_accumulation_steps), --gradient_checkpointing, "
 _LESS_MEMORY += "a lower --resolution or a LoRA take less"
@@ -102,7 +107,7 @@ def _put_together(
     config: ResolvedConfig, found: Location, pictures: Pictures, folder: run_folder.RunFolder, accelerator: Accelerator
 ) -> Run:
     """Load the model, encode the pictures, and record and say what is going to happen."""
-    steps = range(config.max_train_steps)
+    steps = range(checkpoint.step_of(folder.checkpoint) if folder.checkpoint else 0, config.max_train_steps)
     model, encoded, trainer = assembled(config, found, pictures, accelerator.device, steps=steps)
     samples = plan_samples(config, latent=found.family.latent, captions=encoded.captions, visits=encoded.epoch_visits)
     run_folder.begin(folder, config, digest(pictures))
@@ -127,6 +132,7 @@ def assembled(
         cache_dir=config.cache_dir,
         precision=config.cache_precision,
         visited=_sampler(config, pictures).visited(steps),
+        at_most={"before": None, "ahead": 0, "auto": _FIRST_STEP_BY}[config.encode],
     )
     return model, encoded, _trainer(config, model)
 
@@ -176,16 +182,7 @@ def _train(run: Run) -> None:
     total = config.max_train_steps
     epoch = steps_per_epoch(run.encoded.epoch_visits, config.global_batch)
     every_epochs = config.save_model_epochs and config.save_model_epochs * epoch
-    planned = training_steps(
-        run.encoded,
-        batch_size=config.global_batch,
-        steps=total,
-        seed=config.seed,
-        start=trainer.steps_done,
-        num_workers=config.dataloader_num_workers,
-    )
-    prepared = (trainer.prepare(*batches) for batches in planned)
-    with catch_signals() as stop, reports(run) as told, ahead(prepared, wanted=not run.encoded.live) as steps:
+    with catch_signals() as stop, reports(run) as told, closing(run.encoded), _ahead(run) as steps:
         if trainer.steps_done == total or due(trainer.steps_done, told.between_grids):  # the last part stopped before
             draw_grid(run)
         told.resume()
@@ -209,6 +206,20 @@ def _train(run: Run) -> None:
             if draws:
                 draw_grid(run)
             told.resume()
+
+
+def _ahead(run: Run) -> AbstractContextManager[Iterator[Prepared]]:
+    """What the trainer takes, step by step, prepared by a thread as soon as visits need no encoder."""
+    config, trainer = run.config, run.trainer
+    planned = training_steps(
+        run.encoded,
+        batch_size=config.global_batch,
+        steps=config.max_train_steps,
+        seed=config.seed,
+        start=trainer.steps_done,
+        num_workers=config.dataloader_num_workers,
+    )
+    return ahead((trainer.prepare(*batches) for batches in planned), wanted=lambda: not run.encoded.live)
 
 
 def due(step: int, every: int | Fraction | None) -> bool:

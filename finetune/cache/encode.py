@@ -6,9 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from finetune.cache.demand import Demand
 from finetune.cache.disk import open_store
 from finetune.cache.encoded import Conditions, Encoded, LiveConditions
-from finetune.cache.fill import Made, fill
+from finetune.cache.fill import Work, fill
+from finetune.cache.gathered import Gathered
 from finetune.cache.store import Item
 from finetune.cache.visits import Kept, Live
 from finetune.data.caption_visits import CaptionVisits
@@ -16,7 +18,6 @@ from finetune.data.own import Rows, as_pictures
 from finetune.data.pictures import Pictures
 from finetune.data.transforms import normalize
 from finetune.errors import DataError
-from finetune.models.conditioners import Conditioner
 from finetune.models.encoders import Encoder
 from finetune.models.loading import DiffusionModel, Frozen
 from finetune.models.tensor_file import DTYPES
@@ -32,6 +33,7 @@ def encode(
     cache_dir: str | Path | None = None,
     precision: str = "fp32",
     visited: Iterable[int] | None = None,
+    at_most: float | None = None,
 ) -> Encoded:
     """Make a dataset ready for training: what is not encoded yet, by an earlier run or another process, is encoded.
 
@@ -50,6 +52,8 @@ def encode(
             in memory alone.
         precision: number format in which encodings are kept: "fp32", "fp16" or "bf16".
         visited: numbers of the pictures that will be visited, in the order in which they are wanted; None: all.
+        at_most: seconds that pictures may take, and captions. What would take longer is encoded when a visit comes to
+            it, for which the encoder stays on its device. None: everything is encoded now.
 
     Raises:
         DataError: two pictures share an id, one has changed since it was opened, or an encoding is not finite.
@@ -58,38 +62,49 @@ def encode(
     """
     pictures = as_pictures(dataset)
     wanted = list(range(len(pictures)) if visited is None else dict.fromkeys(visited))
-    with closing(open_store(cache_dir)) as store:  # or what was claimed would stay so after an error
-        made = []
-        if captioning.shuffle:
-            conditions = LiveConditions(model.conditioner)
-        else:
-            conditions = Conditions(store, model.conditioner, precision)
-            captions = [*[text for index in wanted for text in pictures.texts(index)], ""]
-            made.append(_encode_captions(conditions, model.conditioner, captions))
-            model.conditioner.to("cpu")
-        visits: Kept | Live = Live(pictures)
-        if not live:
-            visits = Kept(store, pictures, model.encoder.fingerprint, precision, seed)
-            made.append(_encode_pictures(visits, model.encoder, wanted))
-            model.encoder.to("cpu")
-    encoder = model.encoder if live else None
-    return Encoded(pictures, pictures.shapes(), visits, encoder, model.conditioner, conditions, captioning, made)
+    store = Gathered(open_store(cache_dir))
+    works: list[Work] = []
+    conditions: Conditions | LiveConditions = LiveConditions(model.conditioner)
+    if not captioning.shuffle:
+        conditions = Conditions(store, model.conditioner, precision)
+        works.append(_captions(pictures, conditions, wanted))
+    visits: Kept | Live = Live(pictures)
+    if not live:
+        visits = Kept(store, pictures, model.encoder.fingerprint, precision, seed)
+        works.append(_pictures(visits, model.encoder, wanted))
+    made = []
+    with closing(store):  # or what was claimed would stay so
+        for work in works:
+            made.append(fill(store, work, at_most))
+            if not made[-1].left:
+                work.network.to("cpu")
+    demands = [Demand(store, work) for work, done in zip(works, made, strict=True) if done.left]
+    encoder, conditioner, shapes = model.encoder if live else None, model.conditioner, pictures.shapes()
+    return Encoded(pictures, shapes, visits, encoder, conditioner, conditions, captioning, made, store, demands)
 
 
-def _encode_captions(conditions: Conditions, conditioner: Conditioner, captions: Iterable[str]) -> Made:
-    """Each caption that is not there yet into their store."""
-    wanted = {conditions.key(caption): caption for caption in captions}
+def _captions(pictures: Pictures, conditions: Conditions, indices: Iterable[int]) -> Work:
+    """The captions of pictures, and the empty one, through their conditioner."""
+    conditioner = conditions.conditioner
+    texts = dict.fromkeys([*[text for index in indices for text in pictures.texts(index)], ""])
+    wanted = {conditions.key(text): text for text in texts}
+
+    def of(index: int) -> list[str]:
+        return [conditions.key(text) for text in (*pictures.texts(index), "")]
 
     def compute(_: str, caption: str) -> Item:
         return {name: _rounded(tensor, conditions.precision) for name, tensor in conditioner.encode([caption]).items()}
 
-    return fill(conditions.store, "caption", list(wanted), wanted.__getitem__, compute)
+    return Work("caption", list(wanted), of, wanted.__getitem__, compute, conditioner)
 
 
-def _encode_pictures(kept: Kept, encoder: Encoder, indices: Iterable[int]) -> Made:
-    """Each version of the pictures that is wanted, and not there yet, into their store."""
+def _pictures(kept: Kept, encoder: Encoder, indices: Iterable[int]) -> Work:
+    """The pictures, in each version that is wanted of them, through the encoder."""
     flips = (False, True) if kept.pictures.flips else (False,)
     wanted = {kept.key(index, flip): (index, flip) for index in indices for flip in flips}
+
+    def of(index: int) -> list[str]:
+        return [kept.key(index, flip) for flip in flips]
 
     def compute(key: str, pixels: Tensor) -> Item:
         (stored,) = encoder.encode(normalize(pixels[None]))
@@ -97,7 +112,7 @@ def _encode_pictures(kept: Kept, encoder: Encoder, indices: Iterable[int]) -> Ma
             raise DataError(f"{kept.pictures.ids[wanted[key][0]]}: its encoding is not finite")
         return {"stored": _rounded(stored, kept.precision)}
 
-    return fill(kept.store, "picture", list(wanted), lambda key: kept.pixels(*wanted[key]), compute)
+    return Work("picture", list(wanted), of, lambda key: kept.pixels(*wanted[key]), compute, encoder)
 
 
 def _rounded(tensor: Tensor, precision: str) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from finetune import seeding
 from finetune.batch import Batch
+from finetune.cache.demand import Demand
 from finetune.cache.fill import Made
 from finetune.cache.keys import caption_key
 from finetune.cache.store import Item, Store
@@ -35,12 +36,12 @@ class Conditions:
     """Captions at hand: with one prompt for all pictures, nothing is read twice."""
 
     def __init__(self, store: Store, conditioner: Conditioner, precision: str) -> None:
-        self.store, self.precision, self._conditioner = store, precision, conditioner
+        self.store, self.precision, self.conditioner = store, precision, conditioner
         self._at_hand: OrderedDict[str, Item] = OrderedDict()
 
     def key(self, caption: str) -> str:
         """Of what is stored for a caption."""
-        return caption_key(caption, self._conditioner.fingerprint, self.precision)
+        return caption_key(caption, self.conditioner.fingerprint, self.precision)
 
     def __getitem__(self, caption: str) -> Item:
         """Tensors of first size 1, floats as fp32."""
@@ -78,6 +79,10 @@ class Encoded:
     captioning: CaptionVisits
     made: Sequence[Made]
     """How much of it was encoded for this, and how much was there."""
+    store: Store
+    """Of all that is kept."""
+    demands: Sequence[Demand] = ()
+    """What is encoded when a visit comes to it."""
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -85,7 +90,26 @@ class Encoded:
     @property
     def live(self) -> bool:
         """Whether a visit needs an encoder, which nothing else can use meanwhile."""
-        return self.encoder is not None or isinstance(self.conditions, LiveConditions)
+        return self.needs(self.encoder) or self.needs(self.conditioner)
+
+    def needs(self, network: Encoder | Conditioner | None) -> bool:
+        """Whether visits to come need it: it stays on its device."""
+        if any(demand.work.network is network and not demand.met for demand in self.demands):
+            return True
+        live = isinstance(self.conditions, LiveConditions) and network is self.conditioner
+        return live or (network is not None and network is self.encoder)
+
+    def ready(self, examples: Sequence[int]) -> None:
+        """Encode what visits to these examples need, and nothing has encoded yet."""
+        for demand in self.demands:
+            if not demand.met:
+                demand.need(examples)
+
+    def close(self) -> None:
+        """Keep what was encoded last; nothing more is going to be visited."""
+        for demand in self.demands:
+            demand.close()
+        self.store.close()
 
     @property
     def ids(self) -> Sequence[str]:

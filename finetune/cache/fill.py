@@ -5,31 +5,52 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor
+import torch
 from tqdm.auto import tqdm
 
-from finetune.cache.store import Item, Kind, Store
+from finetune.cache.gathered import Gathered
+from finetune.cache.store import Item, Kind
 
 CLAIMED_AT_ONCE = 16
 """Few, so that two processes share the work to its end."""
 
-SHARD_BYTES = 64 * 2**20
-SHARD_SECONDS = 30.0
-"""A shard is written when one of these is reached: what a killed process loses."""
-
-_THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, os.cpu_count() or 1)
 """That prepare."""
 
-_AHEAD = 4 * _THREADS
+AHEAD = 4 * THREADS
 """Keys that are prepared while one is computed."""
+
+_TELLING = 16
+"""After so many items it is known how long one takes."""
 
 _WAIT = 0.2
 """Seconds between two looks at what another process computes."""
 
-T = TypeVar("T")
-Prepared = TypeVar("Prepared")
+
+class Frozen(Protocol):
+    """An encoder or a conditioner."""
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """Items of one kind, and how they are made."""
+
+    kind: Kind
+    keys: Sequence[str]
+    """Each once, in the order in which they are wanted."""
+    of: Callable[[int], Sequence[str]]
+    """Number of an example -> the keys of all that visits to it may need."""
+    prepare: Callable[[str], Any]
+    """Key -> what is needed to compute its item; runs in a thread of its own."""
+    compute: Callable[[str, Any], Item]
+    """Key and what was prepared -> its item."""
+    network: Frozen
+    """What computes."""
 
 
 class Made(NamedTuple):
@@ -37,87 +58,64 @@ class Made(NamedTuple):
 
     kind: Kind
     items: int
-    """That are there now."""
+    """That are wanted."""
     new: int
     """Of these, computed by this process; the others were there, or came from another one."""
+    left: int = 0
+    """Of these, not there yet: too much for the time that was given."""
 
 
-def fill(
-    store: Store,
-    kind: Kind,
-    keys: Sequence[str],
-    prepare: Callable[[str], Prepared],
-    compute: Callable[[str, Prepared], Item],
-) -> Made:
+def fill(store: Gathered, work: Work, at_most: float | None = None) -> Made:
     """See to it that each key has its item. Threads prepare; what they do overlaps with what this one computes.
 
     Args:
         store: to be filled.
-        kind: of the items.
-        keys: in the order in which they are wanted, each once.
-        prepare: key -> what is needed to compute its item; runs in a thread of its own.
-        compute: key and what was prepared -> its item.
+        work: what is wanted.
+        at_most: seconds. As soon as it shows that all will take longer, the rest is left. None: however long it takes.
     """
-    new, missing = 0, store.missing(keys)
-    bar = tqdm(total=len(missing), desc=f"encoding {kind}s", unit=kind, delay=3, leave=False)
-    with bar, ThreadPoolExecutor(_THREADS) as pool:
-        while missing:
-            shard = _Shard(store, kind)
-            try:
-                for key, prepared in _ahead(pool, prepare, _claimed(store, missing)):
-                    shard.add(key, compute(key, prepared))
-                    bar.update()
-            finally:
-                shard.write()  # also what came before an error
-            new += shard.items
+    new, clock, missing = 0, time.monotonic(), store.missing(work.keys)
+    total = len(missing)
+
+    def late() -> bool:
+        took = time.monotonic() - clock
+        return at_most is not None and (took / new * total if new >= _TELLING else took) >= at_most
+
+    pool = ThreadPoolExecutor(THREADS)
+    bar = tqdm(total=total, desc=f"encoding {work.kind}s", unit=work.kind, delay=3, leave=False)
+    try:
+        while missing and not late():
+            before = new
+            for key, prepared in _ahead(pool, work.prepare, _claimed(store, missing)):
+                store.put(work.kind, {key: work.compute(key, prepared)})
+                new += 1
+                bar.update()
+                if late():
+                    break
+            store.write()
             missing = store.missing(missing)
-            bar.n = bar.total - len(missing)
-            if missing and not shard.items:
+            bar.n = total - len(missing)
+            if missing and new == before:
                 time.sleep(_WAIT)
-    store.mark_used(keys)
-    return Made(kind, len(keys), new)
+    finally:
+        store.write()  # also what came before an error
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+    store.mark_used(work.keys)
+    return Made(work.kind, len(work.keys), new, len(missing))
 
 
-class _Shard:
-    """Items on their way into the store."""
-
-    def __init__(self, store: Store, kind: Kind) -> None:
-        self.store = store
-        self.kind: Kind = kind
-        self.items = 0
-        self._items: dict[str, Item] = {}
-        self._bytes, self._since = 0, time.monotonic()
-
-    def add(self, key: str, item: Item) -> None:
-        self.items += 1
-        self._items[key] = item
-        self._bytes += sum(_size(tensor) for tensor in item.values())
-        if self._bytes >= SHARD_BYTES or time.monotonic() - self._since >= SHARD_SECONDS:
-            self.write()
-
-    def write(self) -> None:
-        self.store.put(self.kind, self._items)
-        self._items, self._bytes, self._since = {}, 0, time.monotonic()
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _claimed(store: Store, keys: Sequence[str]) -> Iterator[str]:
+def _claimed(store: Gathered, keys: Sequence[str]) -> Iterator[str]:
     """Those of the keys that nobody else computes, claimed a few at a time."""
     for start in range(0, len(keys), CLAIMED_AT_ONCE):
         yield from store.claim(keys[start : start + CLAIMED_AT_ONCE])
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, prepare: Callable[[str], Prepared], keys: Iterable[str]
-) -> Iterator[tuple[str, Prepared]]:
+def _ahead(pool: ThreadPoolExecutor, prepare: Callable[[str], Any], keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
     """Each key with what was prepared for it, in order, some of them prepared ahead."""
-    waiting: deque[tuple[str, Future[Prepared]]] = deque()
+    waiting: deque[tuple[str, Future[Any]]] = deque()
     for key in keys:
         waiting.append((key, pool.submit(prepare, key)))
-        if len(waiting) > _AHEAD:
+        if len(waiting) > AHEAD:
             first, future = waiting.popleft()
             yield first, future.result()
     while waiting:

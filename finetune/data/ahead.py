@@ -1,8 +1,8 @@
 """The next items of an iterator, made by a thread while this one is in use."""
 
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,25 +13,25 @@ _DEPTH = 2
 
 
 @contextmanager
-def ahead(items: Iterator[Item], *, wanted: bool = True) -> Iterator[Iterator[Item]]:
+def ahead(items: Iterator[Item], *, wanted: Callable[[], bool] = lambda: True) -> Iterator[Iterator[Item]]:
     """Inside, an iterator over the same items, the next two of which are made by one thread before they are asked for.
 
     What making one raises is raised where it is asked for. At the end of the block the thread is over.
 
     Args:
         items: what another thread may make.
-        wanted: False: the items as they are.
+        wanted: asked before each item; as long as it answers False, the items are made when they are asked for.
     """
-    if not wanted:
-        yield items
-        return
     thread, end = ThreadPoolExecutor(1, "ahead"), object()
 
     def taken() -> Iterator[Item]:
-        coming = deque(thread.submit(next, items, end) for _ in range(_DEPTH))
-        item: Any
-        while (item := coming.popleft().result()) is not end:
-            coming.append(thread.submit(next, items, end))
+        coming: deque[Future[Any]] = deque()
+        while True:
+            while len(coming) <= _DEPTH and wanted():
+                coming.append(thread.submit(next, items, end))
+            item: Any = coming.popleft().result() if coming else next(items, end)
+            if item is end:
+                return
             yield item
 
     try:

@@ -32,6 +32,10 @@ class Examples(Protocol):
     @property
     def visits(self) -> "Visits": ...
 
+    def ready(self, examples: Sequence[int]) -> None:
+        """See to it that these can be loaded; runs in the training process, just before they are."""
+        ...
+
     def assemble(self, indices: Sequence[int], keys: torch.Tensor, loaded: Sequence[Any]) -> Batch:
         """Loaded visits of one shape -> a Batch; runs in the training process."""
         ...
@@ -96,13 +100,9 @@ def training_steps(
     if batch_size < 1 or not source.ids:
         raise UsageError(f"batches: batch_size {batch_size} and {len(source.ids)} examples; at least 1 of each needed")
     sampler = Sampler(source.shapes, batch_size=batch_size, seed=seed, repeats=source.repeats)
-    plan = (
-        [(v.example, example_key(seed, source.ids[v.example], v.number)) for v in sampler.visits(step)]
-        for step in range(start, steps)
-    )
     loader = DataLoader(
         _Loads(source.visits),
-        batch_sampler=_Plan(plan),
+        batch_sampler=_Plan(_plan(source, sampler, seed, range(start, steps))),
         num_workers=0 if source.visits.in_memory else num_workers,
         collate_fn=_keep,
         worker_init_fn=_ignore_signals,
@@ -138,6 +138,14 @@ def batches(
     )
     for (batch,) in whole:
         yield batch
+
+
+def _plan(source: Examples, sampler: Sampler, seed: int, steps: range) -> Iterator[list[tuple[int, int]]]:
+    """The visits of each step, index and key, ready to be loaded."""
+    for step in steps:
+        visits = sampler.visits(step)
+        source.ready([visit.example for visit in visits])
+        yield [(visit.example, example_key(seed, source.ids[visit.example], visit.number)) for visit in visits]
 
 
 class _Plan:

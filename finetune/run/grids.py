@@ -42,9 +42,9 @@ def draw_grid(run: Run) -> None:
             )[0]
             for prompt in samples.prompts
         ]
-    model.conditioner.to("cpu")
-    if not config.live_encoding:
-        model.encoder.to("cpu")
+    for network in (model.conditioner, model.encoder):
+        if not run.encoded.needs(network):
+            network.to("cpu")
     labels = [prompt.text for prompt in samples.prompts]
     save_picture(grid(rows, labels, title=f"step {step}"), path, shows=_settings(run))
     tracking.note_grid(run.folder, step, time.perf_counter() - clock)

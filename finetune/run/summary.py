@@ -83,7 +83,11 @@ def sizes(pictures: Pictures, most: int = 4) -> str:
 
 def encodings(encoded: Encoded, cache_dir: str | None) -> str:
     """How many were found and how many were made, and where they are kept."""
-    told = [f"{counted(made.items, made.kind)}, {made.new} of them new" for made in encoded.made]
+    told = [
+        f"{counted(made.items, made.kind)}, {made.new} of them new"
+        + (f", {made.left} to be encoded when the run comes to them" if made.left else "")
+        for made in encoded.made
+    ]
     folder = cache_folder(cache_dir)
     return f"{'; '.join(told)}; kept {f'in {folder}' if folder else 'in memory'}"
 

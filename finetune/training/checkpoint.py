@@ -66,6 +66,11 @@ def checkpoints(run_folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def step_of(folder: Path) -> int:
+    """The steps done when a checkpoint was written, by its name."""
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
 def latest(run_folder: Path) -> Path | None:
     """The newest checkpoint's folder, or None."""
     found = checkpoints(run_folder)

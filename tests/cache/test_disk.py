@@ -106,11 +106,12 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 import torch
-import finetune.cache.fill as fill
+import finetune.cache.gathered as gathered
 from finetune.cache.disk import DiskStore
+from finetune.cache.fill import Work, fill
 
-fill.SHARD_SECONDS = 0.05
-store = DiskStore(Path(sys.argv[1]))
+gathered.SHARD_SECONDS = 0.05
+store = gathered.Gathered(DiskStore(Path(sys.argv[1])))
 keys = [f"key {number}" for number in range(int(sys.argv[2]))]
 
 def compute(key, prepared):
@@ -118,7 +119,10 @@ def compute(key, prepared):
     print(key, flush=True)
     return {"stored": torch.full((4,), float(prepared))}
 
-print(fill.fill(store, "picture", keys, lambda key: int(key.split()[1]), compute))
+def number(key):
+    return int(key.split()[1])
+
+print(fill(store, Work("picture", keys, lambda index: [keys[index]], number, compute, torch.nn.Identity())))
 store.close()
 """
 

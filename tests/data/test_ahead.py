@@ -25,9 +25,15 @@ def test_two_are_made_before_they_are_asked_for_and_no_more() -> None:
     with ahead(counting(made)) as items:
         assert next(items) == 0
     assert len(made) <= 3
-    with ahead(counting(made), wanted=False) as items:
-        assert next(items) == 0
-    assert made[-1] == threading.get_ident()
+
+
+def test_until_it_is_wanted_the_one_who_asks_makes_them() -> None:
+    made: list[int] = []
+    with ahead(counting(made), wanted=lambda: len(made) >= 4) as items:
+        assert list(items) == list(range(10))
+    assert made[:4] == [threading.get_ident()] * 4
+    assert len(set(made[4:])) == 1
+    assert made[4] != threading.get_ident()
 
 
 def test_an_error_comes_where_the_item_is_asked_for() -> None:

@@ -1,0 +1,54 @@
+"""Demand: what is encoded when a visit comes to it, so that training need not wait for all of it."""
+
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from finetune.cache.fill import AHEAD, THREADS, Work
+from finetune.cache.gathered import Gathered
+
+
+class Demand:
+    """What `fill` has left, computed as far as visits need it. Threads prepare what comes next meanwhile.
+
+    No other process is waited for: what two of them come to at the same time is computed by both, to the same bits.
+
+    Args:
+        store: to be filled.
+        work: what is wanted, in the order of the visits.
+    """
+
+    def __init__(self, store: Gathered, work: Work) -> None:
+        self.store, self.work = store, work
+        missing = store.missing(work.keys)
+        self._left, self._coming = set(missing), iter(missing)
+        self._prepared: dict[str, Future[Any]] = {}
+        self._pool = ThreadPoolExecutor(THREADS)
+
+    @property
+    def met(self) -> bool:
+        """Whether nothing is left."""
+        return not self._left
+
+    def need(self, examples: Iterable[int]) -> None:
+        """Compute what is missing for visits to these examples."""
+        for key in (key for example in examples for key in self.work.of(example)):
+            if key not in self._left:
+                continue
+            self._prepare_ahead()
+            future = self._prepared.pop(key, None) or self._pool.submit(self.work.prepare, key)
+            if self.store.missing([key]):
+                self.store.put(self.work.kind, {key: self.work.compute(key, future.result())})
+            self._left.remove(key)
+        if self.met:
+            self.close()
+            self.work.network.to("cpu")
+
+    def close(self) -> None:
+        """Prepare nothing more."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _prepare_ahead(self) -> None:
+        while len(self._prepared) < AHEAD and (key := next(self._coming, None)) is not None:
+            if key in self._left:
+                self._prepared[key] = self._pool.submit(self.work.prepare, key)

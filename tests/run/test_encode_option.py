@@ -1,0 +1,50 @@
+"""--encode: when pictures are encoded changes nothing that is learned."""
+
+from pathlib import Path
+
+import pytest
+
+from finetune.config import TrainConfig
+from finetune.recipe import fine_tune
+
+
+@pytest.fixture(autouse=True)
+def global_generator_untouched() -> None:
+    """Whole runs go through diffusers pipelines, which may draw from torch's global generator."""
+
+
+def run(pictures: Path, folder: Path, encode: str, cache: str, **more: object) -> Path:
+    basic = {"data": str(pictures), "output_dir": str(folder), "max_train_steps": 4, "train_batch_size": 1, "rank": 4}
+    drawn = {"sample_every": 2, "num_inference_steps": 1, "eval_batch_size": 1, "random_flip": True}
+    return fine_tune(TrainConfig(**basic | drawn | {"encode": encode, "cache_dir": cache} | more))  # pyright: ignore
+
+
+def learned(folder: Path) -> tuple[bytes, str]:
+    weights = folder / "checkpoint-4/trainable.safetensors"
+    return weights.read_bytes(), (folder / "metrics.jsonl").read_text()
+
+
+def test_encoding_ahead_of_the_steps_changes_nothing(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = run(pictures, tmp_path / "before", "before", "none")
+    assert "8 pictures, 8 of them new;" in capsys.readouterr().out  # 4 of the 6 photos are visited, each in two versions
+    ahead = run(pictures, tmp_path / "ahead", "ahead", str(tmp_path / "cache"))
+    assert "8 pictures, 0 of them new, 8 to be encoded when the run comes to them" in capsys.readouterr().out
+    assert learned(before) == learned(ahead)
+    again = run(pictures, tmp_path / "again", "auto", str(tmp_path / "cache"))
+    assert "8 pictures, 0 of them new;" in capsys.readouterr().out
+    assert learned(before) == learned(again)
+
+
+def test_a_resumed_run_encodes_only_what_is_still_to_be_visited(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run(pictures, tmp_path / "whole", "before", "none", random_flip=False, lr_scheduler="constant")
+    capsys.readouterr()
+    once = {"random_flip": False, "lr_scheduler": "constant", "max_train_steps": 3}
+    run(pictures, tmp_path / "parts", "before", "none", **once)
+    more = once | {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    resumed = run(pictures, tmp_path / "parts", "before", "none", **more)
+    assert "1 picture, 1 of them new;" in capsys.readouterr().out
+    assert learned(whole) == learned(resumed)
