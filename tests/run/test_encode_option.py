@@ -28,7 +28,7 @@ def test_encoding_ahead_of_the_steps_changes_nothing(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = run(pictures, tmp_path / "before", "before", "none")
-    assert "8 pictures, 8 of them new;" in capsys.readouterr().out  # 4 of the 6 photos are visited, each in two versions
+    assert "8 pictures, 8 of them new;" in capsys.readouterr().out  # 4 of 6 photos, each in two versions
     ahead = run(pictures, tmp_path / "ahead", "ahead", str(tmp_path / "cache"))
     assert "8 pictures, 0 of them new, 8 to be encoded when the run comes to them" in capsys.readouterr().out
     assert learned(before) == learned(ahead)
