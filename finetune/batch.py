@@ -65,6 +65,18 @@ def as_input(cond: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """An optimizer step of which several processes compute a part each."""
+
+    ids: tuple[str, ...]
+    """Of all its examples; those of one process follow each other."""
+    weight: float
+    """Their loss weights together."""
+    start: int
+    """Where this process's begin."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """Examples of one optimizer step (or a slice of it). B is the number of examples."""
 
@@ -82,6 +94,8 @@ class Batch:
     """(B,) fp32 loss weight of each example."""
     extra: Tensor | None = None
     """Channels appended to the UNet's input (inpainting), (B, C, H/8, W/8)."""
+    whole: Whole | None = None
+    """The step that it belongs to; None: its examples, and those of the batches given with it, are all."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -102,4 +116,5 @@ class Batch:
                 ids=self.ids[part],
                 weight=self.weight[part],
                 extra=None if self.extra is None else self.extra[part],
+                whole=self.whole,
             )

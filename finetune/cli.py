@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from finetune.config import TrainConfig, alternatives, fitted, read_options, readable, suggest
 from finetune.data.source import check_sources
-from finetune.errors import FinetuneError, UsageError
+from finetune.errors import Elsewhere, FinetuneError, Interrupted, UsageError
 from finetune.models.families import FAMILIES
 from finetune.models.locate import check_name
 from finetune.options import SECTIONS, about_field, meanings
@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FinetuneError as error:
         if "--debug" in words:
             traceback.print_exc()
+        if _is_told_elsewhere(error):
+            return error.exit_code
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
@@ -96,6 +98,19 @@ def _prepare_environment() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Tokenizing is over before workers are forked; without this the tokenizer warns about each of them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if _rank() > 0:  # one process tells
+        os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def _is_told_elsewhere(error: FinetuneError) -> bool:
+    """Whether the first of the processes that train together says the same."""
+    same = isinstance(error, (Elsewhere, Interrupted)) or "torch" not in sys.modules  # a word that nobody understands
+    return _rank() > 0 and same
+
+
+def _rank() -> int:
+    """Which process this is of those that accelerate or torchrun have launched."""
+    return int(os.environ.get("RANK") or 0)
 
 
 def _complain(message: str, code: int) -> int:

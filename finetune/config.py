@@ -79,6 +79,7 @@ class ResolvedConfig(TrainConfig):
     max_train_steps: int
     train_batch_size: int
     gradient_accumulation_steps: int
+    num_processes: int
     learning_rate: float
     lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"]
     lr_warmup_steps: int
@@ -96,7 +97,7 @@ class ResolvedConfig(TrainConfig):
     @property
     def global_batch(self) -> int:
         """Pictures per optimizer step."""
-        return self.train_batch_size * self.gradient_accumulation_steps
+        return self.train_batch_size * self.gradient_accumulation_steps * self.num_processes
 
 
 def _settle(config: TrainConfig, values: Mapping[str, Any], given: typing.Iterable[str]) -> None:
@@ -255,9 +256,10 @@ def load_resolved(path: Path) -> ResolvedConfig:
         if not derived:  # written by version 0.1.0, as if all were given, but for what it decided in the end
             targets = config.lora_target_modules or ATTENTION_AND_FEED_FORWARD
             derived = {"lora_target_modules": targets, "lora_alpha": config.lora_alpha or float(config.rank)}
-        for later in ("aspect_ratio_bucketing", "compile"):  # versions without these wrote nothing of them
-            if getattr(config, later) is None:
-                derived.setdefault(later, False)
+        later = {"aspect_ratio_bucketing": False, "compile": False, "num_processes": 1}
+        for name, value in later.items():  # versions without these wrote nothing of them
+            if getattr(config, name) is None:
+                derived.setdefault(name, value)
         return ResolvedConfig(config, **derived)
     except UsageError as error:
         raise UsageError(f"config file {path}: {error}") from error

@@ -27,6 +27,10 @@ class RunError(FinetuneError):
     """Training or export failed; what was saved before is still there."""
 
 
+class Elsewhere(RunError):
+    """Another of the processes that train together has ended; it says why itself."""
+
+
 class Interrupted(FinetuneError):
     """A signal stopped the run after a checkpoint was written; `exit_code` is 128 + the signal's number."""
 

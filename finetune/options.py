@@ -191,7 +191,10 @@ class TrainingOptions:
     train_batch_size: int | None = option(None, AT_LEAST_ONE, called=("batch_size",))
     """Pictures per device in one forward pass."""
     gradient_accumulation_steps: int | None = option(None, AT_LEAST_ONE)
-    """Forward passes per optimizer step. Default: 1 (sdxl: 4)."""
+    """Forward passes of each process per optimizer step. Default: 1 (sdxl: 4)."""
+    num_processes: int | None = option(None, AT_LEAST_ONE, change="on resume")
+    """Processes whose batches make a step. Default: as many as are launched, and a resume keeps the number it began
+    with, however many go on with it."""
     learning_rate: float | None = option(None, POSITIVE, called=("lr", "unet_lr"))
     """Highest learning rate of the schedule."""
     block_learning_rate: tuple[str, ...] | None = option(

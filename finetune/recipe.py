@@ -1,20 +1,20 @@
 """fine_tune(config): puts the parts together and owns the loop, in plain sight."""
 
-import os
 import shlex
+import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext, redirect_stdout
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors import SafetensorError
 
 from finetune.cache.encode import encode
 from finetune.cache.encoded import Encoded
-from finetune.config import ResolvedConfig, TrainConfig, as_settings
+from finetune.config import ResolvedConfig, TrainConfig, as_settings, config_text
 from finetune.data.ahead import ahead
 from finetune.data.caption_visits import CaptionVisits
 from finetune.data.loader import training_steps
@@ -49,6 +49,7 @@ from finetune.training import checkpoint
 from finetune.training.ema import Ema
 from finetune.training.objective import NoisePrediction
 from finetune.training.optim import learning_rate, make_optimizer, parameter_groups
+from finetune.training.parallel import PATIENCE, Parallel, launched
 from finetune.training.trainer import Prepared, Trainer
 from finetune.wording import counted
 
@@ -73,29 +74,45 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
     Raises:
         FinetuneError: of the kinds in `finetune.errors`, each with one line that says what to do.
     """
-    if (processes := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
-        raise UsageError(f"{processes} processes were launched; this version trains on one")
-    if config.push_to_hub:
-        hub.check_login(config.hub_model_id)
-    tracking.check_installed(config.report_to)
-    accelerator = Accelerator(log_with=list(config.report_to) or None, project_dir="runs")
-    config, found, pictures = _decide(config, dataset, accelerator.device)
-    folder = run_folder.choose(config, digest(pictures))
+    accelerator = Accelerator(
+        log_with=list(config.report_to) or None,
+        project_dir="runs",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    parallel = launched()
+    with redirect_stdout(sys.stdout if parallel.first else None):  # one process tells
+        return _run(config, dataset, accelerator, parallel)
+
+
+def _run(config: TrainConfig, dataset: Rows | None, accelerator: Accelerator, parallel: Parallel) -> Path:
+    with parallel.in_turn():
+        if config.push_to_hub:
+            hub.check_login(config.hub_model_id)
+        tracking.check_installed(config.report_to)
+        config, found, pictures = _decide(config, dataset, accelerator.device, parallel)
+        folder = run_folder.choose(config, digest(pictures))
+    if not parallel.same((config_text(config), digest(pictures), str(folder.checkpoint))):
+        raise UsageError("the processes see different pictures, options or checkpoints: they need one file system")
     if folder.note:
         print(folder.note)
     if folder.finished:
-        write_exports(config, folder.path, anew=False)
-        _push(config, folder.path)
+        if parallel.first:
+            write_exports(config, folder.path, anew=False)
+            _push(config, folder.path)
         return folder.path
     print(f"{'memory':>10}  {check_memory(config, found, accelerator.device)}")
-    with run_folder.occupied(folder), gpu_algorithms(deterministic=config.deterministic):
-        run = _put_together(config, found, pictures, folder, accelerator)
+    held = run_folder.occupied(folder) if parallel.first else nullcontext()
+    with held, gpu_algorithms(deterministic=config.deterministic):
+        run = _put_together(config, found, pictures, folder, accelerator, parallel)
         try:
             _begin(run, folder.checkpoint)
-            _train(run)
-            _finish(run)
-            del run  # what it holds is loaded again
-            write_exports(config, folder.path, anew=True)
+            if parallel.first:
+                _train(run)
+                _finish(run)
+                del run  # what it holds is loaded again
+                write_exports(config, folder.path, anew=True)
+            else:
+                _follow(run)
         except torch.OutOfMemoryError as error:
             raise RunError(f"out of memory: {_LESS_MEMORY}") from error
         except (OSError, SafetensorError) as error:
@@ -104,22 +121,34 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
 
 
 def _put_together(
-    config: ResolvedConfig, found: Location, pictures: Pictures, folder: run_folder.RunFolder, accelerator: Accelerator
+    config: ResolvedConfig,
+    found: Location,
+    pictures: Pictures,
+    folder: run_folder.RunFolder,
+    accelerator: Accelerator,
+    parallel: Parallel,
 ) -> Run:
     """Load the model, encode the pictures, and record and say what is going to happen."""
     steps = range(checkpoint.step_of(folder.checkpoint) if folder.checkpoint else 0, config.max_train_steps)
-    model, encoded, trainer = assembled(config, found, pictures, accelerator.device, steps=steps)
+    model, encoded, trainer = assembled(config, found, pictures, accelerator.device, steps=steps, parallel=parallel)
     samples = plan_samples(config, latent=found.family.latent, captions=encoded.captions, visits=encoded.epoch_visits)
-    run_folder.begin(folder, config, digest(pictures))
-    write_ledger(folder.path, pictures, _sampler(config, pictures), steps=0)
     run = Run(config, model, pictures, encoded, trainer, samples, folder.path, accelerator)
-    print_summary(run)
-    tracking.start_trackers(accelerator, folder.path, as_settings(config))
+    if parallel.first:
+        run_folder.begin(folder, config, digest(pictures))
+        write_ledger(folder.path, pictures, _sampler(config, pictures), steps=0)
+        print_summary(run)
+        tracking.start_trackers(accelerator, folder.path, as_settings(config))
     return run
 
 
 def assembled(
-    config: ResolvedConfig, found: Location, pictures: Pictures, device: torch.device, *, steps: range
+    config: ResolvedConfig,
+    found: Location,
+    pictures: Pictures,
+    device: torch.device,
+    *,
+    steps: range,
+    parallel: Parallel = Parallel(),  # noqa: B008 # frozen
 ) -> tuple[DiffusionModel, Encoded, Trainer]:
     """The untrained model, what `steps` (from 0) need of the pictures, encoded, and the trainer."""
     model = _load(config, found, device)
@@ -131,10 +160,12 @@ def assembled(
         seed=config.seed,
         cache_dir=config.cache_dir,
         precision=config.cache_precision,
-        visited=_sampler(config, pictures).visited(steps),
+        visited=_sampler(config, pictures).visited(steps, parallel.rank, parallel.world),
         at_most={"before": None, "ahead": 0, "auto": _FIRST_STEP_BY}[config.encode],
     )
-    return model, encoded, _trainer(config, model)
+    trainer = _trainer(config, model, parallel)
+    parallel.copy_from_first(list(trainer.parameters.values()))
+    return model, encoded, trainer
 
 
 def _sampler(config: ResolvedConfig, pictures: Pictures) -> Sampler:
@@ -142,7 +173,7 @@ def _sampler(config: ResolvedConfig, pictures: Pictures) -> Sampler:
 
 
 def _decide(
-    config: TrainConfig, dataset: Rows | None, device: torch.device
+    config: TrainConfig, dataset: Rows | None, device: torch.device, parallel: Parallel
 ) -> tuple[ResolvedConfig, Location, Pictures]:
     """Everything that can be known before weights are loaded: each option's value, the model, the pictures."""
     if dataset is None:
@@ -161,6 +192,7 @@ def _decide(
         epoch_visits=sum(pictures.repeats),
         varied_captions=len(set(pictures.captions[: pictures.subjects])) > 1,
         device=device,
+        processes=parallel.world,
         buckets=pictures.transform and pictures.transform.buckets,
     )
     return resolved, found, pictures
@@ -168,12 +200,16 @@ def _decide(
 
 def _begin(run: Run, resumed: Path | None) -> None:
     """The grid of the untrained model, then what the run has learned before, without anything that came after."""
-    draw_grid(run)
+    first = run.trainer.parallel.first
+    if first:
+        draw_grid(run)
     if resumed:
         run.trainer.load_state_dict(checkpoint.load(resumed))
+    if resumed and first:
         checkpoint.discard_after(run.folder, run.trainer.steps_done)
         discard_steps_after(run.folder, run.trainer.steps_done)
-    discard_strangers(run)
+    if first:
+        discard_strangers(run)
 
 
 def _train(run: Run) -> None:
@@ -190,7 +226,8 @@ def _train(run: Run) -> None:
             told.add(trainer.take(prepared_step))
             step = trainer.steps_done
             last = step == total
-            saves = last or stop.number or due(step, config.checkpointing_steps) or due(step, every_epochs)
+            stopping = trainer.parallel.largest(stop.number or 0)
+            saves = last or stopping or due(step, config.checkpointing_steps) or due(step, every_epochs)
             draws = last or due(step, told.between_grids)
             if not saves and not draws:
                 continue
@@ -200,12 +237,24 @@ def _train(run: Run) -> None:
                 if not last:
                     with trainer.in_full():
                         export_step(run.model, run.folder, step, _told(run))
-                if stop.number and not last:
+                if stopping and not last:
                     kept = f"{saved} is kept, and the same command goes on from there"
-                    raise Interrupted(f"stopped at step {step} of {total}; {kept}", stop.number)
+                    raise Interrupted(f"stopped at step {step} of {total}; {kept}", stopping)
             if draws:
                 draw_grid(run)
             told.resume()
+
+
+def _follow(run: Run) -> None:
+    """The loop of the processes that are not the first: to compute their parts."""
+    trainer, total = run.trainer, run.config.max_train_steps
+    with catch_signals() as stop, closing(run.encoded), _ahead(run) as steps:
+        for prepared_step in steps:
+            trainer.take(prepared_step)
+            stopping = trainer.parallel.largest(stop.number or 0)
+            if stopping and trainer.steps_done < total:
+                raise Interrupted(f"stopped at step {trainer.steps_done} of {total}", stopping)
+    trainer.settle()
 
 
 def _ahead(run: Run) -> AbstractContextManager[Iterator[Prepared]]:
@@ -218,6 +267,8 @@ def _ahead(run: Run) -> AbstractContextManager[Iterator[Prepared]]:
         seed=config.seed,
         start=trainer.steps_done,
         num_workers=config.dataloader_num_workers,
+        rank=trainer.parallel.rank,
+        world=trainer.parallel.world,
     )
     return ahead((trainer.prepare(*batches) for batches in planned), wanted=lambda: not run.encoded.live)
 
@@ -289,7 +340,7 @@ def _load(config: ResolvedConfig, found: Location, device: torch.device) -> Diff
     return model
 
 
-def _trainer(config: ResolvedConfig, model: DiffusionModel) -> Trainer:
+def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) -> Trainer:
     learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
     rates = numbers_by_block("block_learning_rate", config.block_learning_rate or (), learned)
     optimizer = make_optimizer(
@@ -327,5 +378,6 @@ def _trainer(config: ResolvedConfig, model: DiffusionModel) -> Trainer:
         precision=DTYPES[config.mixed_precision],
         ema=ema,
         seed=config.seed,
+        parallel=parallel,
         cuda_graphs=config.cuda_graphs,
     )

@@ -373,12 +373,3 @@ def test_a_run_shows_how_far_it_is_without_a_terminal(
     assert re.fullmatch(r"step 4 of 4: smoothed loss 0\.\d{4}, [\d.]+ images/s, \d+\.\d GB", lines[0])
     assert said.err == ""  # no bars of other libraries, nor of ours
     assert "decoupled" not in said.out
-
-
-def test_several_processes_are_refused_before_anything_is_written(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="2 processes were launched; this version trains on one"):
-        fine_tune(options(pictures, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()

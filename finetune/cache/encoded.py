@@ -126,6 +126,11 @@ class Encoded:
         return self.pictures.repeats
 
     @property
+    def weights(self) -> Sequence[float]:
+        """How much each counts in the loss of a step, beside the others."""
+        return self.pictures.weights
+
+    @property
     def epoch_visits(self) -> int:
         """Visits of an epoch."""
         return sum(self.repeats)

@@ -2,13 +2,14 @@
 
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from finetune.batch import Batch
-from finetune.data.sampler import Sampler
+from finetune.batch import Batch, Whole
+from finetune.data.sampler import Sampler, Visit
 from finetune.errors import UsageError
 from finetune.seeding import example_key
 
@@ -27,6 +28,11 @@ class Examples(Protocol):
     @property
     def repeats(self) -> Sequence[int]:
         """How many times each example comes in an epoch."""
+        ...
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """How much each counts in the loss of a step, beside the others."""
         ...
 
     @property
@@ -82,6 +88,8 @@ def training_steps(
     start: int = 0,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[tuple[Batch, ...]]:
     """The optimizer steps `start` to `steps` (not included), each of `batch_size` examples: a batch for each shape.
 
@@ -93,27 +101,31 @@ def training_steps(
         start: the first step wanted; a resumed run gets the very batches it would have had.
         num_workers: processes that load visits; changes nothing but speed. None are started for what is in memory.
         device: where the tensors go (the keys stay on the CPU).
+        rank: of this process among those that train together; it gets its part of each step.
+        world: how many there are.
 
     Raises:
-        UsageError: the source is empty, or a size is below 1.
+        UsageError: the source is empty, a size is below 1, or there are more processes than examples in a step.
     """
     if batch_size < 1 or not source.ids:
         raise UsageError(f"batches: batch_size {batch_size} and {len(source.ids)} examples; at least 1 of each needed")
     sampler = Sampler(source.shapes, batch_size=batch_size, seed=seed, repeats=source.repeats)
     loader = DataLoader(
         _Loads(source.visits),
-        batch_sampler=_Plan(_plan(source, sampler, seed, range(start, steps))),
+        batch_sampler=_Plan(_plan(source, sampler, seed, range(start, steps), rank, world)),
         num_workers=0 if source.visits.in_memory else num_workers,
         collate_fn=_keep,
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # DataLoader draws a seed for its workers; not from the global one
     )
-    for items in loader:
+    for step, items in enumerate(loader, start):
+        whole = _whole(source, *sampler.share(step, rank, world)) if world > 1 else None
         alike: dict[int, list[tuple[int, int, Any]]] = {}
         for item in items:
             alike.setdefault(source.shapes[item[0]], []).append(item)
         parts = [zip(*some, strict=True) for some in alike.values()]
-        yield tuple(source.assemble(indices, torch.tensor(keys), loaded).to(device) for indices, keys, loaded in parts)
+        made = [source.assemble(indices, torch.tensor(keys), loaded) for indices, keys, loaded in parts]
+        yield tuple(replace(batch.to(device), whole=whole) for batch in made)
 
 
 def batches(
@@ -140,12 +152,19 @@ def batches(
         yield batch
 
 
-def _plan(source: Examples, sampler: Sampler, seed: int, steps: range) -> Iterator[list[tuple[int, int]]]:
-    """The visits of each step, index and key, ready to be loaded."""
+def _plan(
+    source: Examples, sampler: Sampler, seed: int, steps: range, rank: int, world: int
+) -> Iterator[list[tuple[int, int]]]:
+    """This process's visits of each step, index and key, ready to be loaded."""
     for step in steps:
-        visits = sampler.visits(step)
-        source.ready([visit.example for visit in visits])
-        yield [(visit.example, example_key(seed, source.ids[visit.example], visit.number)) for visit in visits]
+        visits, own = sampler.share(step, rank, world)
+        source.ready([visit.example for visit in visits[own]])
+        yield [(visit.example, example_key(seed, source.ids[visit.example], visit.number)) for visit in visits[own]]
+
+
+def _whole(source: Examples, visits: list[Visit], own: slice) -> Whole:
+    ids = tuple(source.ids[visit.example] for visit in visits)
+    return Whole(ids, sum(source.weights[visit.example] for visit in visits), own.start)
 
 
 class _Plan:

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
+from finetune.errors import UsageError
 from finetune.seeding import fold
 
 
@@ -41,6 +42,7 @@ class Sampler:
 
     def __init__(self, shapes: Sequence[int], *, batch_size: int, seed: int, repeats: Sequence[int] = ()) -> None:
         self.batch_size, self.seed = batch_size, seed
+        self._shape_of = shapes
         self._repeats = np.asarray(repeats or [1] * len(shapes))
         self._examples = np.repeat(np.arange(len(shapes)), self._repeats)  # of the visits of an epoch
         self._times = np.arange(len(self._examples)) - np.repeat(self._repeats.cumsum() - self._repeats, self._repeats)
@@ -60,13 +62,33 @@ class Sampler:
         numbers = row // self._size * self._repeats[examples] + times
         return [Visit(*visit) for visit in zip(examples.tolist(), numbers.tolist(), strict=True)]
 
-    def visited(self, steps: range) -> list[int]:
-        """The examples that these steps visit, in the order of their first visits."""
+    def share(self, step: int, rank: int = 0, world: int = 1) -> tuple[list[Visit], slice]:
+        """The visits of a step, those of one shape after each other, and which of them one process computes.
+
+        Args:
+            step: 0 for the first.
+            rank: of the process, from 0.
+            world: how many processes there are; each gets as many visits as the others, to one.
+
+        Raises:
+            UsageError: there are more processes than visits.
+        """
+        if world > self.batch_size:
+            raise UsageError(f"{world} processes for steps of {self.batch_size} examples: some had nothing to do")
+        alike: dict[int, list[Visit]] = {}
+        for visit in self.visits(step):
+            alike.setdefault(self._shape_of[visit.example], []).append(visit)
+        together = [visit for some in alike.values() for visit in some]
+        return together, slice(rank * len(together) // world, (rank + 1) * len(together) // world)
+
+    def visited(self, steps: range, rank: int = 0, world: int = 1) -> list[int]:
+        """The examples that one process visits in these steps, in the order of their first visits."""
         found: dict[int, None] = {}
         for step in steps:
             if len(found) == len(self._repeats):
                 break
-            found |= dict.fromkeys(visit.example for visit in self.visits(step))
+            visits, own = self.share(step, rank, world)
+            found |= dict.fromkeys(visit.example for visit in visits[own])
         return list(found)
 
     def _steps(self, number: int) -> np.ndarray:

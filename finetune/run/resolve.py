@@ -1,6 +1,7 @@
 """From what was given to a config with nothing left open, decided and checked before any weight is loaded."""
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def resolve(
     pictures: int,
     varied_captions: bool,
     device: torch.device,
+    processes: int = 1,
     epoch_visits: int | None = None,
     buckets: Buckets | None = None,
 ) -> ResolvedConfig:
@@ -67,6 +69,7 @@ def resolve(
         pictures: how many there are to train on.
         varied_captions: True when they do not all share one caption.
         device: where the UNet will run.
+        processes: that train together.
         epoch_visits: of an epoch, repeats counted; None: one for each picture.
         buckets: what they are trained in; None: squares.
 
@@ -81,7 +84,8 @@ def resolve(
     suited |= bucket_sides(resolution, found.multiple) if buckets else {}
     derived = {name: value for name, value in suited.items() if getattr(config, name) is None}
     visits = pictures if epoch_visits is None else epoch_visits
-    length = _length(config, found, suited, pictures, visits)
+    processes = config.num_processes or processes
+    length = _length(config, found, suited | {"num_processes": processes}, pictures, visits)
     small = found.family.is_small(resolution)
     steps = length["max_train_steps"] or 0
     return ResolvedConfig(
@@ -90,6 +94,7 @@ def resolve(
         | length
         | {
             "method": method,
+            "num_processes": processes,
             "resolution": resolution,
             "aspect_ratio_bucketing": buckets is not None,
             "lora_alpha": float(config.rank) if config.lora_alpha is None else config.lora_alpha,
@@ -103,9 +108,8 @@ def _length(
     config: TrainConfig, found: Location, suited: Mapping[str, Any], pictures: int, visits: int
 ) -> dict[str, int | None]:
     """Epochs, steps and warm-up of the run; `visits` are those of an epoch."""
-    batch = (config.train_batch_size or suited["train_batch_size"]) * (
-        config.gradient_accumulation_steps or suited["gradient_accumulation_steps"]
-    )
+    factors = ("train_batch_size", "gradient_accumulation_steps", "num_processes")
+    batch = prod(getattr(config, name) or suited[name] for name in factors)
     epochs = config.num_train_epochs
     if epochs is None and config.max_train_steps is None:
         epochs = suited["num_train_epochs"]

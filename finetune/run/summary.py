@@ -30,7 +30,7 @@ def print_summary(run: Run) -> None:
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_scheduler}, "
         f"{config.lr_warmup_steps} warm-up steps{', EMA' if config.use_ema else ''}",
         "precision": f"{'fp32' if config.mixed_precision == 'no' else config.mixed_precision} "
-        f"on {run.trainer.device.type}{', compiled' if is_compiled(run.model.unet) else ''}",
+        f"on {run.trainer.device.type}{_processes(run)}{', compiled' if is_compiled(run.model.unet) else ''}",
         "samples": _samples(run.samples),
         "output": str(run.folder),
     }
@@ -39,6 +39,11 @@ def print_summary(run: Run) -> None:
             print(f"{name:>10}  {text}")
     for line in [*run.pictures.notes(), *_about_words(run), *_about_sizes(run.samples)]:
         print(f"{'note':>10}  {line}")
+
+
+def _processes(run: Run) -> str:
+    world = run.trainer.parallel.world
+    return f" in {world} processes" if world > 1 else ""
 
 
 def _learns(run: Run) -> str:

@@ -18,6 +18,7 @@ from finetune.training.ema import Ema
 from finetune.training.graphs import Graphs
 from finetune.training.masters import Masters
 from finetune.training.metrics import Arriving, StepMetrics, Values
+from finetune.training.parallel import Parallel
 
 MAX_OVERFLOWS = 25
 """Steps in a row that fp16 may skip: its loss scale starts at 2 ** 16 and halves each time."""
@@ -52,6 +53,9 @@ class Prepared:
 
     parts: tuple[MicroBatch, ...]
     ids: tuple[str, ...]
+    """Of the whole step, in all processes."""
+    start: int = 0
+    """Where those of this process begin."""
 
 
 class Trainer:
@@ -69,6 +73,7 @@ class Trainer:
             dynamically.
         ema: follows each update.
         seed: of the dropout inside the network, anew for each step and micro-batch.
+        parallel: the processes that train together, each of which is given its part of each step.
         cuda_graphs: on a GPU, launch a whole micro-batch at once (see `Graphs`), where that is possible: in half
             precision, without dropout and gradient checkpointing. The objective's `loss` must not read a value then.
     """
@@ -86,6 +91,7 @@ class Trainer:
         precision: torch.dtype | None = None,
         ema: Ema | None = None,
         seed: int = 0,
+        parallel: Parallel = Parallel(),  # noqa: B008 # frozen
         cuda_graphs: bool = False,
     ):
         self.unet = unet
@@ -101,6 +107,7 @@ class Trainer:
         self.max_grad_norm = max_grad_norm
         self.ema = ema
         self.seed = seed
+        self.parallel = parallel
         self.steps_done = 0
         self.updates = 0
         """Steps that changed the weights: all but those that fp16 skipped. Learning rate and EMA count these."""
@@ -134,22 +141,23 @@ class Trainer:
     def prepare(self, *batches: Batch) -> Prepared:
         """The random part of a step, and its way to the device: a function of the batches, so call it when you like."""
         parts = [part for batch in batches for part in batch.split(self.micro_batch_size or len(batch))]
-        total = sum(part.weight.sum() for part in parts)
+        whole = batches[0].whole
+        total = whole.weight if whole else sum(part.weight.sum() for part in parts)
         drawn = []
         for part in parts:
             noised = self.objective.draw(self.encoder.sample(part.stored, part.keys), part.keys)
             drawn.append(MicroBatch(noised, as_input(part.cond, self.dtype), part.extra, part.weight / total))
-        ids = tuple(name for batch in batches for name in batch.ids)
-        return Prepared(tuple(moved(part, self.device) for part in drawn), ids)
+        ids = whole.ids if whole else tuple(name for batch in batches for name in batch.ids)
+        return Prepared(tuple(moved(part, self.device) for part in drawn), ids, whole.start if whole else 0)
 
     def take(self, step: Prepared) -> StepMetrics:
         """`step`, of what was prepared."""
         lr = self._set_learning_rate()
-        losses = self.backward(step)
+        own = self.backward(step)
+        losses, loss = self._added_up(step, own)
         self.scaler.unscale_(self.optimizer)
         limit = self.max_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), limit, foreach=True)
-        loss = (torch.cat([part.share for part in step.parts]) * losses).sum()
         number, arriving = self.steps_done + 1, Arriving(loss, norm)
         read = partial(self._finite, number, step.ids, losses, arriving)
         if self.waits:
@@ -165,6 +173,17 @@ class Trainer:
         self.settle()
         self._before = metrics
         return metrics
+
+    def _added_up(self, step: Prepared, own: Tensor) -> tuple[Tensor, Tensor]:
+        """All losses of the step, (B,), and its loss; gradients, too, are sums over all processes from here on."""
+        loss = (torch.cat([part.share for part in step.parts]) * own).sum()
+        if self.parallel.world == 1:
+            return own, loss
+        told = own.new_zeros(len(step.ids) + 1)
+        told[step.start : step.start + len(own)], told[-1] = own, loss
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        self.parallel.add_up([*gradients, told])
+        return told[:-1], told[-1]
 
     def settle(self) -> None:
         """Wait for the step before, and raise RunError if it was not finite."""
@@ -232,7 +251,8 @@ class Trainer:
         if not self.has_dropout:
             yield
             return
-        seed = fold(self.seed, "dropout", self.steps_done, micro_batch) & 0xFFFFFFFF
+        where = (self.steps_done, micro_batch, *[self.parallel.rank] * (not self.parallel.first))
+        seed = fold(self.seed, "dropout", *where) & 0xFFFFFFFF
         on_cuda = self.device.type == "cuda"
         with torch.random.fork_rng(devices=[self.device] if on_cuda else []):
             torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would change every other device's, for good

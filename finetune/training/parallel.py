@@ -1,0 +1,107 @@
+"""Parallel: the processes that train one run together, as each of them sees it. One alone is the simplest case.
+
+What the hosts agree on goes over the CPUs (gloo) and waits for no device. It is also what holds the processes together
+while the first of them draws pictures or writes: they meet there before each reduction on the devices.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from finetune.errors import Elsewhere
+
+PATIENCE = timedelta(hours=12)
+"""How long a process waits for the others: as long as the first may take to draw its grids. One that has ended is
+noticed at once."""
+
+_BUCKET = 2**26
+"""Numbers that are added up at once."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Which of how many processes this is."""
+
+    rank: int = 0
+    world: int = 1
+    hosts: Any = None
+    """Their process group on the CPUs; None for one alone."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes, draws and tells."""
+        return self.rank == 0
+
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that the processes bring."""
+        if self.world == 1:
+            return number
+        together = torch.tensor(number)
+        with _meeting():
+            dist.all_reduce(together, dist.ReduceOp.MAX, self.hosts)
+        return int(together)
+
+    def same(self, what: object) -> bool:
+        """Whether all processes bring the same."""
+        if self.world == 1:
+            return True
+        brought: list[Any] = [None] * self.world
+        with _meeting():
+            dist.all_gather_object(brought, what, self.hosts)
+        return all(other == what for other in brought)
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Inside, the first process works before the others: they find what it has written or drawn."""
+        if not self.first:
+            self.largest(0)
+        yield
+        if self.first:
+            self.largest(0)
+        self.largest(0)
+
+    def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
+        """Give tensors the values that they have in the first process."""
+        if self.world > 1:
+            with _meeting():
+                for tensor in tensors:
+                    dist.broadcast(tensor.detach(), 0)
+
+    @torch.no_grad()
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Give tensors their sums over all processes, the same bits in each."""
+        if self.world == 1:
+            return
+        buckets: list[list[Tensor]] = [[]]
+        for tensor in tensors:
+            if buckets[-1] and sum(t.numel() for t in buckets[-1]) + tensor.numel() > _BUCKET:
+                buckets.append([])
+            buckets[-1].append(tensor)
+        with _meeting():
+            flat = [torch.cat([tensor.reshape(-1) for tensor in bucket]) for bucket in buckets]
+            under_way = [dist.all_reduce(numbers, async_op=True) for numbers in flat]
+            for numbers, work, bucket in zip(flat, under_way, buckets, strict=True):
+                work.wait()  # on a GPU: its stream waits, the host does not
+                parts = numbers.split([tensor.numel() for tensor in bucket])
+                torch._foreach_copy_(bucket, [p.view_as(t) for p, t in zip(parts, bucket, strict=True)])
+
+
+def launched() -> Parallel:
+    """As `accelerate launch` or torchrun have started us, and an `Accelerator` has connected us; else one alone."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return Parallel()
+    return Parallel(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+@contextmanager
+def _meeting() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch raises no narrower one when a connection is gone
+        raise Elsewhere("another of the processes that train together has ended") from error
