@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.sampler import Sampler, Visit, steps_per_epoch
+from finetune.errors import UsageError
 
 SHAPES = st.lists(st.integers(0, 6), min_size=1, max_size=40)
 
@@ -97,3 +98,23 @@ def test_what_a_run_visits_comes_in_the_order_of_its_visits() -> None:
 
 def test_twelve_photos_at_batch_four_make_three_steps_an_epoch_and_five_one_and_a_quarter() -> None:
     assert (steps_per_epoch(12, 4), steps_per_epoch(5, 4)) == (3, 1.25)
+
+
+@given(shapes=SHAPES, batch_size=st.integers(1, 12), world=st.integers(1, 5), step=st.integers(0, 9))
+def test_processes_share_a_step_evenly_and_leave_nothing_out(
+    shapes: list[int], batch_size: int, world: int, step: int
+) -> None:
+    sampler = Sampler(shapes, batch_size=batch_size, seed=1)
+    if world > batch_size:
+        with pytest.raises(UsageError, match="some had nothing to do"):
+            sampler.share(step, 0, world)
+        return
+    parts = []
+    for rank in range(world):
+        visits, own = sampler.share(step, rank, world)
+        parts.append(visits[own])
+    assert [visit for part in parts for visit in part] == visits
+    assert Counter(visits) == Counter(sampler.visits(step))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    together = [shapes[visit.example] for visit in visits]
+    assert len(list(groupby(together))) == len(set(together))  # what has one shape stands together
