@@ -74,6 +74,7 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
     Raises:
         FinetuneError: of the kinds in `finetune.errors`, each with one line that says what to do.
     """
+    tracking.check_installed(config.report_to)  # an Accelerator would only warn
     accelerator = Accelerator(
         log_with=list(config.report_to) or None,
         project_dir="runs",
@@ -88,7 +89,6 @@ def _run(config: TrainConfig, dataset: Rows | None, accelerator: Accelerator, pa
     with parallel.in_turn():
         if config.push_to_hub:
             hub.check_login(config.hub_model_id)
-        tracking.check_installed(config.report_to)
         config, found, pictures = _decide(config, dataset, accelerator.device, parallel)
         folder = run_folder.choose(config, digest(pictures))
     if not parallel.same((config_text(config), digest(pictures), str(folder.checkpoint))):
