@@ -6,13 +6,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import torch
 from tqdm.auto import tqdm
 
 from finetune.cache.gathered import Gathered
 from finetune.cache.store import Item, Kind
+from finetune.models.conditioners import Conditioner
+from finetune.models.encoders import Encoder
 
 CLAIMED_AT_ONCE = 16
 """Few, so that two processes share the work to its end."""
@@ -30,12 +31,6 @@ _WAIT = 0.2
 """Seconds between two looks at what another process computes."""
 
 
-class Frozen(Protocol):
-    """An encoder or a conditioner."""
-
-    def to(self, device: torch.device | str) -> Any: ...
-
-
 @dataclass(frozen=True)
 class Work:
     """Items of one kind, and how they are made."""
@@ -49,7 +44,7 @@ class Work:
     """Key -> what is needed to compute its item; runs in a thread of its own."""
     compute: Callable[[str, Any], Item]
     """Key and what was prepared -> its item."""
-    network: Frozen
+    network: Encoder | Conditioner
     """What computes."""
 
 
