@@ -67,8 +67,11 @@ def checkpoints(run_folder: Path) -> list[tuple[int, Path]]:
 
 
 def step_of(folder: Path) -> int:
-    """The steps done when a checkpoint was written, by its name."""
-    return int(folder.name.removeprefix("checkpoint-"))
+    """The steps done when a checkpoint was written, whatever it is called now. Raises RunError as `load` does."""
+    try:
+        return int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder} is not a readable checkpoint: {error}") from error
 
 
 def latest(run_folder: Path) -> Path | None:

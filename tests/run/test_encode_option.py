@@ -44,7 +44,8 @@ def test_a_resumed_run_encodes_only_what_is_still_to_be_visited(
     capsys.readouterr()
     once = {"random_flip": False, "lr_scheduler": "constant", "max_train_steps": 3}
     run(pictures, tmp_path / "parts", "before", "none", **once)
-    more = once | {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    (tmp_path / "parts/checkpoint-3").rename(tmp_path / "parts/best")  # which may be called as one likes
+    more = once | {"max_train_steps": 4, "resume_from_checkpoint": str(tmp_path / "parts/best")}
     resumed = run(pictures, tmp_path / "parts", "before", "none", **more)
     assert "1 picture, 1 of them new;" in capsys.readouterr().out
     assert learned(whole) == learned(resumed)
