@@ -32,11 +32,14 @@ class Elsewhere(RunError):
 
 
 class Interrupted(FinetuneError):
-    """A signal stopped the run after a checkpoint was written; `exit_code` is 128 + the signal's number."""
+    """The run was stopped from outside, by a signal (exit code 128 + its number) or the clock (124).
 
-    def __init__(self, message: str, signal_number: int):
+    A checkpoint was written before.
+    """
+
+    def __init__(self, message: str, exit_code: int):
         super().__init__(message)
-        self.exit_code = 128 + signal_number
+        self.exit_code = exit_code
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

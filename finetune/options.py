@@ -188,6 +188,9 @@ class TrainingOptions:
         None, AT_LEAST_ONE, change="length", names=("num_epochs",), called=("epochs", "max_train_epochs")
     )
     """Length of the run in passes over the pictures (max_train_steps wins)."""
+    max_train_minutes: float | None = option(None, POSITIVE, change="free")
+    """Stop with a checkpoint when the command has run this long, before a cluster's limit ends it: exit code 124. The
+    same command goes on."""
     train_batch_size: int | None = option(None, AT_LEAST_ONE, called=("batch_size",))
     """Pictures per device in one forward pass."""
     gradient_accumulation_steps: int | None = option(None, AT_LEAST_ONE)
@@ -279,10 +282,16 @@ class OutputOptions:
     """Delete what an earlier run left in output_dir."""
     resume_from_checkpoint: str | None = option(None, change="free", called=("resume",))
     """"latest" or the path of a checkpoint folder."""
+    allow_changed: tuple[str, ...] = option((), change="free")
+    """Options that may differ from those of the run that is resumed ("data", "model": also what lies there). From
+    there on it is the run that they make."""
     checkpointing_steps: int = option(
         500, NOT_NEGATIVE, change="on resume", called=("save_every_n_steps", "save_steps")
     )
     """Write a resumable checkpoint every this many steps (and at the end); 0: only at the end."""
+    checkpointing_minutes: float | None = option(None, POSITIVE, change="on resume")
+    """Write a checkpoint when the last is this many minutes old, beside checkpointing_steps. SIGUSR1 asks for one, too.
+    """
     save_model_epochs: int | None = option(None, AT_LEAST_ONE, change="on resume", called=("save_every_n_epochs",))
     """Write a checkpoint every this many epochs, beside checkpointing_steps."""
     checkpoints_total_limit: int = option(2, NOT_NEGATIVE, change="on resume", called=("save_last_n_steps_state",))

@@ -5,56 +5,44 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext, redirect_stdout
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors import SafetensorError
 
-from finetune.cache.encode import encode
-from finetune.cache.encoded import Encoded
 from finetune.config import ResolvedConfig, TrainConfig, as_settings, config_text
 from finetune.data.ahead import ahead
-from finetune.data.caption_visits import CaptionVisits
 from finetune.data.loader import training_steps
 from finetune.data.own import Rows
 from finetune.data.pictures import Pictures
-from finetune.data.sampler import Sampler, steps_per_epoch
+from finetune.data.sampler import steps_per_epoch
 from finetune.data.source import check_sources
 from finetune.errors import Interrupted, RunError, UsageError
-from finetune.models.loading import DiffusionModel, check_resolution
+from finetune.models.loading import check_resolution
 from finetune.models.locate import Location, locate
-from finetune.models.lora import Adapter
 from finetune.results import hub, tracking
 from finetune.results.export import discard_steps_after, export, export_step, exported
 from finetune.results.lora_facts import LoraFacts
 from finetune.run import folder as run_folder
-from finetune.run.base import load_base, numbers_by_block
+from finetune.run.assembly import assembled, sampler
 from finetune.run.class_pictures import draw_missing
-from finetune.run.compiling import compile_blocks
 from finetune.run.grids import discard_strangers, draw_grid, lay_side_by_side
 from finetune.run.ledger import write_ledger
+from finetune.run.lineage import about_run, compared, threads, threads_then
 from finetune.run.memory import check_memory
 from finetune.run.parts import Run
-from finetune.run.precision import DTYPES, gpu_algorithms
+from finetune.run.precision import gpu_algorithms
 from finetune.run.reports import reports
 from finetune.run.resolve import resolve, with_absolute_paths
 from finetune.run.samples import plan_samples
-from finetune.run.signals import catch_signals
+from finetune.run.signals import SAVE, TIME_UP, Requests, StopRequest, catch_signals
 from finetune.run.sources import digest, open_pictures
 from finetune.run.summary import print_summary
 from finetune.run.trained import write_exports
 from finetune.training import checkpoint
-from finetune.training.ema import Ema
-from finetune.training.objective import NoisePrediction
-from finetune.training.optim import learning_rate, make_optimizer, parameter_groups
 from finetune.training.parallel import PATIENCE, Parallel, launched
-from finetune.training.trainer import Prepared, Trainer
-from finetune.wording import counted
-
-_FIRST_STEP_BY = 60.0
-"""Seconds that encoding may take before the first step; what would take longer is encoded as visits come to it."""
+from finetune.training.trainer import Prepared
 
 _LESS_MEMORY = "a smaller --train_batch_size (and more --gradient_accumulation_steps), --gradient_checkpointing, "
 _LESS_MEMORY += "a lower --resolution or a LoRA take less"
@@ -80,12 +68,14 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
         project_dir="runs",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    parallel = launched()
-    with redirect_stdout(sys.stdout if parallel.first else None):  # one process tells
-        return _run(config, dataset, accelerator, parallel)
+    parallel, requests = launched(), Requests()
+    with requests.hearing_usr1(), redirect_stdout(sys.stdout if parallel.first else None):  # one process tells
+        return _run(config, dataset, accelerator, parallel, requests)
 
 
-def _run(config: TrainConfig, dataset: Rows | None, accelerator: Accelerator, parallel: Parallel) -> Path:
+def _run(
+    config: TrainConfig, dataset: Rows | None, accelerator: Accelerator, parallel: Parallel, requests: Requests
+) -> Path:
     with parallel.in_turn():
         if config.push_to_hub:
             hub.check_login(config.hub_model_id)
@@ -102,17 +92,18 @@ def _run(config: TrainConfig, dataset: Rows | None, accelerator: Accelerator, pa
         return folder.path
     print(f"{'memory':>10}  {check_memory(config, found, accelerator.device)}")
     held = run_folder.occupied(folder) if parallel.first else nullcontext()
-    with held, gpu_algorithms(deterministic=config.deterministic):
+    computing = threads(threads_then(folder.about, accelerator.device, parallel.world))
+    with held, gpu_algorithms(deterministic=config.deterministic), computing:
         run = _put_together(config, found, pictures, folder, accelerator, parallel)
         try:
             _begin(run, folder.checkpoint)
             if parallel.first:
-                _train(run)
+                _train(run, requests)
                 _finish(run)
                 del run  # what it holds is loaded again
                 write_exports(config, folder.path, anew=True)
             else:
-                _follow(run)
+                _follow(run, requests)
         except torch.OutOfMemoryError as error:
             raise RunError(f"out of memory: {_LESS_MEMORY}") from error
         except (OSError, SafetensorError) as error:
@@ -129,47 +120,19 @@ def _put_together(
     parallel: Parallel,
 ) -> Run:
     """Load the model, encode the pictures, and record and say what is going to happen."""
-    steps = range(checkpoint.step_of(folder.checkpoint) if folder.checkpoint else 0, config.max_train_steps)
+    steps = range(folder.step, config.max_train_steps)
     model, encoded, trainer = assembled(config, found, pictures, accelerator.device, steps=steps, parallel=parallel)
     samples = plan_samples(config, latent=found.family.latent, captions=encoded.captions, visits=encoded.epoch_visits)
-    run = Run(config, model, pictures, encoded, trainer, samples, folder.path, accelerator)
+    about = about_run(model.unet, digest(pictures), accelerator.device, parallel.world)
+    run = Run(config, model, pictures, encoded, trainer, samples, folder.path, accelerator, about)
     if parallel.first:
+        if moved := compared(folder.about, about, config.allow_changed):
+            print(f"{'note':>10}  {moved}: from here on the bits are this machine's")
         run_folder.begin(folder, config, digest(pictures))
-        write_ledger(folder.path, pictures, _sampler(config, pictures), steps=0)
+        write_ledger(folder.path, pictures, sampler(config, pictures), steps=0)
         print_summary(run)
         tracking.start_trackers(accelerator, folder.path, as_settings(config))
     return run
-
-
-def assembled(
-    config: ResolvedConfig,
-    found: Location,
-    pictures: Pictures,
-    device: torch.device,
-    *,
-    steps: range,
-    parallel: Parallel = Parallel(),  # noqa: B008 # frozen
-) -> tuple[DiffusionModel, Encoded, Trainer]:
-    """The untrained model, what `steps` (from 0) need of the pictures, encoded, and the trainer."""
-    model = _load(config, found, device)
-    encoded = encode(
-        pictures,
-        model,
-        live=config.live_encoding,
-        captioning=CaptionVisits(config.caption_dropout, config.shuffle_caption, config.keep_tokens),
-        seed=config.seed,
-        cache_dir=config.cache_dir,
-        precision=config.cache_precision,
-        visited=_sampler(config, pictures).visited(steps, parallel.rank, parallel.world),
-        at_most={"before": None, "ahead": 0, "auto": _FIRST_STEP_BY}[config.encode],
-    )
-    trainer = _trainer(config, model, parallel)
-    parallel.copy_from_first(list(trainer.parameters.values()))
-    return model, encoded, trainer
-
-
-def _sampler(config: ResolvedConfig, pictures: Pictures) -> Sampler:
-    return Sampler(pictures.shapes(), batch_size=config.global_batch, seed=config.seed, repeats=pictures.repeats)
 
 
 def _decide(
@@ -212,7 +175,7 @@ def _begin(run: Run, resumed: Path | None) -> None:
         discard_strangers(run)
 
 
-def _train(run: Run) -> None:
+def _train(run: Run, requests: Requests) -> None:
     """The loop: from the trainer's step to the last."""
     config, trainer = run.config, run.trainer
     total = config.max_train_steps
@@ -226,34 +189,47 @@ def _train(run: Run) -> None:
             told.add(trainer.take(prepared_step))
             step = trainer.steps_done
             last = step == total
-            stopping = trainer.parallel.largest(stop.number or 0)
-            saves = last or stopping or due(step, config.checkpointing_steps) or due(step, every_epochs)
+            asked = trainer.parallel.largest(_asks(requests, stop, config))
+            saves = last or asked or due(step, config.checkpointing_steps) or due(step, every_epochs)
             draws = last or due(step, told.between_grids)
             if not saves and not draws:
                 continue
             told.finish()
             if saves:
-                saved = checkpoint.save(run.folder, trainer.state_dict(), keep=config.checkpoints_total_limit)
+                saved = _save(run)
+                requests.saved()
                 if not last:
                     with trainer.in_full():
                         export_step(run.model, run.folder, step, _told(run))
-                if stopping and not last:
+                if asked > SAVE and not last:
+                    why = f" after max_train_minutes = {config.max_train_minutes}" if asked == TIME_UP else ""
                     kept = f"{saved} is kept, and the same command goes on from there"
-                    raise Interrupted(f"stopped at step {step} of {total}; {kept}", stopping)
+                    raise Interrupted(f"stopped at step {step} of {total}{why}; {kept}", asked)
             if draws:
                 draw_grid(run)
             told.resume()
 
 
-def _follow(run: Run) -> None:
+def _save(run: Run) -> Path:
+    keep = run.config.checkpoints_total_limit
+    return checkpoint.save(run.folder, run.trainer.state_dict(), keep=keep, about=run.about)
+
+
+def _asks(requests: Requests, stop: StopRequest, config: ResolvedConfig) -> int:
+    return requests.asks(stop.number, config.checkpointing_minutes, config.max_train_minutes)
+
+
+def _follow(run: Run, requests: Requests) -> None:
     """The loop of the processes that are not the first: to compute their parts."""
     trainer, total = run.trainer, run.config.max_train_steps
     with catch_signals() as stop, closing(run.encoded), _ahead(run) as steps:
         for prepared_step in steps:
             trainer.take(prepared_step)
-            stopping = trainer.parallel.largest(stop.number or 0)
-            if stopping and trainer.steps_done < total:
-                raise Interrupted(f"stopped at step {trainer.steps_done} of {total}", stopping)
+            asked = trainer.parallel.largest(_asks(requests, stop, run.config))
+            if asked:
+                requests.saved()
+            if asked > SAVE and trainer.steps_done < total:
+                raise Interrupted(f"stopped at step {trainer.steps_done} of {total}", asked)
     trainer.settle()
 
 
@@ -284,7 +260,7 @@ def _finish(run: Run) -> None:
     with run.trainer.in_full():
         difference = export(run.model, folder, _told(run))
     lay_side_by_side(run)
-    write_ledger(folder, run.pictures, _sampler(config, run.pictures), run.trainer.steps_done)
+    write_ledger(folder, run.pictures, sampler(config, run.pictures), run.trainer.steps_done)
     run.accelerator.end_training()
     run_folder.finish(folder, {"steps": run.trainer.steps_done, "reloaded_output_difference": difference})
     what = exported(folder)
@@ -325,59 +301,3 @@ def _push(config: ResolvedConfig, folder: Path) -> None:
     if config.push_to_hub:
         private = bool(config.hub_private_repo)
         print("pushed:", hub.push(folder, config.hub_model_id, private=private, settings=as_settings(config)))
-
-
-def _load(config: ResolvedConfig, found: Location, device: torch.device) -> DiffusionModel:
-    """The model on its device, with an adapter for LoRA: what is frozen in half precision, what learns in fp32."""
-    half = DTYPES[config.mixed_precision] if config.method == "lora" else None
-    model = load_base(config, found, half or torch.float32).to(device)
-    if config.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-    if config.compile and (why_not := compile_blocks(model.unet)):
-        print(f"{'note':>10}  the UNet is not compiled: {why_not}")
-    if config.init_lora and (left := Adapter(model.unet).take_over(Path(config.init_lora))):
-        print(f"{'note':>10}  {config.init_lora}: {counted(left, 'tensor')} for text encoders, which stay as they are")
-    return model
-
-
-def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) -> Trainer:
-    learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
-    rates = numbers_by_block("block_learning_rate", config.block_learning_rate or (), learned)
-    optimizer = make_optimizer(
-        config.optimizer,
-        parameter_groups(learned, rates, config.loraplus_lr_ratio),
-        learning_rate=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        epsilon=config.adam_epsilon,
-    )
-    ema = (
-        Ema(learned, inv_gamma=config.ema_inv_gamma, power=config.ema_power, max_decay=config.ema_max_decay)
-        if config.use_ema
-        else None
-    )
-    return Trainer(
-        model.unet,
-        model.encoder,
-        NoisePrediction(
-            model.scheduler,
-            snr_gamma=config.snr_gamma,
-            noise_offset=config.noise_offset,
-            input_perturbation=config.input_perturbation,
-        ),
-        optimizer,
-        learning_rate=partial(
-            learning_rate,
-            peak=config.learning_rate,
-            schedule=config.lr_scheduler,
-            warmup=config.lr_warmup_steps,
-            total=config.max_train_steps,
-        ),
-        micro_batch_size=config.train_batch_size,
-        max_grad_norm=config.max_grad_norm,
-        precision=DTYPES[config.mixed_precision],
-        ema=ema,
-        seed=config.seed,
-        parallel=parallel,
-        cuda_graphs=config.cuda_graphs,
-    )

@@ -224,7 +224,7 @@ def test_environment_is_set_before_training_unless_the_user_set_it(monkeypatch: 
     ("error", "code", "message"),
     [
         (DataError("no pictures in ./images"), 1, "no pictures in ./images"),
-        (Interrupted("stopped at step 7", 15), 143, "stopped at step 7"),
+        (Interrupted("stopped at step 7", 143), 143, "stopped at step 7"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -37,8 +37,8 @@ def run(options: Options) -> None:
 
     from finetune.data.loader import training_steps
     from finetune.models.locate import locate
-    from finetune.recipe import assembled
     from finetune.results.contact_sheet import contact_sheet
+    from finetune.run.assembly import assembled
     from finetune.run.folder import is_data_of
     from finetune.run.sources import digest, open_pictures
 

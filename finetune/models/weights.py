@@ -74,6 +74,16 @@ def fingerprint(module: nn.Module, *settings: object) -> str:
     return digest.hexdigest()[:32]
 
 
+def likeness(weights: Mapping[str, Tensor]) -> str:
+    """A digest of up to 4096 numbers of each tensor, evenly spread: tells another model in a moment."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)].cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(some.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
 def rounded(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The tensors in another number format; whole numbers as they are."""
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}

@@ -1,23 +1,24 @@
 """Run folders: what is in one, and what a command does with it, by one table."""
 
+import dataclasses
 import fcntl
 import itertools
 import json
 import os
 import tempfile
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.config import ResolvedConfig, TrainConfig, as_dict, config_text, load_resolved, replace
+from finetune.config import ResolvedConfig, TrainConfig, as_dict, config_text, load_resolved, replace, suggest
 from finetune.errors import UsageError
 from finetune.files import is_inside, remove, write_whole
 from finetune.options import SECTIONS, about, about_field
 from finetune.results.export import INDEX, kohya_files, names_of_exports
-from finetune.training.checkpoint import checkpoints, latest
+from finetune.training.checkpoint import checkpoints, latest, newest_whole, record, verify
 
 State = Literal["new", "unfinished", "finished", "another run", "taken"]
 """What is in a folder: nothing that matters; this run, to be gone on with or ended; another run; a model or somebody
@@ -55,9 +56,13 @@ class RunFolder:
     path: Path
     checkpoint: Path | None = None
     """Resume from here; None: start from the beginning."""
+    step: int = 0
+    """Steps that were done there."""
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the checkpoint says of the run that wrote it."""
     finished: bool = False
     note: str = ""
-    """One line for the user about what was found; may be empty."""
+    """For the user about what was found, a line each; may be empty."""
     overwrite: bool = False
     """An earlier run is to be deleted when this one starts."""
 
@@ -72,14 +77,18 @@ def choose(config: ResolvedConfig, data: str) -> RunFolder:
     Raises:
         UsageError: the folder asked for holds something else, or lies among the pictures, or the run to be resumed
             differs, or cannot end where it is asked to.
+        RunError: the checkpoint to be resumed is damaged, or all are.
     """
+    _check_allowed(config)
     for asked, path, checkpoint in _candidates(config):
         state, reason = (_state_to_resume if "resume" in asked else _state)(path, checkpoint, config, data)
         deed = decide(asked, state)
         if deed == "refuse":
             raise UsageError(reason)
+        if deed == "go on" and checkpoint is not None:
+            return _resumed(asked, path, checkpoint, config)
         if deed != "next number":
-            return _folder(deed, asked, path, checkpoint, config)
+            return _folder(deed, asked, path, config)
     raise AssertionError("numbers do not end")
 
 
@@ -104,11 +113,31 @@ def _candidates(config: ResolvedConfig) -> Iterator[tuple[str, Path, Path | None
         yield "by default", path, latest(path)
 
 
-def _folder(deed: Deed, asked: str, path: Path, checkpoint: Path | None, config: ResolvedConfig) -> RunFolder:
-    """The folder with what is to be said about it. Raises UsageError for a start among the pictures."""
-    checkpoint = checkpoint if deed == "go on" else None
+def _check_allowed(config: ResolvedConfig) -> None:
+    """Raise UsageError where `--allow_changed` can do nothing."""
+    if config.allow_changed and config.resume_from_checkpoint is None:
+        raise UsageError("allow_changed is for a run that is resumed: give --resume_from_checkpoint latest")
+    if unknown := [name for name in config.allow_changed if name not in about()]:
+        raise UsageError(f"allow_changed {unknown[0]}: no such option{suggest(unknown[0], about())}")
+
+
+def _resumed(asked: str, path: Path, checkpoint: Path, config: ResolvedConfig) -> RunFolder:
+    """A folder to go on in, from the checkpoint that was named, or from the newest that is whole."""
+    damaged: list[str] = []
+    if asked == "resume a checkpoint":
+        verify(checkpoint)
+    else:
+        newest, damaged = newest_whole(path)
+        checkpoint = newest or checkpoint
+    lines = [*(f"skipped: {what}" for what in damaged), f"resuming {checkpoint}{_on_another_machine(path, config)}"]
+    state = record(checkpoint)
+    return RunFolder(path, checkpoint, state["step"], state["about"], note="\n".join(lines))
+
+
+def _folder(deed: Deed, asked: str, path: Path, config: ResolvedConfig) -> RunFolder:
+    """A folder to start in, with what is to be said about it. Raises UsageError for a start among the pictures."""
     around = [source for source in config.data if is_inside(path, Path(source))]
-    if deed != "say finished" and checkpoint is None and around:
+    if deed != "say finished" and around:
         raise UsageError(
             f"output_dir {path} lies inside --data {around[0]}: its pictures would be trained on next time; "
             "give an --output_dir elsewhere"
@@ -117,11 +146,9 @@ def _folder(deed: Deed, asked: str, path: Path, checkpoint: Path | None, config:
     if deed == "say finished":
         how = "give more --max_train_steps to go on" if "resume" in asked else "change an option to start another"
         note = f"{path}: this run is finished; {how}"
-    elif checkpoint:
-        note = f"resuming {checkpoint}{_on_another_machine(path, config)}"
     elif deed == "go on" or asked == "resume latest":
         note = f"{path}: no checkpoint {'yet' if deed == 'go on' else 'found'}, starting from the beginning"
-    return RunFolder(path, checkpoint, finished=deed == "say finished", note=note, overwrite=deed == "replace")
+    return RunFolder(path, finished=deed == "say finished", note=note, overwrite=deed == "replace")
 
 
 def _on_another_machine(path: Path, config: ResolvedConfig) -> str:
@@ -155,7 +182,8 @@ def _state_to_resume(path: Path, checkpoint: Path | None, config: ResolvedConfig
         return "taken", f"resume_from_checkpoint {checkpoint}: no checkpoint of a run in {path}"
     earlier = load_resolved(path / "config.toml")
     if changed := _changes(path, config, data, resumed=True):
-        return "another run", f"{checkpoint} belongs to a run with other options: {'; '.join(changed)}"
+        other = f"{checkpoint} belongs to a run with other options: {'; '.join(changed)}"
+        return "another run", f"{other}; --allow_changed goes on all the same with those that it names"
     number = checkpoint.name.rpartition("-")[2]
     if config.max_train_steps < (done := int(number) if number.isdigit() else 0):
         return "another run", f"max_train_steps = {config.max_train_steps}: {checkpoint} has done {done} already"
@@ -255,7 +283,8 @@ def begin(folder: RunFolder, config: ResolvedConfig, data: str) -> None:
     if folder.overwrite or cut_off:
         _clear(folder.path)
     (folder.path / "result.json").unlink(missing_ok=True)
-    recorded = replace(config, overwrite_output_dir=False, resume_from_checkpoint=None)
+    once = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "allow_changed": ()}
+    recorded = replace(config, config.given - once.keys(), **once)
     write_whole(folder.path / "config.toml", config_text(recorded))
     write_whole(folder.path / "data.json", json.dumps({"digest": data}) + "\n")
 
@@ -274,7 +303,9 @@ def differences(a: ResolvedConfig, b: ResolvedConfig, *, resumed: bool = False) 
     return [
         f"{name}: {_said(mine[name])} -> {_said(theirs[name])}"
         for name, known in about().items()
-        if known.change not in free | ({"machine"} if name not in b.given else set()) and mine[name] != theirs[name]
+        if known.change not in free | ({"machine"} if name not in b.given else set())
+        and mine[name] != theirs[name]
+        and not (resumed and name in b.allow_changed)
     ]
 
 
@@ -286,7 +317,8 @@ def _said(value: Any) -> Any:
 def _changes(path: Path, config: ResolvedConfig, data: str, *, resumed: bool = False) -> list[str]:
     """What makes this another run than the one in the folder."""
     changed = differences(load_resolved(path / "config.toml"), config, resumed=resumed)
-    return changed + ([] if is_data_of(path, data) else ["the pictures, their names or captions"])
+    same = is_data_of(path, data) or (resumed and "data" in config.allow_changed)
+    return changed + ([] if same else ["data: the pictures, their names or captions"])
 
 
 def _is_run(path: Path) -> bool:

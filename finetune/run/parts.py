@@ -1,5 +1,6 @@
 """Run: the parts of a run, put together."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,3 +26,5 @@ class Run:
     folder: Path
     accelerator: Any
     """An `accelerate.Accelerator`."""
+    about: Mapping[str, Any]
+    """What its checkpoints say of it, for a resume to compare (`finetune/run/lineage.py`)."""

@@ -1,10 +1,67 @@
-"""Ctrl-C and SIGTERM: finish the step, keep a checkpoint, stop. A second signal leaves at once."""
+"""What is asked of a run from outside, by signals and by the clock: to keep a checkpoint, or to stop with one.
+
+Ctrl-C and SIGTERM: finish the step, keep a checkpoint, stop. A second signal leaves at once. SIGUSR1: keep a
+checkpoint and go on.
+"""
 
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+SAVE, TIME_UP = 1, 124
+"""What `Requests.asks` answers: to save, and the exit code after `max_train_minutes`, which is that of timeout(1)."""
+
+
+class Requests:
+    """What signals and the clock ask of a run.
+
+    Args:
+        now: the clock, in seconds.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic):
+        self._now = now
+        self._began = self._saved = now()
+        self._save_by_signal = False
+
+    def asks(self, stop_signal: int | None, save_minutes: float | None, end_minutes: float | None) -> int:
+        """0 for nothing, `SAVE`, or the exit code to stop with; of several the greatest counts.
+
+        Args:
+            stop_signal: the number of the signal that has asked for a stop.
+            save_minutes: after the last checkpoint, the next is asked for; None: never.
+            end_minutes: after this object was made, a stop is asked for; None: never.
+        """
+        if stop_signal:
+            return 128 + stop_signal
+        now = self._now()
+        if end_minutes and now - self._began >= 60 * end_minutes:
+            return TIME_UP
+        by_clock = save_minutes and now - self._saved >= 60 * save_minutes
+        return SAVE if by_clock or self._save_by_signal else 0
+
+    def saved(self) -> None:
+        """A checkpoint was kept."""
+        self._saved, self._save_by_signal = self._now(), False
+
+    @contextmanager
+    def hearing_usr1(self) -> Iterator[None]:
+        """Inside, SIGUSR1 asks for a checkpoint; it would end the process otherwise. Only in the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def on_signal(number: int, frame: object) -> None:
+            self._save_by_signal = True
+
+        before = signal.signal(signal.SIGUSR1, on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGUSR1, before)
 
 
 @dataclass

@@ -1,9 +1,15 @@
-"""Checkpoints: `checkpoint-N/` folders of safetensors and JSON, written whole or not at all. No pickle."""
+"""Checkpoints: `checkpoint-N/` folders of safetensors and JSON, written whole or not at all. No pickle.
 
+`manifest.json` has the size and SHA-256 of every other file, so that a damaged checkpoint is known as one before
+anything is taken from it.
+"""
+
+import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +22,36 @@ from finetune.files import flush_to_disk, flush_tree, remove
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FILES = {"weights": "trainable.safetensors", "optimizer": "optimizer.safetensors", "ema": "ema.safetensors"}
+_STATE, _MANIFEST = "state.json", "manifest.json"
+_FORMAT = 2
+"""Of the folder. 1, which says nothing of it, had no manifest."""
 
 
-def save(run_folder: Path, state: Mapping[str, Any], keep: int = 0) -> Path:
+def save(run_folder: Path, state: Mapping[str, Any], keep: int = 0, about: Mapping[str, Any] | None = None) -> Path:
     """Write `checkpoint-<step>` into the run folder; then delete all but the newest `keep` (0 keeps all).
 
     Args:
         run_folder: an existing folder.
         state: a trainer's `state_dict`.
         keep: how many checkpoints stay.
+        about: what a resume compares with what it finds, fit for JSON (see `record`).
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written; those that are there already stay as they are.
     """
     folder = run_folder / f"checkpoint-{state['step']}"
     scratch = run_folder / f".{folder.name}.part"
-    for left_over in run_folder.glob(".checkpoint-*"):  # of a save that was cut off
-        shutil.rmtree(left_over)
-    scratch.mkdir()
-    moments, plain = _flatten_optimizer(state["optimizer"])
-    contents = {"weights": state["weights"], "optimizer": moments, "ema": state["ema"]}
-    files = [name for name, tensors in contents.items() if tensors]
-    for name in files:
-        tensors = {key: tensor.detach().contiguous() for key, tensor in contents[name].items()}
-        save_file(tensors, scratch / _FILES[name])
-    record = {name: state[name] for name in ("step", "updates", "scaler")} | {"optimizer": plain, "files": files}
-    (scratch / "state.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    flush_tree(scratch)
-    if folder.exists():
-        remove(folder)
-    scratch.rename(folder)
+    discard_left_overs(run_folder)
+    try:
+        _write(scratch, state, about or {})
+        if folder.exists():
+            remove(folder)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # of a save that failed
     flush_to_disk(run_folder)
     others = [path for _, path in checkpoints(run_folder) if path != folder]
     for old in others[: max(0, len(others) - keep + 1)] if keep else []:
@@ -53,31 +59,104 @@ def save(run_folder: Path, state: Mapping[str, Any], keep: int = 0) -> Path:
     return folder
 
 
+def _write(folder: Path, state: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """All files of a checkpoint, on the disk when this returns."""
+    folder.mkdir()
+    moments, plain = _flatten_optimizer(state["optimizer"])
+    contents = {"weights": state["weights"], "optimizer": moments, "ema": state["ema"]}
+    files = [name for name, tensors in contents.items() if tensors]
+    for name in files:
+        tensors = {key: tensor.detach().contiguous() for key, tensor in contents[name].items()}
+        save_file(tensors, folder / _FILES[name])
+    plainly = {name: state[name] for name in state if name not in contents}
+    record = {"format": _FORMAT, **plainly, "optimizer": plain, "files": files, "about": dict(about)}
+    (folder / _STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    flush_tree(folder)
+    (folder / _MANIFEST).write_text(json.dumps(_digests(sorted(folder.iterdir())), indent=1), encoding="utf-8")
+    flush_tree(folder)
+
+
+def _digests(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of each, by name."""
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_sha256, files))
+    return {path.name: {"size": path.stat().st_size, "sha256": d} for path, d in zip(files, digests, strict=True)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def discard_left_overs(run_folder: Path) -> None:
+    """Delete what a save or a deletion has left that was cut off."""
+    for left_over in run_folder.glob(".checkpoint-*"):
+        shutil.rmtree(left_over)
+
+
 def discard_after(run_folder: Path, step: int) -> None:
     """Delete the checkpoints above `step`: a run that resumes from there will not come to the same ones."""
+    discard_left_overs(run_folder)
     for later, folder in checkpoints(run_folder):
         if later > step:
             remove(folder)
 
 
 def checkpoints(run_folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every whole checkpoint, oldest first."""
+    """(step, folder) of every checkpoint, oldest first."""
     found = [(int(m[1]), p) for p in run_folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]
     return sorted(found)
 
 
-def step_of(folder: Path) -> int:
-    """The steps done when a checkpoint was written, whatever it is called now. Raises RunError as `load` does."""
-    try:
-        return int(json.loads((folder / "state.json").read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{folder} is not a readable checkpoint: {error}") from error
-
-
 def latest(run_folder: Path) -> Path | None:
-    """The newest checkpoint's folder, or None."""
+    """The newest checkpoint's folder, whole or damaged, or None."""
     found = checkpoints(run_folder)
     return found[-1][1] if found else None
+
+
+def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is as it was written (None: there is none at all), and what is wrong with newer ones.
+
+    Raises:
+        RunError: there are checkpoints, and each is damaged.
+    """
+    damaged = []
+    for _, folder in reversed(checkpoints(run_folder)):
+        try:
+            verify(folder)
+        except RunError as error:
+            damaged.append(str(error))
+        else:
+            return folder, damaged
+    if damaged:
+        raise RunError(f"{'; '.join(damaged)}: no other checkpoint is there to go on from")
+    return None, []
+
+
+def verify(folder: Path) -> None:
+    """Read a checkpoint and compare it with its manifest. Raises RunError naming the file that is not as written."""
+    state = record(folder)
+    if not (folder / _MANIFEST).is_file():
+        if "format" in state:
+            raise RunError(f"{folder} is not a whole checkpoint: {_MANIFEST} is missing")
+        return
+    try:
+        told = dict(json.loads((folder / _MANIFEST).read_bytes()))
+        found = _digests([path for path in folder.iterdir() if path.name in told])
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(f"{folder} is not a whole checkpoint: {_MANIFEST}: {error}") from error
+    if bad := [name for name in told if told[name] != found.get(name)]:
+        how = "is not as it was written" if bad[0] in found else f"is missing, which {_MANIFEST} names"
+        raise RunError(f"{folder} is not a whole checkpoint: {bad[0]} {how}")
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """Its state.json: `step` done, and under `about` what `save` was told. Raises RunError as `load` does."""
+    try:
+        found = json.loads((folder / _STATE).read_bytes())
+        return {"about": {}} | found | {"step": int(found["step"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder} is not a readable checkpoint: {_STATE}: {error}") from error
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -86,16 +165,16 @@ def load(folder: Path) -> dict[str, Any]:
     Raises:
         RunError: a file is missing or damaged.
     """
+    verify(folder)
+    state = record(folder)
     try:
-        record = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        tensors = {name: load_file(folder / _FILES[name]) if name in record["files"] else {} for name in _FILES}
+        tensors = {name: load_file(folder / _FILES[name]) if name in state["files"] else {} for name in _FILES}
         return {
+            "updates": state["step"],  # version 0.1.0 counted the steps that fp16 skipped
+            **{name: value for name, value in state.items() if name not in ("format", "files", "about")},
             "weights": tensors["weights"],
-            "optimizer": _unflatten_optimizer(tensors["optimizer"], record["optimizer"]),
+            "optimizer": _unflatten_optimizer(tensors["optimizer"], state["optimizer"]),
             "ema": tensors["ema"],
-            "scaler": record["scaler"],
-            "step": record["step"],
-            "updates": record.get("updates", record["step"]),  # version 0.1.0 counted the steps that fp16 skipped
         }
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise RunError(f"{folder} is not a readable checkpoint: {error}") from error

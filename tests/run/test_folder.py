@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetune.config import ResolvedConfig, TrainConfig, load_config, load_resolved, replace
-from finetune.errors import UsageError
+from finetune.errors import RunError, UsageError
 from finetune.models.families import FAMILIES
 from finetune.models.locate import Location
 from finetune.run import folder as runs
@@ -94,7 +94,9 @@ def test_a_resume_is_only_advised_where_it_would_be_accepted() -> None:
     advice = "--resume_from_checkpoint latest to go on"
     with pytest.raises(UsageError, match=advice):  # longer, under a constant learning rate
         choose(replace(named, max_train_steps=20))
-    with pytest.raises(UsageError, match=r"out holds another run \(the pictures, their names or captions\)") as caught:
+    with pytest.raises(
+        UsageError, match=r"out holds another run \(data: the pictures, their names or captions\)"
+    ) as caught:
         choose(named, data="one picture more")
     assert advice not in str(caught.value)
 
@@ -342,3 +344,31 @@ def test_a_precision_that_the_machine_chose_makes_no_other_run_and_is_told() -> 
     assert "mixed_precision" not in choose(CONFIG).note
     asked = replace(elsewhere, elsewhere.given | {"mixed_precision"})
     assert choose(asked).path == Path("runs/images-tiny-2")
+
+
+def test_a_damaged_checkpoint_is_skipped_and_named_and_all_damaged_are_an_error() -> None:
+    path = started(CONFIG)
+    (checkpoint.save(path, STATE | {"step": 7}) / "state.json").write_text("{")
+    latest = replace(CONFIG, resume_from_checkpoint="latest")
+    for config in (CONFIG, latest):
+        chosen = choose(config)
+        assert (chosen.checkpoint, chosen.step) == (path / "checkpoint-5", 5)
+        skipped, resuming = chosen.note.splitlines()
+        assert skipped.startswith(f"skipped: {path / 'checkpoint-7'} is not a")
+        assert resuming == f"resuming {path / 'checkpoint-5'}"
+    with pytest.raises(RunError, match="checkpoint-7 is not a readable checkpoint"):
+        choose(replace(CONFIG, resume_from_checkpoint=str(path / "checkpoint-7")))
+    (path / "checkpoint-5/state.json").write_text("{")
+    for config in (CONFIG, latest):
+        with pytest.raises(RunError, match="no other checkpoint is there"):
+            choose(config)
+
+
+def test_what_may_have_changed_is_an_option_of_a_run_that_is_resumed() -> None:
+    with pytest.raises(UsageError, match="allow_changed is for a run that is resumed"):
+        choose(replace(CONFIG, allow_changed=["seed"]))
+    with pytest.raises(UsageError, match=r"allow_changed sed: no such option; did you mean seed?"):
+        choose(replace(CONFIG, allow_changed=["sed"], resume_from_checkpoint="latest"))
+    path = started(CONFIG)
+    other = replace(CONFIG, seed=1, resume_from_checkpoint="latest")
+    assert choose(replace(other, allow_changed=["seed", "data"]), "other pictures").checkpoint == path / "checkpoint-5"

@@ -100,7 +100,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(pictures: Path, tmp_path:
     assert together(stopped, options(pictures, tmp_path / "out", max_train_steps=100_000)) == [143, 143]
     found = checkpoint.latest(tmp_path / "out")
     assert found
-    assert checkpoint.step_of(found) == len(losses(tmp_path / "out"))
+    assert checkpoint.record(found)["step"] == len(losses(tmp_path / "out"))
 
 
 def test_torchrun_launches_it_and_a_process_that_is_killed_ends_the_other(pictures: Path, tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""The parts of a run as its config says: the model, the pictures encoded, the trainer."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from finetune.cache.encode import encode
+from finetune.cache.encoded import Encoded
+from finetune.config import ResolvedConfig
+from finetune.data.caption_visits import CaptionVisits
+from finetune.data.pictures import Pictures
+from finetune.data.sampler import Sampler
+from finetune.models.loading import DiffusionModel
+from finetune.models.locate import Location
+from finetune.models.lora import Adapter
+from finetune.run.base import load_base, numbers_by_block
+from finetune.run.compiling import compile_blocks
+from finetune.run.precision import DTYPES
+from finetune.training.ema import Ema
+from finetune.training.objective import NoisePrediction
+from finetune.training.optim import learning_rate, make_optimizer, parameter_groups
+from finetune.training.parallel import Parallel
+from finetune.training.trainer import Trainer
+from finetune.wording import counted
+
+_FIRST_STEP_BY = 60.0
+"""Seconds that encoding may take before the first step; what would take longer is encoded as visits come to it."""
+
+
+def assembled(
+    config: ResolvedConfig,
+    found: Location,
+    pictures: Pictures,
+    device: torch.device,
+    *,
+    steps: range,
+    parallel: Parallel = Parallel(),  # noqa: B008 # frozen
+) -> tuple[DiffusionModel, Encoded, Trainer]:
+    """The untrained model, what `steps` (from 0) need of the pictures, encoded, and the trainer."""
+    model = _load(config, found, device)
+    encoded = encode(
+        pictures,
+        model,
+        live=config.live_encoding,
+        captioning=CaptionVisits(config.caption_dropout, config.shuffle_caption, config.keep_tokens),
+        seed=config.seed,
+        cache_dir=config.cache_dir,
+        precision=config.cache_precision,
+        visited=sampler(config, pictures).visited(steps, parallel.rank, parallel.world),
+        at_most={"before": None, "ahead": 0, "auto": _FIRST_STEP_BY}[config.encode],
+    )
+    trainer = _trainer(config, model, parallel)
+    parallel.copy_from_first(list(trainer.parameters.values()))
+    return model, encoded, trainer
+
+
+def sampler(config: ResolvedConfig, pictures: Pictures) -> Sampler:
+    """What each step of a run visits."""
+    return Sampler(pictures.shapes(), batch_size=config.global_batch, seed=config.seed, repeats=pictures.repeats)
+
+
+def _load(config: ResolvedConfig, found: Location, device: torch.device) -> DiffusionModel:
+    """The model on its device, with an adapter for LoRA: what is frozen in half precision, what learns in fp32."""
+    half = DTYPES[config.mixed_precision] if config.method == "lora" else None
+    model = load_base(config, found, half or torch.float32).to(device)
+    if config.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    if config.compile and (why_not := compile_blocks(model.unet)):
+        print(f"{'note':>10}  the UNet is not compiled: {why_not}")
+    if config.init_lora and (left := Adapter(model.unet).take_over(Path(config.init_lora))):
+        print(f"{'note':>10}  {config.init_lora}: {counted(left, 'tensor')} for text encoders, which stay as they are")
+    return model
+
+
+def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) -> Trainer:
+    learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
+    rates = numbers_by_block("block_learning_rate", config.block_learning_rate or (), learned)
+    optimizer = make_optimizer(
+        config.optimizer,
+        parameter_groups(learned, rates, config.loraplus_lr_ratio),
+        learning_rate=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        epsilon=config.adam_epsilon,
+    )
+    ema = (
+        Ema(learned, inv_gamma=config.ema_inv_gamma, power=config.ema_power, max_decay=config.ema_max_decay)
+        if config.use_ema
+        else None
+    )
+    return Trainer(
+        model.unet,
+        model.encoder,
+        NoisePrediction(
+            model.scheduler,
+            snr_gamma=config.snr_gamma,
+            noise_offset=config.noise_offset,
+            input_perturbation=config.input_perturbation,
+        ),
+        optimizer,
+        learning_rate=partial(
+            learning_rate,
+            peak=config.learning_rate,
+            schedule=config.lr_scheduler,
+            warmup=config.lr_warmup_steps,
+            total=config.max_train_steps,
+        ),
+        micro_batch_size=config.train_batch_size,
+        max_grad_norm=config.max_grad_norm,
+        precision=DTYPES[config.mixed_precision],
+        ema=ema,
+        seed=config.seed,
+        parallel=parallel,
+        cuda_graphs=config.cuda_graphs,
+    )

@@ -1,0 +1,78 @@
+"""What a checkpoint says of the run that wrote it, beside its options, and what a resume makes of a difference."""
+
+import platform
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.errors import UsageError
+from finetune.models.weights import likeness
+
+_LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+
+
+def about_run(unet: nn.Module, data: str, device: torch.device, processes: int) -> dict[str, Any]:
+    """What this run is made of, fit for JSON.
+
+    Args:
+        unet: untrained, as it was loaded.
+        data: digest of the pictures, their names and captions.
+        device: on which it learns.
+        processes: that train together.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type} ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+    weights = dict(unet.named_parameters())
+    frozen = {name: weight for name, weight in weights.items() if not weight.requires_grad}  # what a LoRA is put on
+    return {
+        "data": data,
+        "base_model": {"dtype": str(next(unet.parameters()).dtype), "digest": likeness(frozen or weights)},
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "machine": {"device": name} | {library: version(library) for library in _LIBRARIES},
+    }
+
+
+def compared(then: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str]) -> str:
+    """What has changed on the way from one `about_run` to the other that gives other bits; "" for nothing.
+
+    Args:
+        then: of a checkpoint; {} where there is none, or an older version wrote it.
+        now: of this run.
+        allowed: "data" and "model" may be others.
+
+    Raises:
+        UsageError: the base model or the pictures are others.
+    """
+    base, ours = then.get("base_model", now["base_model"]), now["base_model"]
+    if base != ours and base["dtype"] == ours["dtype"] and "model" not in allowed:
+        raise UsageError("model: its weights are not those that the checkpoint began with; --allow_changed model")
+    if then.get("data", now["data"]) != now["data"] and "data" not in allowed:
+        raise UsageError("data: the pictures are not those that the checkpoint learned from; --allow_changed data")
+    machine = then.get("machine", now["machine"])
+    pairs = {name: (machine.get(name, "unknown"), value) for name, value in now["machine"].items()}
+    pairs["processes"] = then.get("processes", now["processes"]), now["processes"]
+    return "; ".join(f"{name}: {before} -> {here}" for name, (before, here) in pairs.items() if before != here)
+
+
+def threads_then(about: Mapping[str, Any], device: torch.device, processes: int) -> int | None:
+    """How many threads computed when a checkpoint was written, where going on with as many gives the same bits."""
+    same = device.type == "cpu" and about.get("processes") == processes
+    return about["threads"] if same else None
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Inside, so many threads compute on the CPU (None: as many as before); sums over other numbers of parts differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
