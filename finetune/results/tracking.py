@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,9 +20,9 @@ from tqdm.auto import tqdm
 
 from finetune.errors import UsageError
 from finetune.files import write_whole
-from finetune.training.metrics import StepMetrics
+from finetune.training.metrics import Fault, StepMetrics
 
-METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
+METRICS, TIMINGS, FAULTS = "metrics.jsonl", "timings.jsonl", "faults.jsonl"
 
 
 class Log:
@@ -54,7 +55,7 @@ def log(folder: Path, step: int) -> Iterator[Log]:
         folder: the run folder.
         step: steps already done; later lines of an interrupted run are cut off.
     """
-    for name in (METRICS, TIMINGS):
+    for name in (METRICS, TIMINGS, FAULTS):
         _cut(folder / name, step)
     with _appended(folder / METRICS) as metrics, _appended(folder / TIMINGS) as timings:
         yield Log(metrics, timings)
@@ -68,6 +69,25 @@ def note_grid(folder: Path, step: int, seconds: float) -> None:
     """Record in timings.jsonl how long a sample grid has taken."""
     with _appended(folder / TIMINGS) as file:
         file.write(json.dumps({"step": step, "grid_seconds": round(seconds, 4)}) + "\n")
+
+
+def note_fault(folder: Path, fault: Fault, seen: Sequence[Mapping[str, Any]]) -> None:
+    """Record in faults.jsonl a step that was not finite.
+
+    Args:
+        folder: of the run.
+        fault: what was wrong.
+        seen: what is known of each of its examples.
+    """
+    plain = {"step": fault.step, "loss": _number(fault.loss), "grad_norm": _number(fault.grad_norm)}
+    examples = [{**known, "loss": _number(loss)} for known, loss in zip(seen, fault.losses, strict=True)]
+    with _appended(folder / FAULTS) as file:
+        file.write(json.dumps(plain | {"examples": examples}, ensure_ascii=False) + "\n")
+
+
+def _number(value: float) -> float | str:
+    """As JSON can say it: "nan", "inf" and "-inf" as text."""
+    return value if isfinite(value) else str(value)
 
 
 def timings(folder: Path) -> list[dict[str, Any]]:
@@ -109,10 +129,11 @@ class Progress:
 
     def show(self, metrics: StepMetrics, seconds: float) -> None:
         """Advance by one step that took so many seconds; loss and speed are smoothed over about 20 steps."""
-        self._loss = _smoothed(self._loss, metrics.loss)
+        if metrics.fault is None:
+            self._loss = _smoothed(self._loss, metrics.loss)
         self._seconds = _smoothed(self._seconds, seconds)
-        text = f"smoothed loss {self._loss:.4f}, {metrics.examples / self._seconds:.3g} images/s"
-        text += f", {peak_memory_gb():.1f} GB"
+        loss = nan if self._loss is None else self._loss
+        text = f"smoothed loss {loss:.4f}, {metrics.examples / self._seconds:.3g} images/s, {peak_memory_gb():.1f} GB"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
         last = metrics.step == self._total

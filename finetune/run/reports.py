@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from finetune.results import tracking
+from finetune.run.faults import record_fault
 from finetune.run.grids import FIRST_STEPS, steps_between
 from finetune.run.parts import Run
-from finetune.training.metrics import StepMetrics
+from finetune.training.metrics import NotFinite, StepMetrics
+from finetune.wording import counted
 
 
 class Reports:
@@ -19,11 +21,16 @@ class Reports:
         """Steps between sample grids, None while that is not known."""
         self._run, self._log, self._progress = run, log, progress
         self._waiting: deque[StepMetrics] = deque()
+        self._fits = run.trainer.fits
         self._clock = time.perf_counter()
 
     def add(self, metrics: StepMetrics) -> None:
         """A step that was just made; tells of it, or of the one before."""
         self._waiting.append(metrics)
+        if (fits := self._run.trainer.fits) != self._fits:
+            self._fits = fits
+            said = f"from step {metrics.step} on {counted(fits or 0, 'picture')} at a time, to the same gradient"
+            print(f"out of memory: {said} (the step stays as large)", flush=True)
         while self._waiting and (len(self._waiting) > 1 or self._waiting[0].ready):
             self._tell(self._waiting.popleft())
 
@@ -44,6 +51,9 @@ class Reports:
         self._log.write(metrics, seconds)
         tracking.track(self._run.accelerator, metrics)
         self._progress.show(metrics, seconds)
+        if metrics.fault:
+            record_fault(self._run, metrics.fault)
+            print(f"{metrics.fault}: its update was left out", flush=True)
         if metrics.step == FIRST_STEPS:
             self.between_grids = steps_between(self._run)
 
@@ -53,4 +63,8 @@ def reports(run: Run) -> Iterator[Reports]:
     """The reports of a run from the trainer's step on, its files open inside."""
     done, total = run.trainer.steps_done, run.config.max_train_steps
     with tracking.log(run.folder, done) as log, tracking.progress(done, total) as progress:
-        yield Reports(run, log, progress)
+        try:
+            yield Reports(run, log, progress)
+        except NotFinite as error:
+            record_fault(run, error.fault)
+            raise

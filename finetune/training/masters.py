@@ -59,6 +59,11 @@ class Masters:
         if fresh:
             torch._foreach_copy_(fresh, rounded)
 
+    def discard(self) -> None:
+        """Drop what a backward pass that was broken off has left in the working copies."""
+        for copy in self.working.values():
+            copy.grad = None
+
     @torch.no_grad()
     def write_back(self) -> None:
         """Round the masters into the working copies: after each update."""

@@ -1,13 +1,50 @@
 """What an optimizer step did, read from the device when it is asked for."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Values = tuple[float, float | None]
-"""Loss, and norm of the gradient."""
+from finetune.errors import RunError
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A step whose loss or gradient was not finite, so that its update was not made."""
+
+    step: int
+    """From 1."""
+    ids: tuple[str, ...]
+    """Of all its examples."""
+    losses: tuple[float, ...]
+    """Of each of them."""
+    loss: float
+    grad_norm: float
+
+    def __str__(self) -> str:
+        bad = [name for name, loss in zip(self.ids, self.losses, strict=True) if not math.isfinite(loss)]
+        if bad:
+            return f"step {self.step}: the loss is not finite for {', '.join(bad)}"
+        return f"step {self.step}: the gradient's norm is {self.grad_norm} over {', '.join(self.ids)}"
+
+
+class NotFinite(RunError):
+    """As many steps in a row as may be had a `Fault`; this is the last."""
+
+    def __init__(self, message: str, fault: Fault):
+        super().__init__(message)
+        self.fault = fault
+
+
+class Values(NamedTuple):
+    """What is known of a step when it is over."""
+
+    loss: float
+    grad_norm: float | None
+    fault: Fault | None = None
 
 
 class Arriving:
@@ -55,7 +92,8 @@ class StepMetrics:
         self.step, self.lr, self.examples = step, lr, examples
         self._arriving = arriving
         self._read: Callable[[], Values] | None = read
-        self._values: Values = (0.0, None)
+        self._values = Values(0.0, None)
+        self._error: NotFinite | None = None
 
     @property
     def ready(self) -> bool:
@@ -64,20 +102,32 @@ class StepMetrics:
 
     @property
     def loss(self) -> float:
-        """sum(w l) / sum(w) over the step's examples. Raises RunError when it or the gradient is not finite."""
-        return self._known()[0]
+        """sum(w l) / sum(w) over the step's examples. Raises NotFinite, as the trainer was told to, if it is not."""
+        return self._known().loss
 
     @property
     def grad_norm(self) -> float | None:
         """L2 norm of the gradient before clipping; None where fp16 overflowed and the step was skipped."""
-        return self._known()[1]
+        return self._known().grad_norm
+
+    @property
+    def fault(self) -> Fault | None:
+        """What was wrong, where the step's update was not made for it."""
+        return self._known().fault
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, by name."""
-        loss, norm = self._known()
+        """All of it, by name, fit for JSON: None where a number is not finite."""
+        loss, norm, fault = self._known()
+        loss, norm = (None, None) if fault else (loss, norm)
         return {"step": self.step, "loss": loss, "grad_norm": norm, "lr": self.lr, "examples": self.examples}
 
     def _known(self) -> Values:
         if self._read is not None:
-            self._values, self._read = self._read(), None
+            read, self._read = self._read, None
+            try:
+                self._values = read()
+            except NotFinite as error:
+                self._error = error
+        if self._error is not None:
+            raise self._error
         return self._values

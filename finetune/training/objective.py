@@ -30,6 +30,11 @@ class Noised:
     """(B,) weight of each example's error at its timestep; ones unless `snr_gamma` is set."""
 
 
+def timesteps(keys: Tensor, total: int) -> Tensor:
+    """Which of `total` timesteps each example is trained at: keys (B,) -> (B,) int64 on the CPU."""
+    return seeding.integers(keys, "timestep", total)
+
+
 class NoisePrediction:
     """Noise-prediction objective over a DDPM schedule.
 
@@ -69,7 +74,7 @@ class NoisePrediction:
     def draw(self, x0: Tensor, keys: Tensor) -> Noised:
         """Noise and timestep for each example: x0 (B, C, H, W), keys (B,) on the CPU -> Noised on x0's device."""
         noise = seeding.normal(keys, "noise", x0.shape[1:])
-        t = seeding.integers(keys, "timestep", len(self.alphas_cumprod))
+        t = timesteps(keys, len(self.alphas_cumprod))
         if self.noise_offset:
             noise += self.noise_offset * seeding.normal(keys, "noise offset", (x0.shape[1], 1, 1))
         input_noise = None

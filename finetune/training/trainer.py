@@ -1,23 +1,24 @@
 """Trainer: one optimizer step, and the state that must survive it."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from finetune.batch import Batch, as_input, moved
+from finetune.batch import Batch, as_input, map_tensors, moved
 from finetune.errors import RunError
 from finetune.models.encoders import Encoder
 from finetune.seeding import fold
 from finetune.training.ema import Ema
+from finetune.training.gate import Gate
 from finetune.training.graphs import Graphs
 from finetune.training.masters import Masters
-from finetune.training.metrics import Arriving, StepMetrics, Values
+from finetune.training.metrics import Arriving, Fault, NotFinite, StepMetrics, Values
 from finetune.training.parallel import Parallel
 
 MAX_OVERFLOWS = 25
@@ -46,6 +47,14 @@ class MicroBatch:
     share: Tensor
     """(B,) fp32: of each example's loss in that of the step, w / sum(w) over all parts."""
 
+    def __len__(self) -> int:
+        return len(self.share)
+
+    def split(self, size: int) -> list["MicroBatch"]:
+        """Consecutive slices of at most `size` examples."""
+        starts = range(0, len(self), size)
+        return [map_tensors(lambda tensor, at=at: tensor[at : at + size], self) for at in starts]
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -57,6 +66,12 @@ class Prepared:
     start: int = 0
     """Where those of this process begin."""
 
+    def cut(self, size: int | None) -> "Prepared":
+        """The same in micro-batches of at most `size` examples; None: as it is."""
+        if size is None or all(len(part) <= size for part in self.parts):
+            return self
+        return replace(self, parts=tuple(piece for part in self.parts for piece in part.split(size)))
+
 
 class Trainer:
     """Trains the parameters of `unet` that require gradients.
@@ -67,10 +82,12 @@ class Trainer:
         objective: draws noise and timesteps, measures the error.
         optimizer: over the trainable parameters.
         learning_rate: updates done before (0 for the first) -> rate; None keeps the optimizer's own.
-        micro_batch_size: examples per forward pass; None: the whole batch at once. Changes nothing but memory.
+        micro_batch_size: examples per forward pass; None: the whole batch at once. Changes nothing but memory. It is
+            halved, in all processes, where memory does not suffice, and the step begun anew (see `fits`).
         max_grad_norm: clip to this norm; 0: never.
         precision: dtype that the UNet computes in (see `Masters`); None: the weights' own. fp16 scales the loss
             dynamically.
+        max_bad_steps: in a row, that are not finite and so leave the weights as they are, until that is an error.
         ema: follows each update.
         seed: of the dropout inside the network, anew for each step and micro-batch.
         parallel: the processes that train together, each of which is given its part of each step.
@@ -89,6 +106,7 @@ class Trainer:
         micro_batch_size: int | None = None,
         max_grad_norm: float = 1.0,
         precision: torch.dtype | None = None,
+        max_bad_steps: int = 1,
         ema: Ema | None = None,
         seed: int = 0,
         parallel: Parallel = Parallel(),  # noqa: B008 # frozen
@@ -104,6 +122,8 @@ class Trainer:
         self.optimizer = optimizer
         self.learning_rate = learning_rate
         self.micro_batch_size = micro_batch_size
+        self.fits: int | None = None
+        """The micro-batch size that was found where memory did not suffice."""
         self.max_grad_norm = max_grad_norm
         self.ema = ema
         self.seed = seed
@@ -115,8 +135,10 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.waits = self.scaler.is_enabled() or not getattr(optimizer, "_step_supports_amp_scaling", False)
         """Each step waits for the device before the update: the optimizer cannot be told there whether to make it."""
-        self.halted = torch.zeros((), device=self.device)
-        """On the device: 1 from a step on that was not finite until it is told; no update is made meanwhile."""
+        self.max_bad_steps = max_bad_steps
+        self.bad_steps = 0
+        """In a row, as far as the host has been told."""
+        self.gate = Gate(max_bad_steps, self.device)
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in unet.modules())
         checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in unet.modules())
         draws = self.has_dropout or checkpoints  # which saves and sets the generator's state
@@ -131,10 +153,11 @@ class Trainer:
             batches: each of examples of one shape.
 
         Raises:
-            RunError: the loss or gradient of this step or of the one before is not finite; the message names the step
-                and the examples, and no weight has changed since. With fused AdamW or SGD it comes with the next step,
-                or when the metrics are read; with other optimizers, which cannot be told on the device, and in fp16,
-                at once.
+            NotFinite: the loss or gradient of this step or of the one before is not finite, for the `max_bad_steps`th
+                time in a row; the message names the step and the examples, and no weight has changed since. With fused
+                AdamW or SGD it comes with the next step, or when the metrics are read; with other optimizers, which
+                cannot be told on the device, and in fp16, at once.
+            torch.OutOfMemoryError: memory does not suffice for one example at a time.
         """
         return self.take(self.prepare(*batches))
 
@@ -153,21 +176,21 @@ class Trainer:
     def take(self, step: Prepared) -> StepMetrics:
         """`step`, of what was prepared."""
         lr = self._set_learning_rate()
-        own = self.backward(step)
+        step, own = self._gradient(step)
         losses, loss = self._added_up(step, own)
         self.scaler.unscale_(self.optimizer)
         limit = self.max_grad_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), limit, foreach=True)
         number, arriving = self.steps_done + 1, Arriving(loss, norm)
-        read = partial(self._finite, number, step.ids, losses, arriving)
+        read = partial(self._told, number, step.ids, losses, arriving)
+        good = True
         if self.waits:
             values = read()
-            arriving, read = None, lambda: values
+            arriving, read, good = None, lambda: values, values.fault is None
         else:
-            finite = loss.isfinite() & norm.isfinite()
-            self.halted = torch.maximum(self.halted, (~finite).float())
-            self.optimizer.found_inf = self.halted  # pyright: ignore[reportAttributeAccessIssue] # fused optimizers'
-        self._update()
+            shut = self.gate.shut(loss, norm)
+            self.optimizer.found_inf = shut  # pyright: ignore[reportAttributeAccessIssue] # fused optimizers'
+        self._update(good)
         self.steps_done = number
         metrics = StepMetrics(number, lr, len(step.ids), arriving, read)
         self.settle()
@@ -186,10 +209,31 @@ class Trainer:
         return told[:-1], told[-1]
 
     def settle(self) -> None:
-        """Wait for the step before, and raise RunError if it was not finite."""
+        """Wait for the step before, and raise NotFinite if it was one bad step too many."""
         before, self._before = self._before, None
         if before is not None:
             before.as_dict()
+
+    def _gradient(self, step: Prepared) -> tuple[Prepared, Tensor]:
+        """`backward` of a step, and in which micro-batches it was possible: the same in all processes."""
+        while True:
+            step = step.cut(self.micro_batch_size)
+            short, own = 0, None
+            try:
+                own = self.backward(step)
+            except torch.OutOfMemoryError:
+                short = max(map(len, step.parts))  # no more here: the error keeps what is to be freed
+            short = self.parallel.largest(short)
+            if own is not None and not short:
+                return step, own
+            if short == 1:
+                raise torch.OutOfMemoryError(f"step {self.steps_done + 1}, one example at a time")
+            self.fits = self.micro_batch_size = -(-short // 2)
+            own = self.graphs = None
+            self.masters.discard()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def backward(self, step: Prepared) -> Tensor:
         """Accumulate the gradient of sum(w l) / sum(w) over all parts; answers the examples' losses, (B,) fp32."""
@@ -207,9 +251,10 @@ class Trainer:
         self.scaler.scale((part.share * loss).sum()).backward()
         return loss.detach()
 
-    def _update(self) -> None:
-        """The optimizer's step on the masters, unless the device or the scaler says no; then what follows them."""
-        self.scaler.step(self.optimizer)
+    def _update(self, good: bool) -> None:
+        """The optimizer's step on the masters, unless host, device or scaler says no; then what follows them."""
+        if good:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.overflows:
@@ -226,24 +271,26 @@ class Trainer:
         first = self.optimizer.param_groups[0]
         return first["lr"] / first.get("factor", 1.0)
 
-    def _finite(self, step: int, ids: Sequence[str], losses: Tensor, arriving: Arriving) -> Values:
-        """Loss and norm of a step. Raises RunError, but for an overflow of fp16, which the scaler skips."""
+    def _told(self, step: int, ids: tuple[str, ...], losses: Tensor, arriving: Arriving) -> Values:
+        """Loss and norm of a step, and what is wrong with them. Raises NotFinite after one bad step too many."""
         loss, norm = arriving.wait()
         if math.isfinite(loss) and math.isfinite(norm):
-            self.overflows = 0
-            return loss, norm
+            self.overflows = self.bad_steps = 0
+            return Values(loss, norm)
         self.overflows += 1
         if math.isfinite(loss) and self.scaler.is_enabled() and self.overflows <= MAX_OVERFLOWS:
-            return loss, None
-        self.optimizer.zero_grad(set_to_none=True)
+            return Values(loss, None)
         self.overflows = 0
-        self.halted.zero_()  # who catches the error may go on
-        bad = [name for name, finite in zip(ids, losses.isfinite().tolist(), strict=True) if not finite]
-        whole = f"the gradient's norm is {norm} over {', '.join(ids)}"
-        what = f"the loss is not finite for {', '.join(bad)}" if bad else whole
-        raise RunError(
-            f"step {step}: {what}; no weight was changed. A lower learning_rate or mixed_precision no may help"
-        )
+        self.bad_steps += 1
+        fault = Fault(step, ids, tuple(losses.tolist()), loss, norm)
+        if self.bad_steps < self.max_bad_steps:
+            return Values(loss, norm, fault)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bad_steps = 0
+        self.gate.open()  # who catches the error may go on
+        in_a_row = f" after {self.max_bad_steps} bad steps in a row" if self.max_bad_steps > 1 else ""
+        advice = "A lower learning_rate or mixed_precision no may help"
+        raise NotFinite(f"{fault}; no weight was changed{in_a_row}. {advice}", fault)
 
     @contextmanager
     def _dropout_seeded(self, micro_batch: int) -> Iterator[None]:
@@ -283,7 +330,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs beside its config: weights, optimizer, EMA, scaler, steps done.
 
-        Raises RunError when the last step was not finite.
+        Raises NotFinite when the last step was one bad step too many.
         """
         self.settle()
         return {
@@ -293,6 +340,8 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "step": self.steps_done,
             "updates": self.updates,
+            "bad_steps": self.bad_steps,
+            "fits": self.fits,
         }
 
     @torch.no_grad()
@@ -302,6 +351,7 @@ class Trainer:
         Raises:
             RunError: the saved parameters are not this trainer's.
         """
+        self._before = None
         if state["weights"].keys() != self.parameters.keys():
             raise RunError("the checkpoint holds other parameters than this run trains (model, method or rank differ)")
         for name, parameter in self.parameters.items():
@@ -316,3 +366,7 @@ class Trainer:
             self.ema.load(state["ema"])
         self.scaler.load_state_dict(dict(state["scaler"]))
         self.steps_done, self.updates = state["step"], state["updates"]
+        self.bad_steps = state.get("bad_steps", 0)  # versions without these wrote neither
+        self.gate.open(self.bad_steps)
+        if fits := state.get("fits"):
+            self.fits = self.micro_batch_size = fits
