@@ -1,24 +1,28 @@
 # Two commands do everything on a fresh machine with Python 3.11 or newer:
 #   make demo    install, fine-tune the embedded model on drawn butterflies, show before and after
 #   make test    install, lint, type check, test
+#   make faults  kill, starve and damage runs, and compare what is left
 #   make test-oldest    the tests again, with the lowest version of every dependency that is admitted
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-oldest lint types format clean
+.PHONY: demo test faults test-oldest lint types format clean
 
 demo: $(VENV)/installed
-	$(BIN)/finetune-unet --config configs/tiny-butterflies.toml
+	$(BIN)/finetune-unet --config configs/tiny-butterflies.toml $(DEMO)
 
 test: lint types
-	$(BIN)/python -m pytest -n logical --dist worksteal
+	$(BIN)/python -m pytest -n logical --dist worksteal --ignore tests/faults
+
+faults: $(VENV)/installed-for-tests
+	$(BIN)/python -m pytest -n logical --dist worksteal tests/faults
 
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install uv
 	$(VENV)-oldest/bin/uv pip install --python $(VENV)-oldest/bin/python --resolution lowest-direct -e '.[test]'
-	$(VENV)-oldest/bin/python -m pytest -n logical --dist worksteal
+	$(VENV)-oldest/bin/python -m pytest -n logical --dist worksteal --ignore tests/faults
 
 lint: $(VENV)/installed-for-tests
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ from finetune.run.precision import gpu_algorithms
 from finetune.run.reports import reports
 from finetune.run.resolve import resolve, with_absolute_paths
 from finetune.run.samples import plan_samples
-from finetune.run.signals import SAVE, TIME_UP, Requests, StopRequest, catch_signals
+from finetune.run.signals import PAUSE, SAVE, TIME_UP, Requests, StopRequest, catch_signals
 from finetune.run.sources import digest, open_pictures
 from finetune.run.summary import print_summary
 from finetune.run.trained import write_exports
@@ -106,6 +106,11 @@ def _run(
                 _follow(run, requests)
         except torch.OutOfMemoryError as error:
             raise RunError(f"out of memory: {_LESS_MEMORY}") from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):  # as torch says, wherever we are, when one of them has died
+                raise
+            why = f"a process that prepares pictures has died ({str(error).strip()})"
+            raise RunError(f"{why}; fewer --dataloader_num_workers take less memory") from error
         except (OSError, SafetensorError) as error:
             raise RunError(f"{folder.path}: {error}; what was saved before is whole") from error
     return folder.path
@@ -189,18 +194,18 @@ def _train(run: Run, requests: Requests) -> None:
             told.add(trainer.take(prepared_step))
             step = trainer.steps_done
             last = step == total
-            asked = trainer.parallel.largest(_asks(requests, stop, config))
-            saves = last or asked or due(step, config.checkpointing_steps) or due(step, every_epochs)
+            saves = last or due(step, config.checkpointing_steps) or due(step, every_epochs)
             draws = last or due(step, told.between_grids)
-            if not saves and not draws:
+            asked = trainer.parallel.largest(max(SAVE * saves, PAUSE * draws, _asks(requests, stop, config)))
+            if not asked:
                 continue
             told.finish()
-            if saves:
-                saved = _save(run)
-                requests.saved()
+            if asked >= SAVE:
                 if not last:
                     with trainer.in_full():
                         export_step(run.model, run.folder, step, _told(run))
+                saved = _save(run)  # last: what a resume from here would not make again is there
+                requests.saved()
                 if asked > SAVE and not last:
                     why = f" after max_train_minutes = {config.max_train_minutes}" if asked == TIME_UP else ""
                     kept = f"{saved} is kept, and the same command goes on from there"
@@ -227,6 +232,8 @@ def _follow(run: Run, requests: Requests) -> None:
             trainer.take(prepared_step)
             asked = trainer.parallel.largest(_asks(requests, stop, run.config))
             if asked:
+                trainer.settle()  # what is wrong with the step is told by all, or by none
+            if asked >= SAVE:
                 requests.saved()
             if asked > SAVE and trainer.steps_done < total:
                 raise Interrupted(f"stopped at step {trainer.steps_done} of {total}", asked)

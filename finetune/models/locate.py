@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,16 @@ def _download(hub_id: str, files: list[str]) -> Path:
         ) from error
 
 
+_CLASSES = {
+    "unet": "UNet2DConditionModel|UNet2DModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel|CLIPTextModelWithProjection",
+    "tokenizer": "CLIPTokenizer|CLIPTokenizerFast",
+    "scheduler": r"\w+Scheduler",
+}
+"""What a part of a folder may be, as its index says it; all are classes of diffusers or transformers."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a model folder. Raises ModelError when it is damaged."""
     try:
@@ -149,9 +160,27 @@ def _kind(name: str, folder: Path) -> dict[str, Any]:
     return unet
 
 
+def _refuse_other_classes(name: str, folder: Path, family: Family) -> None:
+    """Raise ModelError where the folder's index wants a part to be something else than it is made as here.
+
+    Nothing that an index names is ever imported; what a class of somebody's own would do is not what is trained.
+    """
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    for part in family.parts:
+        library, kind = index.get(part) or (None, None)
+        known = _CLASSES[part.removesuffix("_2")]
+        ours = library in ("diffusers", "transformers") and re.fullmatch(known, str(kind))
+        if library is not None and not ours:
+            raise ModelError(
+                f"--model {name}: model_index.json has {library}.{kind} as its {part}; no code of a model folder is "
+                f"run, and allowed is {known.replace('|', ', ')}"
+            )
+
+
 def _inspect(name: str, folder: Path) -> Location:
     unet = _kind(name, folder)
     family = _family(name, unet)
+    _refuse_other_classes(name, folder, family)
     for file in _needed(folder, family):
         if not (folder / file).is_file():
             raise ModelError(f"--model {name}: part missing: {file}")

@@ -38,11 +38,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def count_numbers(folder: Path) -> int:
-    """How many numbers a component's safetensors hold, read from their headers."""
+    """How many numbers a component's safetensors hold, read from their headers. Raises ModelError."""
     total = 0
     for path in weight_files(folder) if list(folder.glob(f"{STEM}*")) else folder.glob("model*.safetensors"):
-        with safe_open(path, "pt") as file:
-            total += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 # no dict
+        try:
+            with safe_open(path, "pt") as file:
+                total += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 # no dict
+        except SafetensorError as error:
+            raise ModelError(f"{path} is damaged: {error}") from error
     return total
 
 

@@ -265,6 +265,7 @@ def occupied(folder: RunFolder) -> Iterator[None]:
     except OSError as error:
         raise UsageError(f"output_dir {folder.path} cannot be written: {error.strerror}") from error
     descriptor = os.open(folder.path, os.O_RDONLY)
+    _held.add(descriptor)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -274,7 +275,21 @@ def occupied(folder: RunFolder) -> Iterator[None]:
             print(f"output_dir {folder.path} cannot be locked ({error.strerror}): start no second run in it")
         yield
     finally:
+        _held.discard(descriptor)
         os.close(descriptor)
+
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """A forked worker outlives a process that is killed, for some seconds, and would hold its folder so long."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def begin(folder: RunFolder, config: ResolvedConfig, data: str) -> None:

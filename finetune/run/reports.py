@@ -14,7 +14,10 @@ from finetune.wording import counted
 
 
 class Reports:
-    """Tells of a step as soon as nobody has to wait for its figures: on a GPU that is one step later."""
+    """Tells of a step as soon as nobody has to wait for its figures: on a GPU that is one step later.
+
+    Of several processes, all hear of a step at the same point, one step later, or the first might leave the others.
+    """
 
     def __init__(self, run: Run, log: tracking.Log, progress: tracking.Progress):
         self.between_grids = steps_between(run)
@@ -31,7 +34,8 @@ class Reports:
             self._fits = fits
             said = f"from step {metrics.step} on {counted(fits or 0, 'picture')} at a time, to the same gradient"
             print(f"out of memory: {said} (the step stays as large)", flush=True)
-        while self._waiting and (len(self._waiting) > 1 or self._waiting[0].ready):
+        alone = self._run.trainer.parallel.world == 1
+        while self._waiting and (len(self._waiting) > 1 or (alone and self._waiting[0].ready)):
             self._tell(self._waiting.popleft())
 
     def finish(self) -> None:

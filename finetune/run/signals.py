@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-SAVE, TIME_UP = 1, 124
-"""What `Requests.asks` answers: to save, and the exit code after `max_train_minutes`, which is that of timeout(1)."""
+PAUSE, SAVE, TIME_UP = 1, 2, 124
+"""What is asked of a run, the greater before the less: to draw, to save, and to stop with an exit code, of which that
+after `max_train_minutes` is timeout(1)'s."""
 
 
 class Requests:

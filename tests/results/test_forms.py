@@ -122,8 +122,17 @@ def test_what_overflows_is_rejected_and_kept_beside(lora_run: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.glob("half*")] == ["half.safetensors.rejected"]
 
 
-@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [
+        ("sd15", "fp16"),
+        ("sdxl", "fp32"),
+        pytest.param("sd15", "fp32", marks=pytest.mark.slow),
+        pytest.param("sd21", "fp32", marks=pytest.mark.slow),
+        pytest.param("sd21", "fp16", marks=pytest.mark.slow),
+        pytest.param("sdxl", "fp16", marks=pytest.mark.slow),
+    ],
+)
 def test_a_lora_merged_into_a_checkpoint_in_one_file(tmp_path: Path, family: str, precision: Any) -> None:
     base = write_single_file(tmp_path / "base.safetensors", family)
     model = load_model(base, tokenizer=TOKENIZER)

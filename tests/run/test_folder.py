@@ -1,7 +1,5 @@
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -313,26 +311,6 @@ def test_a_run_whose_first_checkpoint_was_never_written_starts_over() -> None:
     again = choose(CONFIG)
     assert (again.path, again.checkpoint) == (path, None)
     assert "no checkpoint yet, starting from the beginning" in again.note
-
-
-def test_a_folder_in_which_another_process_trains_is_refused_until_that_process_is_gone() -> None:
-    folder = choose(CONFIG)
-    code = f"""
-import time
-from pathlib import Path
-from finetune.run.folder import RunFolder, occupied
-with occupied(RunFolder(Path({str(folder.path)!r}))):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
-        with pytest.raises(UsageError, match="another process is training in it"), runs.occupied(folder):
-            pass
-        other.kill()
-    with runs.occupied(folder):
-        pass
 
 
 def test_a_precision_that_the_machine_chose_makes_no_other_run_and_is_told() -> None:

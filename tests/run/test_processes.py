@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -101,21 +98,3 @@ def test_a_signal_to_one_stops_all_after_the_same_step(pictures: Path, tmp_path:
     found = checkpoint.latest(tmp_path / "out")
     assert found
     assert checkpoint.record(found)["step"] == len(losses(tmp_path / "out"))
-
-
-def test_torchrun_launches_it_and_a_process_that_is_killed_ends_the_other(pictures: Path, tmp_path: Path) -> None:
-    given = options(pictures, tmp_path / "out", max_train_steps=100_000, checkpointing_steps=2, lr_warmup_steps=0)
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command = subprocess.Popen([*launcher, "-m", "finetune", *words], stdout=subprocess.PIPE, text=True)
-    assert command.stdout
-    deadline = time.monotonic() + 100
-    while checkpoint.latest(tmp_path / "out") is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    children = subprocess.run(["pgrep", "-P", str(command.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    assert command.wait(60) == 1
-    steps = len(losses(tmp_path / "out"))
-    resumed = {"output_dir": str(tmp_path / "out"), "resume_from_checkpoint": "latest", "max_train_steps": steps + 4}
-    assert together(run, resumed) == [tmp_path / "out"] * 2
-    assert len(losses(tmp_path / "out")) == steps + 4

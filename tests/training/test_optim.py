@@ -40,8 +40,14 @@ def test_each_optimizer_moves_the_weights_downhill(name: str) -> None:
     assert (weight < 2).all()
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor", "prodigy", "sgd"])
+OPTIMIZERS = ["adamw", "adamw8bit", "adafactor", "prodigy", "sgd"]
+LEARNS = [(name, "lora") for name in OPTIMIZERS] + [("adamw", "full"), ("sgd", "full")]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    LEARNS + [pytest.param(name, "full", marks=pytest.mark.slow) for name in ("adamw8bit", "adafactor", "prodigy")],
+)
 def test_each_optimizer_learns_with_its_default_rate(pictures: Path, name: str, method: str) -> None:
     family, steps = FAMILIES["tiny"], 24
     suited = defaults(family, method, name, pictures=6, resolution=64, varied_captions=True)
