@@ -227,7 +227,7 @@ class TrainingOptions:
     """Clip the gradient to this norm; 0 turns clipping off."""
     max_bad_steps: int = option(1, AT_LEAST_ONE, change="on resume")
     """So many steps in a row whose loss or gradient is not finite end the run; faults.jsonl says what they were made
-    of. None of them changes a weight."""
+    of. No weight changes by them."""
     snr_gamma: float | None = option(None, POSITIVE, called=("min_snr_gamma",))
     """Min-SNR loss weighting (Hang et al. 2023); 5.0 is usual. Default: off."""
     noise_offset: float = option(0.0, NOT_NEGATIVE)

@@ -22,7 +22,7 @@ from finetune.errors import Interrupted, RunError, UsageError
 from finetune.models.loading import check_resolution
 from finetune.models.locate import Location, locate
 from finetune.results import hub, tracking
-from finetune.results.export import discard_steps_after, export, export_step, exported
+from finetune.results.export import discard_steps_after, export, exported, step_export
 from finetune.results.lora_facts import LoraFacts
 from finetune.run import folder as run_folder
 from finetune.run.assembly import assembled, sampler
@@ -42,6 +42,7 @@ from finetune.run.summary import print_summary
 from finetune.run.trained import write_exports
 from finetune.training import checkpoint
 from finetune.training.parallel import PATIENCE, Parallel, launched
+from finetune.training.saving import Saving, copied
 from finetune.training.trainer import Prepared
 
 _LESS_MEMORY = "a smaller --train_batch_size (and more --gradient_accumulation_steps), --gradient_checkpointing, "
@@ -186,12 +187,13 @@ def _train(run: Run, requests: Requests) -> None:
     total = config.max_train_steps
     epoch = steps_per_epoch(run.encoded.epoch_visits, config.global_batch)
     every_epochs = config.save_model_epochs and config.save_model_epochs * epoch
-    with catch_signals() as stop, reports(run) as told, closing(run.encoded), _ahead(run) as steps:
+    with catch_signals() as stop, reports(run) as told, Saving() as saving, closing(run.encoded), _ahead(run) as steps:
         if trainer.steps_done == total or due(trainer.steps_done, told.between_grids):  # the last part stopped before
             draw_grid(run)
         told.resume()
         for prepared_step in steps:
             told.add(trainer.take(prepared_step))
+            saving.check()
             step = trainer.steps_done
             last = step == total
             saves = last or due(step, config.checkpointing_steps) or due(step, every_epochs)
@@ -201,11 +203,10 @@ def _train(run: Run, requests: Requests) -> None:
                 continue
             told.finish()
             if asked >= SAVE:
-                if not last:
-                    with trainer.in_full():
-                        export_step(run.model, run.folder, step, _told(run))
-                saved = _save(run)  # last: what a resume from here would not make again is there
+                saved = _save(run, saving)
                 requests.saved()
+                if last or asked > SAVE:
+                    saving.wait()
                 if asked > SAVE and not last:
                     why = f" after max_train_minutes = {config.max_train_minutes}" if asked == TIME_UP else ""
                     kept = f"{saved} is kept, and the same command goes on from there"
@@ -215,9 +216,30 @@ def _train(run: Run, requests: Requests) -> None:
             told.resume()
 
 
-def _save(run: Run) -> Path:
-    keep = run.config.checkpoints_total_limit
-    return checkpoint.save(run.folder, run.trainer.state_dict(), keep=keep, about=run.about)
+def _save(run: Run, saving: Saving) -> Path:
+    """Begin to write a checkpoint, in a thread where memory suffices for a copy of what it holds; answers its folder.
+
+    It is written last: what a resume from it would not make again is there by then.
+    """
+    trainer, folder, step = run.trainer, run.folder, run.trainer.steps_done
+    export_adapter = None  # at the end the run's own export follows
+    if step < run.config.max_train_steps:
+        with trainer.in_full():
+            export_adapter = step_export(run.model, folder, step, _told(run))
+    copy = copied(trainer.state_dict())
+
+    def write() -> None:
+        if export_adapter is not None:
+            export_adapter()
+        state, keep = copy or trainer.state_dict(), run.config.checkpoints_total_limit
+        checkpoint.save(folder, state, keep=keep, about=run.about)
+
+    if copy is None:
+        saving.wait()
+        write()
+    else:
+        saving.begin(write)
+    return checkpoint.folder_of(folder, step)
 
 
 def _asks(requests: Requests, stop: StopRequest, config: ResolvedConfig) -> int:

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 
 from finetune.config import load_config
 from finetune.models.families import FAMILIES
@@ -26,3 +27,11 @@ def test_every_config_loads_and_resolves(path: Path) -> None:
     assert resolved.max_train_steps
     if path.stem == "ddpm-butterflies-128":
         assert (resolved.max_train_steps, resolved.lr_warmup_steps, resolved.mixed_precision) == (3125, 500, "fp16")
+
+
+@pytest.mark.parametrize(("name", "machines", "processes"), [("one-machine", 1, 2), ("two-machines", 2, 16)])
+def test_accelerate_reads_its_configs(name: str, machines: int, processes: int) -> None:
+    path = Path(__file__).parent.parent / f"configs/accelerate-{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert (config.num_machines, config.num_processes, config.distributed_type) == (machines, processes, "MULTI_GPU")
+    assert config.mixed_precision == "no"

@@ -74,9 +74,12 @@ def _keep(items: list[Any]) -> list[Any]:
 
 
 def _ignore_signals(worker: int) -> None:
-    """A signal to the process group is for the training process; workers that died of it would break its last step."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """A signal to the process group is for the training process; workers that died of it would break its last step.
+
+    A second SIGTERM is obeyed: a worker that waits for one that has died is ended so.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def training_steps(

@@ -240,9 +240,11 @@ class Adapter:
         # `save_file` would make the file private to the user
         (folder / LORA_FILE).write_bytes(save(self.state(dtype), {LORA_ADAPTER_METADATA_KEY: text}))
 
-    def save_kohya(self, path: Path, told: Mapping[str, str], dtype: torch.dtype = torch.float32) -> None:
-        """Write the adapter's tensors in kohya's layout, with what is `told` of them as metadata."""
-        write_kohya(path, LoraFile(self.state(dtype), self.alphas(), 0), told, self.unet.peft_config[self.name].r)
+    def save_kohya(self, path: Path, told: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the adapter's tensors, or an earlier `state` of them, in kohya's layout, with what is `told` of them
+        as metadata."""
+        found = LoraFile(dict(self.state() if state is None else state), self.alphas(), 0)
+        write_kohya(path, found, told, self.unet.peft_config[self.name].r)
 
     def take_over(self, path: Path) -> int:
         """Start from a LoRA file in either layout; what it adds to the base is the same, whatever its alpha.

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,17 +112,23 @@ def export(model: DiffusionModel, folder: str | Path, told: Mapping[str, str] | 
     return difference
 
 
-def export_step(model: DiffusionModel, folder: Path, step: int, told: Mapping[str, str]) -> None:
-    """Write what an adapter has learned so far in kohya's layout, for a look at it in a viewer; no adapter: nothing.
+def step_export(model: DiffusionModel, folder: Path, step: int, told: Mapping[str, str]) -> Callable[[], None]:
+    """What writes the adapter as it is now in kohya's layout, for a look at it in a viewer; no adapter: nothing.
 
-    Raises:
-        RunError: the file does not hold the adapter's very tensors.
+    Called, at any later time and in any thread, it raises RunError where the file does not hold these very tensors.
     """
-    if adapter := Adapter.of(model.unet):
+    adapter = Adapter.of(model.unet)
+    state = {name: tensor.to("cpu", copy=True) for name, tensor in adapter.state().items()} if adapter else {}
+
+    def write() -> None:
+        if adapter is None:
+            return
         path = kohya_file(folder, step)
-        adapter.save_kohya(path, told)
-        if differing := differing_from_kohya(adapter, path):
+        adapter.save_kohya(path, told, state)
+        if differing := differing_from_kohya(adapter, path, state):
             raise RunError(f"{path} does not hold what was learned: {differing[0]} differs")
+
+    return write
 
 
 def discard_steps_after(folder: Path, step: int) -> None:

@@ -41,7 +41,7 @@ def write_form(
     """
     dtype, adapter = DTYPES[precision], Adapter.of(model.unet)
     if form == "kohya" and adapter:
-        adapter.save_kohya(to, told, dtype)
+        adapter.save_kohya(to, told, adapter.state(dtype))
         return verify_kohya(model, to, dtype)
     if form == "peft" and adapter:
         to.mkdir()

@@ -56,7 +56,7 @@ def verify_kohya(model: DiffusionModel, path: Path, dtype: torch.dtype = torch.f
     each weight by the definition of its kind is compared with what the trained adapter adds.
     """
     adapter = _adapter(model)
-    differing = differing_from_kohya(adapter, path, dtype)
+    differing = differing_from_kohya(adapter, path, rounded(adapter.state(), dtype))
     if adapter.kind != "lora":  # diffusers drops DoRA's norms, and refuses LoHa and LoKr
         difference = float("inf") if differing else _distance_of_updates(adapter, path)
         _refuse(path, differing, difference, dtype)
@@ -64,11 +64,10 @@ def verify_kohya(model: DiffusionModel, path: Path, dtype: torch.dtype = torch.f
     return _prove(model, path, differing, lambda: adapter.replaced_by_kohya(path), dtype)
 
 
-def differing_from_kohya(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> list[str]:
-    """The tensors and alphas that a kohya file has otherwise than the adapter, or not, or beside it."""
+def differing_from_kohya(adapter: Adapter, path: Path, state: Mapping[str, Tensor]) -> list[str]:
+    """The tensors and alphas that a kohya file has otherwise than this state of the adapter, or not, or beside it."""
     tensors, alphas = adapter.read_kohya(path)
-    state = rounded(adapter.state(), dtype)
-    layers = LoraFile(state, {}, 0).layers().keys()
+    layers = LoraFile(dict(state), {}, 0).layers().keys()
     ours = {layer: torch.tensor(alpha).item() for layer, alpha in adapter.alphas().items()}
     wrong = [f"{layer}.alpha" for layer in sorted(layers | alphas.keys()) if alphas.get(layer) != ours.get(layer)]
     return _differing(state, tensors) + wrong
@@ -180,7 +179,7 @@ def _refuse(place: Path, differing: list[str], difference: float, dtype: torch.d
     raise RunError(f"the export in {place} does not load back to the trained model: {what}")
 
 
-def _differing(trained: dict[str, Tensor], reloaded: dict[str, Tensor]) -> list[str]:
+def _differing(trained: Mapping[str, Tensor], reloaded: dict[str, Tensor]) -> list[str]:
     names = trained.keys() | reloaded.keys()
     return sorted(
         name

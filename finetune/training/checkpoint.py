@@ -42,7 +42,7 @@ def save(run_folder: Path, state: Mapping[str, Any], keep: int = 0, about: Mappi
     Raises:
         OSError, SafetensorError: it cannot be written; those that are there already stay as they are.
     """
-    folder = run_folder / f"checkpoint-{state['step']}"
+    folder = folder_of(run_folder, state["step"])
     scratch = run_folder / f".{folder.name}.part"
     discard_left_overs(run_folder)
     try:
@@ -57,6 +57,11 @@ def save(run_folder: Path, state: Mapping[str, Any], keep: int = 0, about: Mappi
     for old in others[: max(0, len(others) - keep + 1)] if keep else []:
         remove(old)
     return folder
+
+
+def folder_of(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return run_folder / f"checkpoint-{step}"
 
 
 def _write(folder: Path, state: Mapping[str, Any], about: Mapping[str, Any]) -> None:

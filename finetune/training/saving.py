@@ -1,0 +1,74 @@
+"""Saving: what a step has left is written by a thread, while the next steps are made."""
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from finetune.batch import map_tensors, tensors_of
+from finetune.errors import RunError
+
+SPARE = 4
+"""A copy is only made where this many times its size is free."""
+
+
+class Saving:
+    """One thing at a time is written; who begins with the next waits for it. What went wrong is raised there, or by
+    `check` and `wait`.
+
+    Used with `with`: what is under way is finished at its end, unless an interrupt wants to leave at once.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: OSError | SafetensorError | RunError | None = None
+
+    def begin(self, write: Callable[[], object]) -> None:
+        """Call `write` in a thread."""
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(write,), name="saving", daemon=True)
+        self._thread.start()
+
+    def _run(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except (OSError, SafetensorError, RunError) as error:
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what has gone wrong, without waiting."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what has gone wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def __enter__(self) -> "Saving":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._thread is not None and not issubclass(kind, KeyboardInterrupt):
+            self._thread.join()  # the error that is on its way is the one to be told
+
+
+def copied(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A `state_dict` with copies of its tensors in the host's memory; None where these would take too much of it."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(state))
+    if psutil.virtual_memory().available < SPARE * size:
+        return None
+    return map_tensors(_copy, dict(state))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
