@@ -119,16 +119,28 @@ def checkpoints(work: Path, options: argparse.Namespace) -> None:
     if copied(trainer.state_dict()) is None:
         say("  in a thread", "not here: no memory for a copy")
         return
-    held, whole = [], []
+    held, gaps, whole = [], [], []
     for _ in range(options.times):
         with Saving() as saving:
             began = time.perf_counter()
             saving.begin(partial(write_all, work, trainer, *copies_of(trainer)))
             held.append(time.perf_counter() - began)
+            gaps.append(longest_gap(saving))
             saving.wait()
             whole.append(time.perf_counter() - began)
     say("  in a thread: training waits", f"{statistics.median(held):.3f} s")
+    say("  in a thread: longest that Python then stands still", f"{statistics.median(gaps):.3f} s")
     say("  in a thread: on the disk after", f"{statistics.median(whole):.2f} s")
+
+
+def longest_gap(saving: Saving) -> float:
+    """The longest time for which the saving thread lets no other run."""
+    longest, before = 0.0, time.perf_counter()
+    while saving.under_way:
+        time.sleep(0.001)
+        now = time.perf_counter()
+        longest, before = max(longest, now - before), now
+    return longest
 
 
 def copies_of(trainer: ft.Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:

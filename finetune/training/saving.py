@@ -39,6 +39,11 @@ class Saving:
         except (OSError, SafetensorError, RunError) as error:
             self._error = error
 
+    @property
+    def under_way(self) -> bool:
+        """Whether something is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def check(self) -> None:
         """Raise what has gone wrong, without waiting."""
         error, self._error = self._error, None
