@@ -166,14 +166,17 @@ def _refuse_other_classes(name: str, folder: Path, family: Family) -> None:
     Nothing that an index names is ever imported; what a class of somebody's own would do is not what is trained.
     """
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    if not isinstance(index, dict):
+        raise ModelError(f"--model {name}: model_index.json is no table of parts")
     for part in family.parts:
-        library, kind = index.get(part) or (None, None)
-        known = _CLASSES[part.removesuffix("_2")]
-        ours = library in ("diffusers", "transformers") and re.fullmatch(known, str(kind))
-        if library is not None and not ours:
+        found, known = index.get(part), _CLASSES[part.removesuffix("_2")]
+        if found in (None, [None, None]):
+            continue
+        kind = ".".join(map(str, found)) if isinstance(found, list) else str(found)
+        if not re.fullmatch(rf"(diffusers|transformers)\.({known})", kind):
             raise ModelError(
-                f"--model {name}: model_index.json has {library}.{kind} as its {part}; no code of a model folder is "
-                f"run, and allowed is {known.replace('|', ', ')}"
+                f"--model {name}: model_index.json has {kind} as its {part}; no code of a model folder is run, and "
+                f"allowed is {known.replace('|', ', ')}"
             )
 
 

@@ -1,7 +1,7 @@
 """One small run that the faults happen to, and what it leaves when nothing happens to it."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,6 +53,7 @@ def equal_after(words: list[str], straight: dict[str, str]) -> Callable[[Path], 
 
 
 @pytest.fixture
-def folder() -> Path:
-    """A new folder for a run, whose name says nothing of the test: the run's files must not depend on it."""
-    return Path(tempfile.mkdtemp())
+def folder() -> Iterator[Path]:
+    """A new folder for runs, which are many, so it does not stay; its short name keeps messages to a line."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        yield Path(name)

@@ -35,8 +35,8 @@ def test_each_file_cut_or_flipped_is_named_and_the_checkpoint_before_is_used(
 ) -> None:
     for name in FILES:
         for harm in (cut, flip):
-            place = stopped.with_name(f"{stopped.name}-{name}-{harm.__name__}")
-            shutil.copytree(stopped, place)
+            place = stopped / f"{name}-{harm.__name__}"
+            shutil.copytree(stopped / "out", place / "out")
             harm(place / "out/checkpoint-3" / name)
             ended = run(words, place)
             assert ended.code == 0, ended.said

@@ -147,6 +147,16 @@ def test_code_in_a_model_folder_is_refused_and_never_imported(
     assert f"model_index.json has mine.Mine as its {part}; no code of a model folder is run" in ended.last_line
 
 
+@pytest.mark.parametrize("entry", ["mine.Mine", ["diffusers"], ["diffusers", "AutoencoderTiny"], 7, {"a": 1}])
+def test_an_index_that_is_none_is_told_in_a_line(entry: object, options: dict[str, object], folder: Path) -> None:
+    model = copied(folder)
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {"vae": entry}))
+    ended = run(typed({**options, "model": model}), folder)
+    assert (ended.code, "Traceback" in ended.said) == (1, False), ended.said
+    assert "as its vae; no code of a model folder is run, and allowed is AutoencoderKL" in ended.last_line
+
+
 CAPTIONS = {
     "00": '<script>alert("x")</script><b>bold</b>',
     "01": "red \x1b[31m\x1b]0;title\x07 disc",
