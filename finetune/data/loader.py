@@ -1,7 +1,8 @@
 """Batches of tensors for the steps of a run, prepared by workers if asked."""
 
 import signal
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -121,7 +122,7 @@ def training_steps(
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # DataLoader draws a seed for its workers; not from the global one
     )
-    for step, items in enumerate(loader, start):
+    for step, items in enumerate(_received(loader), start):
         whole = _whole(source, *sampler.share(step, rank, world)) if world > 1 else None
         alike: dict[int, list[tuple[int, int, Any]]] = {}
         for item in items:
@@ -129,6 +130,17 @@ def training_steps(
         parts = [zip(*some, strict=True) for some in alike.values()]
         made = [source.assemble(indices, torch.tensor(keys), loaded) for indices, keys, loaded in parts]
         yield tuple(replace(batch.to(device), whole=whole) for batch in made)
+
+
+def _received(loaded: Iterable[list[Any]]) -> Iterator[list[Any]]:
+    """What workers send. The connection to one that is killed breaks before torch's signal handler says that it died:
+    that error, which tells more, comes in the second that is waited for it.
+    """
+    try:
+        yield from loaded
+    except (ConnectionError, EOFError):
+        time.sleep(1)
+        raise
 
 
 def batches(

@@ -1,6 +1,9 @@
 """Batches of pictures of several shapes."""
 
+import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,3 +97,26 @@ def test_each_picture_has_the_same_weight_whatever_its_shape(mixed: Encoded, tin
     for together in (gradient(*parts), gradient(*parts, micro_batch_size=1)):
         for ours, expected in zip(together, mean, strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-7)
+
+
+class _Breaking:
+    """Visits whose worker is killed while it sends: the connection breaks, and a moment later the signal comes."""
+
+    in_memory = False
+
+    def load(self, index: int, key: int) -> Any:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+
+def test_of_a_worker_that_is_killed_while_it_sends_torch_tells(mixed: Encoded) -> None:
+    def died(number: int, frame: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed")
+
+    broken = replace(mixed, visits=_Breaking())  # pyright: ignore[reportArgumentType]
+    before = signal.signal(signal.SIGALRM, died)
+    try:
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            next(training_steps(broken, batch_size=2, steps=2))
+    finally:
+        signal.signal(signal.SIGALRM, before)
