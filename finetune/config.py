@@ -21,13 +21,13 @@ import tomli_w
 from finetune.errors import UsageError
 from finetune.options import (
     ATTENTION_AND_FEED_FORWARD,
-    ELSEWHERE,
     SECTIONS,
     DataOptions,
     ModelOptions,
     OutputOptions,
     SampleOptions,
     TrainingOptions,
+    ValidationOptions,
     about,
     option_types,
 )
@@ -35,9 +35,32 @@ from finetune.options import (
 DERIVED = "derived"
 """The table of config.toml with what the run decided by itself."""
 
+_FROZEN = "the text encoder stays frozen here"
+_ONCE = "every picture and caption is encoded once anyway, and kept in --cache_dir"
+_ATTENTION = "torch's own fast attention is used anyway"
+_LATER = "it comes with a later version"
+ELSEWHERE = {
+    **dict.fromkeys(
+        ("train_text_encoder", "text_encoder_lr", "learning_rate_te", "stop_text_encoder_training"), _FROZEN
+    ),
+    "network_train_unet_only": "only the UNet is trained anyway",
+    **dict.fromkeys(("cache_latents", "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"), _ONCE),
+    **dict.fromkeys(("xformers", "sdpa", "mem_eff_attn", "enable_xformers_memory_efficient_attention"), _ATTENTION),
+    "save_model_as": "exports are safetensors",
+    "save_precision": "a LoRA is exported in fp32; finetune-unet export --precision writes others",
+    "save_state": "every checkpoint can be resumed",
+    "logging_dir": "trackers write into logs/ of the run folder",
+    "output_name": "the export lies in --output_dir under the name that diffusers looks for",
+    "scale_lr": "the learning rate is taken as it is given",
+    "use_8bit_adam": "give --optimizer adamw8bit",
+    "with_prior_preservation": "class pictures are learned wherever --class_data names some",
+    "dataset_config": "give the file as --data",
+}
+"""What other tools have and this one has not -> why, in the words of an error."""
+
 
 @dataclass(frozen=True, kw_only=True, init=False)
-class TrainConfig(OutputOptions, SampleOptions, TrainingOptions, DataOptions, ModelOptions):
+class TrainConfig(OutputOptions, SampleOptions, ValidationOptions, TrainingOptions, DataOptions, ModelOptions):
     """All options of a run, flat and checked. Also takes the tutorial's names (`image_size`, `num_epochs`).
 
     Raises:
@@ -83,6 +106,7 @@ class ResolvedConfig(TrainConfig):
     learning_rate: float
     lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"]
     lr_warmup_steps: int
+    validation_fraction: float
     adam_beta1: float
     use_ema: bool
     eval_batch_size: int
@@ -256,7 +280,7 @@ def load_resolved(path: Path) -> ResolvedConfig:
         if not derived:  # written by version 0.1.0, as if all were given, but for what it decided in the end
             targets = config.lora_target_modules or ATTENTION_AND_FEED_FORWARD
             derived = {"lora_target_modules": targets, "lora_alpha": config.lora_alpha or float(config.rank)}
-        later = {"aspect_ratio_bucketing": False, "compile": False, "num_processes": 1}
+        later = {"aspect_ratio_bucketing": False, "compile": False, "num_processes": 1, "validation_fraction": 0.0}
         for name, value in later.items():  # versions without these wrote nothing of them
             if getattr(config, name) is None:
                 derived.setdefault(name, value)

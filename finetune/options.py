@@ -249,6 +249,19 @@ class TrainingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationOptions:
+    """Whether it learns what the pictures have in common: the loss on pictures that it is not trained on."""
+
+    validation_fraction: float | None = option(None, BELOW_ONE, needs="validation_data left out")
+    """Share of the pictures that is held out, near duplicates on one side; 0: none. Default: a tenth, at most 200
+    pictures, and none of fewer than 20."""
+    validation_data: str | None = option(None, called=("validation_data_dir", "val_data"))
+    """Hold out these pictures instead, which lie elsewhere; as --data."""
+    validate_every: int | None = option(None, AT_LEAST_ONE, change="on resume")
+    """Steps between validations, beside the first and the last. Default: what 5 % of the time allows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleOptions:
     """Pictures drawn while training."""
 
@@ -318,33 +331,11 @@ class OutputOptions:
 ATTENTION_AND_FEED_FORWARD = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 """The layers that a LoRA adapts unless the model's family says otherwise."""
 
-_FROZEN = "the text encoder stays frozen here"
-_ONCE = "every picture and caption is encoded once anyway, and kept in --cache_dir"
-_ATTENTION = "torch's own fast attention is used anyway"
-_LATER = "it comes with a later version"
-ELSEWHERE = {
-    **dict.fromkeys(
-        ("train_text_encoder", "text_encoder_lr", "learning_rate_te", "stop_text_encoder_training"), _FROZEN
-    ),
-    "network_train_unet_only": "only the UNet is trained anyway",
-    **dict.fromkeys(("cache_latents", "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"), _ONCE),
-    **dict.fromkeys(("xformers", "sdpa", "mem_eff_attn", "enable_xformers_memory_efficient_attention"), _ATTENTION),
-    "save_model_as": "exports are safetensors",
-    "save_precision": "a LoRA is exported in fp32; finetune-unet export --precision writes others",
-    "save_state": "every checkpoint can be resumed",
-    "logging_dir": "trackers write into logs/ of the run folder",
-    "output_name": "the export lies in --output_dir under the name that diffusers looks for",
-    "scale_lr": "the learning rate is taken as it is given",
-    "use_8bit_adam": "give --optimizer adamw8bit",
-    "with_prior_preservation": "class pictures are learned wherever --class_data names some",
-    "dataset_config": "give the file as --data",
-}
-"""What other tools have and this one has not -> why, in the words of an error."""
-
 SECTIONS: dict[str, type] = {
     "model": ModelOptions,
     "data": DataOptions,
     "training": TrainingOptions,
+    "validation": ValidationOptions,
     "samples": SampleOptions,
     "output": OutputOptions,
 }

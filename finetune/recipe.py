@@ -18,6 +18,7 @@ from finetune.data.own import Rows
 from finetune.data.pictures import Pictures
 from finetune.data.sampler import steps_per_epoch
 from finetune.data.source import check_sources
+from finetune.data.split import default_fraction
 from finetune.errors import Interrupted, RunError, UsageError
 from finetune.models.loading import check_resolution
 from finetune.models.locate import Location, locate
@@ -28,6 +29,7 @@ from finetune.run import folder as run_folder
 from finetune.run.assembly import assembled, sampler
 from finetune.run.class_pictures import draw_missing
 from finetune.run.grids import discard_strangers, draw_grid, lay_side_by_side
+from finetune.run.held_out import plan_validation
 from finetune.run.ledger import write_ledger
 from finetune.run.lineage import about_run, compared, threads, threads_then
 from finetune.run.memory import check_memory
@@ -40,6 +42,7 @@ from finetune.run.signals import PAUSE, SAVE, TIME_UP, Requests, StopRequest, ca
 from finetune.run.sources import digest, open_pictures
 from finetune.run.summary import print_summary
 from finetune.run.trained import write_exports
+from finetune.run.validating import best_step, validate
 from finetune.training import checkpoint
 from finetune.training.parallel import PATIENCE, Parallel, launched
 from finetune.training.saving import Saving, copied
@@ -128,9 +131,12 @@ def _put_together(
     """Load the model, encode the pictures, and record and say what is going to happen."""
     steps = range(folder.step, config.max_train_steps)
     model, encoded, trainer = assembled(config, found, pictures, accelerator.device, steps=steps, parallel=parallel)
-    samples = plan_samples(config, latent=found.family.latent, captions=encoded.captions, visits=encoded.epoch_visits)
+    samples = plan_samples(
+        config, latent=found.family.latent, captions=pictures.trained_captions, visits=encoded.epoch_visits
+    )
     about = about_run(model.unet, digest(pictures), accelerator.device, parallel.world)
-    run = Run(config, model, pictures, encoded, trainer, samples, folder.path, accelerator, about)
+    validation = plan_validation(config, pictures)
+    run = Run(config, model, pictures, encoded, trainer, samples, validation, folder.path, accelerator, about)
     if parallel.first:
         if moved := compared(folder.about, about, config.allow_changed):
             print(f"{'note':>10}  {moved}: from here on the bits are this machine's")
@@ -157,11 +163,12 @@ def _decide(
     resolved = resolve(
         config,
         found,
-        pictures=len(pictures),
+        pictures=len(pictures.trained),
         epoch_visits=sum(pictures.repeats),
         varied_captions=len(set(pictures.captions[: pictures.subjects])) > 1,
         device=device,
         processes=parallel.world,
+        validation_fraction=0.0 if config.validation_data else default_fraction(pictures.subjects),
         buckets=pictures.transform and pictures.transform.buckets,
     )
     return resolved, found, pictures
@@ -171,6 +178,7 @@ def _begin(run: Run, resumed: Path | None) -> None:
     """The grid of the untrained model, then what the run has learned before, without anything that came after."""
     first = run.trainer.parallel.first
     if first:
+        validate(run)
         draw_grid(run)
     if resumed:
         run.trainer.load_state_dict(checkpoint.load(resumed))
@@ -188,7 +196,9 @@ def _train(run: Run, requests: Requests) -> None:
     epoch = steps_per_epoch(run.encoded.epoch_visits, config.global_batch)
     every_epochs = config.save_model_epochs and config.save_model_epochs * epoch
     with catch_signals() as stop, reports(run) as told, Saving() as saving, closing(run.encoded), _ahead(run) as steps:
-        if trainer.steps_done == total or due(trainer.steps_done, told.between_grids):  # the last part stopped before
+        if trainer.steps_done == total or due(trainer.steps_done, told.between_validations):
+            validate(run)  # the last part may have stopped before
+        if trainer.steps_done == total or due(trainer.steps_done, told.between_grids):
             draw_grid(run)
         told.resume()
         for prepared_step in steps:
@@ -197,8 +207,9 @@ def _train(run: Run, requests: Requests) -> None:
             step = trainer.steps_done
             last = step == total
             saves = last or due(step, config.checkpointing_steps) or due(step, every_epochs)
-            draws = last or due(step, told.between_grids)
-            asked = trainer.parallel.largest(max(SAVE * saves, PAUSE * draws, _asks(requests, stop, config)))
+            draws, validates = (last or due(step, every) for every in (told.between_grids, told.between_validations))
+            pauses = PAUSE * (draws or validates)
+            asked = trainer.parallel.largest(max(SAVE * saves, pauses, _asks(requests, stop, config)))
             if not asked:
                 continue
             told.finish()
@@ -211,6 +222,8 @@ def _train(run: Run, requests: Requests) -> None:
                     why = f" after max_train_minutes = {config.max_train_minutes}" if asked == TIME_UP else ""
                     kept = f"{saved} is kept, and the same command goes on from there"
                     raise Interrupted(f"stopped at step {step} of {total}{why}; {kept}", asked)
+            if validates:
+                validate(run)
             if draws:
                 draw_grid(run)
             told.resume()
@@ -296,6 +309,8 @@ def _finish(run: Run) -> None:
     assert what is not None
     load = what.load.format(folder).replace("\n", "; ")
     print(f"done: {load}, loaded back and compared (largest difference {difference:.0e})")
+    if (best := best_step(run)) is not None:
+        print(f"validation: the loss was least at step {best} of {run.trainer.steps_done}")
     if run.samples.prompts:
         print(f"pictures: {folder / 'samples'}")
     if config.lr_scheduler == "constant" and config.data:  # any other schedule has ended
@@ -320,7 +335,7 @@ def _told(run: Run) -> dict[str, str]:
         seed=config.seed,
         trigger=config.trigger,
         data=run_folder.name_of(config.data),
-        captions=run.encoded.captions,
+        captions=run.pictures.trained_captions,
     )
     title = run.folder.resolve().name
     return facts.metadata(title if step == config.max_train_steps else f"{title}-{step:06d}", step)

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import pytest
 
 from finetune.cli import VERBS, main, parse_train
-from finetune.config import TrainConfig, config_text
+from finetune.config import ELSEWHERE, TrainConfig, config_text
 from finetune.errors import DataError, Interrupted
 from finetune.models.families import FAMILIES
-from finetune.options import ELSEWHERE, SECTIONS, about, option_types
+from finetune.options import SECTIONS, about, option_types
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

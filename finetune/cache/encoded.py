@@ -45,12 +45,13 @@ class Conditions:
 
     def __getitem__(self, caption: str) -> Item:
         """Tensors of first size 1, floats as fp32."""
-        if caption not in self._at_hand:
-            (item,) = self.store.load([self.key(caption)])
-            self._at_hand[caption] = {name: tensor.float() for name, tensor in item.items()}
+        item = self._at_hand.get(caption)  # in one go: another thread may be here too
+        if item is None:
+            (stored,) = self.store.load([self.key(caption)])
+            item = self._at_hand[caption] = {name: tensor.float() for name, tensor in stored.items()}
             if len(self._at_hand) > self.MOST:
                 self._at_hand.popitem(last=False)
-        return self._at_hand[caption]
+        return item
 
 
 @dataclass(frozen=True)

@@ -92,14 +92,14 @@ class ImageFolder(PictureFiles):
     def ledger(self) -> Ledger:
         strange = {f"neither pictures nor captions: {ending}": count for ending, count in sorted(self._others.items())}
         orphans = {"caption files without a picture": len(self.orphans)} if self.orphans else {}
-        return (
-            super().ledger()._replace(found=self._count, captions=self._caption_files, skipped={**orphans, **strange})
-        )
+        own = super().ledger()
+        skipped = {**orphans, **strange, **own.skipped}
+        return own._replace(found=self._count, captions=self._caption_files, skipped=skipped)
 
     def notes(self) -> list[str]:
         kinds = listed([f"{count} {suffix}" for suffix, count in sorted(self._others.items())])
         named = sorted({name.split("/")[0] for name in self.ids if _REPEATED.match(name)})
-        unused = named if set(self.repeats) == {1} else []
+        unused = named if set(self.repeats) <= {0, 1} else []
         lines = {
             f"files that are neither pictures nor captions: {kinds}": kinds,
             f"not read as repeats, since other folders hold pictures too: {listed(unused)}": unused,

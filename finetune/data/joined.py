@@ -16,14 +16,18 @@ class Part(NamedTuple):
     """One of the datasets."""
 
     name: str
-    """What the ids of its pictures begin with."""
+    """What the ids of its pictures begin with; "": they stay as they are."""
     pictures: Pictures
     repeats: int
-    """How many times each of its own repeats comes in an epoch."""
+    """How many times each of its own repeats comes in an epoch; 0: it is held out."""
     weight: float = 1.0
     """How much each picture counts in the loss."""
     remembered: bool = False
     """Whether it holds class pictures; the last ones may."""
+
+    def named(self, name: str) -> str:
+        """The id of a picture that has this one in its own dataset."""
+        return f"{self.name}/{name}" if self.name else name
 
     def sources(self) -> "Counter[str]":
         """How many captions came from where; the prompt of class pictures is one of its own."""
@@ -42,18 +46,18 @@ class Joined(Pictures):
         self._ends = list(accumulate(len(part.pictures) for part in parts))
         texts = [part.pictures.texts(index) for part in parts for index in range(len(part.pictures))]
         super().__init__(
-            [f"{part.name}/{name}" for part in parts for name in part.pictures.ids],
+            [part.named(name) for part in parts for name in part.pictures.ids],
             [Caption(first, "", tuple(others)) for first, *others in texts],
             [content for part in parts for content in part.pictures.contents],
             trigger=None,
             transform=parts[0].pictures.transform,
             repeats=[part.repeats * times for part in parts for times in part.pictures.repeats],
         )
-        self.subjects = sum(len(part.pictures) for part in parts if not part.remembered)
+        self.subjects = sum(part.pictures.subjects for part in parts if part.repeats and not part.remembered)
         self.weights = [part.weight * weight for part in parts for weight in part.pictures.weights]
         self.sources = sum((part.sources() for part in parts), Counter())
         self.quarantined = [
-            Skipped(f"{part.name}/{bad.path}", bad.reason) for part in parts for bad in part.pictures.quarantined
+            Skipped(part.named(bad.path), bad.reason) for part in parts for bad in part.pictures.quarantined
         ]
 
     def __getitem__(self, index: int) -> Example:
@@ -65,17 +69,16 @@ class Joined(Pictures):
         return part.pictures.checked(place)
 
     def ledger(self) -> Ledger:
-        whole = [part.pictures.ledger() for part in self._parts]
-        return Ledger(
+        whole, own = [part.pictures.ledger() for part in self._parts], super().ledger()
+        return own._replace(
             found=sum(ledger.found for ledger in whole),
-            trained=sum(ledger.trained for ledger in whole),
-            quarantined=sum(ledger.quarantined for ledger in whole),
             captions=sum(ledger.captions for ledger in whole),
-            skipped=sum((Counter(ledger.skipped) for ledger in whole), Counter()),
+            skipped=sum((Counter(ledger.skipped) for ledger in whole), Counter(own.skipped)),
         )
 
     def notes(self) -> list[str]:
-        return [f"{part.name}: {line}" for part in self._parts for line in part.pictures.notes()]
+        lines = [(part.name, line) for part in self._parts for line in part.pictures.notes()]
+        return [f"{name}: {line}" if name else line for name, line in lines]
 
     def _place(self, index: int) -> tuple[Part, int]:
         number = bisect_right(self._ends, index)

@@ -1,6 +1,7 @@
 """PictureMemory: what earlier runs have found out about files, so that nothing is read twice without need."""
 
 import contextlib
+import json
 import os
 import sqlite3
 import threading
@@ -20,6 +21,7 @@ CREATE TABLE IF NOT EXISTS files (
 CREATE TABLE IF NOT EXISTS pictures (
     digest TEXT PRIMARY KEY, width INTEGER NOT NULL, height INTEGER NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS splits (pictures TEXT PRIMARY KEY, held_out TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -86,6 +88,19 @@ class PictureMemory:
         with self._lock, contextlib.suppress(sqlite3.OperationalError), self._base:  # a full disk, or locked for long
             self._base.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", rows)
             self._base.executemany("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?)", sizes)
+
+    def split(self, key: str) -> list[int] | None:
+        """Which pictures of a data set are held out, as was noted under this key; None: nothing was."""
+        with contextlib.suppress(sqlite3.OperationalError):  # an older one that cannot be written has no such table
+            row = self._row("SELECT held_out FROM splits WHERE pictures = ?", (key,))
+            return json.loads(row[0]) if row else None
+        return None
+
+    def note_split(self, key: str, held_out: list[int]) -> None:
+        """Remember it: to find it means to compare pictures with each other."""
+        if self._writable:
+            with self._lock, contextlib.suppress(sqlite3.OperationalError), self._base:
+                self._base.execute("INSERT OR REPLACE INTO splits VALUES (?, ?)", (key, json.dumps(held_out)))
 
     def _row(self, query: str, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
         with self._lock:

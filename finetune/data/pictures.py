@@ -38,11 +38,14 @@ class Ledger(NamedTuple):
     """Pictures that cannot be trained on."""
     captions: int = 0
     """Files that captions were read from."""
+    held_out: int = 0
+    """Pictures that are kept for validation."""
     skipped: Mapping[str, int] = MappingProxyType({})
     """Why -> how many."""
 
     def adds_up(self) -> bool:
-        return self.found == self.trained + self.quarantined + self.captions + sum(self.skipped.values())
+        told = self.trained + self.quarantined + self.held_out + self.captions + sum(self.skipped.values())
+        return self.found == told
 
 
 class Pictures(Dataset[Example], ABC):
@@ -67,6 +70,10 @@ class Pictures(Dataset[Example], ABC):
     """How much each counts in the loss of a step, beside the others."""
     quarantined: Sequence[Skipped] = ()
     """Pictures that were found and cannot be trained on."""
+    held_out: Sequence[int] = ()
+    """Numbers of pictures that are never trained on, but validated on."""
+    shown_elsewhere: int = 0
+    """Pictures for validation that are not used: what they show is trained on."""
 
     def __init__(
         self,
@@ -131,9 +138,27 @@ class Pictures(Dataset[Example], ABC):
         numbers = {size: number for number, size in enumerate(sorted(set(sizes)))}
         return [numbers[size] for size in sizes]
 
+    def hold_out(self, indices: Sequence[int], shown_elsewhere: Sequence[int] = ()) -> None:
+        """Train on neither of these pictures: the first are validated on, the others left aside."""
+        self.held_out, self.shown_elsewhere = list(indices), len(shown_elsewhere)
+        for index in (*indices, *shown_elsewhere):
+            self.repeats[index] = 0
+
+    @property
+    def trained(self) -> list[int]:
+        """Numbers of the pictures that are trained on."""
+        return [index for index, times in enumerate(self.repeats) if times]
+
+    @property
+    def trained_captions(self) -> list[str]:
+        """The first of each of these."""
+        return [self.captions[index] for index in self.trained]
+
     def ledger(self) -> Ledger:
         """What became of everything that was found."""
-        return Ledger(len(self) + len(self.quarantined), len(self), len(self.quarantined))
+        found, trained, held = len(self) + len(self.quarantined), len(self.trained), len(self.held_out)
+        aside = {"held out, but trained on elsewhere": self.shown_elsewhere} if self.shown_elsewhere else {}
+        return Ledger(found, trained, len(self.quarantined), held_out=held, skipped=aside)
 
     def notes(self) -> list[str]:
         """Lines for the user about what was found: what is left out, or looks wrong."""

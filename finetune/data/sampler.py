@@ -37,7 +37,7 @@ class Sampler:
         shapes: of each example, a number; what has the same one can be computed together.
         batch_size: examples per optimizer step.
         seed: of the permutations.
-        repeats: how many times each example comes in an epoch; none: once.
+        repeats: how many times each example comes in an epoch, 0: never; none: once.
     """
 
     def __init__(self, shapes: Sequence[int], *, batch_size: int, seed: int, repeats: Sequence[int] = ()) -> None:
@@ -83,9 +83,9 @@ class Sampler:
 
     def visited(self, steps: range, rank: int = 0, world: int = 1) -> list[int]:
         """The examples that one process visits in these steps, in the order of their first visits."""
-        found: dict[int, None] = {}
+        found, all_of_them = dict[int, None](), np.count_nonzero(self._repeats)
         for step in steps:
-            if len(found) == len(self._repeats):
+            if len(found) == all_of_them:
                 break
             visits, own = self.share(step, rank, world)
             found |= dict.fromkeys(visit.example for visit in visits[own])

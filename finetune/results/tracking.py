@@ -22,7 +22,7 @@ from finetune.errors import UsageError
 from finetune.files import write_whole
 from finetune.training.metrics import Fault, StepMetrics
 
-METRICS, TIMINGS, FAULTS = "metrics.jsonl", "timings.jsonl", "faults.jsonl"
+METRICS, TIMINGS, FAULTS, VALIDATION = "metrics.jsonl", "timings.jsonl", "faults.jsonl", "validation.jsonl"
 
 
 class Log:
@@ -55,7 +55,7 @@ def log(folder: Path, step: int) -> Iterator[Log]:
         folder: the run folder.
         step: steps already done; later lines of an interrupted run are cut off.
     """
-    for name in (METRICS, TIMINGS, FAULTS):
+    for name in (METRICS, TIMINGS, FAULTS, VALIDATION):
         _cut(folder / name, step)
     with _appended(folder / METRICS) as metrics, _appended(folder / TIMINGS) as timings:
         yield Log(metrics, timings)
@@ -65,10 +65,10 @@ def _appended(path: Path) -> TextIO:
     return path.open("a", encoding="utf-8", buffering=1)
 
 
-def note_grid(folder: Path, step: int, seconds: float) -> None:
-    """Record in timings.jsonl how long a sample grid has taken."""
+def note_seconds(folder: Path, step: int, what: str, seconds: float) -> None:
+    """Record in timings.jsonl how long something else than a step has taken: a "grid", a "validation"."""
     with _appended(folder / TIMINGS) as file:
-        file.write(json.dumps({"step": step, "grid_seconds": round(seconds, 4)}) + "\n")
+        file.write(json.dumps({"step": step, f"{what}_seconds": round(seconds, 4)}) + "\n")
 
 
 def note_fault(folder: Path, fault: Fault, seen: Sequence[Mapping[str, Any]]) -> None:
@@ -180,8 +180,15 @@ def start_trackers(accelerator: Accelerator, folder: Path, settings: Mapping[str
 
 def track(accelerator: Accelerator, metrics: StepMetrics) -> None:
     """Send a step's metrics to the open trackers."""
-    values = metrics.as_dict()
-    accelerator.log(values, step=values.pop("step"))
+    values = {name: value for name, value in metrics.as_dict().items() if name != "step"}
+    accelerator.log({f"train/{name}": value for name, value in values.items()}, step=metrics.step)
+
+
+def track_validation(accelerator: Accelerator, record: Mapping[str, Any]) -> None:
+    """Send a line of validation.jsonl to the open trackers: each loss, and the mean of each change."""
+    values = {name: value for name, value in record.items() if name.startswith("loss") and name != "losses"}
+    values |= {name: value[0] for name, value in record.items() if name.startswith("change")}
+    accelerator.log({f"val/{name}": value for name, value in values.items()}, step=record["step"])
 
 
 def track_pictures(accelerator: Accelerator, step: int, path: Path) -> None:

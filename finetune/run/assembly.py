@@ -47,7 +47,7 @@ def assembled(
         seed=config.seed,
         cache_dir=config.cache_dir,
         precision=config.cache_precision,
-        visited=sampler(config, pictures).visited(steps, parallel.rank, parallel.world),
+        visited=[*pictures.held_out, *sampler(config, pictures).visited(steps, parallel.rank, parallel.world)],
         at_most={"before": None, "ahead": 0, "auto": _FIRST_STEP_BY}[config.encode],
     )
     trainer = _trainer(config, model, parallel)

@@ -47,7 +47,7 @@ def draw_grid(run: Run) -> None:
             network.to("cpu")
     labels = [prompt.text for prompt in samples.prompts]
     save_picture(grid(rows, labels, title=f"step {step}"), path, shows=_settings(run))
-    tracking.note_grid(run.folder, step, time.perf_counter() - clock)
+    tracking.note_seconds(run.folder, step, "grid", time.perf_counter() - clock)
     tracking.track_pictures(run.accelerator, step, path)
 
 

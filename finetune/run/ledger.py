@@ -29,8 +29,8 @@ def write_ledger(folder: Path, pictures: Pictures, sampler: Sampler, steps: int)
         raise RunError(f"{LEDGER}: {found} does not add up")
     visits = Counter(visit.example for step in range(steps) for visit in sampler.visits(step))
     seen = {"visited": len(visits), "visits": visits.total()}
-    if len(visits) < len(pictures):
-        seen["never_visited"] = len(pictures) - len(visits)
+    if len(visits) < found.trained:
+        seen["never_visited"] = found.trained - len(visits)
     record = found._asdict() | {"skipped": dict(found.skipped), "steps": steps} | seen
     write_whole(folder / LEDGER, json.dumps(record, indent=1) + "\n")
     lines = [json.dumps({"path": bad.path, "reason": bad.reason}) + "\n" for bad in pictures.quarantined]

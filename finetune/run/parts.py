@@ -9,6 +9,7 @@ from finetune.cache.encoded import Encoded
 from finetune.config import ResolvedConfig
 from finetune.data.pictures import Pictures
 from finetune.models.loading import DiffusionModel
+from finetune.run.held_out import ValidationPlan
 from finetune.run.samples import SamplePlan
 from finetune.training.trainer import Trainer
 
@@ -23,6 +24,7 @@ class Run:
     encoded: Encoded
     trainer: Trainer
     samples: SamplePlan
+    validation: ValidationPlan
     folder: Path
     accelerator: Any
     """An `accelerate.Accelerator`."""

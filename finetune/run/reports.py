@@ -9,6 +9,7 @@ from finetune.results import tracking
 from finetune.run.faults import record_fault
 from finetune.run.grids import FIRST_STEPS, steps_between
 from finetune.run.parts import Run
+from finetune.run.validating import steps_between_validations
 from finetune.training.metrics import NotFinite, StepMetrics
 from finetune.wording import counted
 
@@ -22,6 +23,8 @@ class Reports:
     def __init__(self, run: Run, log: tracking.Log, progress: tracking.Progress):
         self.between_grids = steps_between(run)
         """Steps between sample grids, None while that is not known."""
+        self.between_validations = steps_between_validations(run)
+        """Likewise between validations."""
         self._run, self._log, self._progress = run, log, progress
         self._waiting: deque[StepMetrics] = deque()
         self._fits = run.trainer.fits
@@ -60,6 +63,7 @@ class Reports:
             print(f"{metrics.fault}: its update was left out", flush=True)
         if metrics.step == FIRST_STEPS:
             self.between_grids = steps_between(self._run)
+            self.between_validations = steps_between_validations(self._run)
 
 
 @contextmanager

@@ -31,6 +31,12 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
             raise UsageError(
                 f"class_data {config.class_data} lies inside --data {around[0]}, all of which is the subject"
             )
+    if config.validation_data:
+        local["validation_data"] = Path(config.validation_data).expanduser()
+        inside = [data for data in config.data if is_inside(local["validation_data"], Path(data).expanduser())]
+        if inside:
+            given = config.validation_data
+            raise UsageError(f"validation_data {given} lies inside --data {inside[0]}, all of which is trained on")
     for name in ("tokenizer", "init_lora", "vae"):
         if given := getattr(config, name):
             local[name] = Path(given).expanduser()
@@ -59,6 +65,7 @@ def resolve(
     device: torch.device,
     processes: int = 1,
     epoch_visits: int | None = None,
+    validation_fraction: float = 0.0,
     buckets: Buckets | None = None,
 ) -> ResolvedConfig:
     """The config with every option decided that depends on the model, the pictures or the machine.
@@ -71,6 +78,7 @@ def resolve(
         device: where the UNet will run.
         processes: that train together.
         epoch_visits: of an epoch, repeats counted; None: one for each picture.
+        validation_fraction: share of the pictures that is held out, where it was not given.
         buckets: what they are trained in; None: squares.
 
     Raises:
@@ -96,6 +104,9 @@ def resolve(
             "method": method,
             "num_processes": processes,
             "resolution": resolution,
+            "validation_fraction": validation_fraction
+            if config.validation_fraction is None
+            else config.validation_fraction,
             "aspect_ratio_bucketing": buckets is not None,
             "lora_alpha": float(config.rank) if config.lora_alpha is None else config.lora_alpha,
             "mixed_precision": resolve_precision(config.mixed_precision, device, small=small),
@@ -137,6 +148,7 @@ def _refuse_unusable(config: TrainConfig, found: Location, method: str, buckets:
         "aspect_ratio_bucketing": buckets is not None,
         "shuffle_caption": config.shuffle_caption,
         "class_data": config.class_data is not None,
+        "validation_data left out": config.validation_data is None,
         "use_ema": config.use_ema is not False,
         "an optimizer of the Adam family": config.optimizer in ("adamw", "adamw8bit", "prodigy"),
         "push_to_hub": config.push_to_hub,

@@ -13,6 +13,7 @@ from finetune.data.joined import Joined, Part, names_of, with_class_pictures
 from finetune.data.own import OwnPictures, Rows
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Pictures
+from finetune.data.split import default_fraction, held_out, shown_elsewhere
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError, UsageError
 from finetune.models.families import bucket_sides
@@ -37,6 +38,7 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
     """
     resolution = config.resolution or found.resolution
     folder = cache_folder(config.cache_dir)
+    memory = PictureMemory(folder, strict=config.cache_strict) if folder else None
     if dataset is None and len(config.repeats) not in (0, len(config.data)):
         raise UsageError(f"repeats: {counted(len(config.repeats), 'number')} for {len(config.data)} --data")
     opened = partial(
@@ -49,7 +51,7 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
         random_flip=config.random_flip,
         buckets=_buckets(config, found, resolution),
         caption_lines=config.caption_lines,
-        memory=PictureMemory(folder, strict=config.cache_strict) if folder else None,
+        memory=memory,
         image_column=config.image_column,
         caption_column=config.caption_column,
     )
@@ -61,12 +63,18 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
         pictures = _own_pictures(config, found, dataset, resolution)
     if config.class_data:
         pictures = _with_class_pictures(config, pictures, opened)
+    if config.validation_data:
+        pictures = _with_validation_data(config.validation_data, pictures, opened)
     _refuse_too_many_bad(pictures, config.max_bad_fraction)
     empty = pictures.captions.count("")
     if found.family.latent and empty:
         raise UsageError(
             f"{empty} of {counted(len(pictures), 'picture')} without a caption: give --prompt, or captions beside them"
         )
+    if not config.validation_data:
+        fraction = config.validation_fraction
+        fraction = default_fraction(pictures.subjects) if fraction is None else fraction
+        pictures.hold_out(held_out(pictures, fraction, config.seed, memory))
     return pictures
 
 
@@ -86,6 +94,17 @@ def _with_class_pictures(config: TrainConfig, subject: Pictures, opened: Callabl
         raise UsageError(f"class_data: {empty} of {pictures} without a caption; give --class_prompt")
     weight = 1.0 if config.prior_loss_weight is None else config.prior_loss_weight
     return with_class_pictures(names_of(config.data or ("data",))[0], subject, kind, weight)
+
+
+def _with_validation_data(source: str, pictures: Pictures, opened: Callable[..., Pictures]) -> Pictures:
+    """All that is trained on, as it is, and after it the pictures to validate on; not those that are trained on too."""
+    joined = Joined([Part("", pictures, 1), Part("--validation_data", opened(source), 0)])
+    given = range(len(pictures), len(joined))
+    shown = shown_elsewhere(joined, given)
+    if len(shown) == len(given):
+        raise UsageError(f"validation_data {source}: each of its pictures is trained on, or a near duplicate of one")
+    joined.hold_out(sorted(set(given).difference(shown)), shown)
+    return joined
 
 
 def _refuse_too_many_bad(pictures: Pictures, most: float) -> None:

@@ -22,9 +22,10 @@ def print_summary(run: Run) -> None:
     rows = {
         "model": f"{config.model} ({family.description}), predicts {run.model.scheduler.config['prediction_type']}",
         "learns": f"{_learns(run)} parameters",
-        "pictures": f"{counted(len(encoded), 'photo')}{_repeats(encoded)}: "
+        "pictures": f"{counted(len(run.pictures.trained), 'photo')}{_repeats(encoded)}: "
         f"{counted(config.max_train_steps, 'step')} of {config.global_batch}, {epochs:.4g} epochs, "
         f"{sizes(run.pictures)}",
+        "validation": _validation(run),
         "captions": _captions(run) if family.latent else "",
         "encodings": encodings(encoded, config.cache_dir),
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_scheduler}, "
@@ -53,6 +54,14 @@ def _learns(run: Run) -> str:
         return f"every weight of the UNet: {learned:.1f} M"
     lora = f"{NAMES[run.config.lora_type]} rank {run.config.rank}, alpha {run.config.lora_alpha:g}"
     return f"{lora}: {learned:.2f} M beside the UNet's {whole - learned:.1f} M"
+
+
+def _validation(run: Run) -> str:
+    held, validation = len(run.pictures.held_out), run.validation
+    if not held:
+        return "none: no pictures are held out"
+    some = "" if held == len(validation.examples) else f", {len(validation.examples)} of them used"
+    return f"{counted(held, 'photo')} held out{some}, at {validation.draws} timesteps each"
 
 
 def _captions(run: Run) -> str:

@@ -4,9 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.config import checked
+from finetune.config import ELSEWHERE, checked
 from finetune.errors import UsageError
-from finetune.options import ELSEWHERE
 
 Renamed = Mapping[str, str | Callable[["Taken", Any], None]]
 """Their option -> ours of the same meaning, or what does its work."""

@@ -1,0 +1,145 @@
+"""Which pictures are held out for validation: by what they show, so that none is learned from in other bytes."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from tqdm.auto import tqdm
+
+from finetune.data.near import Look, alike, look
+from finetune.data.picture_memory import PictureMemory
+from finetune.data.pictures import Pictures
+from finetune.seeding import fold, wide_fold
+
+FEWEST = 2
+"""Pictures that are held out, where any are: of one alone, nothing is known of its spread."""
+
+_FEWEST_TO_SPLIT = 20
+_FRACTION = 0.1
+_MOST = 200
+
+MOST_COMPARED = 10_000
+"""Pictures among which near duplicates are looked for."""
+
+_METHOD = 1
+"""Counts up whenever the same pictures would be split in another way."""
+
+_SPARE = 8
+"""Pictures that are looked at, at least, for those that are held out."""
+
+
+def default_fraction(pictures: int) -> float:
+    """How much of so many pictures is held out: a tenth, at most 200; nothing of fewer than 20."""
+    return min(_FRACTION, _MOST / pictures) if pictures >= _FEWEST_TO_SPLIT else 0.0
+
+
+def held_out(pictures: Pictures, fraction: float, seed: int, memory: PictureMemory | None = None) -> list[int]:
+    """The numbers of the pictures that are held out, of those of the subject.
+
+    Near duplicates are together on one side: that which the largest of them draws from its bytes and the seed. So a
+    picture stays where it is when others are added, and only a larger version of it can take it along. What makes up
+    more than twice the fraction, as the frames of one film may, is trained on.
+
+    Args:
+        pictures: all that there are.
+        fraction: how many, on average; at least two where it is above 0.
+        seed: of the draws.
+        memory: of what was found out about the same pictures before.
+    """
+    if fraction == 0:
+        return []
+    contents = _contents(pictures)
+    key = wide_fold(_METHOD, seed, repr(fraction), *contents)
+    if memory is not None and (known := memory.split(key)) is not None:
+        return known
+    draws = [fold(seed, "held out", content) / 2**63 for content in contents]
+    order = sorted(range(len(draws)), key=draws.__getitem__)
+    candidates = order[: max(_SPARE, sum(draw < fraction for draw in draws))]
+    most = max(FEWEST, int(2 * fraction * len(draws)))
+    groups = _groups(pictures, contents, candidates, most)
+    held: set[int] = set()
+    for candidate in candidates:
+        if draws[candidate] >= fraction and len(held) >= FEWEST:
+            break
+        if len(groups[candidate]) <= most and _leader(pictures, contents, groups[candidate]) == candidate:
+            held |= groups[candidate]
+    found = sorted(held) if len(held) >= FEWEST else []
+    if memory is not None:
+        memory.note_split(key, found)
+    return found
+
+
+def shown_elsewhere(pictures: Pictures, held: Sequence[int]) -> list[int]:
+    """Those of the pictures held out that are near duplicates of one that is trained on."""
+    contents, trained = _contents(pictures, len(pictures)), set(range(len(pictures))).difference(held)
+    neighbours = _Neighbours(pictures, contents)
+    return [index for index, near in zip(held, neighbours.of(held), strict=True) if near & trained]
+
+
+def _contents(pictures: Pictures, count: int | None = None) -> list[str]:
+    """A digest of each picture, in full or of the subject's."""
+    count = pictures.subjects if count is None else count
+    return [pictures.checked(index).digest for index in range(count)]
+
+
+class _Rank(NamedTuple):
+    """What one of several near duplicates is their leader by: the largest is the one that others were made from."""
+
+    area: int
+    content: str
+    place: int
+
+
+def _leader(pictures: Pictures, contents: Sequence[str], group: set[int]) -> int:
+    def rank(index: int) -> _Rank:
+        width, height = pictures.checked(index).size
+        return _Rank(width * height, contents[index], -index)
+
+    return max(group, key=rank)
+
+
+def _groups(pictures: Pictures, contents: Sequence[str], candidates: Sequence[int], most: int) -> dict[int, set[int]]:
+    """Each candidate with all that it is joined to by near duplicates; groups of more than `most` are not finished."""
+    neighbours, known = _Neighbours(pictures, contents), dict[int, set[int]]()
+    frontier = list(candidates)
+    while True:
+        known |= zip(frontier, neighbours.of(frontier), strict=True)
+        groups = {candidate: _reached(candidate, known) for candidate in candidates}
+        open_groups = [group for group in groups.values() if len(group) <= most]
+        frontier = sorted(set().union(*open_groups) - known.keys())
+        if not frontier:
+            return groups
+
+
+def _reached(start: int, known: dict[int, set[int]]) -> set[int]:
+    reached, waiting = {start}, [start]
+    while waiting:
+        new = known.get(waiting.pop(), set()) - reached
+        reached |= new
+        waiting += new
+    return reached
+
+
+class _Neighbours:
+    """The near duplicates of pictures: exact ones always, others where there are not too many to compare them all."""
+
+    def __init__(self, pictures: Pictures, contents: Sequence[str]) -> None:
+        self._same: dict[str, set[int]] = {}
+        for index, content in enumerate(contents):
+            self._same.setdefault(content, set()).add(index)
+        self._contents = contents
+        self._looks = _looks(pictures, len(contents)) if len(contents) <= MOST_COMPARED else []
+
+    def of(self, wanted: Sequence[int]) -> list[set[int]]:
+        """Of each of these pictures."""
+        near = alike(self._looks, wanted) if self._looks and wanted else [set[int]() for _ in wanted]
+        return [(self._same[self._contents[i]] | found) - {i} for i, found in zip(wanted, near, strict=True)]
+
+
+def _looks(pictures: Pictures, count: int) -> list[Look]:
+    def of(index: int) -> Look:
+        return look(pictures[index].image)
+
+    with ThreadPoolExecutor() as pool:
+        told = tqdm(pool.map(of, range(count)), total=count, desc="comparing pictures", delay=3, leave=False)
+        return list(told)

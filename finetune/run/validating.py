@@ -1,0 +1,102 @@
+"""Validation in the course of a run: on what, when, and what is recorded of it in validation.jsonl."""
+
+import json
+import time
+from fractions import Fraction
+from math import ceil
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.files import write_whole
+from finetune.results import tracking
+from finetune.run.held_out import SHARE
+from finetune.run.parts import Run
+from finetune.training.objective import NoisePrediction
+from finetune.training.validation import BANDS, band, paired, validation_losses
+
+MOST = 20
+"""Validations of a run, unless more were asked for."""
+
+FIRST_STEPS = 6
+"""After so many steps of training it is known how long one takes."""
+
+
+def validate(run: Run) -> None:
+    """Measure the loss on what is held out, and record and tell how it has changed; unless that was done already."""
+    plan, step = run.validation, run.trainer.steps_done
+    before = measured(run)
+    if not plan.examples or step in before:
+        return
+    objective = run.trainer.objective
+    assert isinstance(objective, NoisePrediction)
+    clock = time.perf_counter()
+    with run.trainer.averaged():
+        losses = validation_losses(
+            run.model.unet,
+            run.model.encoder,
+            objective,
+            run.encoded,
+            plan.examples,
+            draws=plan.draws,
+            seed=run.config.seed,
+            batch_size=run.config.train_batch_size,
+        )
+    seconds = time.perf_counter() - clock
+    record = _record(step, losses, before.get(0)) | {"of": plan.digest, "losses": losses.tolist()}
+    kept = [line for line in _lines(run) if line["of"] == plan.digest]
+    lines = sorted([*kept, record], key=lambda line: line["step"])
+    write_whole(run.folder / tracking.VALIDATION, "".join(json.dumps(line) + "\n" for line in lines))
+    tracking.note_seconds(run.folder, step, "validation", seconds)
+    tracking.track_validation(run.accelerator, record)
+    print(f"validation at step {step}: {_told(record)}", flush=True)
+
+
+def _record(step: int, losses: Tensor, first: Tensor | None) -> dict[str, Any]:
+    """The loss in all and by band of noise, and its change since step 0: the mean, and where it is with 95 %."""
+    found: dict[str, Any] = {"step": step, "loss": losses.mean().item()}
+    found |= {f"loss_{name}": band(losses, name).mean().item() for name in BANDS}
+    if first is not None:
+        found["change"] = list(paired(first, losses))
+        found |= {f"change_{name}": list(paired(band(first, name), band(losses, name))) for name in BANDS}
+    return found
+
+
+def _told(record: dict[str, Any]) -> str:
+    told = f"loss {record['loss']:.4f}"
+    if "change" in record:
+        mean, low, high = record["change"]
+        told += f", {mean:+.4f} since the start (95 %: {low:+.4f} to {high:+.4f})"
+    return told
+
+
+def measured(run: Run) -> dict[int, Tensor]:
+    """Step -> the losses that were measured there, (examples, draws), of what this run validates on."""
+    return {line["step"]: torch.tensor(line["losses"]) for line in _lines(run) if line["of"] == run.validation.digest}
+
+
+def best_step(run: Run) -> int | None:
+    """The step with the least loss on what is held out; None where there is nothing to compare."""
+    found = {step: losses.mean().item() for step, losses in measured(run).items()}
+    return min(found, key=found.__getitem__) if len(found) > 1 else None
+
+
+def steps_between_validations(run: Run) -> int | Fraction | None:
+    """As asked for; else what the first validation and the first steps leave room for, None while that is not known."""
+    config, total = run.config, run.config.max_train_steps
+    if config.validate_every or not run.validation.examples:
+        return config.validate_every
+    records = tracking.timings(run.folder)
+    took = [record["validation_seconds"] for record in records if "validation_seconds" in record]
+    first = [record["seconds"] for record in records if "seconds" in record and 1 < record["step"] <= FIRST_STEPS]
+    if not took or len(first) < FIRST_STEPS - 1:
+        return None
+    between = min(MOST, int(SHARE * total * median(first) / took[0])) - 1
+    return ceil(total / between) if between > 1 else None
+
+
+def _lines(run: Run) -> list[dict[str, Any]]:
+    path = run.folder / tracking.VALIDATION
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

@@ -1,0 +1,110 @@
+"""Validation in runs: it changes nothing, and what it tells is complete."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from finetune.config import TrainConfig, replace
+from finetune.data.image_folder import ImageFolder
+from finetune.data.split import held_out
+from finetune.errors import DataError, UsageError
+from finetune.recipe import fine_tune
+from tests.data.test_near import scene
+
+LORA = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def global_generator_untouched() -> None:
+    """Whole runs go through diffusers pipelines, which may draw from torch's global generator."""
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures to validate on."""
+    folder = tmp_path_factory.mktemp("others")
+    for seed in range(3):
+        scene(seed, 64, 64).save(folder / f"{seed}.png")
+    return folder
+
+
+def options(pictures: Path, output: Path, **more: object) -> TrainConfig:
+    basic = {"data": str(pictures), "output_dir": str(output), "max_train_steps": 4, "train_batch_size": 2, "rank": 4}
+    return TrainConfig(**(basic | {"prompt": "a picture", "num_inference_steps": 0} | more))
+
+
+def validations(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+
+
+def test_weights_are_those_of_a_run_without_it(pictures: Path, others: Path, tmp_path: Path) -> None:
+    plain = fine_tune(options(pictures, tmp_path / "plain", lora_dropout=0.1))
+    more = {"validation_data": str(others), "validate_every": 1, "lora_dropout": 0.1}
+    watched = fine_tune(options(pictures, tmp_path / "watched", **more))
+    assert load_bytes(watched) == load_bytes(plain)
+    assert (watched / "metrics.jsonl").read_bytes() == (plain / "metrics.jsonl").read_bytes()
+    assert not (plain / "validation.jsonl").exists()
+    found = validations(watched)
+    assert [line["step"] for line in found] == [0, 1, 2, 3, 4]
+    assert all(low < mean < high for mean, low, high in (line["change"] for line in found[1:]))
+    assert len({line["loss"] for line in found}) == 5
+    ledger = json.loads((watched / "ledger.json").read_text())
+    assert (ledger["trained"], ledger["held_out"], ledger["visited"]) == (6, 3, 6)
+
+
+def load_bytes(folder: Path) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(folder / LORA).items()}
+
+
+def test_pictures_held_out_are_as_if_they_were_not_there(tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    for seed in range(20):
+        scene(seed, 64, 64).save(tmp_path / f"all/{seed:02d}.png")
+    split = fine_tune(options(tmp_path / "all", tmp_path / "split", max_train_steps=12))
+    whole = ImageFolder(tmp_path / "all", prompt="a picture", resolution=64)
+    held = held_out(whole, 0.1, 0)
+    ledger = json.loads((split / "ledger.json").read_text())
+    assert ledger["held_out"] == len(held) >= 2
+    assert ledger["visited"] == ledger["trained"] == 20 - len(held)
+    shutil.copytree(tmp_path / "all", tmp_path / "fewer")
+    for index in held:
+        (tmp_path / "fewer" / whole.ids[index]).unlink()
+    fewer = fine_tune(options(tmp_path / "fewer", tmp_path / "alone", max_train_steps=12, validation_fraction=0))
+    assert load_bytes(split) == load_bytes(fewer)
+
+
+def test_a_resumed_run_tells_what_an_uninterrupted_one_tells(pictures: Path, others: Path, tmp_path: Path) -> None:
+    more = {"validation_data": str(others), "validate_every": 1, "lr_scheduler": "constant", "lr_warmup_steps": 0}
+    config = options(pictures, tmp_path / "once", **more)
+    once = fine_tune(config)
+    twice = fine_tune(replace(config, output_dir=str(tmp_path / "twice"), max_train_steps=2))
+    more = {"resume_from_checkpoint": "latest", "max_train_steps": 4, "output_dir": str(tmp_path / "twice")}
+    fine_tune(replace(config, **more))
+    assert (twice / "validation.jsonl").read_bytes() == (once / "validation.jsonl").read_bytes()
+
+
+def test_pictures_that_are_trained_on_are_set_aside(
+    pictures: Path, others: Path, tmp_path: Path, make_pictures: Callable[..., Path]
+) -> None:
+    mixed = shutil.copytree(others, tmp_path / "mixed")
+    shutil.copy(pictures / "00.png", mixed / "copy.png")
+    out = fine_tune(options(pictures, tmp_path / "out", validation_data=str(mixed), max_train_steps=1))
+    ledger = json.loads((out / "ledger.json").read_text())
+    assert (ledger["held_out"], ledger["skipped"]) == (3, {"held out, but trained on elsewhere": 1})
+    copies = make_pictures(tmp_path / "copies", count=2)
+    with pytest.raises(UsageError, match=r"validation_data .*copies: each of its pictures is trained on"):
+        fine_tune(options(pictures, tmp_path / "no", validation_data=str(copies)))
+
+
+def test_what_cannot_be_validated_on_is_told(pictures: Path, others: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: no picture found"):
+        fine_tune(options(pictures, tmp_path / "out", validation_data=str(tmp_path / "empty")))
+    with pytest.raises(UsageError, match=r"validation_data .* lies inside --data"):
+        fine_tune(options(pictures, tmp_path / "out", validation_data=str(pictures)))
+    with pytest.raises(UsageError, match="validation_fraction cannot be used here: it needs validation_data left out"):
+        fine_tune(options(pictures, tmp_path / "out", validation_data=str(others), validation_fraction=0.2))
