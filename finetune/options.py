@@ -258,7 +258,10 @@ class ValidationOptions:
     validation_data: str | None = option(None, called=("validation_data_dir", "val_data"))
     """Hold out these pictures instead, which lie elsewhere; as --data."""
     validate_every: int | None = option(None, AT_LEAST_ONE, change="on resume")
-    """Steps between validations, beside the first and the last. Default: what 5 % of the time allows."""
+    """Steps between validations, beside the first and the last. Default: what 5 % of the time allows, and with
+    --early_stop a twentieth of the run."""
+    early_stop: bool = False
+    """End when the validation loss has risen for two validations, by more than chance; export what had the least."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from finetune.results.lora_facts import LoraFacts
 from finetune.run import folder as run_folder
 from finetune.run.assembly import assembled, sampler
 from finetune.run.class_pictures import draw_missing
+from finetune.run.early_stop import has_risen, keep_if_best, take_best
 from finetune.run.grids import discard_strangers, draw_grid, lay_side_by_side
 from finetune.run.held_out import plan_validation
 from finetune.run.ledger import write_ledger
@@ -201,7 +202,7 @@ def _train(run: Run, requests: Requests) -> None:
         if trainer.steps_done == total or due(trainer.steps_done, told.between_grids):
             draw_grid(run)
         told.resume()
-        for prepared_step in steps:
+        for prepared_step in () if _is_over(run) else steps:
             told.add(trainer.take(prepared_step))
             saving.check()
             step = trainer.steps_done
@@ -224,9 +225,25 @@ def _train(run: Run, requests: Requests) -> None:
                     raise Interrupted(f"stopped at step {step} of {total}{why}; {kept}", asked)
             if validates:
                 validate(run)
+            if _is_over(run):
+                if asked < SAVE:
+                    _save(run, saving)
+                saving.wait()
+                break
             if draws:
                 draw_grid(run)
             told.resume()
+
+
+def _is_over(run: Run) -> bool:
+    """Whether to stop early: asked by all processes, and answered by the first, which has validated."""
+    if not run.config.early_stop:
+        return False
+    risen = False
+    if run.trainer.parallel.first:
+        keep_if_best(run)
+        risen = has_risen(run)
+    return bool(run.trainer.parallel.largest(int(risen)))
 
 
 def _save(run: Run, saving: Saving) -> Path:
@@ -263,7 +280,7 @@ def _follow(run: Run, requests: Requests) -> None:
     """The loop of the processes that are not the first: to compute their parts."""
     trainer, total = run.trainer, run.config.max_train_steps
     with catch_signals() as stop, closing(run.encoded), _ahead(run) as steps:
-        for prepared_step in steps:
+        for prepared_step in () if _is_over(run) else steps:
             trainer.take(prepared_step)
             asked = trainer.parallel.largest(_asks(requests, stop, run.config))
             if asked:
@@ -272,6 +289,8 @@ def _follow(run: Run, requests: Requests) -> None:
                 requests.saved()
             if asked > SAVE and trainer.steps_done < total:
                 raise Interrupted(f"stopped at step {trainer.steps_done} of {total}", asked)
+            if asked and _is_over(run):
+                break
     trainer.settle()
 
 
@@ -298,19 +317,23 @@ def due(step: int, every: int | Fraction | None) -> bool:
 
 def _finish(run: Run) -> None:
     """Export, prove the export, and say where everything is."""
-    config, folder = run.config, run.folder
+    config, folder, trained = run.config, run.folder, run.trainer.steps_done
+    if config.early_stop:
+        take_best(run)
+        draw_grid(run)
     with run.trainer.in_full():
-        difference = export(run.model, folder, _told(run))
+        difference = export(run.model, folder, _told(run, final=True))
     lay_side_by_side(run)
-    write_ledger(folder, run.pictures, sampler(config, run.pictures), run.trainer.steps_done)
+    write_ledger(folder, run.pictures, sampler(config, run.pictures), trained)
     run.accelerator.end_training()
-    run_folder.finish(folder, {"steps": run.trainer.steps_done, "reloaded_output_difference": difference})
+    result = {"steps": run.trainer.steps_done, "trained": trained, "reloaded_output_difference": difference}
+    run_folder.finish(folder, result)
     what = exported(folder)
     assert what is not None
     load = what.load.format(folder).replace("\n", "; ")
     print(f"done: {load}, loaded back and compared (largest difference {difference:.0e})")
     if (best := best_step(run)) is not None:
-        print(f"validation: the loss was least at step {best} of {run.trainer.steps_done}")
+        print(f"validation: the loss was least at step {best} of {trained}")
     if run.samples.prompts:
         print(f"pictures: {folder / 'samples'}")
     if config.lr_scheduler == "constant" and config.data:  # any other schedule has ended
@@ -319,8 +342,8 @@ def _finish(run: Run) -> None:
     _push(config, folder)
 
 
-def _told(run: Run) -> dict[str, str]:
-    """What a LoRA file says of the run so far."""
+def _told(run: Run, *, final: bool = False) -> dict[str, str]:
+    """What a LoRA file says of the run so far, or in the end."""
     config, step = run.config, run.trainer.steps_done
     facts = LoraFacts(
         model=Path(config.model).name if Path(config.model).is_absolute() else config.model,
@@ -338,7 +361,7 @@ def _told(run: Run) -> dict[str, str]:
         captions=run.pictures.trained_captions,
     )
     title = run.folder.resolve().name
-    return facts.metadata(title if step == config.max_train_steps else f"{title}-{step:06d}", step)
+    return facts.metadata(title if final else f"{title}-{step:06d}", step)
 
 
 def _push(config: ResolvedConfig, folder: Path) -> None:

@@ -4,6 +4,7 @@ Two pictures are compared as tiny thumbnails, by the correlation of their colour
 1995), each in turn as a part of the other: first with a grid of parts, then close to the best of these.
 """
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -70,7 +71,7 @@ def alike(looks: Sequence[Look], wanted: Sequence[int]) -> list[set[int]]:
             if index != wanted[place] and _is_part(looks[index], looks[wanted[place]]):
                 found[place].add(index)
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(parts_of, range(len(looks))))
         list(pool.map(wholes_of, range(len(wanted))))
     return found

@@ -4,19 +4,16 @@ import re
 import time
 from fractions import Fraction
 from pathlib import Path
-from statistics import median
 
 from finetune.results import tracking
 from finetune.results.sampling import already_shows, draw_pictures, grid, save_picture, side_by_side
+from finetune.run.pace import measured_interval
 from finetune.run.parts import Run
-from finetune.run.samples import interval
+from finetune.run.samples import MOST_GRIDS, SAMPLING_SHARE
 from finetune.seeding import fold
 
 AT_ONCE = 4
 """Pictures of one prompt that are drawn as one batch: what fits where a step of training fits."""
-
-FIRST_STEPS = 6
-"""After so many steps of training it is known how long one takes."""
 
 _NAME = re.compile(r"step-(\d+)\.png")
 
@@ -52,18 +49,10 @@ def draw_grid(run: Run) -> None:
 
 
 def steps_between(run: Run) -> int | Fraction | None:
-    """As asked for; else what the first grid and the first steps leave room for, and None while that is not known.
-
-    Both are read from timings.jsonl, so that a resumed run draws at the steps at which it would have drawn before.
-    """
+    """As asked for; else what the first grid and the first steps leave room for, and None while that is not known."""
     if run.samples.every or not run.samples.prompts:
         return run.samples.every
-    records = tracking.timings(run.folder)
-    grids = [record["grid_seconds"] for record in records if "grid_seconds" in record]
-    first = [record["seconds"] for record in records if "seconds" in record and 1 < record["step"] <= FIRST_STEPS]
-    if not grids or len(first) < FIRST_STEPS - 1:
-        return None
-    return interval(grids[0], median(first), run.config.max_train_steps)
+    return measured_interval(run.folder, "grid", run.config.max_train_steps, share=SAMPLING_SHARE, most=MOST_GRIDS)
 
 
 def discard_strangers(run: Run) -> None:
@@ -78,7 +67,7 @@ def discard_strangers(run: Run) -> None:
 def lay_side_by_side(run: Run) -> None:
     """samples/before-after.png from the first grid and the last."""
     if run.samples.prompts:
-        last = _path(run, run.config.max_train_steps)
+        last = _path(run, run.trainer.steps_done)
         side_by_side(_path(run, 0), last, run.folder / "samples/before-after.png")
 
 

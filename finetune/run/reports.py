@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from finetune.results import tracking
 from finetune.run.faults import record_fault
-from finetune.run.grids import FIRST_STEPS, steps_between
+from finetune.run.grids import steps_between
+from finetune.run.pace import FIRST_STEPS
 from finetune.run.parts import Run
 from finetune.run.validating import steps_between_validations
 from finetune.training.metrics import NotFinite, StepMetrics

@@ -31,10 +31,10 @@ class SamplePlan:
 def plan_samples(config: ResolvedConfig, *, latent: bool, captions: Sequence[str], visits: int) -> SamplePlan:
     """Grids as asked for, or a first and a last of the largest size that `SAMPLING_SHARE` of the run allows.
 
-    At least one picture is drawn before and after, unless none is wanted. How many grids fit between them, `interval`
-    says, when the run knows how long it takes. Beforehand the cost is counted in UNet passes over one picture: a
-    sampler step is one (two with guidance), a training example three (forward, and a backward of about two), or two
-    where frozen weights need no gradient (LoRA).
+    At least one picture is drawn before and after, unless none is wanted. How many grids fit between them is said by
+    `pace.interval`, when the run knows how long it takes. Beforehand the cost is counted in UNet passes over one
+    picture: a sampler step is one (two with guidance), a training example three (forward, and a backward of about two),
+    or two where frozen weights need no gradient (LoRA).
 
     Args:
         config: resolved.
@@ -61,18 +61,6 @@ def plan_samples(config: ResolvedConfig, *, latent: bool, captions: Sequence[str
     smaller = [(prompts, chosen), (prompts, -(-chosen // 2)), (prompts, -(-chosen // 4)), (prompts[:1], 1)]
     plans = [plan(some, number, None) for some, number in smaller]
     return next((grid for grid in plans if grid.share <= SAMPLING_SHARE), plans[-1])
-
-
-def interval(grid_seconds: float, step_seconds: float, total: int) -> int | None:
-    """Steps between grids, so that all of them take no more than `SAMPLING_SHARE` of the time; None: no room for any.
-
-    Args:
-        grid_seconds: what the first grid has taken.
-        step_seconds: what a step of training takes.
-        total: steps of the run.
-    """
-    after_first = min(MOST_GRIDS, int(SAMPLING_SHARE * total * step_seconds / grid_seconds)) - 1
-    return -(-total // after_first) if after_first > 1 else None
 
 
 def default_prompts(config: TrainConfig, captions: Sequence[str]) -> tuple[str, ...]:

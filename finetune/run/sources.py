@@ -75,6 +75,8 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
         fraction = config.validation_fraction
         fraction = default_fraction(pictures.subjects) if fraction is None else fraction
         pictures.hold_out(held_out(pictures, fraction, config.seed, memory))
+    if config.early_stop and not pictures.held_out:
+        raise UsageError("early_stop needs pictures that are held out: give --validation_fraction or --validation_data")
     return pictures
 
 

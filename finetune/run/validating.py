@@ -4,7 +4,6 @@ import json
 import time
 from fractions import Fraction
 from math import ceil
-from statistics import median
 from typing import Any
 
 import torch
@@ -13,15 +12,13 @@ from torch import Tensor
 from finetune.files import write_whole
 from finetune.results import tracking
 from finetune.run.held_out import SHARE
+from finetune.run.pace import measured_interval
 from finetune.run.parts import Run
 from finetune.training.objective import NoisePrediction
 from finetune.training.validation import BANDS, band, paired, validation_losses
 
 MOST = 20
 """Validations of a run, unless more were asked for."""
-
-FIRST_STEPS = 6
-"""After so many steps of training it is known how long one takes."""
 
 
 def validate(run: Run) -> None:
@@ -78,9 +75,9 @@ def measured(run: Run) -> dict[int, Tensor]:
 
 
 def best_step(run: Run) -> int | None:
-    """The step with the least loss on what is held out; None where there is nothing to compare."""
-    found = {step: losses.mean().item() for step, losses in measured(run).items()}
-    return min(found, key=found.__getitem__) if len(found) > 1 else None
+    """The step after the start with the least loss on what is held out; None where there was no validation yet."""
+    found = {step: losses.mean().item() for step, losses in measured(run).items() if step}
+    return min(found, key=found.__getitem__, default=None)
 
 
 def steps_between_validations(run: Run) -> int | Fraction | None:
@@ -88,13 +85,9 @@ def steps_between_validations(run: Run) -> int | Fraction | None:
     config, total = run.config, run.config.max_train_steps
     if config.validate_every or not run.validation.examples:
         return config.validate_every
-    records = tracking.timings(run.folder)
-    took = [record["validation_seconds"] for record in records if "validation_seconds" in record]
-    first = [record["seconds"] for record in records if "seconds" in record and 1 < record["step"] <= FIRST_STEPS]
-    if not took or len(first) < FIRST_STEPS - 1:
-        return None
-    between = min(MOST, int(SHARE * total * median(first) / took[0])) - 1
-    return ceil(total / between) if between > 1 else None
+    if config.early_stop:  # a function of the config, so that where a run ends is one, too
+        return ceil(total / MOST)
+    return measured_interval(run.folder, "validation", total, share=SHARE, most=MOST)
 
 
 def _lines(run: Run) -> list[dict[str, Any]]:

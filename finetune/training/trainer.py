@@ -327,6 +327,15 @@ class Trainer:
         with self.ema.swapped_in() if self.ema else nullcontext(), self.masters.lent():
             yield
 
+    @torch.no_grad()
+    def settle_on(self, weights: Mapping[str, Tensor], step: int) -> None:
+        """Training is over, and these weights, of an earlier step, are its result, averaged already."""
+        self.settle()
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+        self.masters.write_back()
+        self.ema, self.steps_done = None, step
+
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs beside its config: weights, optimizer, EMA, scaler, steps done.
 

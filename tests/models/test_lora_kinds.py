@@ -111,8 +111,12 @@ def test_merged_by_the_definition_the_weights_answer_the_same(kind: Kind, tmp_pa
     assert torch.allclose(answer(plain), answer(model.unet), rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", NAMES)
-@pytest.mark.parametrize("layout", ["kohya", "peft"])
+QUICK = [("lora", "kohya"), ("loha", "kohya"), ("dora", "peft")]
+LAYOUTS = [pytest.param(kind, layout, marks=[] if (kind, layout) in QUICK else pytest.mark.slow)
+           for kind in NAMES for layout in ("kohya", "peft")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "layout"), LAYOUTS)
 def test_one_goes_on_from_a_file_whatever_its_alpha(kind: Kind, layout: str, tmp_path: Path) -> None:
     model = trained(kind)
     export(model, tmp_path / "first")

@@ -126,7 +126,7 @@ def test_what_overflows_is_rejected_and_kept_beside(lora_run: Path, tmp_path: Pa
     ("family", "precision"),
     [
         ("sd15", "fp16"),
-        ("sdxl", "fp32"),
+        pytest.param("sdxl", "fp32", marks=pytest.mark.slow),
         pytest.param("sd15", "fp32", marks=pytest.mark.slow),
         pytest.param("sd21", "fp32", marks=pytest.mark.slow),
         pytest.param("sd21", "fp16", marks=pytest.mark.slow),

@@ -7,9 +7,10 @@ from finetune.config import TrainConfig
 from finetune.errors import UsageError
 from finetune.models.families import FAMILIES, pictures_seen
 from finetune.models.locate import Location
+from finetune.run.pace import interval
 from finetune.run.prompts import SamplePrompt
 from finetune.run.resolve import resolve
-from finetune.run.samples import SAMPLING_SHARE, default_prompts, interval, plan_samples
+from finetune.run.samples import MOST_GRIDS, SAMPLING_SHARE, default_prompts, plan_samples
 
 
 def location(family: str, resolution: int) -> Location:
@@ -114,13 +115,14 @@ def test_unasked_grids_stay_within_their_share_of_the_run() -> None:
 
 
 def test_as_many_grids_are_drawn_between_as_the_measured_times_allow() -> None:
-    assert interval(10.0, 1.0, total=500) is None  # 25 s for grids: the first and the last
-    assert interval(10.0, 1.0, total=600) == 300  # one more between them
-    assert interval(1.0, 1.0, total=1000) == 112  # never more than 10
+    grids = {"share": SAMPLING_SHARE, "most": MOST_GRIDS}
+    assert interval(10.0, 1.0, 500, **grids) is None  # 25 s for grids: the first and the last
+    assert interval(10.0, 1.0, 600, **grids) == 300  # one more between them
+    assert interval(1.0, 1.0, 1000, **grids) == 112  # never more than 10
     for total in (100, 799, 5000):
-        every = interval(3.0, 0.5, total)
-        grids = 2 + ((total - 1) // every if every else 0)
-        assert grids == 2 or grids * 3.0 <= SAMPLING_SHARE * total * 0.5
+        every = interval(3.0, 0.5, total, **grids)
+        drawn = 2 + ((total - 1) // every if every else 0)
+        assert drawn == 2 or drawn * 3.0 <= SAMPLING_SHARE * total * 0.5
 
 
 def test_grids_that_are_asked_for_are_drawn_whatever_they_cost() -> None:

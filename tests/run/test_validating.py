@@ -87,6 +87,17 @@ def test_a_resumed_run_tells_what_an_uninterrupted_one_tells(pictures: Path, oth
     assert (twice / "validation.jsonl").read_bytes() == (once / "validation.jsonl").read_bytes()
 
 
+def test_unasked_validations_take_their_share_of_the_time(pictures: Path, others: Path, tmp_path: Path) -> None:
+    out = fine_tune(options(pictures, tmp_path / "out", validation_data=str(others), max_train_steps=40))
+    found = [line["step"] for line in validations(out)]
+    timings = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()]
+    (first, *_) = took = [line["validation_seconds"] for line in timings if "validation_seconds" in line]
+    step = sorted(line["seconds"] for line in timings if 1 < line.get("step", 0) <= 6 and "seconds" in line)[2]
+    assert len(took) == len(found) >= 2
+    assert (found[0], found[-1]) == (0, 40)
+    assert len(found) == 2 or len(found) * first <= 0.05 * 40 * step
+
+
 def test_pictures_that_are_trained_on_are_set_aside(
     pictures: Path, others: Path, tmp_path: Path, make_pictures: Callable[..., Path]
 ) -> None:
@@ -100,6 +111,30 @@ def test_pictures_that_are_trained_on_are_set_aside(
         fine_tune(options(pictures, tmp_path / "no", validation_data=str(copies)))
 
 
+def test_a_run_whose_validation_loss_rises_ends_and_gives_its_best_step(
+    pictures: Path, others: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = {"lr_scheduler": "constant", "lr_warmup_steps": 0, "learning_rate": 0.05, "method": "full", "rank": 16}
+    same |= {"max_grad_norm": 0.0, "use_ema": False}
+    config = options(pictures, tmp_path / "out", **same, validation_data=str(others), validate_every=1, early_stop=True)
+    config = replace(config, config.given - {"rank"}, max_train_steps=30)
+    out = fine_tune(config)
+    losses = [line["loss"] for line in validations(out)[1:]]
+    best, trained = losses.index(min(losses)) + 1, len(losses)
+    result = json.loads((out / "result.json").read_text())
+    assert (result["steps"], result["trained"]) == (best, trained)
+    assert best + 2 <= trained < 30
+    assert f"exported is step {best}, which had the least validation loss, of {trained}" in capsys.readouterr().out
+    plain = fine_tune(replace(config, output_dir=str(tmp_path / "plain"), early_stop=False, max_train_steps=best))
+    name = "unet/diffusion_pytorch_model.safetensors"
+    exported = (out / name).read_bytes()
+    assert exported == (plain / name).read_bytes()
+    (out / "result.json").unlink()
+    assert fine_tune(config) == out  # killed after its last checkpoint
+    assert (out / name).read_bytes() == exported
+    assert json.loads((out / "result.json").read_text()) == result
+
+
 def test_what_cannot_be_validated_on_is_told(pictures: Path, others: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty: no picture found"):
@@ -108,3 +143,5 @@ def test_what_cannot_be_validated_on_is_told(pictures: Path, others: Path, tmp_p
         fine_tune(options(pictures, tmp_path / "out", validation_data=str(pictures)))
     with pytest.raises(UsageError, match="validation_fraction cannot be used here: it needs validation_data left out"):
         fine_tune(options(pictures, tmp_path / "out", validation_data=str(others), validation_fraction=0.2))
+    with pytest.raises(UsageError, match="early_stop needs pictures that are held out"):
+        fine_tune(options(pictures, tmp_path / "out", early_stop=True))
