@@ -260,7 +260,7 @@ class ValidationOptions:
     validate_every: int | None = option(None, AT_LEAST_ONE, change="on resume")
     """Steps between validations, beside the first and the last. Default: what 5 % of the time allows, and with
     --early_stop a twentieth of the run."""
-    early_stop: bool = False
+    early_stop: bool = option(False, change="on resume")
     """End when the validation loss has risen for two validations, by more than chance; export what had the least."""
 
 

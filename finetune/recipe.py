@@ -42,6 +42,7 @@ from finetune.run.samples import plan_samples
 from finetune.run.signals import PAUSE, SAVE, TIME_UP, Requests, StopRequest, catch_signals
 from finetune.run.sources import digest, open_pictures
 from finetune.run.summary import print_summary
+from finetune.run.telling import report
 from finetune.run.trained import write_exports
 from finetune.run.validating import best_step, validate
 from finetune.training import checkpoint
@@ -232,6 +233,8 @@ def _train(run: Run, requests: Requests) -> None:
                 break
             if draws:
                 draw_grid(run)
+            if validates:
+                report(run)
             told.resume()
 
 
@@ -325,6 +328,7 @@ def _finish(run: Run) -> None:
         difference = export(run.model, folder, _told(run, final=True))
     lay_side_by_side(run)
     write_ledger(folder, run.pictures, sampler(config, run.pictures), trained)
+    page = report(run, ended=True)
     run.accelerator.end_training()
     result = {"steps": run.trainer.steps_done, "trained": trained, "reloaded_output_difference": difference}
     run_folder.finish(folder, result)
@@ -336,6 +340,7 @@ def _finish(run: Run) -> None:
         print(f"validation: the loss was least at step {best} of {trained}")
     if run.samples.prompts:
         print(f"pictures: {folder / 'samples'}")
+    print(f"report: {page}")
     if config.lr_scheduler == "constant" and config.data:  # any other schedule has ended
         more = f"--resume_from_checkpoint latest --max_train_steps {2 * config.max_train_steps}"
         print(f"to go on for longer: finetune-unet --output_dir {shlex.quote(str(folder))} {more}")

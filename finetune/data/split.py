@@ -18,7 +18,7 @@ _FEWEST_TO_SPLIT = 20
 _FRACTION = 0.1
 _MOST = 200
 
-MOST_COMPARED = 10_000
+MOST_COMPARED = 5_000
 """Pictures among which near duplicates are looked for."""
 
 _METHOD = 1
@@ -77,8 +77,10 @@ def shown_elsewhere(pictures: Pictures, held: Sequence[int]) -> list[int]:
 
 
 def _contents(pictures: Pictures, count: int | None = None) -> list[str]:
-    """A digest of each picture, in full or of the subject's."""
+    """A digest of each of the first `count` pictures, unless given of all of the subject."""
     count = pictures.subjects if count is None else count
+    if len(pictures.contents) == len(pictures):
+        return list(pictures.contents[:count])
     return [pictures.checked(index).digest for index in range(count)]
 
 

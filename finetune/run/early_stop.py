@@ -1,10 +1,11 @@
 """Early stopping: the weights of the best validation are kept, and a loss that has risen since ends the run."""
 
+import json
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from finetune.files import write_whole
 from finetune.run.parts import Run
@@ -49,6 +50,15 @@ def take_best(run: Run) -> None:
     print(f"exported is step {best}, which had the least validation loss, of {trainer.steps_done} that were trained")
     with safe_open(path, "pt") as file:
         trainer.settle_on({name: file.get_tensor(name) for name in trainer.parameters}, best)
+
+
+def best_of_ended(folder: Path) -> dict[str, torch.Tensor] | None:
+    """The weights that an ended run has exported, where they are not those of its last step."""
+    path = folder / "result.json"
+    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if result.get("trained") in (None, result.get("steps")):
+        return None
+    return load_file(folder / BEST)
 
 
 def _step_of(path: Path) -> int | None:

@@ -38,7 +38,14 @@ DECISIONS: dict[str, tuple[Deed, Deed, Deed, Deed, Deed]] = {
 """What a command does, for each way in which it asks for a folder (the rows) and each `State` that it finds."""
 
 _LEFT_BY_A_RUN = ("metrics.jsonl", "timings.jsonl", "result.json", "samples/step-*.png")
-_LEFT_BY_A_RUN += ("faults.jsonl", "ledger.json", "quarantine.jsonl", "validation.jsonl", "best.safetensors")
+_LEFT_BY_A_RUN += (
+    "faults.jsonl",
+    "ledger.json",
+    "quarantine.jsonl",
+    "validation.jsonl",
+    "best.safetensors",
+    "report.html",
+)
 _LEFT_BY_A_RUN += ("samples/before-after.png", ".checkpoint-*.part", "logs/**/events.out.tfevents.*")
 _LEFT_BY_A_RUN += (
     "logs/**/hparams.yml",

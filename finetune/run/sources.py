@@ -13,7 +13,7 @@ from finetune.data.joined import Joined, Part, names_of, with_class_pictures
 from finetune.data.own import OwnPictures, Rows
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Pictures
-from finetune.data.split import default_fraction, held_out, shown_elsewhere
+from finetune.data.split import FEWEST, default_fraction, held_out, shown_elsewhere
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError, UsageError
 from finetune.models.families import bucket_sides
@@ -103,8 +103,9 @@ def _with_validation_data(source: str, pictures: Pictures, opened: Callable[...,
     joined = Joined([Part("", pictures, 1), Part("--validation_data", opened(source), 0)])
     given = range(len(pictures), len(joined))
     shown = shown_elsewhere(joined, given)
-    if len(shown) == len(given):
-        raise UsageError(f"validation_data {source}: each of its pictures is trained on, or a near duplicate of one")
+    if (left := len(given) - len(shown)) < FEWEST:
+        aside = f", and {len(shown)} that are trained on or near duplicates of such" if shown else ""
+        raise UsageError(f"validation_data {source}: {counted(left, 'picture')}{aside}; at least {FEWEST} are needed")
     joined.hold_out(sorted(set(given).difference(shown)), shown)
     return joined
 

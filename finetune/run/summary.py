@@ -16,7 +16,15 @@ from finetune.wording import counted, listed
 
 
 def print_summary(run: Run) -> None:
-    """Model, pictures, captions, schedule, precision, samples and output, a line each; then what was noticed."""
+    """A line for each of `summary_rows`; then what was noticed."""
+    for name, text in summary_rows(run).items():
+        print(f"{name:>10}  {text}")
+    for line in [*run.pictures.notes(), *_about_words(run), *_about_sizes(run.samples)]:
+        print(f"{'note':>10}  {line}")
+
+
+def summary_rows(run: Run) -> dict[str, str]:
+    """Model, pictures, captions, schedule, precision, samples and output: name -> text."""
     config, encoded, family = run.config, run.encoded, run.model.family
     epochs = float(config.max_train_steps / steps_per_epoch(encoded.epoch_visits, config.global_batch))
     rows = {
@@ -35,11 +43,7 @@ def print_summary(run: Run) -> None:
         "samples": _samples(run.samples),
         "output": str(run.folder),
     }
-    for name, text in rows.items():
-        if text:
-            print(f"{name:>10}  {text}")
-    for line in [*run.pictures.notes(), *_about_words(run), *_about_sizes(run.samples)]:
-        print(f"{'note':>10}  {line}")
+    return {name: text for name, text in rows.items() if text}
 
 
 def _processes(run: Run) -> str:

@@ -14,6 +14,7 @@ from finetune.models.lora import Adapter
 from finetune.results.export import EXPORTS, kohya_file
 from finetune.results.forms import write_form
 from finetune.run.base import load_base
+from finetune.run.early_stop import best_of_ended
 from finetune.training import checkpoint
 
 
@@ -25,7 +26,7 @@ def load_trained(
     Args:
         config: of the run.
         folder: of the run.
-        step: of the checkpoint; None: the newest.
+        step: of the checkpoint; None: the newest, or what the run has exported, where that is an earlier step.
         ema: take the averaged weights, where there are any.
 
     Raises:
@@ -33,11 +34,12 @@ def load_trained(
         RunError: it holds something else than the config says.
     """
     there = dict(checkpoint.checkpoints(folder))
-    step = step if step is not None else max(there, default=None)
+    newest, step = step is None, step if step is not None else max(there, default=None)
     if step not in there:
         known = ", ".join(map(str, there)) or "none"
         raise UsageError(f"--run {folder}: no checkpoint{'' if step is None else f' {step}'}; there are: {known}")
-    state = checkpoint.load(there[step])
+    best = best_of_ended(folder) if newest and ema else None
+    state = checkpoint.load(there[step]) if best is None else {"ema": best}
     model = load_base(config, locate(config.model), torch.float32)
     weights = state["ema"] if ema and state["ema"] else state["weights"]
     learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
@@ -46,7 +48,7 @@ def load_trained(
     with torch.no_grad():
         for name, parameter in learned.items():
             parameter.copy_(weights[name])
-    recorded = kohya_file(folder, None if step == config.max_train_steps else step)
+    recorded = kohya_file(folder, None if step == config.max_train_steps or best is not None else step)
     return model, Adapter.told_in(recorded) if recorded.is_file() else {}
 
 

@@ -3,7 +3,7 @@
 import json
 import time
 from fractions import Fraction
-from math import ceil
+from math import ceil, inf
 from typing import Any
 
 import torch
@@ -39,14 +39,13 @@ def validate(run: Run) -> None:
             plan.examples,
             draws=plan.draws,
             seed=run.config.seed,
-            batch_size=run.config.train_batch_size,
+            batch_size=run.trainer.micro_batch_size or run.config.train_batch_size,
         )
-    seconds = time.perf_counter() - clock
+    tracking.note_seconds(run.folder, step, "validation", time.perf_counter() - clock)
     record = _record(step, losses, before.get(0)) | {"of": plan.digest, "losses": losses.tolist()}
     kept = [line for line in _lines(run) if line["of"] == plan.digest]
     lines = sorted([*kept, record], key=lambda line: line["step"])
     write_whole(run.folder / tracking.VALIDATION, "".join(json.dumps(line) + "\n" for line in lines))
-    tracking.note_seconds(run.folder, step, "validation", seconds)
     tracking.track_validation(run.accelerator, record)
     print(f"validation at step {step}: {_told(record)}", flush=True)
 
@@ -76,7 +75,7 @@ def measured(run: Run) -> dict[int, Tensor]:
 
 def best_step(run: Run) -> int | None:
     """The step after the start with the least loss on what is held out; None where there was no validation yet."""
-    found = {step: losses.mean().item() for step, losses in measured(run).items() if step}
+    found = {step: losses.mean().nan_to_num(nan=inf).item() for step, losses in measured(run).items() if step}
     return min(found, key=found.__getitem__, default=None)
 
 

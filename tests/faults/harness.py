@@ -16,6 +16,9 @@ import torch
 _SERVER = multiprocessing.get_context("forkserver")  # has imported, and computed nothing: its children may do anything
 _SERVER.set_forkserver_preload(["finetune.recipe", "finetune.results.sampling", "finetune.results.verify"])
 
+OF_THE_MACHINE = ("timings.jsonl", "report.html")
+"""Files that tell of it, and so differ."""
+
 Setting = Callable[[], None]
 """What is done in the process before the command: it may break whatever the command needs."""
 
@@ -119,6 +122,6 @@ def _command(words: list[str], folder: Path, setting: Setting | None, env: dict[
 
 
 def digests(run_folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a run folder but timings.jsonl, by its path in it."""
-    files = [path for path in run_folder.rglob("*") if path.is_file() and path.name != "timings.jsonl"]
+    """SHA-256 of every file of a run folder but those that tell of the machine, by its path in it."""
+    files = [path for path in run_folder.rglob("*") if path.is_file() and path.name not in OF_THE_MACHINE]
     return {str(path.relative_to(run_folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

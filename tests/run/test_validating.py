@@ -6,13 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from finetune.config import TrainConfig, replace
+from finetune.config import TrainConfig, load_resolved, replace
 from finetune.data.image_folder import ImageFolder
 from finetune.data.split import held_out
 from finetune.errors import DataError, UsageError
 from finetune.recipe import fine_tune
+from finetune.run.trained import load_trained
 from tests.data.test_near import scene
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -107,7 +109,10 @@ def test_pictures_that_are_trained_on_are_set_aside(
     ledger = json.loads((out / "ledger.json").read_text())
     assert (ledger["held_out"], ledger["skipped"]) == (3, {"held out, but trained on elsewhere": 1})
     copies = make_pictures(tmp_path / "copies", count=2)
-    with pytest.raises(UsageError, match=r"validation_data .*copies: each of its pictures is trained on"):
+    with pytest.raises(UsageError, match=r"copies: 0 pictures, and 2 that are trained on or near dup"):
+        fine_tune(options(pictures, tmp_path / "no", validation_data=str(copies)))
+    scene(9, 64, 64).save(copies / "new.png")
+    with pytest.raises(UsageError, match=r"copies: 1 picture, and 2 that .*; at least 2 are needed"):
         fine_tune(options(pictures, tmp_path / "no", validation_data=str(copies)))
 
 
@@ -133,6 +138,10 @@ def test_a_run_whose_validation_loss_rises_ends_and_gives_its_best_step(
     assert fine_tune(config) == out  # killed after its last checkpoint
     assert (out / name).read_bytes() == exported
     assert json.loads((out / "result.json").read_text()) == result
+    taken, _ = load_trained(load_resolved(out / "config.toml"), out)  # by `export` and `--export_formats`
+    weights = load_file(out / name)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in taken.unet.state_dict().items())
+    assert f"step {best}" in (out / "report.html").read_text()
 
 
 def test_what_cannot_be_validated_on_is_told(pictures: Path, others: Path, tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""What a run's report.html says of it."""
+
+import platform
+from pathlib import Path
+
+import torch
+
+from finetune.config import as_settings
+from finetune.results.export import exported, kohya_file
+from finetune.results.report import write_report
+from finetune.run.parts import Run
+from finetune.run.summary import summary_rows
+
+
+def report(run: Run, *, ended: bool = False) -> Path:
+    """Write it anew; how the result is loaded only stands there when the run has ended."""
+    device = run.trainer.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    about = summary_rows(run) | {
+        "steps done": f"{run.trainer.steps_done} of {run.config.max_train_steps}",
+        "machine": f"{name}, torch {torch.__version__}, Python {platform.python_version()}",
+    }
+    load = _how_to_load(run.folder) if ended else {}
+    return write_report(
+        run.folder, step=run.trainer.steps_done, about=about, settings=as_settings(run.config), load=load
+    )
+
+
+def _how_to_load(folder: Path) -> dict[str, str]:
+    """Program -> what to do there."""
+    what = exported(folder)
+    assert what is not None
+    told = {"diffusers": what.load.format(folder)}
+    if what.adapter:
+        told["ComfyUI"] = f"copy {kohya_file(folder)} to models/loras, and load it with the node Load LoRA"
+        told["A1111, Forge"] = f"copy it to models/Lora; in the prompt: <lora:{folder.resolve().name}:1>"
+    else:
+        to = f"--format single-file --to {folder.resolve().name}.safetensors --precision fp16"
+        told["ComfyUI, A1111, Forge"] = f"finetune-unet export --run {folder} {to}"
+    return told
