@@ -1,6 +1,7 @@
 """What a run's report.html says of it."""
 
 import platform
+import shlex
 from pathlib import Path
 
 import torch
@@ -20,21 +21,23 @@ def report(run: Run, *, ended: bool = False) -> Path:
         "steps done": f"{run.trainer.steps_done} of {run.config.max_train_steps}",
         "machine": f"{name}, torch {torch.__version__}, Python {platform.python_version()}",
     }
-    load = _how_to_load(run.folder) if ended else {}
+    load = _how_to_load(run.folder, viewers=run.model.family.layout is not None) if ended else {}
     return write_report(
         run.folder, step=run.trainer.steps_done, about=about, settings=as_settings(run.config), load=load
     )
 
 
-def _how_to_load(folder: Path) -> dict[str, str]:
-    """Program -> what to do there."""
+def _how_to_load(folder: Path, *, viewers: bool) -> dict[str, str]:
+    """Program -> what to do there; `viewers`: whether others than diffusers know this kind of model."""
     what = exported(folder)
     assert what is not None
     told = {"diffusers": what.load.format(folder)}
+    if not viewers:
+        return told
     if what.adapter:
         told["ComfyUI"] = f"copy {kohya_file(folder)} to models/loras, and load it with the node Load LoRA"
         told["A1111, Forge"] = f"copy it to models/Lora; in the prompt: <lora:{folder.resolve().name}:1>"
     else:
-        to = f"--format single-file --to {folder.resolve().name}.safetensors --precision fp16"
-        told["ComfyUI, A1111, Forge"] = f"finetune-unet export --run {folder} {to}"
+        to = f"--format single-file --to {shlex.quote(folder.resolve().name)}.safetensors --precision fp16"
+        told["ComfyUI, A1111, Forge"] = f"finetune-unet export --run {shlex.quote(str(folder))} {to}"
     return told

@@ -141,7 +141,10 @@ def test_a_run_whose_validation_loss_rises_ends_and_gives_its_best_step(
     taken, _ = load_trained(load_resolved(out / "config.toml"), out)  # by `export` and `--export_formats`
     weights = load_file(out / name)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in taken.unet.state_dict().items())
-    assert f"step {best}" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert f"step {best}" in page
+    assert "DiffusionPipeline.from_pretrained" in page
+    assert "ComfyUI" not in page  # which does not know tiny
 
 
 def test_what_cannot_be_validated_on_is_told(pictures: Path, others: Path, tmp_path: Path) -> None:
