@@ -4,7 +4,6 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext, redirect_stdout
-from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -24,25 +23,27 @@ from finetune.models.loading import check_resolution
 from finetune.models.locate import Location, locate
 from finetune.results import hub, tracking
 from finetune.results.export import discard_steps_after, export, exported, step_export
-from finetune.results.lora_facts import LoraFacts
 from finetune.run import folder as run_folder
 from finetune.run.assembly import assembled, sampler
 from finetune.run.class_pictures import draw_missing
 from finetune.run.early_stop import has_risen, keep_if_best, take_best
+from finetune.run.forgetting import measure_forgetting
 from finetune.run.grids import discard_strangers, draw_grid, lay_side_by_side
 from finetune.run.held_out import plan_validation
 from finetune.run.ledger import write_ledger
 from finetune.run.lineage import about_run, compared, threads, threads_then
 from finetune.run.memory import check_memory
+from finetune.run.pace import due
 from finetune.run.parts import Run
 from finetune.run.precision import gpu_algorithms
+from finetune.run.questions import meter
 from finetune.run.reports import reports
 from finetune.run.resolve import resolve, with_absolute_paths
 from finetune.run.samples import plan_samples
 from finetune.run.signals import PAUSE, SAVE, TIME_UP, Requests, StopRequest, catch_signals
 from finetune.run.sources import digest, open_pictures
 from finetune.run.summary import print_summary
-from finetune.run.telling import report
+from finetune.run.telling import lora_facts, report
 from finetune.run.trained import write_exports
 from finetune.run.validating import best_step, validate
 from finetune.training import checkpoint
@@ -138,7 +139,9 @@ def _put_together(
     )
     about = about_run(model.unet, digest(pictures), accelerator.device, parallel.world)
     validation = plan_validation(config, pictures)
-    run = Run(config, model, pictures, encoded, trainer, samples, validation, folder.path, accelerator, about)
+    asked = meter(config, model) if parallel.first else None
+    run = Run(config, model, pictures, encoded, trainer, samples, validation, asked, folder.path, accelerator, about)
+    run.release()
     if parallel.first:
         if moved := compared(folder.about, about, config.allow_changed):
             print(f"{'note':>10}  {moved}: from here on the bits are this machine's")
@@ -181,6 +184,7 @@ def _begin(run: Run, resumed: Path | None) -> None:
     first = run.trainer.parallel.first
     if first:
         validate(run)
+        measure_forgetting(run)
         draw_grid(run)
     if resumed:
         run.trainer.load_state_dict(checkpoint.load(resumed))
@@ -198,10 +202,10 @@ def _train(run: Run, requests: Requests) -> None:
     epoch = steps_per_epoch(run.encoded.epoch_visits, config.global_batch)
     every_epochs = config.save_model_epochs and config.save_model_epochs * epoch
     with catch_signals() as stop, reports(run) as told, Saving() as saving, closing(run.encoded), _ahead(run) as steps:
-        if trainer.steps_done == total or due(trainer.steps_done, told.between_validations):
-            validate(run)  # the last part may have stopped before
-        if trainer.steps_done == total or due(trainer.steps_done, told.between_grids):
-            draw_grid(run)
+        wanted = told.due(trainer.steps_done)  # the last part may have stopped before
+        if "validation" in wanted:
+            validate(run)
+        _look(run, wanted)
         told.resume()
         for prepared_step in () if _is_over(run) else steps:
             told.add(trainer.take(prepared_step))
@@ -209,9 +213,8 @@ def _train(run: Run, requests: Requests) -> None:
             step = trainer.steps_done
             last = step == total
             saves = last or due(step, config.checkpointing_steps) or due(step, every_epochs)
-            draws, validates = (last or due(step, every) for every in (told.between_grids, told.between_validations))
-            pauses = PAUSE * (draws or validates)
-            asked = trainer.parallel.largest(max(SAVE * saves, pauses, _asks(requests, stop, config)))
+            wanted = told.due(step)
+            asked = trainer.parallel.largest(max(SAVE * saves, PAUSE * bool(wanted), _asks(requests, stop, config)))
             if not asked:
                 continue
             told.finish()
@@ -224,18 +227,25 @@ def _train(run: Run, requests: Requests) -> None:
                     why = f" after max_train_minutes = {config.max_train_minutes}" if asked == TIME_UP else ""
                     kept = f"{saved} is kept, and the same command goes on from there"
                     raise Interrupted(f"stopped at step {step} of {total}{why}; {kept}", asked)
-            if validates:
+            if "validation" in wanted:
                 validate(run)
             if _is_over(run):
                 if asked < SAVE:
                     _save(run, saving)
                 saving.wait()
                 break
-            if draws:
-                draw_grid(run)
-            if validates:
+            _look(run, wanted)
+            if wanted:
                 report(run)
             told.resume()
+
+
+def _look(run: Run, wanted: frozenset[str]) -> None:
+    """What has become of the model, apart from the loss."""
+    if "forgetting" in wanted:
+        measure_forgetting(run)
+    if "grid" in wanted:
+        draw_grid(run)
 
 
 def _is_over(run: Run) -> bool:
@@ -258,7 +268,7 @@ def _save(run: Run, saving: Saving) -> Path:
     export_adapter = None  # at the end the run's own export follows
     if step < run.config.max_train_steps:
         with trainer.in_full():
-            export_adapter = step_export(run.model, folder, step, _told(run))
+            export_adapter = step_export(run.model, folder, step, lora_facts(run))
     copy = copied(trainer.state_dict())
 
     def write() -> None:
@@ -313,19 +323,14 @@ def _ahead(run: Run) -> AbstractContextManager[Iterator[Prepared]]:
     return ahead((trainer.prepare(*batches) for batches in planned), wanted=lambda: not run.encoded.live)
 
 
-def due(step: int, every: int | Fraction | None) -> bool:
-    """True at the first step at or after each multiple of `every`; None and 0 are never."""
-    return bool(every) and step // every > (step - 1) // every
-
-
 def _finish(run: Run) -> None:
     """Export, prove the export, and say where everything is."""
     config, folder, trained = run.config, run.folder, run.trainer.steps_done
     if config.early_stop:
         take_best(run)
-        draw_grid(run)
+        _look(run, frozenset({"forgetting", "grid"}))
     with run.trainer.in_full():
-        difference = export(run.model, folder, _told(run, final=True))
+        difference = export(run.model, folder, lora_facts(run, final=True))
     lay_side_by_side(run)
     write_ledger(folder, run.pictures, sampler(config, run.pictures), trained)
     page = report(run, ended=True)
@@ -345,28 +350,6 @@ def _finish(run: Run) -> None:
         more = f"--resume_from_checkpoint latest --max_train_steps {2 * config.max_train_steps}"
         print(f"to go on for longer: finetune-unet --output_dir {shlex.quote(str(folder))} {more}")
     _push(config, folder)
-
-
-def _told(run: Run, *, final: bool = False) -> dict[str, str]:
-    """What a LoRA file says of the run so far, or in the end."""
-    config, step = run.config, run.trainer.steps_done
-    facts = LoraFacts(
-        model=Path(config.model).name if Path(config.model).is_absolute() else config.model,
-        family=run.model.family.layout or run.model.family.name,
-        prediction_type=run.model.scheduler.config["prediction_type"],
-        resolution=config.resolution,
-        batch_size=config.global_batch,
-        epoch_steps=float(steps_per_epoch(run.encoded.epoch_visits, config.global_batch)),
-        learning_rate=config.learning_rate,
-        optimizer=config.optimizer,
-        lr_scheduler=config.lr_scheduler,
-        seed=config.seed,
-        trigger=config.trigger,
-        data=run_folder.name_of(config.data),
-        captions=run.pictures.trained_captions,
-    )
-    title = run.folder.resolve().name
-    return facts.metadata(title if final else f"{title}-{step:06d}", step)
 
 
 def _push(config: ResolvedConfig, folder: Path) -> None:

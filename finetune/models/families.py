@@ -31,6 +31,8 @@ class Family:
     """A network that gains nothing from half precision on a CPU."""
     few_words: bool = False
     """Its tokenizer knows so few words that others are worth telling."""
+    world: str = "everyday"
+    """What it knew before: a list of prompts in `assets/prompts`."""
     guidance_scale: float = 7.5
     """Classifier-free guidance that its pictures look best with."""
     suited: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -88,6 +90,7 @@ FAMILIES: dict[str, Family] = {
             64,
             small=True,
             few_words=True,
+            world="tiny",
             guidance_scale=3.0,
             suited=TINY,
         ),

@@ -22,7 +22,8 @@ from finetune.errors import UsageError
 from finetune.files import write_whole
 from finetune.training.metrics import Fault, StepMetrics
 
-METRICS, TIMINGS, FAULTS, VALIDATION = "metrics.jsonl", "timings.jsonl", "faults.jsonl", "validation.jsonl"
+METRICS, TIMINGS, FAULTS = "metrics.jsonl", "timings.jsonl", "faults.jsonl"
+VALIDATION, FORGETTING = "validation.jsonl", "forgetting.jsonl"
 
 
 class Log:
@@ -55,7 +56,7 @@ def log(folder: Path, step: int) -> Iterator[Log]:
         folder: the run folder.
         step: steps already done; later lines of an interrupted run are cut off.
     """
-    for name in (METRICS, TIMINGS, FAULTS, VALIDATION):
+    for name in (METRICS, TIMINGS, FAULTS, VALIDATION, FORGETTING):
         _cut(folder / name, step)
     with _appended(folder / METRICS) as metrics, _appended(folder / TIMINGS) as timings:
         yield Log(metrics, timings)
@@ -189,6 +190,12 @@ def track_validation(accelerator: Accelerator, record: Mapping[str, Any]) -> Non
     values = {name: value for name, value in record.items() if name.startswith("loss") and name != "losses"}
     values |= {name: value[0] for name, value in record.items() if name.startswith("change")}
     accelerator.log({f"val/{name}": value for name, value in values.items()}, step=record["step"])
+
+
+def track_forgetting(accelerator: Accelerator, record: Mapping[str, Any]) -> None:
+    """Send a line of forgetting.jsonl to the open trackers."""
+    values = {f"forgetting/{name}": value for name, value in record.items() if name != "step"}
+    accelerator.log(values, step=record["step"])
 
 
 def track_pictures(accelerator: Accelerator, step: int, path: Path) -> None:

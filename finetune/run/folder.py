@@ -37,22 +37,11 @@ DECISIONS: dict[str, tuple[Deed, Deed, Deed, Deed, Deed]] = {
 }  # fmt: skip
 """What a command does, for each way in which it asks for a folder (the rows) and each `State` that it finds."""
 
-_LEFT_BY_A_RUN = ("metrics.jsonl", "timings.jsonl", "result.json", "samples/step-*.png")
-_LEFT_BY_A_RUN += (
-    "faults.jsonl",
-    "ledger.json",
-    "quarantine.jsonl",
-    "validation.jsonl",
-    "best.safetensors",
-    "report.html",
-)
-_LEFT_BY_A_RUN += ("samples/before-after.png", ".checkpoint-*.part", "logs/**/events.out.tfevents.*")
-_LEFT_BY_A_RUN += (
-    "logs/**/hparams.yml",
-    "exports/*.safetensors",
-    "exports/*.yaml",
-    "exports/diffusers",
-    "exports/unet",
+_LEFT_BY_A_RUN = (
+    *("metrics.jsonl", "timings.jsonl", "faults.jsonl", "validation.jsonl", "forgetting.jsonl", "quarantine.jsonl"),
+    *("result.json", "ledger.json", "best.safetensors", "report.html", "samples/step-*.png"),
+    *("samples/before-after.png", ".checkpoint-*.part", "logs/**/events.out.tfevents.*", "logs/**/hparams.yml"),
+    *("exports/*.safetensors", "exports/*.yaml", "exports/diffusers", "exports/unet"),
 )
 
 

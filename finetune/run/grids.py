@@ -39,9 +39,7 @@ def draw_grid(run: Run) -> None:
             )[0]
             for prompt in samples.prompts
         ]
-    for network in (model.conditioner, model.encoder):
-        if not run.encoded.needs(network):
-            network.to("cpu")
+    run.release()
     labels = [prompt.text for prompt in samples.prompts]
     save_picture(grid(rows, labels, title=f"step {step}"), path, shows=_settings(run))
     tracking.note_seconds(run.folder, step, "grid", time.perf_counter() - clock)

@@ -1,5 +1,6 @@
 """How often a run can pause for something else (grids, validation), from what that and its first steps have taken."""
 
+from fractions import Fraction
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -40,3 +41,8 @@ def interval(pause: float, step: float, total: int, *, share: float, most: int) 
     """
     after_first = min(most, int(share * total * step / pause)) - 1
     return ceil(total / after_first) if after_first > 1 else None
+
+
+def due(step: int, every: int | Fraction | None) -> bool:
+    """True at the first step at or after each multiple of `every`; None and 0 are never."""
+    return bool(every) and step // every > (step - 1) // every

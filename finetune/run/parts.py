@@ -10,6 +10,7 @@ from finetune.config import ResolvedConfig
 from finetune.data.pictures import Pictures
 from finetune.models.loading import DiffusionModel
 from finetune.run.held_out import ValidationPlan
+from finetune.run.questions import Meter
 from finetune.run.samples import SamplePlan
 from finetune.training.trainer import Trainer
 
@@ -25,8 +26,16 @@ class Run:
     trainer: Trainer
     samples: SamplePlan
     validation: ValidationPlan
+    meter: Meter | None
+    """None where forgetting is not measured, and in processes that are not the first."""
     folder: Path
     accelerator: Any
     """An `accelerate.Accelerator`."""
     about: Mapping[str, Any]
     """What its checkpoints say of it, for a resume to compare (`finetune/run/lineage.py`)."""
+
+    def release(self) -> None:
+        """Send the frozen parts that no visit to come needs from the device."""
+        for network in (self.model.conditioner, self.model.encoder):
+            if not self.encoded.needs(network):
+                network.to("cpu")

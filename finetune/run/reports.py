@@ -4,11 +4,13 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 
 from finetune.results import tracking
 from finetune.run.faults import record_fault
+from finetune.run.forgetting import steps_between_readings
 from finetune.run.grids import steps_between
-from finetune.run.pace import FIRST_STEPS
+from finetune.run.pace import FIRST_STEPS, due
 from finetune.run.parts import Run
 from finetune.run.validating import steps_between_validations
 from finetune.training.metrics import NotFinite, StepMetrics
@@ -22,14 +24,25 @@ class Reports:
     """
 
     def __init__(self, run: Run, log: tracking.Log, progress: tracking.Progress):
-        self.between_grids = steps_between(run)
-        """Steps between sample grids, None while that is not known."""
-        self.between_validations = steps_between_validations(run)
-        """Likewise between validations."""
         self._run, self._log, self._progress = run, log, progress
+        self._pauses = self._paced()
         self._waiting: deque[StepMetrics] = deque()
         self._fits = run.trainer.fits
         self._clock = time.perf_counter()
+
+    def _paced(self) -> dict[str, int | Fraction | None]:
+        """For what training pauses -> steps between, None while that is not known."""
+        run = self._run
+        return {
+            "validation": steps_between_validations(run),
+            "forgetting": steps_between_readings(run),
+            "grid": steps_between(run),
+        }
+
+    def due(self, step: int) -> frozenset[str]:
+        """For what training pauses after this step: "validation", "forgetting", "grid"; for all of them in the end."""
+        last = step == self._run.config.max_train_steps
+        return frozenset(what for what, every in self._pauses.items() if last or due(step, every))
 
     def add(self, metrics: StepMetrics) -> None:
         """A step that was just made; tells of it, or of the one before."""
@@ -63,8 +76,7 @@ class Reports:
             record_fault(self._run, metrics.fault)
             print(f"{metrics.fault}: its update was left out", flush=True)
         if metrics.step == FIRST_STEPS:
-            self.between_grids = steps_between(self._run)
-            self.between_validations = steps_between_validations(self._run)
+            self._pauses = self._paced()
 
 
 @contextmanager

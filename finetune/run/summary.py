@@ -34,6 +34,7 @@ def summary_rows(run: Run) -> dict[str, str]:
         f"{counted(config.max_train_steps, 'step')} of {config.global_batch}, {epochs:.4g} epochs, "
         f"{sizes(run.pictures)}",
         "validation": _validation(run),
+        "forgetting": _forgetting(run),
         "captions": _captions(run) if family.latent else "",
         "encodings": encodings(encoded, config.cache_dir),
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_scheduler}, "
@@ -66,6 +67,13 @@ def _validation(run: Run) -> str:
         return "none: no pictures are held out"
     some = "" if held == len(validation.examples) else f", {len(validation.examples)} of them used"
     return f"{counted(held, 'photo')} held out{some}, at {validation.draws} timesteps each"
+
+
+def _forgetting(run: Run) -> str:
+    if run.meter is None:
+        return ""
+    trigger = ", with and without the trigger" if run.meter.triggered else ""
+    return f"answers to {counted(run.meter.plain.x_t.shape[1], 'prompt')} of what it knew before are watched{trigger}"
 
 
 def _captions(run: Run) -> str:

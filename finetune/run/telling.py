@@ -7,8 +7,11 @@ from pathlib import Path
 import torch
 
 from finetune.config import as_settings
+from finetune.data.sampler import steps_per_epoch
 from finetune.results.export import exported, kohya_file
+from finetune.results.lora_facts import LoraFacts
 from finetune.results.report import write_report
+from finetune.run.folder import name_of
 from finetune.run.parts import Run
 from finetune.run.summary import summary_rows
 
@@ -25,6 +28,28 @@ def report(run: Run, *, ended: bool = False) -> Path:
     return write_report(
         run.folder, step=run.trainer.steps_done, about=about, settings=as_settings(run.config), load=load
     )
+
+
+def lora_facts(run: Run, *, final: bool = False) -> dict[str, str]:
+    """What a LoRA file says of the run so far, or in the end."""
+    config, step = run.config, run.trainer.steps_done
+    facts = LoraFacts(
+        model=Path(config.model).name if Path(config.model).is_absolute() else config.model,
+        family=run.model.family.layout or run.model.family.name,
+        prediction_type=run.model.scheduler.config["prediction_type"],
+        resolution=config.resolution,
+        batch_size=config.global_batch,
+        epoch_steps=float(steps_per_epoch(run.encoded.epoch_visits, config.global_batch)),
+        learning_rate=config.learning_rate,
+        optimizer=config.optimizer,
+        lr_scheduler=config.lr_scheduler,
+        seed=config.seed,
+        trigger=config.trigger,
+        data=name_of(config.data),
+        captions=run.pictures.trained_captions,
+    )
+    title = run.folder.resolve().name
+    return facts.metadata(title if final else f"{title}-{step:06d}", step)
 
 
 def _how_to_load(folder: Path, *, viewers: bool) -> dict[str, str]:

@@ -35,6 +35,12 @@ def timesteps(keys: Tensor, total: int) -> Tensor:
     return seeding.integers(keys, "timestep", total)
 
 
+def prediction(unet: Callable[..., Any], x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
+    """What the UNet answers, in its own `dtype` where it has one, as fp32: x (B, C, H, W), t (B,) -> (B, C', H, W)."""
+    dtype = getattr(unet, "dtype", x.dtype)
+    return unet(x.to(dtype), t, **as_input(cond, dtype)).sample.float()
+
+
 class NoisePrediction:
     """Noise-prediction objective over a DDPM schedule.
 
@@ -89,7 +95,7 @@ class NoisePrediction:
         `input_noise`, if given, replaces the noise in x_t but not in the target.
         """
         abar = self.alphas_cumprod.to(x0.device, non_blocking=True)[t]
-        signal, spread = (root.view(-1, 1, 1, 1) for root in (abar.sqrt(), (1 - abar).sqrt()))
+        signal, spread = self._roots(t, x0)
         x_t = signal * x0 + spread * (noise if input_noise is None else input_noise)
         if self.prediction_type == "epsilon":
             target = noise
@@ -120,7 +126,23 @@ class NoisePrediction:
             extra: channels appended to x_t (inpainting), (B, C', H, W).
         """
         x = noised.x_t if extra is None else torch.cat([noised.x_t, extra], dim=1)
-        dtype = getattr(unet, "dtype", x.dtype)
-        prediction = unet(x.to(dtype), noised.t, **as_input(cond, dtype)).sample
-        error = (prediction.float() - noised.target.float()).square().mean(dim=(1, 2, 3))
+        error = (prediction(unet, x, noised.t, cond) - noised.target.float()).square().mean(dim=(1, 2, 3))
         return noised.snr_weight * error
+
+    def velocity(self, predicted: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """v = sqrt(abar) noise - sqrt(1 - abar) x0 (Salimans & Ho 2022, appendix D) of what the UNet predicts."""
+        signal, spread = self._roots(t, x_t)
+        if self.prediction_type == "epsilon":
+            return (predicted - spread * x_t) / signal
+        return predicted if self.prediction_type == "v_prediction" else (signal * x_t - predicted) / spread
+
+    def moved(self, x_t: Tensor, velocity: Tensor, t: Tensor, to: Tensor) -> Tensor:
+        """x_t brought to the timesteps `to` by DDIM without noise (Song et al. 2021, eq. 12), (B,) both."""
+        (signal, spread), (next_signal, next_spread) = self._roots(t, x_t), self._roots(to, x_t)
+        x0, noise = signal * x_t - spread * velocity, spread * x_t + signal * velocity
+        return next_signal * x0 + next_spread * noise
+
+    def _roots(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar) and sqrt(1 - abar) of timesteps (B,), each (B, 1, 1, 1) where `like` is."""
+        abar = self.alphas_cumprod.to(like.device, non_blocking=True)[t]
+        return abar.sqrt().view(-1, 1, 1, 1), (1 - abar).sqrt().view(-1, 1, 1, 1)

@@ -1,0 +1,77 @@
+"""What a run asks its UNet again and again: prompts that have nothing to do with what is learned."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+import torch
+
+from finetune import seeding
+from finetune.batch import moved
+from finetune.config import ResolvedConfig
+from finetune.data.captions import with_trigger
+from finetune.models.loading import DiffusionModel
+from finetune.training.forgetting import Questions, ask
+from finetune.training.objective import NoisePrediction
+
+SHARE = 0.02
+"""Of a run's time that this may take unless a number of prompts was asked for."""
+
+STATES = 3
+"""Timesteps at which each prompt is asked."""
+
+FEWEST, MOST = 4, 64
+"""Prompts: fewer would tell little, more are not in the package."""
+
+
+@dataclass(frozen=True)
+class Meter:
+    """What was asked before the run, and how it was answered."""
+
+    plain: Questions
+    triggered: Questions | None
+    """The same prompts with the trigger word in front; None where there is none."""
+    seconds: float
+    """That asking has taken."""
+
+
+def meter(config: ResolvedConfig, model: DiffusionModel) -> Meter | None:
+    """Ask the model, untrained; None where it takes no text, or a `SHARE` of the run is too short for `FEWEST` prompts.
+
+    The cost is counted in UNet passes over one picture: a training example takes three (forward, and a backward of
+    about two), or two where frozen weights need no gradient (LoRA). Its prompts are asked at the start and in the end.
+    """
+    number = config.forgetting_prompts
+    if number is None:
+        passes = SHARE / 2 * (2 if config.method == "lora" else 3) * config.global_batch * config.max_train_steps
+        number = min(MOST, int(passes / (2 * STATES * (2 if config.trigger else 1))))
+        number = 0 if number < FEWEST else number
+    if not model.family.latent or not number:
+        return None
+    clock = time.perf_counter()
+    prompts = generic_prompts(model.family.world)[:number]
+    model.conditioner.to(model.unet.device)
+    plain, triggered = _asked(config, model, prompts), None
+    if config.trigger:
+        triggered = _asked(config, model, [with_trigger(prompt, config.trigger) for prompt in prompts])
+    return Meter(plain, triggered, time.perf_counter() - clock)
+
+
+def generic_prompts(world: str) -> list[str]:
+    """64 prompts of what a model knows: "everyday" or "tiny"."""
+    return (files("finetune") / f"assets/prompts/{world}.txt").read_text(encoding="utf-8").splitlines()
+
+
+def _asked(config: ResolvedConfig, model: DiffusionModel, prompts: Sequence[str]) -> Questions:
+    side, unet, conditioner = config.resolution, model.unet, model.conditioner
+    geometry = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts), device=unet.device)
+    cond, empty = (
+        conditioner.kwargs(moved(conditioner.encode(texts), unet.device), geometry)
+        for texts in (prompts, [""] * len(prompts))
+    )
+    keys = torch.tensor([seeding.example_key(0, prompt, 0) for prompt in prompts])
+    latent = side // model.pipeline().vae_scale_factor  # pyright: ignore[reportAttributeAccessIssue] # of latent ones
+    noise = seeding.normal(keys, "forgetting", (unet.config["in_channels"], latent, latent))
+    objective = NoisePrediction(model.scheduler)
+    return ask(unet, objective, cond, empty, noise, states=STATES, batch_size=config.train_batch_size)

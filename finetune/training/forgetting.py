@@ -1,0 +1,105 @@
+"""How far prompts have come to mean something else: what is forgotten when something new is learned.
+
+What a prompt does to a picture is how the UNet's answer with it differs from that without. The questions come from the
+model itself: each prompt is drawn in a few steps from fixed noise, and what was asked on the way (x_t, t), and what the
+prompt did to the answer, is kept. Later the same is asked again.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.batch import map_tensors
+from finetune.training.objective import NoisePrediction, prediction
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What the UNet was asked of N prompts at S timesteps, and how it answered."""
+
+    cond: Mapping[str, Any]
+    """UNet keyword arguments of the prompts, tensors of first size N."""
+    empty: Mapping[str, Any]
+    """Those of N empty prompts."""
+    t: tuple[int, ...]
+    """The timesteps, falling."""
+    x_t: Tensor
+    """(S, N, C, H, W) fp32 on the CPU."""
+    effect: Tensor
+    """(S, N, C, H, W) fp32 on the CPU: what each prompt did to the answer."""
+
+
+@torch.no_grad()
+def ask(
+    unet: nn.Module,
+    objective: NoisePrediction,
+    cond: Mapping[str, Any],
+    empty: Mapping[str, Any],
+    noise: Tensor,
+    *,
+    states: int = 3,
+    batch_size: int = 4,
+) -> Questions:
+    """Draw each prompt in `states` steps of DDIM (Song et al. 2021, eq. 12 with sigma 0), without guidance.
+
+    Args:
+        unet: what is asked; in eval mode meanwhile.
+        objective: says what the UNet predicts, on which schedule.
+        cond, empty: of N prompts and of N empty ones, on the UNet's device.
+        noise: (N, C, H, W) on the CPU, where the drawing begins.
+        states: steps, each from the upper end of one of as many equal parts of the schedule.
+        batch_size: prompts per forward pass.
+    """
+    total = len(objective.alphas_cumprod)
+    times = tuple((state + 1) * total // states - 1 for state in reversed(range(states)))
+    asked, effects = [], []
+    x_t = noise.float()
+    for t, following in zip(times, (*times[1:], None), strict=True):
+        answer, without = (_answers(unet, x_t, t, told, batch_size) for told in (cond, empty))
+        asked.append(x_t)
+        effects.append(answer - without)
+        if following is not None:
+            now, then = torch.tensor([t]), torch.tensor([following])
+            x_t = objective.moved(x_t, objective.velocity(answer, x_t, now), now, then)
+    return Questions(cond, empty, times, torch.stack(asked), torch.stack(effects))
+
+
+@torch.no_grad()
+def drift(unet: nn.Module, questions: Questions, *, batch_size: int = 4) -> float:
+    """Squared distance of what the prompts do today from what they did, relative to it; the mean over the timesteps.
+
+    0: as before. 1: as far as an untrained head, to which all prompts are the same.
+    """
+    shares = []
+    for t, x_t, before in zip(questions.t, questions.x_t, questions.effect, strict=True):
+        answer, without = (_answers(unet, x_t, t, told, batch_size) for told in (questions.cond, questions.empty))
+        shares.append((answer - without - before).square().sum() / before.square().sum())
+    return torch.stack(shares).mean().item()
+
+
+def _answers(unet: nn.Module, x_t: Tensor, t: int, cond: Mapping[str, Any], batch_size: int) -> Tensor:
+    """What the UNet predicts, (N, C, H, W) fp32 on the CPU."""
+    device = next(unet.parameters()).device
+    found = []
+    with _evaluated(unet):
+        for start in range(0, len(x_t), batch_size):
+            part = slice(start, start + batch_size)
+            x, some = x_t[part].to(device), map_tensors(lambda tensor, part=part: tensor[part], cond)
+            times = torch.full((len(x),), t, device=device)
+            found.append(prediction(unet, x, times, some).cpu())
+    return torch.cat(found)
+
+
+@contextmanager
+def _evaluated(unet: nn.Module) -> Iterator[None]:
+    """Inside, the UNet is in eval mode."""
+    trained = unet.training
+    unet.eval()
+    try:
+        yield
+    finally:
+        unet.train(trained)

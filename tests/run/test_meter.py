@@ -1,0 +1,58 @@
+"""The forgetting meter in runs: it changes nothing, and is complete after a resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from finetune.config import TrainConfig, replace
+from finetune.errors import UsageError
+from finetune.models.families import FAMILIES
+from finetune.recipe import fine_tune
+from finetune.run.questions import MOST, generic_prompts
+
+
+@pytest.fixture(autouse=True)
+def global_generator_untouched() -> None:
+    """Whole runs go through diffusers pipelines, which may draw from torch's global generator."""
+
+
+def options(pictures: Path, output: Path, **more: object) -> TrainConfig:
+    basic = {"data": str(pictures), "output_dir": str(output), "max_train_steps": 2, "train_batch_size": 2, "rank": 4}
+    basic |= {"lr_scheduler": "constant", "lr_warmup_steps": 0, "prompt": "a picture", "num_inference_steps": 0}
+    return TrainConfig(**(basic | more))
+
+
+def readings(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "forgetting.jsonl").read_text().splitlines()]
+
+
+def test_weights_are_those_of_a_run_without_it_and_a_resume_tells_the_same(pictures: Path, tmp_path: Path) -> None:
+    plain = fine_tune(options(pictures, tmp_path / "plain", trigger="sks"))
+    assert not (plain / "forgetting.jsonl").exists()
+    config = options(pictures, tmp_path / "watched", trigger="sks", forgetting_prompts=3)
+    watched = fine_tune(config)
+    weights = [load_file(run / "pytorch_lora_weights.safetensors") for run in (plain, watched)]
+    assert all(tensor.equal(weights[1][name]) for name, tensor in weights[0].items())
+    start, end = readings(watched)
+    assert start == {"step": 0, "forgetting": 0.0, "with_trigger": 0.0}
+    assert end["step"] == 2
+    assert 0 < end["forgetting"] != end["with_trigger"] > 0
+    half = fine_tune(replace(config, output_dir=str(tmp_path / "half"), max_train_steps=1))
+    middle = readings(half)[1]
+    fine_tune(replace(config, output_dir=str(half), resume_from_checkpoint="latest"))
+    assert readings(half) == [start, middle, end]
+
+
+def test_where_it_cannot_be_it_is_not(pictures: Path, tmp_path: Path) -> None:
+    assert not (fine_tune(options(pictures, tmp_path / "short", max_train_steps=1)) / "forgetting.jsonl").exists()
+    with pytest.raises(UsageError, match="forgetting_prompts cannot be used here: it needs a model that takes text"):
+        fine_tune(TrainConfig(model="ddpm", data=str(pictures), forgetting_prompts=4))
+
+
+def test_each_family_has_64_prompts_to_be_asked() -> None:
+    worlds = {family.world for family in FAMILIES.values()}
+    assert worlds == {"everyday", "tiny"}
+    for world in worlds:
+        assert len(set(generic_prompts(world))) == MOST
