@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from finetune.errors import Interrupted, RunError, UsageError
 from finetune.models.loading import check_resolution
 from finetune.models.locate import Location, locate
 from finetune.results import hub, tracking
+from finetune.results.events import Events, Said
 from finetune.results.export import discard_steps_after, export, exported, step_export
 from finetune.run import folder as run_folder
 from finetune.run.assembly import assembled, sampler
@@ -75,13 +76,19 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
         project_dir="runs",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    parallel, requests = launched(), Requests()
-    with requests.hearing_usr1(), redirect_stdout(sys.stdout if parallel.first else None):  # one process tells
-        return _run(config, dataset, accelerator, parallel, requests)
+    parallel, requests, events = launched(), Requests(), Events()
+    said = Said(sys.stdout, events) if parallel.first and sys.stdout else None  # one process tells
+    with requests.hearing_usr1(), redirect_stdout(said):
+        return _run(config, dataset, accelerator, parallel, requests, events)
 
 
 def _run(
-    config: TrainConfig, dataset: Rows | None, accelerator: Accelerator, parallel: Parallel, requests: Requests
+    config: TrainConfig,
+    dataset: Rows | None,
+    accelerator: Accelerator,
+    parallel: Parallel,
+    requests: Requests,
+    events: Events,
 ) -> Path:
     with parallel.in_turn():
         if config.push_to_hub:
@@ -98,10 +105,10 @@ def _run(
             _push(config, folder.path)
         return folder.path
     print(f"{'memory':>10}  {check_memory(config, found, accelerator.device)}")
-    held = run_folder.occupied(folder) if parallel.first else nullcontext()
+    held = _held(folder, config, events) if parallel.first else nullcontext()
     computing = threads(threads_then(folder.about, accelerator.device, parallel.world))
     with held, gpu_algorithms(deterministic=config.deterministic), computing:
-        run = _put_together(config, found, pictures, folder, accelerator, parallel)
+        run = _put_together(config, found, pictures, folder, accelerator, parallel, events)
         try:
             _begin(run, folder.checkpoint)
             if parallel.first:
@@ -123,6 +130,14 @@ def _run(
     return folder.path
 
 
+@contextmanager
+def _held(folder: run_folder.RunFolder, config: ResolvedConfig, events: Events) -> Iterator[None]:
+    """Inside, no other process can run in the folder, and what happens is written to it."""
+    steps = {"step": folder.step, "total": config.max_train_steps}
+    with run_folder.occupied(folder), events.written_to(folder.path, **steps, anew=folder.overwrite):
+        yield
+
+
 def _put_together(
     config: ResolvedConfig,
     found: Location,
@@ -130,17 +145,22 @@ def _put_together(
     folder: run_folder.RunFolder,
     accelerator: Accelerator,
     parallel: Parallel,
+    events: Events,
 ) -> Run:
     """Load the model, encode the pictures, and record and say what is going to happen."""
     steps = range(folder.step, config.max_train_steps)
-    model, encoded, trainer = assembled(config, found, pictures, accelerator.device, steps=steps, parallel=parallel)
+    events.phase("loading", folder.step)
+    model, encoded, trainer = assembled(
+        config, found, pictures, accelerator.device, steps=steps, parallel=parallel, told=events.progress
+    )
     samples = plan_samples(
         config, latent=found.family.latent, captions=pictures.trained_captions, visits=encoded.epoch_visits
     )
     about = about_run(model.unet, digest(pictures), accelerator.device, parallel.world)
     validation = plan_validation(config, pictures)
     asked = meter(config, model) if parallel.first else None
-    run = Run(config, model, pictures, encoded, trainer, samples, validation, asked, folder.path, accelerator, about)
+    parts = (model, pictures, encoded, trainer, samples, validation, asked)
+    run = Run(config, *parts, folder.path, accelerator, about, events)
     run.release()
     if parallel.first:
         if moved := compared(folder.about, about, config.allow_changed):
@@ -329,6 +349,7 @@ def _finish(run: Run) -> None:
     if config.early_stop:
         take_best(run)
         _look(run, frozenset({"forgetting", "grid"}))
+    run.events.phase("exporting", run.trainer.steps_done)
     with run.trainer.in_full():
         difference = export(run.model, folder, lora_facts(run, final=True))
     lay_side_by_side(run)

@@ -1,6 +1,6 @@
 """Pictures through the encoder and captions through the conditioner, each content once."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 
@@ -34,6 +34,7 @@ def encode(
     precision: str = "fp32",
     visited: Iterable[int] | None = None,
     at_most: float | None = None,
+    told: Callable[[str, int, int], None] | None = None,
 ) -> Encoded:
     """Make a dataset ready for training: what is not encoded yet, by an earlier run or another process, is encoded.
 
@@ -48,12 +49,12 @@ def encode(
         live: encode pictures at every visit.
         captioning: how the caption of a visit comes from those of its picture.
         seed: of the crops that are drawn once.
-        cache_dir: where encodings are kept and found again. None: `finetune-unet` in the user's cache folder; "none":
-            in memory alone.
+        cache_dir: where encodings are kept. None: `finetune-unet` in the user's cache folder; "none": in memory alone.
         precision: number format in which encodings are kept: "fp32", "fp16" or "bf16".
         visited: numbers of the pictures that will be visited, in the order in which they are wanted; None: all.
         at_most: seconds that pictures may take, and captions. What would take longer is encoded when a visit comes to
             it, for which the encoder stays on its device. None: everything is encoded now.
+        told: hears after each encoding what is encoded, how many are, and of how many.
 
     Raises:
         DataError: two pictures share an id, one has changed since it was opened, or an encoding is not finite.
@@ -75,7 +76,7 @@ def encode(
     made = []
     with closing(store):  # or what was claimed would stay so
         for work in works:
-            made.append(fill(store, work, at_most))
+            made.append(fill(store, work, at_most, told))
             if not made[-1].left:
                 work.network.to("cpu")
     demands = [Demand(store, work) for work, done in zip(works, made, strict=True) if done.left]

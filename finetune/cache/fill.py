@@ -60,13 +60,19 @@ class Made(NamedTuple):
     """Of these, not there yet: too much for the time that was given."""
 
 
-def fill(store: Gathered, work: Work, at_most: float | None = None) -> Made:
+def fill(
+    store: Gathered,
+    work: Work,
+    at_most: float | None = None,
+    told: Callable[[str, int, int], None] | None = None,
+) -> Made:
     """See to it that each key has its item. Threads prepare; what they do overlaps with what this one computes.
 
     Args:
         store: to be filled.
         work: what is wanted.
         at_most: seconds. As soon as it shows that all will take longer, the rest is left. None: however long it takes.
+        told: hears after each item what is made, how many are, and of how many.
     """
     new, clock, missing = 0, time.monotonic(), store.missing(work.keys)
     total = len(missing)
@@ -84,6 +90,8 @@ def fill(store: Gathered, work: Work, at_most: float | None = None) -> Made:
                 store.put(work.kind, {key: work.compute(key, prepared)})
                 new += 1
                 bar.update()
+                if told:
+                    told(f"encoding {work.kind}s", new, total)
                 if late():
                     break
             store.write()

@@ -36,8 +36,8 @@ class Log:
     def __init__(self, metrics: TextIO, timings: TextIO):
         self._metrics, self._timings = metrics, timings
 
-    def write(self, metrics: StepMetrics, seconds: float) -> None:
-        """Log one step: its metrics, the seconds since the last, images per second and peak memory in GB."""
+    def write(self, metrics: StepMetrics, seconds: float) -> dict[str, Any]:
+        """Log, and answer, a step: its metrics, seconds since the last, images per second and peak memory in GB."""
         timing = {
             "step": metrics.step,
             "seconds": round(seconds, 4),
@@ -46,6 +46,7 @@ class Log:
         }
         for file, record in ((self._metrics, metrics.as_dict()), (self._timings, timing)):
             file.write(json.dumps(record) + "\n")
+        return metrics.as_dict() | timing
 
 
 @contextmanager
@@ -127,12 +128,15 @@ class Progress:
         self._loss: float | None = None
         self._seconds: float | None = None
         self._said = time.monotonic()
+        self.left = 0.0
+        """Seconds that the steps to come will take."""
 
     def show(self, metrics: StepMetrics, seconds: float) -> None:
         """Advance by one step that took so many seconds; loss and speed are smoothed over about 20 steps."""
         if metrics.fault is None:
             self._loss = _smoothed(self._loss, metrics.loss)
         self._seconds = _smoothed(self._seconds, seconds)
+        self.left = (self._total - metrics.step) * self._seconds
         loss = nan if self._loss is None else self._loss
         text = f"smoothed loss {loss:.4f}, {metrics.examples / self._seconds:.3g} images/s, {peak_memory_gb():.1f} GB"
         self._bar.set_postfix_str(text, refresh=False)
@@ -140,7 +144,7 @@ class Progress:
         last = metrics.step == self._total
         if self._bar.disable and (last or time.monotonic() - self._said >= self._pause):
             self._said = time.monotonic()
-            left = timedelta(seconds=round((self._total - metrics.step) * self._seconds))
+            left = timedelta(seconds=round(self.left))
             print(f"step {metrics.step} of {self._total}: {text}{'' if last else f', {left} left'}", flush=True)
 
     def resume(self) -> None:

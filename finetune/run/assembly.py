@@ -1,5 +1,6 @@
 """The parts of a run as its config says: the model, the pictures encoded, the trainer."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -36,8 +37,12 @@ def assembled(
     *,
     steps: range,
     parallel: Parallel = Parallel(),  # noqa: B008 # frozen
+    told: Callable[[str, int, int], None] | None = None,
 ) -> tuple[DiffusionModel, Encoded, Trainer]:
-    """The untrained model, what `steps` (from 0) need of the pictures, encoded, and the trainer."""
+    """The untrained model, what `steps` (from 0) need of the pictures, encoded, and the trainer.
+
+    `told` hears how much is encoded: what, how many are, of how many.
+    """
     model = _load(config, found, device)
     encoded = encode(
         pictures,
@@ -49,6 +54,7 @@ def assembled(
         precision=config.cache_precision,
         visited=[*pictures.held_out, *sampler(config, pictures).visited(steps, parallel.rank, parallel.world)],
         at_most={"before": None, "ahead": 0, "auto": _FIRST_STEP_BY}[config.encode],
+        told=told,
     )
     trainer = _trainer(config, model, parallel)
     parallel.copy_from_first(list(trainer.parameters.values()))

@@ -20,6 +20,7 @@ def measure_forgetting(run: Run) -> None:
     step, lines = run.trainer.steps_done, _lines(run)
     if run.meter is None or any(line["step"] == step for line in lines):
         return
+    run.events.phase("forgetting", step)
     clock = time.perf_counter()
     if step:
         with run.trainer.averaged():
@@ -33,6 +34,7 @@ def measure_forgetting(run: Run) -> None:
     tracking.note_seconds(run.folder, step, "forgetting", seconds)
     kept = sorted([*lines, record], key=lambda line: line["step"])
     write_whole(run.folder / tracking.FORGETTING, "".join(json.dumps(line) + "\n" for line in kept))
+    run.events.note("forgetting", **record)
     tracking.track_forgetting(run.accelerator, record)
     if step:
         trigger = f" ({record['with_trigger']:.1%} with the trigger)" if "with_trigger" in record else ""

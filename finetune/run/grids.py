@@ -24,6 +24,7 @@ def draw_grid(run: Run) -> None:
     path = _path(run, step)
     if not samples.prompts or already_shows(path, _settings(run)):
         return
+    run.events.phase("sampling", step)
     clock = time.perf_counter()
     with run.trainer.averaged():
         rows = [
@@ -43,6 +44,7 @@ def draw_grid(run: Run) -> None:
     labels = [prompt.text for prompt in samples.prompts]
     save_picture(grid(rows, labels, title=f"step {step}"), path, shows=_settings(run))
     tracking.note_seconds(run.folder, step, "grid", time.perf_counter() - clock)
+    run.events.note("picture", step=step, path=path.relative_to(run.folder).as_posix())
     tracking.track_pictures(run.accelerator, step, path)
 
 

@@ -9,6 +9,7 @@ from finetune.cache.encoded import Encoded
 from finetune.config import ResolvedConfig
 from finetune.data.pictures import Pictures
 from finetune.models.loading import DiffusionModel
+from finetune.results.events import Events
 from finetune.run.held_out import ValidationPlan
 from finetune.run.questions import Meter
 from finetune.run.samples import SamplePlan
@@ -33,6 +34,7 @@ class Run:
     """An `accelerate.Accelerator`."""
     about: Mapping[str, Any]
     """What its checkpoints say of it, for a resume to compare (`finetune/run/lineage.py`)."""
+    events: Events
 
     def release(self) -> None:
         """Send the frozen parts that no visit to come needs from the device."""

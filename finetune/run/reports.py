@@ -64,14 +64,16 @@ class Reports:
         """What was done since the last step (a grid, a checkpoint) does not count into the time of the next."""
         self._clock = time.perf_counter()
         self._progress.resume()
+        self._run.events.phase("training", self._run.trainer.steps_done)
 
     def _tell(self, metrics: StepMetrics) -> None:
         metrics.as_dict()  # waits for the step, so that the time is its own
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        self._log.write(metrics, seconds)
+        values = self._log.write(metrics, seconds)
         tracking.track(self._run.accelerator, metrics)
         self._progress.show(metrics, seconds)
+        self._run.events.note("step", **values, left=round(self._progress.left))
         if metrics.fault:
             record_fault(self._run, metrics.fault)
             print(f"{metrics.fault}: its update was left out", flush=True)

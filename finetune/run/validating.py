@@ -29,6 +29,7 @@ def validate(run: Run) -> None:
         return
     objective = run.trainer.objective
     assert isinstance(objective, NoisePrediction)
+    run.events.phase("validating", step)
     clock = time.perf_counter()
     with run.trainer.averaged():
         losses = validation_losses(
@@ -46,6 +47,7 @@ def validate(run: Run) -> None:
     kept = [line for line in _lines(run) if line["of"] == plan.digest]
     lines = sorted([*kept, record], key=lambda line: line["step"])
     write_whole(run.folder / tracking.VALIDATION, "".join(json.dumps(line) + "\n" for line in lines))
+    run.events.note("validation", **{name: value for name, value in record.items() if name not in ("of", "losses")})
     tracking.track_validation(run.accelerator, record)
     print(f"validation at step {step}: {_told(record)}", flush=True)
 

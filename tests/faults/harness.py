@@ -16,7 +16,7 @@ import torch
 _SERVER = multiprocessing.get_context("forkserver")  # has imported, and computed nothing: its children may do anything
 _SERVER.set_forkserver_preload(["finetune.recipe", "finetune.results.sampling", "finetune.results.verify"])
 
-OF_THE_MACHINE = ("timings.jsonl", "report.html")
+OF_THE_MACHINE = ("timings.jsonl", "events.jsonl", "report.html")
 """Files that tell of it, and so differ."""
 
 Setting = Callable[[], None]

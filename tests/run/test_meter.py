@@ -56,3 +56,20 @@ def test_each_family_has_64_prompts_to_be_asked() -> None:
     assert worlds == {"everyday", "tiny"}
     for world in worlds:
         assert len(set(generic_prompts(world))) == MOST
+
+
+def test_events_tell_of_all_that_it_does(pictures: Path, tmp_path: Path) -> None:
+    more = {"forgetting_prompts": 1, "num_inference_steps": 1, "eval_batch_size": 1, "cache_dir": "none"}
+    out = fine_tune(options(pictures, tmp_path / "out", **more))
+    told = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    phases = [line["name"] for line in told if line["event"] == "phase"]
+    assert list(dict.fromkeys(phases)) == ["loading", "forgetting", "sampling", "training", "exporting"]
+    assert {line["name"] for line in told if line["event"] == "progress"} == {"encoding captions", "encoding pictures"}
+    steps = [line for line in told if line["event"] == "step"]
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in steps] == [line["loss"] for line in metrics]
+    assert steps[-1]["left"] == 0
+    assert [line["path"] for line in told if line["event"] == "picture"] == ["samples/step-0.png", "samples/step-2.png"]
+    assert [line["step"] for line in told if line["event"] == "forgetting"] == [0, 2]
+    assert any("LoRA rank 4" in line["text"] for line in told if line["event"] == "said")
+    assert told[-1]["state"] == "done"

@@ -1,0 +1,108 @@
+"""events.jsonl: what a run does while it does it, a line each, for a page or another program to follow.
+
+Each line has `at` (seconds since 1970), `event`, and what that event tells:
+
+    begin     pid, started (of that process), host, step and total: a part of the run begins after so many steps
+    phase     name: loading, encoding, training, validating, forgetting, sampling, exporting; and the step
+    progress  name, done and total of what is encoded
+    step      step, loss, seconds, left (seconds), images_per_second, memory_gb
+    validation, forgetting   what validation.jsonl and forgetting.jsonl say of a step
+    picture   path in the run folder, and the step
+    said      text: a line that was printed
+    end       state: done, stopped or failed; and why
+"""
+
+import io
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+
+from finetune.errors import FinetuneError, Interrupted
+
+EVENTS = "events.jsonl"
+
+_PAUSE = 0.5
+"""Seconds between two lines of progress."""
+
+
+class Events:
+    """Writes events. Until there is a folder to write to they wait."""
+
+    def __init__(self) -> None:
+        self._waiting: list[str] = []
+        self._file: TextIO | None = None
+        self._progressed = 0.0
+
+    @contextmanager
+    def written_to(self, folder: Path, *, step: int, total: int, anew: bool) -> Iterator[None]:
+        """Inside, events are lines of the folder's file as soon as they are noted; the last says how it ended.
+
+        Args:
+            folder: of the run.
+            step, total: done before, and wanted.
+            anew: forget what an earlier run has left there; else it is gone on with.
+        """
+        waited, state, text = self._waiting, "failed", ""
+        with (folder / EVENTS).open("w" if anew else "a", encoding="utf-8", buffering=1) as self._file:
+            me = {"pid": os.getpid(), "started": psutil.Process().create_time(), "host": platform.node()}
+            self.note("begin", **me, step=step, total=total)
+            self._file.writelines(waited)
+            try:
+                yield
+                state = "done"
+            except FinetuneError as error:
+                state, text = "stopped" if isinstance(error, Interrupted) else "failed", str(error)
+                raise
+            finally:
+                with suppress(OSError):  # a full disk: that is told already
+                    self.note("end", state=state, text=text)
+                self._file, self._waiting = None, []
+
+    def note(self, event: str, **values: Any) -> None:
+        """Something happened."""
+        line = json.dumps({"at": round(time.time(), 3), "event": event} | values) + "\n"
+        if self._file is None:
+            self._waiting.append(line)
+        else:
+            self._file.write(line)
+
+    def phase(self, name: str, step: int) -> None:
+        """From now on this is done."""
+        self.note("phase", name=name, step=step)
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """So much of something long is done; noted twice a second at most, and in the end."""
+        now = time.monotonic()
+        if done == total or now - self._progressed >= _PAUSE:
+            self._progressed = now
+            self.note("progress", name=name, done=done, total=total)
+
+
+class Said(io.TextIOBase):
+    """Standard output that notes each line of it as an event."""
+
+    def __init__(self, out: TextIO, events: Events) -> None:
+        self._out, self._events, self._line = out, events, ""
+
+    def write(self, text: str) -> int:
+        self._out.write(text)
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            self._events.note("said", text=line)
+        return len(text)
+
+    def flush(self) -> None:
+        self._out.flush()
+
+    def isatty(self) -> bool:
+        return self._out.isatty()
+
+    def fileno(self) -> int:
+        return self._out.fileno()

@@ -1,0 +1,65 @@
+"""events.jsonl: what a run does while it does it."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from finetune.errors import Interrupted, RunError
+from finetune.results.events import Events, Said
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def test_what_came_before_the_folder_follows_its_beginning(tmp_path: Path) -> None:
+    events = Events()
+    events.note("said", text="early \udcff")
+    with events.written_to(tmp_path, step=3, total=9, anew=False):
+        events.phase("training", 3)
+        told = lines(tmp_path)
+    assert [line["event"] for line in told] == ["begin", "said", "phase"]
+    assert (told[0]["pid"], told[0]["step"], told[0]["total"]) == (os.getpid(), 3, 9)
+    assert told[0]["started"] == psutil.Process().create_time()
+    assert told[1]["text"] == "early \udcff"
+    assert lines(tmp_path)[-1] | {"at": 0} == {"at": 0, "event": "end", "state": "done", "text": ""}
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [(RunError("no luck"), "failed"), (Interrupted("stopped at 4", 130), "stopped")]
+)
+def test_how_it_ended_is_the_last_that_it_tells(tmp_path: Path, error: Exception, state: str) -> None:
+    (tmp_path / "events.jsonl").write_text('{"event": "older"}\n')
+    with pytest.raises(type(error)), Events().written_to(tmp_path, step=0, total=9, anew=False):
+        raise error
+    assert [line["event"] for line in lines(tmp_path)] == ["older", "begin", "end"]
+    assert (lines(tmp_path)[-1]["state"], lines(tmp_path)[-1]["text"]) == (state, str(error))
+    with pytest.raises(ZeroDivisionError), Events().written_to(tmp_path, step=0, total=9, anew=True):
+        raise ZeroDivisionError
+    assert [line["event"] for line in lines(tmp_path)] == ["begin", "end"]
+    assert lines(tmp_path)[-1]["state"] == "failed"
+
+
+def test_progress_is_told_now_and_then_and_in_the_end(tmp_path: Path) -> None:
+    events = Events()
+    with events.written_to(tmp_path, step=0, total=1, anew=False):
+        for done in range(1, 1001):
+            events.progress("encoding pictures", done, 1000)
+    done = [line["done"] for line in lines(tmp_path) if line["event"] == "progress"]
+    assert done[0] == 1
+    assert done[-1] == 1000
+    assert len(done) < 10
+
+
+def test_what_is_printed_is_shown_and_noted_by_the_line(tmp_path: Path) -> None:
+    out, events = io.StringIO(), Events()
+    with events.written_to(tmp_path, step=0, total=1, anew=False):
+        said = Said(out, events)
+        print("one", end="", file=said)
+        print(" and a half\ntwo", file=said, flush=True)
+    assert out.getvalue() == "one and a half\ntwo\n"
+    assert [line["text"] for line in lines(tmp_path) if line["event"] == "said"] == ["one and a half", "two"]
