@@ -34,6 +34,8 @@ VERBS = {
     "sample": "draw pictures with a trained model",
     "export": "write what a run has learned as another kind of file",
     "preview": "see the pictures as training will see them",
+    "ui": "start, watch and compare runs in a browser",
+    "plan": "what training would do and take, before it starts",
     "inspect": "see what one step of a run was made of",
     "import": "another tool's settings as a config.toml",
     "cache encode": "encode what training with the same options would need",
@@ -128,7 +130,7 @@ def _stdout_is_gone() -> bool:
 def _dispatch(argv: list[str]) -> int:
     """Do what the words ask for and return the exit code."""
     if not argv:
-        print(f"{_overview()}\n\nAll options: {PROGRAM} --help", file=sys.stderr)
+        print(f"{_overview()} All options: {PROGRAM} --help", file=sys.stderr)
         return UsageError.exit_code
     if "--version" in argv:
         print(PROGRAM, importlib.metadata.version(PROGRAM))

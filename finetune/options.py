@@ -29,7 +29,6 @@ class Range:
 AT_LEAST_ONE = Range("1 or more", lambda value: value >= 1)
 POSITIVE = Range("above 0", lambda value: 0 < value < float("inf"))
 NOT_NEGATIVE = Range("0 or more", lambda value: 0 <= value < float("inf"))
-UP_TO_64 = Range("0 to 64", lambda value: 0 <= value <= 64)
 BELOW_ONE = Range("from 0 up to (not including) 1", lambda value: 0 <= value < 1)
 
 
@@ -263,9 +262,9 @@ class ValidationOptions:
     --early_stop a twentieth of the run."""
     early_stop: bool = option(False, change="on resume")
     """End when the validation loss has risen for two validations, by more than chance; export what had the least."""
-    forgetting_prompts: int | None = option(None, UP_TO_64, needs="a model that takes text", change="on resume")
-    """Watch how far the answers to this many prompts of everyday things drift; 0: none. Default: up to 64, as 2 % of
-    the time allows."""
+    forgetting_prompts: int | None = option(None, NOT_NEGATIVE, needs="a model that takes text", change="on resume")
+    """Watch how far this many prompts of everyday things, of the 64 there are, come to mean something else; 0: none.
+    Default: what 2 % of the time allows."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,6 @@ from finetune.data.own import Rows
 from finetune.data.pictures import Pictures
 from finetune.data.sampler import steps_per_epoch
 from finetune.data.source import check_sources
-from finetune.data.split import default_fraction
 from finetune.errors import Interrupted, RunError, UsageError
 from finetune.models.loading import check_resolution
 from finetune.models.locate import Location, locate
@@ -39,7 +38,7 @@ from finetune.run.parts import Run
 from finetune.run.precision import gpu_algorithms
 from finetune.run.questions import meter
 from finetune.run.reports import reports
-from finetune.run.resolve import resolve, with_absolute_paths
+from finetune.run.resolve import resolve_for, with_absolute_paths
 from finetune.run.samples import plan_samples
 from finetune.run.signals import PAUSE, SAVE, TIME_UP, Requests, StopRequest, catch_signals
 from finetune.run.sources import digest, open_pictures
@@ -158,6 +157,7 @@ def _put_together(
     )
     about = about_run(model.unet, digest(pictures), accelerator.device, parallel.world)
     validation = plan_validation(config, pictures)
+    events.phase("forgetting", folder.step)
     asked = meter(config, model) if parallel.first else None
     parts = (model, pictures, encoded, trainer, samples, validation, asked)
     run = Run(config, *parts, folder.path, accelerator, about, events)
@@ -185,17 +185,7 @@ def _decide(
     check_resolution(found, config.resolution or found.resolution)
     draw_missing(config, found, device)
     pictures = open_pictures(config, found, dataset)
-    resolved = resolve(
-        config,
-        found,
-        pictures=len(pictures.trained),
-        epoch_visits=sum(pictures.repeats),
-        varied_captions=len(set(pictures.captions[: pictures.subjects])) > 1,
-        device=device,
-        processes=parallel.world,
-        validation_fraction=0.0 if config.validation_data else default_fraction(pictures.subjects),
-        buckets=pictures.transform and pictures.transform.buckets,
-    )
+    resolved = resolve_for(config, found, pictures, device, processes=parallel.world)
     return resolved, found, pictures
 
 

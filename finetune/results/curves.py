@@ -8,6 +8,13 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 10, 26
 
 Point = tuple[float, float]
 
+STYLE = """
+text { fill: currentColor; font-size: 12px; } polyline { fill: none; stroke-width: 2; }
+.line { stroke: var(--mark); } .faint { stroke: var(--faint); stroke-width: 1; }
+.level { stroke: currentColor; stroke-dasharray: 4 4; stroke-width: 1; } .band { fill: var(--mark); opacity: .2; }
+"""
+"""How curves look, beside the colours --mark and --faint."""
+
 
 def curve(
     title: str,
@@ -62,9 +69,15 @@ def thinned(points: Sequence[Point], most: int = 600) -> list[Point]:
     return [(sum(x for x, _ in some) / len(some), sum(y for _, y in some) / len(some)) for some in stretches]
 
 
-def smoothed(points: Sequence[Point], share: float = 0.05) -> list[Point]:
-    """An exponential average that follows each point by a share of the way."""
+def smoothed(points: Sequence[Point]) -> list[Point]:
+    """An exponential average that follows each point by a twentieth of the way."""
     found: list[Point] = []
-    for step, value in points:
-        found.append((step, value if not found else found[-1][1] + share * (value - found[-1][1])))
+    for point in points:
+        follow_up(found, point)
     return found
+
+
+def follow_up(average: list[Point], point: Point) -> None:
+    """Add to such an average what it makes of one more point."""
+    step, value = point
+    average.append((step, value if not average else average[-1][1] + 0.05 * (value - average[-1][1])))

@@ -16,6 +16,7 @@ from PIL import Image
 
 from finetune.files import write_whole
 from finetune.results import tracking
+from finetune.results.curves import STYLE as CURVES
 from finetune.results.curves import curve, smoothed, thinned
 from finetune.training.validation import BANDS
 
@@ -32,11 +33,9 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e4da; --paper: #1c1e20; --faint: #55585c; --mark: #6fc3e8; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
   margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
-svg, img { width: 100%; height: auto; } svg { background: none; }
-text { fill: currentColor; font-size: 12px; } polyline { fill: none; stroke-width: 2; }
-.line { stroke: var(--mark); } .faint { stroke: var(--faint); stroke-width: 1; }
-.level { stroke: currentColor; stroke-dasharray: 4 4; stroke-width: 1; } .band { fill: var(--mark); opacity: .2; }
-table { border-collapse: collapse; } th { text-align: left; font-weight: normal; padding-right: 1.5rem; }
+svg, img { width: 100%; height: auto; } svg { background: none; } figure { margin: 1rem 0; }
+table { border-collapse: collapse; } th, td { vertical-align: top; }
+th { text-align: left; font-weight: normal; padding-right: 1.5rem; overflow-wrap: normal; }
 pre { overflow-x: auto; border: 1px solid var(--faint); padding: .75rem; }
 .pair { position: relative; } .pair img + img { position: absolute; left: 0; top: 0; clip-path: inset(0 0 0 50%); }
 input[type=range] { width: 100%; accent-color: var(--mark); }
@@ -83,7 +82,7 @@ def write_report(
         if html
     )
     title = escape(folder.resolve().name)
-    write_whole(folder / REPORT, _PAGE.format(title=title, style=_STYLE, body=body))
+    write_whole(folder / REPORT, _PAGE.format(title=title, style=_STYLE + CURVES, body=body))
     return folder / REPORT
 
 

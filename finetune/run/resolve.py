@@ -10,6 +10,8 @@ import torch
 from finetune.cache.store import cache_folder
 from finetune.config import ResolvedConfig, TrainConfig, replace
 from finetune.data.buckets import Buckets
+from finetune.data.pictures import Pictures
+from finetune.data.split import default_fraction
 from finetune.errors import UsageError
 from finetune.files import is_inside
 from finetune.models.families import FAMILIES, bucket_sides, default_method, defaults, total_steps, warmup_steps
@@ -54,6 +56,23 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
             for given in config.sample_prompts
         ]
     return replace(config, **paths)
+
+
+def resolve_for(
+    config: TrainConfig, found: Location, pictures: Pictures, device: torch.device, *, processes: int = 1
+) -> ResolvedConfig:
+    """The config with every option decided for these pictures. Raises UsageError as `resolve` does."""
+    return resolve(
+        config,
+        found,
+        pictures=len(pictures.trained),
+        epoch_visits=sum(pictures.repeats),
+        varied_captions=len(set(pictures.captions[: pictures.subjects])) > 1,
+        device=device,
+        processes=processes,
+        validation_fraction=0.0 if config.validation_data else default_fraction(pictures.subjects),
+        buckets=pictures.transform and pictures.transform.buckets,
+    )
 
 
 def resolve(

@@ -53,6 +53,7 @@ def test_copies_are_counted_and_strangers_are_not(butterflies: np.ndarray) -> No
     assert copies(np.concatenate([strangers, training]), training, held_out) == pytest.approx((1 + some) / 2)
 
 
+@pytest.mark.slow
 def test_the_reader_learns_what_captions_say_and_is_blind_to_colours() -> None:
     butterflies = invented(9, 80)
     pictures = drawn(butterflies)

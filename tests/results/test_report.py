@@ -117,4 +117,4 @@ def test_a_curve_stays_in_its_frame() -> None:
 def test_points_are_thinned_to_means_and_smoothed() -> None:
     assert thinned([(step, step) for step in range(1000)], most=500)[:2] == [(0.5, 0.5), (2.5, 2.5)]
     assert thinned([]) == []
-    assert smoothed([(1, 1.0), (2, 2.0)], share=0.5) == [(1, 1.0), (2, 1.5)]
+    assert smoothed([(1, 1.0), (2, 2.0)]) == [(1, 1.0), (2, 1.05)]

@@ -46,7 +46,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert numbers == pytest.approx(expected[name], rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("encode", ["before", "ahead"])
+@pytest.mark.parametrize("encode", [pytest.param("before", marks=pytest.mark.slow), "ahead"])
 def test_two_processes_train_the_run_that_one_trains(pictures: Path, tmp_path: Path, encode: str) -> None:
     """Of pictures of three shapes, so that a process may get several of them in a step."""
     more = {"encode": encode, "cache_dir": str(tmp_path / "cache")}

@@ -1,0 +1,88 @@
+"""What is filled in on the page, as the words of a command line."""
+
+import re
+import shlex
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UsageError
+from finetune.models.families import FAMILIES
+from finetune.options import about, option_types
+from finetune.page.places import Places
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A training run as it was filled in; what is empty is left to the command."""
+
+    data: str
+    model: str = "tiny"
+    method: str = ""
+    prompt: str = ""
+    trigger: str = ""
+    steps: int | None = None
+    early_stop: bool = False
+    more: str = ""
+    """Other options as they are typed on the command line."""
+
+    def words(self, places: Places) -> list[str]:
+        """The options of the command. Raises UsageError for a folder that is not open to the page, or an option that
+        could name one.
+        """
+        given = {
+            "model": _model(self.model.strip(), places),
+            "data": str(places.pictures(self.data)),
+            "method": self.method,
+            "prompt": self.prompt.strip(),
+            "trigger": self.trigger.strip(),
+            "max_train_steps": str(int(self.steps)) if self.steps else "",
+        }
+        words = [word for name, value in given.items() if value for word in _option(name, value)]
+        return words + ["--early_stop"] * self.early_stop + _more(self.more)
+
+
+def _option(name: str, value: str) -> list[str]:
+    return [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+
+
+def _model(given: str, places: Places) -> str:
+    """A short name, a hub id, or a folder or file that lies where pictures or runs may."""
+    if given in FAMILIES:
+        return given
+    path = (places.work / Path(given).expanduser()).resolve()
+    if path.exists() and any(path.is_relative_to(folder) for folder in (*places.data, places.runs)):
+        return str(path)
+    if not _HUB_ID.fullmatch(given) or path.exists():
+        raise UsageError(f"model {given!r}: allowed is {', '.join(FAMILIES)}, owner/name, or what lies in --data")
+    return given
+
+
+def _more(text: str) -> list[str]:
+    """The words of further options. Raises UsageError for those that take text, which could be a path."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"more options: {error}") from error
+    if words and not words[0].startswith("--"):
+        raise UsageError(f"more options: {words[0]!r} follows no option")
+    for word in words:
+        if not word.startswith("--"):
+            continue
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
+        kinds = option_types()
+        name = next((ours for ours, known in about().items() if name in known.names), name)
+        if name not in kinds:
+            raise UsageError(f"more options: there is no option {word}")
+        if _takes_text(kinds[name]):
+            raise UsageError(f"more options: {word} takes text, and is for the command line")
+    return words
+
+
+def _takes_text(hint: Any) -> bool:
+    alternatives = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    return any(kind is str or typing.get_origin(kind) is tuple for kind in alternatives)

@@ -1,0 +1,143 @@
+"""A run as its events.jsonl tells it, read while it goes on: the state of things, curves, pictures, and what was said.
+
+Nothing is written or locked, so any number of readers can follow a run, wherever it was started.
+"""
+
+import json
+import os
+import platform
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from finetune.results.curves import Point, follow_up
+from finetune.results.events import EVENTS
+
+State = Literal["unknown", "running", "done", "stopped", "failed", "cut off"]
+
+_SILENT = 120.0
+"""Seconds without an event after which a run on another machine is taken for dead."""
+
+
+class Follower:
+    """What a run's events add up to; `read` takes in those that are new.
+
+    Args:
+        folder: of the run; it need not be there, and may be deleted at any time.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._forget()
+
+    def _forget(self) -> None:
+        self._offset, self._file = 0, -1
+        self.begun: dict[str, Any] = {}
+        self.end: dict[str, Any] | None = None
+        self.phase = ""
+        self.progress: dict[str, Any] = {}
+        self.step: dict[str, Any] = {}
+        self.at = 0.0
+        """Of the last event, in seconds since 1970."""
+        self.loss: list[Point] = []
+        self.smoothed: list[Point] = []
+        self.validations: dict[int, dict[str, Any]] = {}
+        self.forgetting: dict[int, dict[str, Any]] = {}
+        self.pictures: dict[int, str] = {}
+        """Step -> path in the folder."""
+        self.said: deque[str] = deque(maxlen=300)
+
+    def read(self) -> bool:
+        """Take in the whole lines that are new. Answers whether there were any, or the folder is another one now."""
+        path = self.folder / EVENTS
+        try:
+            with path.open("rb") as file:
+                about = os.fstat(file.fileno())
+                changed = about.st_ino != self._file or about.st_size < self._offset
+                if changed:
+                    self._forget()
+                    self._file = about.st_ino
+                file.seek(self._offset)
+                new = file.read()
+        except OSError:  # not there, or not any more
+            changed = self._file != -1
+            self._forget()
+            return changed
+        whole = new[: new.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:  # the rest of a line that a full disk has cut
+                continue
+            if isinstance(event, dict):
+                self._take(event)
+        return changed or bool(whole)
+
+    def _take(self, event: Mapping[str, Any]) -> None:
+        self.at = event.get("at", self.at)
+        match event.get("event"):
+            case "begin":
+                self._begin(dict(event))
+            case "phase":
+                self.phase, self.progress = event["name"], {}
+            case "progress":
+                self.phase, self.progress = "encoding", dict(event)
+            case "step":
+                self.step = dict(event)
+                if event["loss"] is not None:
+                    self.loss.append((event["step"], event["loss"]))
+                    follow_up(self.smoothed, self.loss[-1])
+            case "validation":
+                self.validations[event["step"]] = dict(event)
+            case "forgetting":
+                self.forgetting[event["step"]] = dict(event)
+            case "picture":
+                self.pictures[event["step"]] = event["path"]
+            case "said":
+                self.said.append(event["text"])
+            case "end":
+                self.end = dict(event)
+            case _:
+                pass
+
+    def _begin(self, event: dict[str, Any]) -> None:
+        """A part of the run goes on from a checkpoint: what came after that is done again."""
+        done = event["step"]
+        self.begun, self.end, self.phase, self.progress, self.step = event, None, "starting", {}, {}
+        for points in (self.loss, self.smoothed):
+            while points and points[-1][0] > done:
+                points.pop()
+        for of_steps in (self.validations, self.forgetting, self.pictures):
+            for step in [step for step in of_steps if step > done]:
+                del of_steps[step]
+
+    @property
+    def version(self) -> tuple[int, int, str]:
+        """Changes whenever there is more to tell."""
+        return self._file, self._offset, self.state
+
+    @property
+    def state(self) -> State:
+        if not self.begun:
+            return "unknown"
+        if self.end is not None:
+            return self.end["state"]
+        if self.begun["host"] != platform.node():
+            return "running" if time.time() - self.at < _SILENT else "cut off"
+        return "running" if self.process() else "cut off"
+
+    def process(self) -> psutil.Process | None:
+        """The process that runs it, if it lives, and lives here."""
+        if not self.begun or self.begun["host"] != platform.node():
+            return None
+        try:
+            process = psutil.Process(self.begun["pid"])
+            alive = process.create_time() == self.begun["started"] and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return None
+        return process if alive else None

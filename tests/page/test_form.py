@@ -1,0 +1,71 @@
+"""What is filled in on the page, as words, and which folders are open to it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finetune.cli import parse_train
+from finetune.errors import UsageError
+from finetune.page.form import Form
+from finetune.page.places import Places
+
+
+@pytest.fixture
+def places(tmp_path: Path, make_pictures: Callable[..., Path]) -> Places:
+    make_pictures(tmp_path / "open/a/cats", count=2)
+    make_pictures(tmp_path / "closed", count=2)
+    (tmp_path / "work/runs/one/samples").mkdir(parents=True)
+    return Places([tmp_path / "open"], tmp_path / "work")
+
+
+def test_it_is_what_the_command_line_understands(places: Places, tmp_path: Path) -> None:
+    cats = str(tmp_path / "open/a/cats")
+    more = "--rank 8 --no_random_flip --learning-rate=1e-3"
+    words = Form(cats, method="lora", prompt="--odd, 'cat'", trigger="sks", steps=5, early_stop=True, more=more).words(
+        places
+    )
+    config = parse_train(words)
+    assert (config.data, config.prompt, config.trigger, config.rank) == ((cats,), "--odd, 'cat'", "sks", 8)
+    assert (config.max_train_steps, config.learning_rate, config.early_stop) == (5, 1e-3, True)
+    fields = {"model", "data", "method", "prompt", "trigger", "max_train_steps", "early_stop"}
+    assert config.given == fields | {"rank", "random_flip", "learning_rate"}
+
+
+@pytest.mark.parametrize("data", ["", "/", "closed", "open/../closed", "open/link"])
+def test_nothing_outside_of_what_was_named_is_opened(places: Places, tmp_path: Path, data: str) -> None:
+    (tmp_path / "open/link").symlink_to(tmp_path / "closed")
+    with pytest.raises(UsageError, match="allowed is what lies in"):
+        Form(str(tmp_path / data) if data else "").words(places)
+    with pytest.raises(UsageError, match="no run in"):
+        places.run("../../closed")
+    assert places.picture_folders() == [str(tmp_path / "open/a/cats")]
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ("--output_dir /etc", "takes text"),
+        ("--config=/etc/passwd", "there is no option"),
+        ("--cache-dir x", "takes text"),
+        ("--validation_prompts x", "takes text"),
+        ("--data x", "takes text"),
+        ("rank 8", "follows no option"),
+        ("--rank 'x", "No closing quotation"),
+    ],
+)
+def test_options_that_could_name_a_path_are_for_the_command_line(
+    places: Places, tmp_path: Path, more: str, why: str
+) -> None:
+    with pytest.raises(UsageError, match=why):
+        Form(str(tmp_path / "open/a"), more=more).words(places)
+
+
+def test_a_model_is_one_that_is_known_or_lies_in_the_open(places: Places, tmp_path: Path) -> None:
+    (tmp_path / "open/model").mkdir()
+    given = {"sd15": "sd15", "owner/name": "owner/name", str(tmp_path / "open/model"): str(tmp_path / "open/model")}
+    for model, meant in given.items():
+        assert Form(str(tmp_path / "open/a"), model=model).words(places)[:2] == ["--model", meant]
+    for model in (str(tmp_path / "closed"), "../closed", "nothing"):
+        with pytest.raises(UsageError, match=r"model .* allowed is"):
+            Form(str(tmp_path / "open/a"), model=model).words(places)
