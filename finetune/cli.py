@@ -35,6 +35,7 @@ VERBS = {
     "export": "write what a run has learned as another kind of file",
     "preview": "see the pictures as training will see them",
     "ui": "start, watch and compare runs in a browser",
+    "compare": "runs side by side on one page",
     "plan": "what training would do and take, before it starts",
     "inspect": "see what one step of a run was made of",
     "import": "another tool's settings as a config.toml",
@@ -384,5 +385,4 @@ Other commands ({PROGRAM} COMMAND --help):
 
 Models (--model; a hub id or a diffusers folder works too):
 {families}
-
 Also --version, and --debug for the traceback of an error."""

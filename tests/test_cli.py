@@ -181,12 +181,12 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         (
             "samle",
             "unknown command 'samle'; did you mean sample? "
-            "(commands: sample, export, preview, ui, plan, inspect, import, cache, lora; options alone train)",
+            "(commands: sample, export, preview, ui, compare, plan, inspect, import, cache, lora; options alone train)",
         ),
         (
             "samle --help",
             "unknown command 'samle'; did you mean sample? "
-            "(commands: sample, export, preview, ui, plan, inspect, import, cache, lora; options alone train)",
+            "(commands: sample, export, preview, ui, compare, plan, inspect, import, cache, lora; options alone train)",
         ),
     ],
 )

@@ -25,9 +25,10 @@ def report(run: Run, *, ended: bool = False) -> Path:
         "machine": f"{name}, torch {torch.__version__}, Python {platform.python_version()}",
     }
     load = _how_to_load(run.folder, viewers=run.model.family.layout is not None) if ended else {}
-    return write_report(
-        run.folder, step=run.trainer.steps_done, about=about, settings=as_settings(run.config), load=load
-    )
+    settings = as_settings(run.config)
+    given = {name: value for name, value in settings.items() if name in run.config.given}
+    derived = {name: value for name, value in settings.items() if name not in run.config.given}
+    return write_report(run.folder, step=run.trainer.steps_done, about=about, given=given, derived=derived, load=load)
 
 
 def lora_facts(run: Run, *, final: bool = False) -> dict[str, str]:

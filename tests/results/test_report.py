@@ -44,6 +44,8 @@ def run(tmp_path: Path) -> Path:
     changes = {key: [-0.2, -0.3, -0.1] for key in ("change", "change_low", "change_middle", "change_high")}
     checks = [{"step": 0, "loss": 0.5}, {"step": 15, "loss": 0.3} | changes, {"step": 30, "loss": 0.4} | changes]
     (folder / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in checks))
+    drifts = [{"step": 0, "forgetting": 0.0}, {"step": 30, "forgetting": 0.125, "with_trigger": 0.5}]
+    (folder / "forgetting.jsonl").write_text("".join(json.dumps(line) + "\n" for line in drifts))
     ledger = {"found": 9, "trained": 7, "quarantined": 1, "held_out": 1, "captions": 0, "skipped": {NASTY: 1}}
     (folder / "ledger.json").write_text(json.dumps(ledger))
     (folder / "quarantine.jsonl").write_text(json.dumps({"path": NASTY, "reason": "truncated"}) + "\n")
@@ -51,7 +53,13 @@ def run(tmp_path: Path) -> Path:
 
 
 def written(folder: Path, **more: object) -> Path:
-    told = {"step": 30, "about": {"model": "tiny"}, "settings": {"prompt": NASTY}, "load": {"diffusers": "load(it)"}}
+    told = {
+        "step": 30,
+        "about": {"model": "tiny"},
+        "given": {"prompt": NASTY},
+        "derived": {"rank": 16},
+        "load": {"diffusers": "load(it)"},
+    }
     return write_report(folder, **(told | more))  # pyright: ignore[reportArgumentType]
 
 
@@ -65,6 +73,8 @@ def test_it_tells_everything_and_asks_no_network(run: Path) -> None:
         "least at step 15: -0.2000",
         "step 10",
         "held out",
+        "12.5% of what everyday prompts did to a picture is changed, 50.0% with the trigger",
+        "rank16",
         "truncated",
         "Step 0",
     ):
@@ -89,7 +99,7 @@ def test_it_can_be_read_without_eyes(run: Path) -> None:
 
 
 def test_a_run_that_has_hardly_begun_has_one(tmp_path: Path) -> None:
-    page = Page(written(tmp_path, settings={}, load={}, step=0))
+    page = Page(written(tmp_path, given={}, derived={}, load={}, step=0))
     assert "tiny" in page.text
     assert page.of("img") == page.of("svg") == []
 

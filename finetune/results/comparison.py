@@ -1,0 +1,51 @@
+"""Several runs on one page, side by side: what was set otherwise, what came of it, and their curves and pictures."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from finetune.files import write_whole
+from finetune.results import sections
+from finetune.results.report import page
+
+
+def write_comparison(path: Path, runs: Sequence[Path], settings: Sequence[Mapping[str, Any]]) -> None:
+    """Write a page that needs no network.
+
+    Args:
+        path: to write.
+        runs: run folders.
+        settings: of each, all options by name.
+    """
+    names = [run.resolve().name for run in runs]
+    different = {
+        option: [_said(each.get(option)) for each in settings]
+        for option in settings[0]
+        if any(each.get(option) != settings[0][option] for each in settings)
+    }
+    figures = [sections.in_short(run) for run in runs]
+    told = dict.fromkeys(figure for each in figures for figure in each)
+    rows = {figure: [each.get(figure, "") for each in figures] for figure in told}
+    drawn = {"Pictures": sections.last_grid, "Validation": sections.validation, "Forgetting": sections.forgetting}
+    parts = {"What came of it": _columns(names, rows), "What was set otherwise": _columns(names, different)}
+    for heading, draw in (drawn | {"Loss": sections.loss}).items():
+        columns = [f"<div><h3>{escape(name)}</h3>{draw(run)}</div>" for name, run in zip(names, runs, strict=True)]
+        parts[heading] = f'<div class="runs">{"".join(columns)}</div>'
+    write_whole(path, page(" and ".join(names), parts))
+
+
+def _columns(names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """A table with a column for each run."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("", *names))
+    lines = [
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(text)}</td>" for text in texts)}</tr>'
+        for name, texts in rows.items()
+    ]
+    return f"<table><tr>{head}</tr>{''.join(lines)}</table>" if lines else "<p>Nothing.</p>"
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)

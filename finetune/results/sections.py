@@ -1,0 +1,155 @@
+"""What a report tells of a run folder, section by section, as HTML that needs no network."""
+
+import base64
+import io
+import json
+import re
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from finetune.results import tracking
+from finetune.results.curves import curve, smoothed, thinned
+from finetune.training.validation import BANDS
+
+_WIDEST = 1200
+"""Pixels of a picture in the report."""
+
+_ROOM = 3_500_000
+"""Bytes of pictures, as base64 makes them a third larger: the report stays below 5 MB."""
+
+_SLIDE = "this.previousElementSibling.lastElementChild.style.clipPath='inset(0 0 0 '+this.value+'%)'"
+
+
+def table(rows: Mapping[str, str]) -> str:
+    """Two columns: name and text."""
+    cells = [f'<tr><th scope="row">{escape(name)}</th><td>{escape(text)}</td></tr>' for name, text in rows.items()]
+    return f"<table>{''.join(cells)}</table>" if cells else ""
+
+
+def before_after(folder: Path, step: int) -> str:
+    """The first grid and the last up to `step`, one over the other, with a slider; nothing where there are not both."""
+    grids = {at: path for at, path in _steps(folder).items() if at <= step}
+    if len(grids) < 2:
+        return ""
+    first, last = min(grids), max(grids)
+    before, after = (_embedded(grids[at], f"pictures at step {at}")[0] for at in (first, last))
+    slider = f'<input type="range" value="50" aria-label="how much of the picture is before" oninput="{_SLIDE}">'
+    return f'<div class="pair">{before}{after}</div>{slider}<p>Left: step {first}. Right: step {last}.</p>'
+
+
+def grids(folder: Path) -> str:
+    """The first and the last grid above; as many of those between as there is room for, evenly chosen."""
+    grids, room, told = _steps(folder), _ROOM, []
+    for step in sorted(grids)[1:-1]:
+        picture, size = _embedded(grids[step], f"pictures at step {step}")
+        if size > room / 3:  # the first and the last take as much each
+            break
+        room -= size
+        told.append(f"<details><summary>step {step}</summary>{picture}</details>")
+    return "".join(told)
+
+
+def last_grid(folder: Path) -> str:
+    """The last grid alone."""
+    found = _steps(folder)
+    return _embedded(found[max(found)], f"pictures at step {max(found)}")[0] if found else ""
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    """Step -> its grid."""
+    found = [(re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in (folder / "samples").glob("step-*.png")]
+    return {int(match[1]): path for match, path in found if match}
+
+
+def _embedded(path: Path, alt: str) -> tuple[str, int]:
+    """A picture inside the page, and its bytes."""
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+    small.thumbnail((_WIDEST, 4 * _WIDEST))
+    small.save(file := io.BytesIO(), "JPEG", quality=85)
+    content = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="{escape(alt)}" src="data:image/jpeg;base64,{content}">', len(content)
+
+
+def validation(folder: Path) -> str:
+    """How the loss on held-out pictures has changed, in all and by noise."""
+    lines = [line for line in _lines(folder / tracking.VALIDATION) if "change" in line]
+    if not lines:
+        return ""
+    told = []
+    for name, key in (("", "change"), *((f", {band} noise", f"change_{band}") for band in BANDS)):
+        changes = [(line["step"], *line[key]) for line in lines]
+        points = [(0.0, 0.0), *((step, mean) for step, mean, _, _ in changes)]
+        band = [(0.0, 0.0, 0.0), *((step, low, high) for step, _, low, high in changes)]
+        drawn = curve(f"change of the validation loss{name}", points, band=band, level=0.0)
+        told.append(
+            f"<figure>{drawn}<figcaption>Change since step 0{name}, with its 95 % interval</figcaption></figure>"
+        )
+    best = min(lines, key=lambda line: line["loss"])
+    mean, low, high = best["change"]
+    said = f"least at step {best['step']}: {mean:+.4f} since the start (95 %: {low:+.4f} to {high:+.4f})"
+    rest = f"<details><summary>By noise</summary>{''.join(told[1:])}</details>"
+    return f"<p>The loss on pictures that are held out was {said}.</p>{told[0]}{rest}"
+
+
+def forgetting(folder: Path) -> str:
+    """What the forgetting meter has said."""
+    lines = _lines(folder / tracking.FORGETTING)
+    if len(lines) < 2:
+        return ""
+    told = {"forgetting": "of what everyday prompts did to a picture is changed", "with_trigger": "with the trigger"}
+    said = ", ".join(f"{lines[-1][name]:.1%} {what}" for name, what in told.items() if name in lines[-1])
+    drawn = curve("forgetting, in percent", [(line["step"], 100 * line["forgetting"]) for line in lines], level=0.0)
+    caption = "In percent: 0, prompts steer as before; 100, as far off as a network that knows none"
+    return f"<p>In the end {said}.</p><figure>{drawn}<figcaption>{caption}</figcaption></figure>"
+
+
+def loss(folder: Path) -> str:
+    """The training loss."""
+    points = [(line["step"], line["loss"]) for line in _lines(folder / tracking.METRICS) if line["loss"] is not None]
+    if not points:
+        return ""
+    drawn = curve("training loss", thinned(smoothed(points)), faint=thinned(points))
+    return f"<figure>{drawn}<figcaption>Of each step, and smoothed over about 20</figcaption></figure>"
+
+
+def ledger(folder: Path) -> str:
+    """What became of every file that was found."""
+    path = folder / "ledger.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = {name.replace("_", " "): str(count) for name, count in found.items() if name != "skipped"}
+    rows |= {f"skipped: {why}": str(count) for why, count in found["skipped"].items()}
+    bad = [f"{line['path']}: {line['reason']}" for line in _lines(folder / "quarantine.jsonl")]
+    listed = "".join(f"<li>{escape(text)}</li>" for text in bad[:100])
+    return table(rows) + (f"<h3>Quarantined</h3><ul>{listed}</ul>" if listed else "")
+
+
+def in_short(folder: Path) -> dict[str, str]:
+    """What a run has come to, in a few figures: name -> text."""
+    told: dict[str, str] = {}
+    points = [(line["step"], line["loss"]) for line in _lines(folder / tracking.METRICS) if line["loss"] is not None]
+    if points:
+        told["steps"] = str(points[-1][0])
+        told["training loss, smoothed"] = f"{smoothed(points)[-1][1]:.4f}"
+    if checks := [line for line in _lines(folder / tracking.VALIDATION) if "change" in line]:
+        best = min(checks, key=lambda line: line["loss"])
+        told["validation loss, least"] = f"{best['loss']:.4f} at step {best['step']}"
+        mean, low, high = best["change"]
+        told["its change since the start"] = f"{mean:+.4f} (95 %: {low:+.4f} to {high:+.4f})"
+    if drifts := _lines(folder / tracking.FORGETTING):
+        told["forgetting"] = f"{drifts[-1]['forgetting']:.1%}"
+    return told
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that may be written to meanwhile."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
