@@ -5,7 +5,7 @@ Each line has `at` (seconds since 1970), `event`, and what that event tells:
     begin     pid, started (of that process), host, step and total: a part of the run begins after so many steps
     phase     name: loading, encoding, training, validating, forgetting, sampling, exporting; and the step
     progress  name, done and total of what is encoded
-    step      step, loss, seconds, left (seconds), images_per_second, memory_gb
+    step      a line of metrics.jsonl and of timings.jsonl, and left: seconds that the steps to come will take
     validation, forgetting   what validation.jsonl and forgetting.jsonl say of a step
     picture   path in the run folder, and the step
     said      text: a line that was printed
