@@ -19,6 +19,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,7 +38,7 @@ class Events:
 
     def __init__(self) -> None:
         self._waiting: list[str] = []
-        self._file: TextIO | None = None
+        self._file: RawIOBase | None = None
         self._progressed = 0.0
 
     @contextmanager
@@ -50,10 +51,11 @@ class Events:
             anew: forget what an earlier run has left there; else it is gone on with.
         """
         waited, state, text = self._waiting, "failed", ""
-        with (folder / EVENTS).open("w" if anew else "a", encoding="utf-8", buffering=1) as self._file:
+        # Without a buffer, which would hold what a full disk has refused, and fail again when the file is closed.
+        with (folder / EVENTS).open("wb" if anew else "ab", buffering=0) as self._file:
             me = {"pid": os.getpid(), "started": psutil.Process().create_time(), "host": platform.node()}
             self.note("begin", **me, step=step, total=total)
-            self._file.writelines(waited)
+            self._file.write("".join(waited).encode("ascii"))
             try:
                 yield
                 state = "done"
@@ -71,7 +73,7 @@ class Events:
         if self._file is None:
             self._waiting.append(line)
         else:
-            self._file.write(line)
+            self._file.write(line.encode("ascii"))  # as json escapes all else
 
     def phase(self, name: str, step: int) -> None:
         """From now on this is done."""
