@@ -69,3 +69,9 @@ def test_a_model_is_one_that_is_known_or_lies_in_the_open(places: Places, tmp_pa
     for model in (str(tmp_path / "closed"), "../closed", "nothing"):
         with pytest.raises(UsageError, match=r"model .* allowed is"):
             Form(str(tmp_path / "open/a"), model=model).words(places)
+
+
+def test_a_file_that_may_name_other_folders_is_for_the_command_line(places: Places, tmp_path: Path) -> None:
+    (tmp_path / "open/data.toml").write_text("")
+    with pytest.raises(UsageError, match=r"data.toml: such a file may name folders"):
+        Form(str(tmp_path / "open/data.toml")).words(places)
