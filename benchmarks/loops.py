@@ -112,8 +112,12 @@ class RandomLatents:
         self.ids: Sequence[str] = [str(number) for number in range(4 * batch)]
         self.shapes: Sequence[int] = [0] * len(self.ids)
         self.repeats: Sequence[int] = [1] * len(self.ids)
+        self.weights: Sequence[float] = [1.0] * len(self.ids)
         self.visits = self
         self.stored = torch.randn(8, side // 8, side // 8)
+
+    def ready(self, examples: Sequence[int]) -> None:
+        """All are in memory."""
 
     def load(self, index: int, key: int) -> Tensor:
         return self.stored + index

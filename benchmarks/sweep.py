@@ -53,7 +53,7 @@ def main() -> None:
     heads = ("images/s", "ms/step", "of matmul", "bare", "ours/bare", "GB", "first step")
     print(f"{'case':<24}" + "".join(f"{head:>{width}}" for head, width in zip(heads, WIDTHS, strict=True)))
     rows = []
-    with gpu_algorithms(deterministic=False):
+    with gpu_algorithms(deterministic=False, tuned=True):
         for case in options.cases:
             try:
                 row = measure(case, device, best, bare=not options.no_bare)

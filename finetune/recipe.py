@@ -35,7 +35,7 @@ from finetune.run.lineage import about_run, compared, threads, threads_then
 from finetune.run.memory import check_memory
 from finetune.run.pace import due
 from finetune.run.parts import Run
-from finetune.run.precision import gpu_algorithms
+from finetune.run.precision import gpu_algorithms, tuning_pays
 from finetune.run.questions import meter
 from finetune.run.reports import reports
 from finetune.run.resolve import resolve_for, with_absolute_paths
@@ -106,7 +106,9 @@ def _run(
     print(f"{'memory':>10}  {check_memory(config, found, accelerator.device)}")
     held = _held(folder, config, events) if parallel.first else nullcontext()
     computing = threads(threads_then(folder.about, accelerator.device, parallel.world))
-    with held, gpu_algorithms(deterministic=config.deterministic), computing:
+    sizes = len(set(pictures.shapes()))
+    tuned = tuning_pays(config.max_train_steps, sizes=sizes, batch_size=config.global_batch)
+    with held, gpu_algorithms(deterministic=config.deterministic, tuned=tuned), computing:
         run = _put_together(config, found, pictures, folder, accelerator, parallel, events)
         try:
             _begin(run, folder.checkpoint)

@@ -279,10 +279,10 @@ class Adapter:
         weights = [name.replace(".base_layer.", ".") for name, _ in self.unet.named_parameters()]
         return layer_names(self.unet.config, weights)
 
-    def read_kohya(self, path: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def read_kohya(self, path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The tensors of a kohya file under this adapter's keys, and alpha of each layer. Raises ModelError."""
         try:
-            return from_kohya(load_file(path, device=str(self.unet.device)), self._names())
+            return from_kohya(load_file(path, device=str(device)), self._names())
         except SafetensorError as error:
             raise ModelError(f"{path} cannot be loaded: {error}") from error
 

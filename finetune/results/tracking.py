@@ -107,9 +107,12 @@ def _cut(path: Path, step: int) -> None:
 
 
 def peak_memory_gb() -> float:
-    """Peak memory of this process in GB (1e9 bytes): on the GPU where there is one, else resident."""
+    """Peak memory of this process in GB (1e9 bytes): reserved on the GPU where there is one, else resident.
+
+    What CUDA graphs work in counts as reserved only. Recording one starts the peak anew.
+    """
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_reserved() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

@@ -6,11 +6,9 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from finetune.batch import map_tensors, tensors_of
-from finetune.errors import RunError
 
 SPARE = 4
 """A copy is only made where this many times its size is free."""
@@ -25,7 +23,7 @@ class Saving:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._error: OSError | SafetensorError | RunError | None = None
+        self._error: Exception | None = None
 
     def begin(self, write: Callable[[], object]) -> None:
         """Call `write` in a thread."""
@@ -36,7 +34,7 @@ class Saving:
     def _run(self, write: Callable[[], object]) -> None:
         try:
             write()
-        except (OSError, SafetensorError, RunError) as error:
+        except Exception as error:  # noqa: BLE001  # raised again by `check`, in the thread that asks
             self._error = error
 
     @property

@@ -59,6 +59,16 @@ def failing() -> None:
     raise OSError("the disk is full")
 
 
+def test_an_error_of_any_kind_reaches_the_run() -> None:
+    def broken() -> None:
+        raise RuntimeError("a device is missing")
+
+    with Saving() as under_way:
+        under_way.begin(broken)
+        with pytest.raises(RuntimeError, match="a device is missing"):
+            under_way.wait()
+
+
 def test_what_went_wrong_is_raised_once_by_whoever_asks_next() -> None:
     under_way = Saving()
     under_way.begin(failing)
