@@ -29,6 +29,7 @@ from draw_butterflies import invent as invent_butterfly
 from draw_world import GROUNDS, INKS, SHAPES, lighter, outline
 
 from finetune.models.encoders import VaeEncoder
+from finetune.results.copies import distances
 
 Array = NDArray[np.floating]
 
@@ -104,34 +105,6 @@ def _templates() -> tuple[list[str], Array]:
             names.append(shape)
             drawn.append(_framed(mask))
     return names, np.stack(drawn)
-
-
-def features(pictures: Sequence[Image.Image]) -> Array:
-    """(N, 384) fixed features of pictures, each reduced to 64 px: where which colour is, and where which edges are.
-
-    Three blocks: mean colours of 8 x 8 cells (192 numbers in [0, 1]); the share of pixels in each of
-    4 x 4 x 4 colours, square root (64); in 4 x 4 cells, gradient magnitude by 8 directions, square root (128).
-    """
-    rows = []
-    for picture in pictures:
-        small = picture.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
-        pixels = np.asarray(small, dtype=float) / 255
-        cells = pixels.reshape(8, 8, 8, 8, 3).mean((1, 3)).ravel()
-        bins = np.minimum((pixels * 4).astype(int), 3) @ (16, 4, 1)
-        shares = np.bincount(bins.ravel(), minlength=64) / bins.size
-        down, across = np.gradient(pixels.mean(-1))
-        direction = ((np.arctan2(down, across) / (2 * np.pi)) % 1.0 * 8).astype(int) % 8
-        where = np.arange(64) // 16
-        index = (where[:, None] * 4 + where) * 8 + direction
-        edges = np.bincount(index.ravel(), np.hypot(down, across).ravel(), minlength=128) / 256
-        blocks = cells / np.sqrt(192), np.sqrt(shares), np.sqrt(edges)
-        rows.append(np.concatenate(blocks))
-    return np.stack(rows)
-
-
-def distances(a: Array, b: Array) -> Array:
-    """Euclidean distances of features: (N, F), (M, F) -> (N, M)."""
-    return np.sqrt(np.maximum(np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * a @ b.T, 0))
 
 
 def energy_distance(a: Array, b: Array) -> float:

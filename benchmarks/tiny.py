@@ -28,7 +28,6 @@ from judge import (
     copies,
     drawn,
     energy_distance,
-    features,
     invented,
     read,
     through_vae,
@@ -45,6 +44,7 @@ import finetune as ft
 from finetune import seeding
 from finetune.models.encoders import VaeEncoder
 from finetune.models.tiny import tiny_folder
+from finetune.results.copies import features
 from finetune.results.sampling import grid
 
 DRAWN = 240  # pictures of each butterfly set that is drawn by a model

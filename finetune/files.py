@@ -1,8 +1,11 @@
 """Whatever is written is whole or absent: temporary sibling, fsync, rename."""
 
+import json
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import UsageError
 
@@ -14,6 +17,19 @@ def write_whole(path: Path, content: bytes | str) -> None:
     flush_to_disk(scratch)
     os.replace(scratch, path)
     flush_to_disk(path.parent)
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON lines, which may be written to meanwhile; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write what was measured at some steps, a line each, in the order of the steps."""
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in sorted(records, key=lambda each: each["step"])))
 
 
 def is_inside(path: Path, folder: Path) -> bool:

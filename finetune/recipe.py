@@ -32,6 +32,7 @@ from finetune.run.grids import discard_strangers, draw_grid, lay_side_by_side
 from finetune.run.held_out import plan_validation
 from finetune.run.ledger import write_ledger
 from finetune.run.lineage import about_run, compared, threads, threads_then
+from finetune.run.memorised import known_pictures
 from finetune.run.memory import check_memory
 from finetune.run.pace import due
 from finetune.run.parts import Run
@@ -40,6 +41,7 @@ from finetune.run.questions import meter
 from finetune.run.reports import reports
 from finetune.run.resolve import resolve_for, with_absolute_paths
 from finetune.run.samples import plan_samples
+from finetune.run.sheet import lay_out_pictures
 from finetune.run.signals import PAUSE, SAVE, TIME_UP, Requests, StopRequest, catch_signals
 from finetune.run.sources import digest, open_pictures
 from finetune.run.summary import print_summary
@@ -161,7 +163,8 @@ def _put_together(
     validation = plan_validation(config, pictures)
     events.phase("forgetting", folder.step)
     asked = meter(config, model) if parallel.first else None
-    parts = (model, pictures, encoded, trainer, samples, validation, asked)
+    known = known_pictures(config, pictures) if parallel.first and samples.prompts else None
+    parts = (model, pictures, encoded, trainer, samples, validation, asked, known)
     run = Run(config, *parts, folder.path, accelerator, about, events)
     run.release()
     if parallel.first:
@@ -169,6 +172,7 @@ def _put_together(
             print(f"{'note':>10}  {moved}: from here on the bits are this machine's")
         run_folder.begin(folder, config, digest(pictures))
         write_ledger(folder.path, pictures, sampler(config, pictures), steps=0)
+        lay_out_pictures(run)
         print_summary(run)
         tracking.start_trackers(accelerator, folder.path, as_settings(config))
     return run

@@ -18,6 +18,7 @@ from finetune.page.form import Form
 from finetune.page.places import Places
 from finetune.page.processes import Queue, ask, command_line, stop
 from finetune.results.following import Follower
+from finetune.results.sections import of_copies
 
 _TICK = 1.0
 """Seconds between two looks at the runs."""
@@ -87,7 +88,8 @@ class Page:
         if run is None or not steps:
             return ""
         step = steps[min(int(number), len(steps) - 1)]
-        return views.of_picture(run.folder / run.pictures[step], f"{name}: pictures at step {step}")
+        below = f"Step {step}: {of_copies(run.copies[step])}" if step in run.copies else f"Step {step}"
+        return views.of_picture(run.folder / run.pictures[step], f"{name}: pictures at step {step}", below)
 
     def tick(self, name: str | None, other: str | None, seen: dict[str, Any]) -> list[Any]:
         """What has changed since this page was told last: both runs, pictures, the queue, names of runs."""

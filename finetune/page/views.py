@@ -102,8 +102,8 @@ def of_text(text: str) -> str:
     return f'<div class="told"><pre>{escape(text)}</pre></div>'
 
 
-def of_picture(path: Path, alt: str) -> str:
-    """A picture inside the page; words where there is none any more."""
+def of_picture(path: Path, alt: str, below: str = "") -> str:
+    """A picture inside the page, with words below it; words alone where there is none any more."""
     try:
         with Image.open(path) as image:
             small = image.convert("RGB")
@@ -112,4 +112,5 @@ def of_picture(path: Path, alt: str) -> str:
     small.thumbnail((_SMALL, 4 * _SMALL))
     small.save(file := io.BytesIO(), "JPEG", quality=88)
     content = base64.b64encode(file.getvalue()).decode()
-    return f'<div class="sheet"><img alt="{escape(alt)}" src="data:image/jpeg;base64,{content}"></div>'
+    told = f"<p>{escape(below)}</p>" if below else ""
+    return f'<div class="sheet"><img alt="{escape(alt)}" src="data:image/jpeg;base64,{content}"></div>{told}'

@@ -6,7 +6,7 @@ Each line has `at` (seconds since 1970), `event`, and what that event tells:
     phase     name: loading, encoding, training, validating, forgetting, sampling, exporting; and the step
     progress  name, done and total of what is encoded
     step      a line of metrics.jsonl and of timings.jsonl, and left: seconds that the steps to come will take
-    validation, forgetting   what validation.jsonl and forgetting.jsonl say of a step
+    validation, forgetting, copies   what validation.jsonl, forgetting.jsonl and copies.jsonl say of a step
     picture   path in the run folder, and the step
     said      text: a line that was printed
     end       state: done, stopped or failed; and why

@@ -47,6 +47,7 @@ class Follower:
         self.smoothed: list[Point] = []
         self.validations: dict[int, dict[str, Any]] = {}
         self.forgetting: dict[int, dict[str, Any]] = {}
+        self.copies: dict[int, dict[str, Any]] = {}
         self.pictures: dict[int, str] = {}
         """Step -> path in the folder."""
         self.said: deque[str] = deque(maxlen=300)
@@ -96,6 +97,8 @@ class Follower:
                 self.validations[event["step"]] = dict(event)
             case "forgetting":
                 self.forgetting[event["step"]] = dict(event)
+            case "copies":
+                self.copies[event["step"]] = dict(event)
             case "picture":
                 self.pictures[event["step"]] = event["path"]
             case "said":
@@ -112,7 +115,7 @@ class Follower:
         for points in (self.loss, self.smoothed):
             while points and points[-1][0] > done:
                 points.pop()
-        for of_steps in (self.validations, self.forgetting, self.pictures):
+        for of_steps in (self.validations, self.forgetting, self.copies, self.pictures):
             for step in [step for step in of_steps if step > done]:
                 del of_steps[step]
 

@@ -65,6 +65,7 @@ def write_report(
         "Forgetting": sections.forgetting(folder),
         "Loss": sections.loss(folder),
         "Pictures on the way": sections.grids(folder),
+        "Pictures that it learns from": sections.pictures(folder),
         "Use it": "".join(f"<h3>{escape(name)}</h3><pre>{escape(text)}</pre>" for name, text in load.items()),
         "Every file that was found": sections.ledger(folder),
         "Options that differ from their defaults": sections.table({name: str(value) for name, value in given.items()}),

@@ -11,9 +11,13 @@ from typing import Any
 
 from PIL import Image
 
+from finetune.files import json_lines
 from finetune.results import tracking
 from finetune.results.curves import curve, smoothed, thinned
 from finetune.training.validation import BANDS
+
+SHEET = "pictures.jpg"
+"""The contact sheet, in a run folder."""
 
 _WIDEST = 1200
 """Pixels of a picture in the report."""
@@ -38,7 +42,8 @@ def before_after(folder: Path, step: int) -> str:
     first, last = min(grids), max(grids)
     before, after = (_embedded(grids[at], f"pictures at step {at}")[0] for at in (first, last))
     slider = f'<input type="range" value="50" aria-label="how much of the picture is before" oninput="{_SLIDE}">'
-    return f'<div class="pair">{before}{after}</div>{slider}<p>Left: step {first}. Right: step {last}.</p>'
+    told = f"Left: step {first}. Right: step {last}{_copies(folder, last)}."
+    return f'<div class="pair">{before}{after}</div>{slider}<p>{told}</p>'
 
 
 def grids(folder: Path) -> str:
@@ -49,14 +54,31 @@ def grids(folder: Path) -> str:
         if size > room / 3:  # the first and the last take as much each
             break
         room -= size
-        told.append(f"<details><summary>step {step}</summary>{picture}</details>")
+        told.append(f"<details><summary>step {step}{_copies(folder, step)}</summary>{picture}</details>")
     return "".join(told)
+
+
+def _copies(folder: Path, step: int) -> str:
+    """What is known of near copies in a grid."""
+    found = {line["step"]: line for line in json_lines(folder / tracking.COPIES)}
+    return f": {of_copies(found[step])}" if step in found else ""
+
+
+def of_copies(record: Mapping[str, Any]) -> str:
+    """What a line of copies.jsonl says."""
+    return f"{record['copies']} of {record['pictures']} are near copies of training pictures"
 
 
 def last_grid(folder: Path) -> str:
     """The last grid alone."""
     found = _steps(folder)
     return _embedded(found[max(found)], f"pictures at step {max(found)}")[0] if found else ""
+
+
+def pictures(folder: Path) -> str:
+    """Some of the pictures that it learns from, with their captions."""
+    path = folder / SHEET
+    return _embedded(path, "pictures that are trained on, with their captions")[0] if path.exists() else ""
 
 
 def _steps(folder: Path) -> dict[int, Path]:
@@ -77,7 +99,7 @@ def _embedded(path: Path, alt: str) -> tuple[str, int]:
 
 def validation(folder: Path) -> str:
     """How the loss on held-out pictures has changed, in all and by noise."""
-    lines = [line for line in _lines(folder / tracking.VALIDATION) if "change" in line]
+    lines = [line for line in json_lines(folder / tracking.VALIDATION) if "change" in line]
     if not lines:
         return ""
     told = []
@@ -98,7 +120,7 @@ def validation(folder: Path) -> str:
 
 def forgetting(folder: Path) -> str:
     """What the forgetting meter has said."""
-    lines = _lines(folder / tracking.FORGETTING)
+    lines = json_lines(folder / tracking.FORGETTING)
     if len(lines) < 2:
         return ""
     told = {"forgetting": "of what everyday prompts did to a picture is changed", "with_trigger": "with the trigger"}
@@ -110,7 +132,9 @@ def forgetting(folder: Path) -> str:
 
 def loss(folder: Path) -> str:
     """The training loss."""
-    points = [(line["step"], line["loss"]) for line in _lines(folder / tracking.METRICS) if line["loss"] is not None]
+    points = [
+        (line["step"], line["loss"]) for line in json_lines(folder / tracking.METRICS) if line["loss"] is not None
+    ]
     if not points:
         return ""
     drawn = curve("training loss", thinned(smoothed(points)), faint=thinned(points))
@@ -125,7 +149,7 @@ def ledger(folder: Path) -> str:
     found = json.loads(path.read_text(encoding="utf-8"))
     rows = {name.replace("_", " "): str(count) for name, count in found.items() if name != "skipped"}
     rows |= {f"skipped: {why}": str(count) for why, count in found["skipped"].items()}
-    bad = [f"{line['path']}: {line['reason']}" for line in _lines(folder / "quarantine.jsonl")]
+    bad = [f"{line['path']}: {line['reason']}" for line in json_lines(folder / "quarantine.jsonl")]
     listed = "".join(f"<li>{escape(text)}</li>" for text in bad[:100])
     return table(rows) + (f"<h3>Quarantined</h3><ul>{listed}</ul>" if listed else "")
 
@@ -133,23 +157,19 @@ def ledger(folder: Path) -> str:
 def in_short(folder: Path) -> dict[str, str]:
     """What a run has come to, in a few figures: name -> text."""
     told: dict[str, str] = {}
-    points = [(line["step"], line["loss"]) for line in _lines(folder / tracking.METRICS) if line["loss"] is not None]
+    points = [
+        (line["step"], line["loss"]) for line in json_lines(folder / tracking.METRICS) if line["loss"] is not None
+    ]
     if points:
         told["steps"] = str(points[-1][0])
         told["training loss, smoothed"] = f"{smoothed(points)[-1][1]:.4f}"
-    if checks := [line for line in _lines(folder / tracking.VALIDATION) if "change" in line]:
+    if checks := [line for line in json_lines(folder / tracking.VALIDATION) if "change" in line]:
         best = min(checks, key=lambda line: line["loss"])
         told["validation loss, least"] = f"{best['loss']:.4f} at step {best['step']}"
         mean, low, high = best["change"]
         told["its change since the start"] = f"{mean:+.4f} (95 %: {low:+.4f} to {high:+.4f})"
-    if drifts := _lines(folder / tracking.FORGETTING):
+    if drifts := json_lines(folder / tracking.FORGETTING):
         told["forgetting"] = f"{drifts[-1]['forgetting']:.1%}"
+    if grids := json_lines(folder / tracking.COPIES):
+        told["pictures in the end"] = of_copies(grids[-1])
     return told
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that may be written to meanwhile."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]

@@ -23,7 +23,7 @@ from finetune.files import write_whole
 from finetune.training.metrics import Fault, StepMetrics
 
 METRICS, TIMINGS, FAULTS = "metrics.jsonl", "timings.jsonl", "faults.jsonl"
-VALIDATION, FORGETTING = "validation.jsonl", "forgetting.jsonl"
+VALIDATION, FORGETTING, COPIES = "validation.jsonl", "forgetting.jsonl", "copies.jsonl"
 
 
 class Log:
@@ -57,7 +57,7 @@ def log(folder: Path, step: int) -> Iterator[Log]:
         folder: the run folder.
         step: steps already done; later lines of an interrupted run are cut off.
     """
-    for name in (METRICS, TIMINGS, FAULTS, VALIDATION, FORGETTING):
+    for name in (METRICS, TIMINGS, FAULTS, VALIDATION, FORGETTING, COPIES):
         _cut(folder / name, step)
     with _appended(folder / METRICS) as metrics, _appended(folder / TIMINGS) as timings:
         yield Log(metrics, timings)

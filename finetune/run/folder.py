@@ -38,8 +38,16 @@ DECISIONS: dict[str, tuple[Deed, Deed, Deed, Deed, Deed]] = {
 """What a command does, for each way in which it asks for a folder (the rows) and each `State` that it finds."""
 
 _LEFT_BY_A_RUN = (
-    *("metrics.jsonl", "timings.jsonl", "faults.jsonl", "validation.jsonl", "forgetting.jsonl", "quarantine.jsonl"),
-    *("result.json", "ledger.json", "best.safetensors", "report.html", "samples/step-*.png"),
+    *("metrics.jsonl", "timings.jsonl", "faults.jsonl", "validation.jsonl", "forgetting.jsonl", "copies.jsonl"),
+    *(
+        "quarantine.jsonl",
+        "pictures.jpg",
+        "result.json",
+        "ledger.json",
+        "best.safetensors",
+        "report.html",
+        "samples/step-*.png",
+    ),
     *("samples/before-after.png", ".checkpoint-*.part", "logs/**/events.out.tfevents.*", "logs/**/hparams.yml"),
     *("exports/*.safetensors", "exports/*.yaml", "exports/diffusers", "exports/unet"),
 )

@@ -1,10 +1,8 @@
 """The forgetting meter in the course of a run: when it is read, and what is recorded of it in forgetting.jsonl."""
 
-import json
 import time
-from typing import Any
 
-from finetune.files import write_whole
+from finetune.files import json_lines, write_json_lines
 from finetune.results import tracking
 from finetune.run.pace import measured_interval
 from finetune.run.parts import Run
@@ -17,7 +15,8 @@ MOST = 10
 
 def measure_forgetting(run: Run) -> None:
     """Read the meter, and record and tell what it says; unless that was done already."""
-    step, lines = run.trainer.steps_done, _lines(run)
+    step, path = run.trainer.steps_done, run.folder / tracking.FORGETTING
+    lines = json_lines(path)
     if run.meter is None or any(line["step"] == step for line in lines):
         return
     run.events.phase("forgetting", step)
@@ -32,8 +31,7 @@ def measure_forgetting(run: Run) -> None:
         record = {"step": 0, "forgetting": 0.0} | ({"with_trigger": 0.0} if run.meter.triggered else {})
         seconds = run.meter.seconds
     tracking.note_seconds(run.folder, step, "forgetting", seconds)
-    kept = sorted([*lines, record], key=lambda line: line["step"])
-    write_whole(run.folder / tracking.FORGETTING, "".join(json.dumps(line) + "\n" for line in kept))
+    write_json_lines(path, [*lines, record])
     run.events.note("forgetting", **record)
     tracking.track_forgetting(run.accelerator, record)
     if step:
@@ -51,8 +49,3 @@ def steps_between_readings(run: Run) -> int | None:
 def _read(run: Run, questions: Questions) -> float:
     batch_size = run.trainer.micro_batch_size or run.config.train_batch_size
     return drift(run.model.unet, questions, batch_size=batch_size)
-
-
-def _lines(run: Run) -> list[dict[str, Any]]:
-    path = run.folder / tracking.FORGETTING
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from finetune.results import tracking
 from finetune.results.sampling import already_shows, draw_pictures, grid, save_picture, side_by_side
+from finetune.run.memorised import count_copies
 from finetune.run.pace import measured_interval
 from finetune.run.parts import Run
 from finetune.run.samples import MOST_GRIDS, SAMPLING_SHARE
@@ -41,6 +42,7 @@ def draw_grid(run: Run) -> None:
             for prompt in samples.prompts
         ]
     run.release()
+    count_copies(run, [picture for row in rows for picture in row])
     labels = [prompt.text for prompt in samples.prompts]
     save_picture(grid(rows, labels, title=f"step {step}"), path, shows=_settings(run))
     tracking.note_seconds(run.folder, step, "grid", time.perf_counter() - clock)

@@ -9,6 +9,7 @@ from finetune.cache.encoded import Encoded
 from finetune.config import ResolvedConfig
 from finetune.data.pictures import Pictures
 from finetune.models.loading import DiffusionModel
+from finetune.results.copies import Originals
 from finetune.results.events import Events
 from finetune.run.held_out import ValidationPlan
 from finetune.run.questions import Meter
@@ -29,6 +30,8 @@ class Run:
     validation: ValidationPlan
     meter: Meter | None
     """None where forgetting is not measured, and in processes that are not the first."""
+    originals: Originals | None
+    """What grids are compared with; None where that tells nothing, and in processes that are not the first."""
     folder: Path
     accelerator: Any
     """An `accelerate.Accelerator`."""

@@ -1,6 +1,5 @@
 """Validation in the course of a run: on what, when, and what is recorded of it in validation.jsonl."""
 
-import json
 import time
 from fractions import Fraction
 from math import ceil, inf
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.files import write_whole
+from finetune.files import json_lines, write_json_lines
 from finetune.results import tracking
 from finetune.run.held_out import SHARE
 from finetune.run.pace import measured_interval
@@ -44,9 +43,7 @@ def validate(run: Run) -> None:
         )
     tracking.note_seconds(run.folder, step, "validation", time.perf_counter() - clock)
     record = _record(step, losses, before.get(0)) | {"of": plan.digest, "losses": losses.tolist()}
-    kept = [line for line in _lines(run) if line["of"] == plan.digest]
-    lines = sorted([*kept, record], key=lambda line: line["step"])
-    write_whole(run.folder / tracking.VALIDATION, "".join(json.dumps(line) + "\n" for line in lines))
+    write_json_lines(run.folder / tracking.VALIDATION, [*_lines(run), record])
     run.events.note("validation", **{name: value for name, value in record.items() if name not in ("of", "losses")})
     tracking.track_validation(run.accelerator, record)
     print(f"validation at step {step}: {_told(record)}", flush=True)
@@ -72,7 +69,7 @@ def _told(record: dict[str, Any]) -> str:
 
 def measured(run: Run) -> dict[int, Tensor]:
     """Step -> the losses that were measured there, (examples, draws), of what this run validates on."""
-    return {line["step"]: torch.tensor(line["losses"]) for line in _lines(run) if line["of"] == run.validation.digest}
+    return {line["step"]: torch.tensor(line["losses"]) for line in _lines(run)}
 
 
 def best_step(run: Run) -> int | None:
@@ -92,5 +89,5 @@ def steps_between_validations(run: Run) -> int | Fraction | None:
 
 
 def _lines(run: Run) -> list[dict[str, Any]]:
-    path = run.folder / tracking.VALIDATION
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """Of what this run validates on."""
+    return [line for line in json_lines(run.folder / tracking.VALIDATION) if line["of"] == run.validation.digest]

@@ -3,10 +3,11 @@ import pytest
 from draw_butterflies import draw as draw_butterfly
 from draw_butterflies import invent as invent_butterfly
 from draw_world import draw, invent
-from judge import TRAITS, ButterflyReader, copies, drawn, energy_distance, features, invented, read, through_vae
+from judge import TRAITS, ButterflyReader, copies, drawn, energy_distance, invented, read, through_vae
 from PIL import Image
 
 import finetune as ft
+from finetune.results.copies import features
 
 
 def test_the_judge_reads_true_pictures_right_before_and_after_the_vae() -> None:

@@ -44,7 +44,7 @@ def test_it_takes_in_what_is_new_by_whole_lines(tmp_path: Path) -> None:
 def test_a_part_that_begins_again_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
     measured = [
         {"event": kind, "step": at, "path": f"samples/step-{at}.png"}
-        for kind in ("validation", "picture")
+        for kind in ("validation", "copies", "picture")
         for at in (0, 4)
     ]
     write(tmp_path, begin(), *[step(number) for number in range(1, 6)], *measured, {"event": "end", "state": "stopped"})
@@ -55,7 +55,7 @@ def test_a_part_that_begins_again_forgets_what_came_after_its_checkpoint(tmp_pat
     follower.read()
     assert follower.state == "running"
     assert [at for at, _ in follower.loss] == [at for at, _ in follower.smoothed] == [1, 2, 3]
-    assert list(follower.validations) == list(follower.pictures) == [0]
+    assert list(follower.validations) == list(follower.copies) == list(follower.pictures) == [0]
 
 
 def test_a_process_that_died_without_a_word_is_told_from_one_that_lives(tmp_path: Path) -> None:

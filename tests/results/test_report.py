@@ -46,6 +46,9 @@ def run(tmp_path: Path) -> Path:
     (folder / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in checks))
     drifts = [{"step": 0, "forgetting": 0.0}, {"step": 30, "forgetting": 0.125, "with_trigger": 0.5}]
     (folder / "forgetting.jsonl").write_text("".join(json.dumps(line) + "\n" for line in drifts))
+    copies = [{"step": 0, "pictures": 4, "copies": 0}, {"step": 30, "pictures": 4, "copies": 3}]
+    (folder / "copies.jsonl").write_text("".join(json.dumps(line) + "\n" for line in copies))
+    Image.new("RGB", (300, 900)).save(folder / "pictures.jpg")
     ledger = {"found": 9, "trained": 7, "quarantined": 1, "held_out": 1, "captions": 0, "skipped": {NASTY: 1}}
     (folder / "ledger.json").write_text(json.dumps(ledger))
     (folder / "quarantine.jsonl").write_text(json.dumps({"path": NASTY, "reason": "truncated"}) + "\n")
@@ -75,11 +78,12 @@ def test_it_tells_everything_and_asks_no_network(run: Path) -> None:
         "held out",
         "12.5% of what everyday prompts did to a picture is changed, 50.0% with the trigger",
         "rank16",
+        "Right: step 30: 3 of 4 are near copies of training pictures.",
         "truncated",
         "Step 0",
     ):
         assert text.lower() in page.text.lower()
-    assert [source["src"].split(",")[0] for source in page.of("img") if source["src"]] == 4 * ["data:image/jpeg;base64"]
+    assert [source["src"].split(",")[0] for source in page.of("img") if source["src"]] == 5 * ["data:image/jpeg;base64"]
     assert not any(attribute in attributes for _, attributes in page.tags for attribute in ("href", "action", "srcset"))
     assert "default-src 'none'" in str(page.of("meta")[2]["content"])
     assert path.stat().st_size < 5e6

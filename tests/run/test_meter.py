@@ -71,5 +71,10 @@ def test_events_tell_of_all_that_it_does(pictures: Path, tmp_path: Path) -> None
     assert steps[-1]["left"] == 0
     assert [line["path"] for line in told if line["event"] == "picture"] == ["samples/step-0.png", "samples/step-2.png"]
     assert [line["step"] for line in told if line["event"] == "forgetting"] == [0, 2]
+    copies = [json.loads(line) for line in (out / "copies.jsonl").read_text().splitlines()]
+    assert [line | {"at": 0, "event": "copies"} for line in copies] == [
+        line | {"at": 0} for line in told if line["event"] == "copies"
+    ]
+    assert [(line["step"], line["pictures"]) for line in copies] == [(0, 1), (2, 1)]
     assert any("LoRA rank 4" in line["text"] for line in told if line["event"] == "said")
     assert told[-1]["state"] == "done"
