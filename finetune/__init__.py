@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from finetune.training.ema import Ema
     from finetune.training.metrics import StepMetrics
     from finetune.training.objective import Noised, NoisePrediction
-    from finetune.training.trainer import Prepared, Trainer
+    from finetune.training.prepared import Prepared
+    from finetune.training.trainer import Trainer
 
 _HOMES = {
     "batch": ("Batch",),
@@ -50,7 +51,8 @@ _HOMES = {
     "training.ema": ("Ema",),
     "training.objective": ("NoisePrediction", "Noised"),
     "training.metrics": ("StepMetrics",),
-    "training.trainer": ("Prepared", "Trainer"),
+    "training.prepared": ("Prepared",),
+    "training.trainer": ("Trainer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

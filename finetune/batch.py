@@ -92,6 +92,8 @@ class Batch:
     """Where each example came from, for messages."""
     weight: Tensor
     """(B,) fp32 loss weight of each example."""
+    of_class: tuple[bool, ...] = ()
+    """Of each example whether it is a class picture, which prior prediction teaches otherwise; (): none is."""
     extra: Tensor | None = None
     """Channels appended to the UNet's input (inpainting), (B, C, H/8, W/8)."""
     whole: Whole | None = None
@@ -115,6 +117,7 @@ class Batch:
                 geometry=self.geometry[part],
                 ids=self.ids[part],
                 weight=self.weight[part],
+                of_class=self.of_class[part],
                 extra=None if self.extra is None else self.extra[part],
                 whole=self.whole,
             )

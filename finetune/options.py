@@ -117,6 +117,8 @@ class DataOptions:
     """How many there should be. Default: those that are there, else 100."""
     prior_loss_weight: float | None = option(None, POSITIVE, needs="class_data")
     """How much they count beside the subject. Default: 1."""
+    prior_prediction: bool | None = option(None, needs="class_data")
+    """Teach with them what the untrained model answers, and not what is particular about these pictures."""
     prompt: str | None = option(
         None, needs="text", names=("instance_prompt",), called=("caption",), decided_by="transform"
     )

@@ -18,6 +18,7 @@ from finetune.data.pictures import Pictures
 from finetune.data.sampler import steps_per_epoch
 from finetune.data.source import check_sources
 from finetune.errors import Interrupted, RunError, UsageError
+from finetune.files import json_lines
 from finetune.models.loading import check_resolution
 from finetune.models.locate import Location, locate
 from finetune.results import hub, tracking
@@ -50,8 +51,8 @@ from finetune.run.trained import write_exports
 from finetune.run.validating import best_step, validate
 from finetune.training import checkpoint
 from finetune.training.parallel import PATIENCE, Parallel, launched
+from finetune.training.prepared import Prepared
 from finetune.training.saving import Saving, copied
-from finetune.training.trainer import Prepared
 
 _LESS_MEMORY = "a smaller --train_batch_size (and more --gradient_accumulation_steps), --gradient_checkpointing, "
 _LESS_MEMORY += "a lower --resolution or a LoRA take less"
@@ -160,7 +161,8 @@ def _put_together(
         config, latent=found.family.latent, captions=pictures.trained_captions, visits=encoded.epoch_visits
     )
     about = about_run(model.unet, digest(pictures), accelerator.device, parallel.world)
-    validation = plan_validation(config, pictures)
+    earlier = json_lines(folder.path / tracking.VALIDATION) if folder.checkpoint else []
+    validation = plan_validation(config, pictures, earlier)
     events.phase("forgetting", folder.step)
     asked = meter(config, model) if parallel.first else None
     known = known_pictures(config, pictures) if parallel.first and samples.prompts else None

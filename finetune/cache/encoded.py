@@ -147,7 +147,9 @@ class Encoded:
         rows = [self.conditions[self.captioning.caption(self.pictures.texts(index), key)] for index, key in visits]
         together = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         cond = self.conditioner.kwargs(together, geometry)
-        return Batch(stored, cond, keys, geometry, ids, torch.tensor([self.pictures.weights[i] for i in indices]))
+        weight = torch.tensor([self.pictures.weights[index] for index in indices])
+        of_class = tuple(index >= self.pictures.subjects for index in indices)
+        return Batch(stored, cond, keys, geometry, ids, weight, of_class)
 
 
 def as_batch(model: DiffusionModel, pixels: Tensor, prompts: Sequence[str] = (), *, step: int, seed: int = 0) -> Batch:

@@ -12,6 +12,7 @@ from finetune.config import ResolvedConfig
 from finetune.data.caption_visits import CaptionVisits
 from finetune.data.pictures import Pictures
 from finetune.data.sampler import Sampler
+from finetune.errors import UsageError
 from finetune.models.loading import DiffusionModel
 from finetune.models.locate import Location
 from finetune.models.lora import Adapter
@@ -22,6 +23,7 @@ from finetune.training.ema import Ema
 from finetune.training.objective import NoisePrediction
 from finetune.training.optim import learning_rate, make_optimizer, parameter_groups
 from finetune.training.parallel import Parallel
+from finetune.training.prior import Prior, untrained
 from finetune.training.trainer import Trainer
 from finetune.wording import counted
 
@@ -120,4 +122,13 @@ def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) 
         seed=config.seed,
         parallel=parallel,
         cuda_graphs=config.cuda_graphs,
+        prior=_prior(config, model),
     )
+
+
+def _prior(config: ResolvedConfig, model: DiffusionModel) -> Prior | None:
+    if not config.prior_prediction:
+        return None
+    if (new := model.new_prediction_type) is not None:
+        raise UsageError(f"prior_prediction: the model does not predict {new} yet; leave prediction_type out")
+    return untrained(model.unet, DTYPES[config.mixed_precision], adapter=config.method == "lora")

@@ -80,6 +80,7 @@ def bytes_of(config: ResolvedConfig, weights: int, kept: float) -> float:
         beside = bytes_each + masters + 4 * (_MOMENTS[config.optimizer] + config.use_ema)  # with a gradient
         # When activations are gone, half precision's gradients are gathered in fp32.
         total = max(total + weights * beside, weights * (bytes_each + beside + masters))
+        total += weights * bytes_each * bool(config.prior_prediction)  # as it was
     return total
 
 

@@ -3,14 +3,13 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from finetune.batch import Batch, as_input, map_tensors, moved
+from finetune.batch import Batch, as_input, moved
 from finetune.errors import RunError
 from finetune.models.encoders import Encoder
 from finetune.seeding import fold
@@ -20,6 +19,8 @@ from finetune.training.graphs import Graphs
 from finetune.training.masters import Masters
 from finetune.training.metrics import Arriving, Fault, NotFinite, StepMetrics, Values
 from finetune.training.parallel import Parallel
+from finetune.training.prepared import MicroBatch, Prepared
+from finetune.training.prior import Prior, with_prior
 
 MAX_OVERFLOWS = 25
 """Steps in a row that fp16 may skip: its loss scale starts at 2 ** 16 and halves each time."""
@@ -35,42 +36,6 @@ class Objective(Protocol):
     def loss(self, network: Any, drawn: Any, cond: Mapping[str, Any], extra: Tensor | None, /) -> Tensor:
         """The loss of each example, (B,) fp32, from what `draw` answered. What it gives the network is in its dtype."""
         ...
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Examples of one forward pass, drawn and on the device."""
-
-    drawn: Any
-    cond: Mapping[str, Any]
-    extra: Tensor | None
-    share: Tensor
-    """(B,) fp32: of each example's loss in that of the step, w / sum(w) over all parts."""
-
-    def __len__(self) -> int:
-        return len(self.share)
-
-    def split(self, size: int) -> list["MicroBatch"]:
-        """Consecutive slices of at most `size` examples."""
-        starts = range(0, len(self), size)
-        return [map_tensors(lambda tensor, at=at: tensor[at : at + size], self) for at in starts]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """All that an optimizer step takes, on the device: `Trainer.prepare` makes it, ahead of time if you like."""
-
-    parts: tuple[MicroBatch, ...]
-    ids: tuple[str, ...]
-    """Of the whole step, in all processes."""
-    start: int = 0
-    """Where those of this process begin."""
-
-    def cut(self, size: int | None) -> "Prepared":
-        """The same in micro-batches of at most `size` examples; None: as it is."""
-        if size is None or all(len(part) <= size for part in self.parts):
-            return self
-        return replace(self, parts=tuple(piece for part in self.parts for piece in part.split(size)))
 
 
 class Trainer:
@@ -93,6 +58,8 @@ class Trainer:
         parallel: the processes that train together, each of which is given its part of each step.
         cuda_graphs: on a GPU, launch a whole micro-batch at once (see `Graphs`), where that is possible: in half
             precision, without dropout and gradient checkpointing. The objective's `loss` must not read a value then.
+        prior: what class pictures teach, in place of their noise (see `finetune/training/prior.py`); the objective is
+            a `NoisePrediction` then.
     """
 
     def __init__(
@@ -111,6 +78,7 @@ class Trainer:
         seed: int = 0,
         parallel: Parallel = Parallel(),  # noqa: B008 # frozen
         cuda_graphs: bool = False,
+        prior: Prior | None = None,
     ):
         self.unet = unet
         self.masters = Masters(unet, precision)
@@ -119,6 +87,7 @@ class Trainer:
         self.device, self.dtype = first.device, first.dtype
         self.encoder = encoder
         self.objective = objective
+        self.prior = prior
         self.optimizer = optimizer
         self.learning_rate = learning_rate
         self.micro_batch_size = micro_batch_size
@@ -169,7 +138,9 @@ class Trainer:
         drawn = []
         for part in parts:
             noised = self.objective.draw(self.encoder.sample(part.stored, part.keys), part.keys)
-            drawn.append(MicroBatch(noised, as_input(part.cond, self.dtype), part.extra, part.weight / total))
+            rows = torch.tensor([row for row, of_class in enumerate(part.of_class) if of_class])
+            prior = rows if self.prior is not None and len(rows) else None
+            drawn.append(MicroBatch(noised, as_input(part.cond, self.dtype), part.extra, part.weight / total, prior))
         ids = whole.ids if whole else tuple(name for batch in batches for name in batch.ids)
         return Prepared(tuple(moved(part, self.device) for part in drawn), ids, whole.start if whole else 0)
 
@@ -240,7 +211,8 @@ class Trainer:
         if not self.unet.training:
             self.unet.train()
         losses = []
-        for number, part in enumerate(step.parts):
+        for number, drawn in enumerate(step.parts):
+            part = with_prior(drawn, self.prior)
             with self._dropout_seeded(number):
                 losses.append(self._compute(part) if self.graphs is None else self.graphs(part))
             self.masters.collect()

@@ -108,3 +108,18 @@ def test_a_run_learns_both_and_its_defaults_are_those_of_the_subject(
     assert [line["step"] for line in lines] == [1, 2]
     assert json.loads((out / "ledger.json").read_text())["found"] == 6
     assert "caption_dropout = 0.0" in (out / "config.toml").read_text()
+
+
+def test_prior_prediction_teaches_the_kind_as_the_model_knew_it(make_pictures: MakePictures, tmp_path: Path) -> None:
+    dog, dogs = folders(make_pictures, tmp_path, 2, 2)
+    options = {
+        "data": str(dog), "prompt": "sks dog", "class_data": str(dogs), "class_prompt": "a dog", "max_train_steps": 1,
+        "train_batch_size": 4, "rank": 2, "num_inference_steps": 0, "resolution": 64,
+    }  # fmt: skip
+    losses = []
+    for name, more in {"noise": {}, "answer": {"prior_prediction": True}}.items():
+        out = fine_tune(TrainConfig(**options | more, output_dir=str(tmp_path / name)))
+        losses.append(json.loads((out / "metrics.jsonl").read_text())["loss"])
+    assert 0 < losses[1] < 0.8 * losses[0]  # two of four answer as they did
+    with pytest.raises(UsageError, match="the model does not predict v_prediction yet; leave prediction_type out"):
+        fine_tune(TrainConfig(**options, prior_prediction=True, prediction_type="v_prediction"))

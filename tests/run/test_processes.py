@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -84,10 +86,16 @@ def test_what_the_first_refuses_ends_all(pictures: Path, tmp_path: Path) -> None
 
 
 def stopped(given: dict[str, object]) -> int:
-    """Only the second process gets the signal."""
+    """Only the second process gets the signal, when the first steps are made."""
+    metrics = Path(str(given["output_dir"])) / "metrics.jsonl"
+
+    def terminate() -> None:
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
     if os.environ["RANK"] == "1":
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        signal.setitimer(signal.ITIMER_REAL, 4)
+        threading.Thread(target=terminate, daemon=True).start()
     with pytest.raises(Interrupted) as error:
         run(given)
     return error.value.exit_code

@@ -13,7 +13,10 @@ from finetune.config import TrainConfig, load_resolved, replace
 from finetune.data.image_folder import ImageFolder
 from finetune.data.split import held_out
 from finetune.errors import DataError, UsageError
+from finetune.models.locate import locate
 from finetune.recipe import fine_tune
+from finetune.run.held_out import plan_validation
+from finetune.run.sources import open_pictures
 from finetune.run.trained import load_trained
 from tests.data.test_near import scene
 
@@ -87,6 +90,17 @@ def test_a_resumed_run_tells_what_an_uninterrupted_one_tells(pictures: Path, oth
     more = {"resume_from_checkpoint": "latest", "max_train_steps": 4, "output_dir": str(tmp_path / "twice")}
     fine_tune(replace(config, **more))
     assert (twice / "validation.jsonl").read_bytes() == (once / "validation.jsonl").read_bytes()
+
+
+def test_a_run_that_goes_on_for_longer_validates_on_the_same(pictures: Path, others: Path, tmp_path: Path) -> None:
+    lines = validations(fine_tune(options(pictures, tmp_path / "out", validation_data=str(others), max_train_steps=1)))
+    assert [len(lines[0]["losses"]), len(lines[0]["losses"][0])] == [2, 3]
+    longer = replace(load_resolved(tmp_path / "out/config.toml"), max_train_steps=400)
+    found = open_pictures(longer, locate(longer.model), None)
+    anew, kept = plan_validation(longer, found), plan_validation(longer, found, lines)
+    assert (len(anew.examples), anew.draws) == (3, 12)
+    assert (len(kept.examples), kept.draws, kept.digest) == (2, 3, lines[0]["of"])
+    assert plan_validation(replace(longer, seed=1), found, lines).draws == 12  # another run's lines
 
 
 def test_unasked_validations_take_their_share_of_the_time(pictures: Path, others: Path, tmp_path: Path) -> None:
