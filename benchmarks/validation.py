@@ -29,7 +29,7 @@ from draw_butterflies import describe
 
 import finetune as ft
 from finetune import recipe
-from finetune.config import read_options
+from finetune.config import load_resolved, read_options
 from finetune.results import tracking
 from finetune.results.events import Events
 from finetune.training.validation import paired, validation_losses
@@ -111,7 +111,7 @@ def measure_stop(work: Path) -> None:
         stopped = train(work / f"stopped-{seed}", **options, early_stop=True)
         true = kept(work / f"true-{seed}.json", partial(losses_on_the_way, work, whole))
         told = [record["loss"] for record in validations(whole)]
-        taken = int(json.loads((stopped / "result.json").read_text())["trained"])
+        taken = int(json.loads((stopped / "result.json").read_text())["steps"])
         ended = max(record["step"] for record in validations(stopped))
         shape = "falls and rises" if min(told) < min(told[0], told[-1]) else "does not rise"
         say(f"12 pictures, seed {seed}: validation loss", f"{told[0]:.4f}, {min(told):.4f}, {told[-1]:.4f}: {shape}")
@@ -120,7 +120,7 @@ def measure_stop(work: Path) -> None:
         lost = f"{min(true):.4f}; {true[STEPS.index(taken)]:.4f}; {true[-1]:.4f}"
         say("  loss on fresh ones: least; of what was taken; at the end", lost)
     demo = train(work / "demo-early", early_stop=True)
-    ended, length = validations(demo)[-1]["step"], json.loads((demo / "result.json").read_text())["steps"]
+    ended, length = validations(demo)[-1]["step"], load_resolved(demo / "config.toml").max_train_steps
     say("the demo with --early_stop ends at", f"{ended} of {length}", "its end")
 
 

@@ -94,6 +94,8 @@ class Batch:
     """(B,) fp32 loss weight of each example."""
     of_class: tuple[bool, ...] = ()
     """Of each example whether it is a class picture, which prior prediction teaches otherwise; (): none is."""
+    mask: Tensor | None = None
+    """(B, 1, H/8, W/8) in [0, 1]: how much an error counts there; None: wholly, everywhere."""
     extra: Tensor | None = None
     """Channels appended to the UNet's input (inpainting), (B, C, H/8, W/8)."""
     whole: Whole | None = None
@@ -118,6 +120,7 @@ class Batch:
                 ids=self.ids[part],
                 weight=self.weight[part],
                 of_class=self.of_class[part],
+                mask=None if self.mask is None else self.mask[part],
                 extra=None if self.extra is None else self.extra[part],
                 whole=self.whole,
             )

@@ -125,6 +125,9 @@ class DataOptions:
     """Caption for every picture that has none of its own."""
     trigger: str | None = option(None, needs="text", decided_by="transform")
     """A word placed before every caption, or where the caption says [trigger]."""
+    masked_loss: bool | None = option(None, called=("alpha_mask",), decided_by="dataset")
+    """Let errors count where a mask is white: NAME.mask.png beside a picture, else its alpha channel. Default: by such
+    files alone."""
     resolution: int | None = option(None, AT_LEAST_ONE, names=("image_size",))
     """Pixels per side; with buckets, of the square that no picture's area exceeds. Default: the model's own."""
     aspect_ratio_bucketing: bool | None = option(None, decided_by="transform", called=("enable_bucket",))

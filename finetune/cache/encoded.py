@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from finetune.batch import Batch
 from finetune.cache.demand import Demand
 from finetune.cache.fill import Made
 from finetune.cache.keys import caption_key
+from finetune.cache.masks import Masks
 from finetune.cache.store import Item, Store
 from finetune.cache.visits import Kept, Live
 from finetune.data.caption_visits import CaptionVisits
@@ -85,6 +87,11 @@ class Encoded:
     demands: Sequence[Demand] = ()
     """What is encoded when a visit comes to it."""
 
+    @cached_property
+    def masks(self) -> Masks:
+        """Of the pictures."""
+        return Masks(self.pictures, self.visits)
+
     def __len__(self) -> int:
         return len(self.pictures)
 
@@ -149,7 +156,8 @@ class Encoded:
         cond = self.conditioner.kwargs(together, geometry)
         weight = torch.tensor([self.pictures.weights[index] for index in indices])
         of_class = tuple(index >= self.pictures.subjects for index in indices)
-        return Batch(stored, cond, keys, geometry, ids, weight, of_class)
+        mask = self.masks.of(indices, keys, (stored.shape[-2], stored.shape[-1]))
+        return Batch(stored, cond, keys, geometry, ids, weight, of_class, mask)
 
 
 def as_batch(model: DiffusionModel, pixels: Tensor, prompts: Sequence[str] = (), *, step: int, seed: int = 0) -> Batch:

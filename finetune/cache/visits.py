@@ -28,11 +28,14 @@ class Kept:
 
     def load(self, index: int, key: int) -> tuple[Tensor, tuple[int, ...]]:
         """The stored encoding (C, h, w), mirrored half of the time if flips are wanted, and its geometry."""
-        flip = self.pictures.flips and _flipped(key)
-        placement = self._placement(index)
+        placement, flip = self.placed(index, key)
         (item,) = self.store.load([self._key(index, placement, flip)])
         stored = item["stored"]
         return stored.float() if stored.is_floating_point() else stored, placement.geometry(flip)
+
+    def placed(self, index: int, key: int) -> tuple[Placement, bool]:
+        """What is trained on of the picture, and whether it is mirrored."""
+        return self._placement(index), self.pictures.flips and _flipped(key)
 
     def seen(self, index: int, key: int) -> Tensor:
         """(3, H, W) uint8: the pixels whose encoding `load` answers."""
@@ -72,6 +75,10 @@ class Live:
             flip = self.pictures.flips and _flipped(key)
         placement = self.pictures.placement(image.size, key)
         return placement.pixels(image, flip), placement.geometry(flip)
+
+    def placed(self, index: int, key: int) -> tuple[Placement, bool]:
+        """What is trained on of the picture, and whether it is mirrored."""
+        return self.pictures.placement(self.pictures.checked(index).size, key), self.pictures.flips and _flipped(key)
 
     def seen(self, index: int, key: int) -> Tensor:
         """The pixels that `load` answers."""

@@ -123,6 +123,7 @@ def open_dataset(
     *,
     image_column: str = IMAGE_COLUMN,
     caption_column: str = CAPTION_COLUMN,
+    masks: Literal["files", "files and alpha", "none"] = "files",
     **options: Any,
 ) -> ImageFolder | HuggingFaceDataset:
     """Open what --data names.
@@ -131,7 +132,7 @@ def open_dataset(
         source: a folder of pictures; a folder written by `Dataset.save_to_disk`; a folder of parquet or arrow files,
             or one such file; the id of a dataset on the Hugging Face hub (its split "train"); or a Dataset itself.
             Only a source that does not exist on this machine is looked for on the hub.
-        prompt, image_column, caption_column, options: as for `ImageFolder` and `HuggingFaceDataset`.
+        prompt, image_column, caption_column, masks, options: as for `ImageFolder` and `HuggingFaceDataset`.
 
     Raises:
         UsageError: `source` is empty or neither a path nor an id, or a column is named for a folder of pictures.
@@ -142,13 +143,15 @@ def open_dataset(
         return HuggingFaceDataset(source, prompt, **columns, **options)
     check_source(source)
     path = Path(os.path.expanduser(source))
+    if masks == "files and alpha" and not (path.is_dir() and not _holds_tables(path)):
+        raise UsageError(f"--masked_loss is for folders of pictures; {source} holds rows, which have no masks")
     if not os.path.exists(path):
         return HuggingFaceDataset(_load_from_hub(source), prompt, **columns, **options)
     if _holds_tables(path):
         return HuggingFaceDataset(_load_tables(path), prompt, **columns, **options)
     if (image_column, caption_column) != (IMAGE_COLUMN, CAPTION_COLUMN):
         raise UsageError(f"--image_column and --caption_column are for Hugging Face datasets; {source} holds pictures")
-    return ImageFolder(path, prompt, **options)
+    return ImageFolder(path, prompt, masks=masks, **options)
 
 
 def _holds_tables(path: Path) -> bool:

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
+
 from finetune.data.buckets import Buckets
 from finetune.data.captions import CAPTION_SUFFIXES, METADATA, find_captions
-from finetune.data.images import PICTURE_SUFFIXES, PictureFile, is_picture, list_files
+from finetune.data.images import PICTURE_SUFFIXES, PictureFile, is_picture, list_files, open_alpha
+from finetune.data.masks import checked_masks, is_mask, masks_of, open_mask
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Ledger, PictureFiles
 from finetune.data.transforms import Preprocess
@@ -31,6 +34,8 @@ class ImageFolder(PictureFiles):
         trigger: word put in place of every [trigger], or in front of each caption.
         resolution, resize_mode, center_crop, random_flip, buckets: see `Preprocess`.
         caption_lines: "joined": a caption of several lines is one; "chosen": each line is one, and visits take turns.
+        masks: where an error counts (see `finetune/data/masks.py`): the files NAME.mask.png beside pictures; and the
+            alpha channel of those without; or everywhere.
         memory: of earlier runs; without it, every picture is decoded once before anything else.
 
     An id is a path relative to the folder, with forward slashes.
@@ -52,6 +57,7 @@ class ImageFolder(PictureFiles):
         random_flip: bool = False,
         buckets: Buckets | None = None,
         caption_lines: Literal["joined", "chosen"] = "joined",
+        masks: Literal["files", "files and alpha", "none"] = "files",
         memory: PictureMemory | None = None,
     ) -> None:
         transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets)
@@ -59,10 +65,13 @@ class ImageFolder(PictureFiles):
         if not root.is_dir():
             raise UsageError(f"{folder}: {'not a folder' if root.exists() else 'no such folder'}")
         files = list_files(root)
-        self._files = [file for file in files if is_picture(file)]
+        self._files = [file for file in files if is_picture(file) and not is_mask(file)]
         if not self._files:
             raise DataError(f"{folder}: no picture found; allowed are {' '.join(PICTURE_SUFFIXES)}")
         names = [_below(root, file) for file in self._files]
+        self._masks, lonely = masks_of(files, self._files)
+        self._lonely_masks = [_below(root, file) for file in lonely]
+        digests = dict(zip(self._masks, checked_masks(list(self._masks.values())), strict=True))
         repeats, subjects = _repeated(names)
         found = find_captions(
             files,
@@ -80,11 +89,23 @@ class ImageFolder(PictureFiles):
             trigger=trigger,
             transform=transform,
             memory=memory,
-            bad={_below(root, picture): reason for picture, reason in found.unreadable.items()},
+            bad={_below(root, picture): reason for picture, reason in found.unreadable.items()}
+            | {_below(root, picture): str(bad) for picture, bad in digests.items() if isinstance(bad, ValueError)},
             repeats=repeats,
             orphans=[_below(root, file) for file in found.orphans],
             empty=[_below(root, file) for file in found.empty],
         )
+        self._alpha = masks == "files and alpha"
+        self.masked = masks != "none" and bool(self._masks or self._alpha)
+        self.mask_digests = [digest for digest in digests.values() if isinstance(digest, str)] if self.masked else []
+
+    def mask(self, index: int) -> Image.Image | None:
+        if not self.masked:
+            return None
+        picture = self._files[self._places[index]]
+        if picture in self._masks:
+            return open_mask(self._masks[picture])
+        return open_alpha(picture) if self._alpha else None
 
     def _file(self, place: int) -> PictureFile:
         return self._files[place]
@@ -92,15 +113,17 @@ class ImageFolder(PictureFiles):
     def ledger(self) -> Ledger:
         strange = {f"neither pictures nor captions: {ending}": count for ending, count in sorted(self._others.items())}
         orphans = {"caption files without a picture": len(self.orphans)} if self.orphans else {}
+        orphans |= {"masks without a picture": len(self._lonely_masks)} if self._lonely_masks else {}
         own = super().ledger()
         skipped = {**orphans, **strange, **own.skipped}
-        return own._replace(found=self._count, captions=self._caption_files, skipped=skipped)
+        return own._replace(found=self._count, captions=self._caption_files, masks=len(self._masks), skipped=skipped)
 
     def notes(self) -> list[str]:
         kinds = listed([f"{count} {suffix}" for suffix, count in sorted(self._others.items())])
         named = sorted({name.split("/")[0] for name in self.ids if _REPEATED.match(name)})
         unused = named if set(self.repeats) <= {0, 1} else []
         lines = {
+            f"masks without a picture, {len(self._lonely_masks)}: {listed(self._lonely_masks)}": self._lonely_masks,
             f"files that are neither pictures nor captions: {kinds}": kinds,
             f"not read as repeats, since other folders hold pictures too: {listed(unused)}": unused,
         }

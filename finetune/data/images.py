@@ -138,6 +138,16 @@ def open_image(source: PictureFile, name: str | None = None, digest: str | None 
         raise DataError(f"{name or source}: {_reason(error)}") from error
 
 
+def open_alpha(source: PictureFile) -> Image.Image | None:
+    """The alpha channel of the picture in a file, 8 bit grey, upright; None where it has none. Raises DataError."""
+    try:
+        with Image.open(io.BytesIO(read_file(source))) as image:
+            upright = _upright(image)
+            return upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
+    except _READ_ERRORS as error:
+        raise DataError(f"{source}: {_reason(error)}") from error
+
+
 def _decode(content: bytes, name: str | None = None) -> Image.Image:
     Image.init()  # all formats, before threads race to register them
     formats = [name for name in Image.ID if name in _FORMATS]

@@ -7,6 +7,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
 from finetune.data.captions import Caption
 from finetune.data.images import Checked, Skipped
 from finetune.data.pictures import Example, Ledger, Pictures
@@ -55,6 +57,8 @@ class Joined(Pictures):
         )
         self.subjects = sum(part.pictures.subjects for part in parts if part.repeats and not part.remembered)
         self.weights = [part.weight * weight for part in parts for weight in part.pictures.weights]
+        self.masked = any(part.pictures.masked for part in parts)
+        self.mask_digests = [digest for part in parts for digest in part.pictures.mask_digests]
         self.sources = sum((part.sources() for part in parts), Counter())
         self.quarantined = [
             Skipped(part.named(bad.path), bad.reason) for part in parts for bad in part.pictures.quarantined
@@ -63,6 +67,10 @@ class Joined(Pictures):
     def __getitem__(self, index: int) -> Example:
         part, place = self._place(index)
         return part.pictures[place]._replace(id=self.ids[index])
+
+    def mask(self, index: int) -> Image.Image | None:
+        part, place = self._place(index)
+        return part.pictures.mask(place)
 
     def checked(self, index: int) -> Checked:
         part, place = self._place(index)
@@ -73,6 +81,7 @@ class Joined(Pictures):
         return own._replace(
             found=sum(ledger.found for ledger in whole),
             captions=sum(ledger.captions for ledger in whole),
+            masks=sum(ledger.masks for ledger in whole),
             skipped=sum((Counter(ledger.skipped) for ledger in whole), Counter(own.skipped)),
         )
 

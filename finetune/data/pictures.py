@@ -38,13 +38,15 @@ class Ledger(NamedTuple):
     """Pictures that cannot be trained on."""
     captions: int = 0
     """Files that captions were read from."""
+    masks: int = 0
+    """Files that are the mask of a picture."""
     held_out: int = 0
     """Pictures that are kept for validation."""
     skipped: Mapping[str, int] = MappingProxyType({})
     """Why -> how many."""
 
     def adds_up(self) -> bool:
-        told = self.trained + self.quarantined + self.held_out + self.captions + sum(self.skipped.values())
+        told = self.trained + self.quarantined + self.held_out + self.captions + self.masks + sum(self.skipped.values())
         return self.found == told
 
 
@@ -72,6 +74,10 @@ class Pictures(Dataset[Example], ABC):
     """Pictures that were found and cannot be trained on."""
     held_out: Sequence[int] = ()
     """Numbers of pictures that are never trained on, but validated on."""
+    masked: bool = False
+    """Whether some may have a mask."""
+    mask_digests: Sequence[str] = ()
+    """Of the files that are masks."""
     shown_elsewhere: int = 0
     """Pictures for validation that are not used: what they show is trained on."""
 
@@ -116,6 +122,10 @@ class Pictures(Dataset[Example], ABC):
     @abstractmethod
     def checked(self, index: int) -> Checked:
         """Size and digest of the picture. Raises DataError as `__getitem__` does, where it must be opened for that."""
+
+    def mask(self, index: int) -> Image.Image | None:
+        """Where an error in the picture counts: 8 bit grey, upright, of the picture's shape; None: everywhere."""
+        return None
 
     @property
     def flips(self) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from math import ceil
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from finetune.cache.store import cache_folder
 from finetune.config import TrainConfig
@@ -21,6 +21,13 @@ from finetune.models.locate import Location
 from finetune.options import about
 from finetune.seeding import fold
 from finetune.wording import counted, listed
+
+_MASKS: dict[bool | None, Literal["files", "files and alpha", "none"]] = {
+    None: "files",
+    True: "files and alpha",
+    False: "none",
+}
+"""The masked_loss option -> what masks are."""
 
 
 def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) -> Pictures:
@@ -51,6 +58,7 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
         random_flip=config.random_flip,
         buckets=_buckets(config, found, resolution),
         caption_lines=config.caption_lines,
+        masks=_MASKS[config.masked_loss],
         memory=memory,
         image_column=config.image_column,
         caption_column=config.caption_column,
@@ -163,4 +171,5 @@ def _own_pictures(config: TrainConfig, found: Location, dataset: Rows, resolutio
 def digest(pictures: Pictures) -> str:
     """A digest of the pictures, their names, captions and repeats: another one is another run."""
     captions = [text for index in range(len(pictures)) for text in pictures.texts(index)]
-    return f"{fold(*pictures.ids, *captions, *pictures.contents, *pictures.repeats):016x}"
+    parts = (*pictures.ids, *captions, *pictures.contents, *pictures.repeats, *pictures.mask_digests)
+    return f"{fold(*parts):016x}"

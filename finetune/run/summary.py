@@ -35,6 +35,7 @@ def summary_rows(run: Run) -> dict[str, str]:
         f"{sizes(run.pictures)}",
         "validation": _validation(run),
         "forgetting": _forgetting(run),
+        "masks": _masks(run),
         "captions": _captions(run) if family.latent else "",
         "encodings": encodings(encoded, config.cache_dir),
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_scheduler}, "
@@ -74,6 +75,13 @@ def _forgetting(run: Run) -> str:
         return ""
     trigger = ", with and without the trigger" if run.meter.triggered else ""
     return f"answers to {counted(run.meter.plain.x_t.shape[1], 'prompt')} of what it knew before are watched{trigger}"
+
+
+def _masks(run: Run) -> str:
+    if not run.pictures.masked:
+        return ""
+    alpha = ", and alpha channels" if run.config.masked_loss else ""
+    return f"errors count where these are white: {counted(len(run.pictures.mask_digests), 'file')}{alpha}"
 
 
 def _captions(run: Run) -> str:

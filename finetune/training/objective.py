@@ -28,6 +28,8 @@ class Noised:
     """(B, C, H, W) what the UNet should answer."""
     snr_weight: Tensor
     """(B,) weight of each example's error at its timestep; ones unless `snr_gamma` is set."""
+    mask: Tensor | None = None
+    """(B, 1, H, W) weight of the error at each place; None: ones."""
 
 
 def timesteps(keys: Tensor, total: int) -> Tensor:
@@ -126,8 +128,10 @@ class NoisePrediction:
             extra: channels appended to x_t (inpainting), (B, C', H, W).
         """
         x = noised.x_t if extra is None else torch.cat([noised.x_t, extra], dim=1)
-        error = (prediction(unet, x, noised.t, cond) - noised.target.float()).square().mean(dim=(1, 2, 3))
-        return noised.snr_weight * error
+        error = (prediction(unet, x, noised.t, cond) - noised.target.float()).square()
+        if noised.mask is not None:
+            error = noised.mask * error
+        return noised.snr_weight * error.mean(dim=(1, 2, 3))
 
     def velocity(self, predicted: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """v = sqrt(abar) noise - sqrt(1 - abar) x0 (Salimans & Ho 2022, appendix D) of what the UNet predicts."""

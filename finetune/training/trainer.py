@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -138,6 +139,7 @@ class Trainer:
         drawn = []
         for part in parts:
             noised = self.objective.draw(self.encoder.sample(part.stored, part.keys), part.keys)
+            noised = noised if part.mask is None else replace(noised, mask=part.mask)
             rows = torch.tensor([row for row, of_class in enumerate(part.of_class) if of_class])
             prior = rows if self.prior is not None and len(rows) else None
             drawn.append(MicroBatch(noised, as_input(part.cond, self.dtype), part.extra, part.weight / total, prior))

@@ -5,6 +5,7 @@ either of them.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import pi, sqrt, tan
 from statistics import NormalDist
 from typing import NamedTuple
@@ -68,7 +69,7 @@ def validation_losses(
                 first, end = draw * total // draws, (draw + 1) * total // draws
                 t = first + seeding.integers(keys, "timestep", end - first)
                 noise = seeding.normal(keys, "noise", x0.shape[1:])
-                noised = objective.noised(x0, noise.to(device), t.to(device))
+                noised = replace(objective.noised(x0, noise.to(device), t.to(device)), mask=batch.mask)
                 losses[rows, draw] = objective.loss(unet, noised, batch.cond, batch.extra).float().cpu()
     finally:
         unet.train(trained)

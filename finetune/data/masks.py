@@ -1,0 +1,62 @@
+"""Masks: where in a picture an error counts. White: wholly; black: not at all; grey: in proportion."""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from finetune.data.images import digest_of, open_image, read_file
+from finetune.data.transforms import Placement
+from finetune.errors import DataError
+
+SUFFIX = ".mask.png"
+"""A mask lies beside its picture: cat.mask.png beside cat.jpg."""
+
+
+def is_mask(file: Path) -> bool:
+    """Whether its name says that it is one."""
+    return file.name.lower().endswith(SUFFIX)
+
+
+def masks_of(files: Iterable[Path], pictures: Sequence[Path]) -> tuple[dict[Path, Path], list[Path]]:
+    """Picture -> the mask beside it; and the masks that lie beside no picture."""
+    masks = {file.with_name(file.name[: -len(SUFFIX)]): file for file in files if is_mask(file)}
+    found = {picture: masks[picture.with_suffix("")] for picture in pictures if picture.with_suffix("") in masks}
+    used = set(found.values())
+    return found, [file for file in masks.values() if file not in used]
+
+
+def checked_masks(masks: Sequence[Path]) -> list[str | ValueError]:
+    """Of each mask a digest of its bytes, or why it cannot be used."""
+
+    def check(file: Path) -> str | ValueError:
+        try:
+            if not open_mask(file).getbbox():
+                return ValueError("its mask is black all over")
+            return digest_of(read_file(file))
+        except DataError as error:
+            return ValueError(f"its mask: {error}")
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(check, masks))
+
+
+def open_mask(file: Path) -> Image.Image:
+    """8 bit grey. Raises DataError for what is no picture."""
+    return open_image(file).convert("L")
+
+
+def weights(mask: Image.Image, placement: Placement, flip: bool, size: tuple[int, int]) -> Tensor:
+    """(1, h, w) in [0, 1] for a latent of this size: the mean of the mask over what each position stands for.
+
+    Args:
+        mask: 8 bit grey, of the picture's own shape; it is scaled to its size.
+        placement, flip: of the picture.
+        size: h and w.
+    """
+    height, width = placement.original
+    whole = mask if mask.size == (width, height) else mask.resize((width, height), Image.Resampling.BILINEAR)
+    return F.interpolate(placement.pixels(whole, flip)[None] / 255, size, mode="area")[0]

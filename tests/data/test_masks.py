@@ -1,0 +1,146 @@
+"""Masks beside pictures, and as they reach the loss."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image, ImageDraw
+from torch.nn import functional as F
+
+from finetune.cache.encode import encode
+from finetune.config import TrainConfig
+from finetune.data.buckets import Buckets
+from finetune.data.image_folder import ImageFolder
+from finetune.data.loader import training_steps
+from finetune.data.masks import weights
+from finetune.data.transforms import Placement
+from finetune.errors import UsageError
+from finetune.models.encoders import PixelEncoder
+from finetune.models.loading import load_model
+from finetune.recipe import fine_tune
+from finetune.training.objective import NoisePrediction
+from tests.small_trainer import small_batch, small_trainer
+
+
+def left_half(width: int = 8, height: int = 8) -> Image.Image:
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (0, 0, width // 2, height))
+    return mask
+
+
+def test_weights_lie_where_the_picture_does() -> None:
+    placement = Placement(original=(8, 8), scaled=(16, 16), corner=(0, 4), size=(16, 8))
+    found = weights(left_half(), placement, False, (4, 2))
+    assert found[0].round().tolist() == [[1, 0]] * 4  # columns 4 to 12 of 16: half and half
+    assert weights(left_half(), placement, True, (4, 2))[0].round().tolist() == [[0, 1]] * 4
+    grey = Image.new("L", (4, 4), 51)  # of another size than the picture
+    assert weights(grey, placement, False, (2, 2)).flatten().tolist() == pytest.approx([0.2] * 4)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four pictures with masks that show where they are red, one without, and a mask without a picture."""
+    place = tmp_path / "pictures"
+    place.mkdir()
+    for number in range(4):
+        size = ((96, 64), (64, 96))[number % 2]
+        picture, mask = Image.new("RGB", size, "blue"), Image.new("L", size)
+        box = (10 * number, 12, 10 * number + 30, 50)
+        ImageDraw.Draw(picture).rectangle(box, fill="red")
+        ImageDraw.Draw(mask).rectangle(box, fill="white")
+        picture.save(place / f"{number}.png")
+        mask.save(place / f"{number}.mask.png")
+    Image.new("RGB", (64, 64), "red").save(place / "plain.jpg")
+    Image.new("L", (64, 64), "white").save(place / "lonely.mask.png")
+    return place
+
+
+def test_masks_are_no_pictures_and_all_files_are_accounted_for(folder: Path) -> None:
+    Image.new("RGB", (64, 64)).save(folder / "black.png")
+    Image.new("L", (64, 64)).save(folder / "black.mask.png")
+    Image.new("RGB", (64, 64)).save(folder / "broken.png")
+    (folder / "broken.mask.png").write_bytes(b"no picture")
+    found = ImageFolder(folder, "a box", resolution=64)
+    assert found.ids == ["0.png", "1.png", "2.png", "3.png", "plain.jpg"]
+    reasons = {bad.path: bad.reason for bad in found.quarantined}
+    assert reasons["black.png"] == "its mask is black all over"
+    assert "broken.mask.png: not a picture" in reasons["broken.png"]
+    ledger = found.ledger()
+    assert (ledger.found, ledger.trained, ledger.masks, ledger.skipped) == (14, 5, 6, {"masks without a picture": 1})
+    assert ledger.adds_up()
+    assert "masks without a picture, 1: lonely.mask.png" in found.notes()
+    assert not ImageFolder(folder, "a box", resolution=64, masks="none").masked
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("buckets", [None, Buckets(64, 32, 128, 16)])
+def test_a_mask_is_cropped_and_mirrored_with_its_picture(folder: Path, live: bool, buckets: Buckets | None) -> None:
+    pictures = ImageFolder(folder, "a box", resolution=64, random_flip=True, center_crop=False, buckets=buckets)
+    encoded = encode(pictures, load_model("tiny"), live=live, cache_dir="none")
+    seen = 0
+    for step in training_steps(encoded, batch_size=5, steps=6):
+        for batch in step:
+            assert batch.mask is None or batch.mask.shape[1:] == (1, *batch.stored.shape[-2:])
+            for row, name in enumerate(batch.ids):
+                if name == "plain.jpg":
+                    assert batch.mask is None or (batch.mask[row] == 1).all()
+                    continue
+                pixels = encoded.visits.seen(pictures.ids.index(name), int(batch.keys[row]))
+                red = (pixels[0] > 127).float()[None, None]
+                assert batch.mask is not None
+                shown = F.interpolate(red, batch.mask.shape[-2:], mode="area")[0]
+                assert (batch.mask[row] - shown).abs().max() < 0.3  # edges are interpolated
+                assert (batch.mask[row] - shown).abs().mean() < 0.02
+                seen += 1
+    assert seen == 24
+
+
+def test_an_alpha_channel_is_a_mask_where_that_is_asked_for(tmp_path: Path) -> None:
+    picture = Image.new("RGBA", (64, 64), "red")
+    picture.putalpha(left_half(64, 64))
+    picture.save(tmp_path / "a.png")
+    asked, not_asked = (ImageFolder(tmp_path, "x", resolution=64, masks=how) for how in ("files and alpha", "files"))
+    assert not_asked.mask(0) is None
+    mask = asked.mask(0)
+    assert mask is not None
+    assert np.asarray(mask)[0].tolist() == [255] * 32 + [0] * 32
+
+
+def test_errors_count_where_the_mask_is_white() -> None:
+    trainer = small_trainer("full")
+    batch = replace(small_batch(), mask=torch.stack([torch.zeros(1, 8, 8), torch.full((1, 8, 8), 0.5)]))
+    (part,) = trainer.prepare(batch).parts
+    with torch.no_grad():
+        masked = trainer.objective.loss(trainer.unet, part.drawn, part.cond, None)
+        whole = trainer.objective.loss(trainer.unet, replace(part.drawn, mask=None), part.cond, None)
+    assert masked[0] == 0
+    assert masked[1] == pytest.approx(0.5 * whole[1].item())
+    pieces = [piece.mask for piece in batch.split(1)]
+    assert [piece.mean().item() for piece in pieces if piece is not None] == [0, 0.5]
+    assert isinstance(trainer.encoder, PixelEncoder)
+    assert (
+        NoisePrediction(DDPMScheduler()).draw(torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.int64)).mask is None
+    )
+
+
+def test_a_run_heeds_them_and_other_masks_are_another_run(folder: Path, tmp_path: Path) -> None:
+    options = {
+        "data": str(folder), "prompt": "a box", "resolution": 64, "max_train_steps": 1, "rank": 2,
+        "num_inference_steps": 0, "train_batch_size": 5,
+    }  # fmt: skip
+    losses = {}
+    for name, masked in {"files": None, "none": False, "alpha": True}.items():
+        out = fine_tune(TrainConfig(**options, masked_loss=masked, output_dir=str(tmp_path / name)))
+        losses[name] = json.loads((out / "metrics.jsonl").read_text())["loss"]
+    assert losses["files"] == losses["alpha"] < 0.6 * losses["none"]
+    Image.new("L", (96, 64), "white").save(folder / "0.mask.png")
+    with pytest.raises(UsageError, match="holds another run"):
+        fine_tune(TrainConfig(**options, output_dir=str(tmp_path / "files")))
+    table = tmp_path / "rows.parquet"
+    table.write_bytes(b"")
+    with pytest.raises(UsageError, match=r"--masked_loss is for folders of pictures; .*rows.parquet holds rows"):
+        fine_tune(TrainConfig(**options | {"data": str(table)}, masked_loss=True))
