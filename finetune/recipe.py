@@ -364,10 +364,10 @@ def _finish(run: Run) -> None:
         print(f"validation: the loss was least at step {best} of {trained}")
     if run.samples.prompts:
         print(f"pictures: {folder / 'samples'}")
-    print(f"report: {page}")
     if config.lr_scheduler == "constant" and config.data:  # any other schedule has ended
         more = f"--resume_from_checkpoint latest --max_train_steps {2 * config.max_train_steps}"
         print(f"to go on for longer: finetune-unet --output_dir {shlex.quote(str(folder))} {more}")
+    print(f"report: {page}")
     _push(config, folder)
 
 

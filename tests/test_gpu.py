@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from finetune.batch import Batch
@@ -141,3 +142,20 @@ def test_a_deterministic_run_gives_the_same_bits(pictures: Path, tmp_path: Path)
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
     unet = "unet/diffusion_pytorch_model.safetensors"
     assert (a / unet).read_bytes() == (b / unet).read_bytes()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_everything_that_can_be_watched_or_weighed_is_where_the_unet_is(
+    pictures: Path, tmp_path: Path, method: str
+) -> None:
+    folder = tmp_path / "masked"
+    folder.mkdir()
+    for path in sorted(pictures.glob("*.png")):
+        (folder / path.name).write_bytes(path.read_bytes())
+        with Image.open(path) as picture:
+            Image.new("L", picture.size, 128).save(folder / f"{path.stem}.mask.png")
+    more = {"class_data": str(pictures), "prior_prediction": True, "validation_data": None, "forgetting_prompts": 4}
+    more |= {"prompt": "a disc", "validation_fraction": 0.4, "validate_every": 2, "early_stop": True, "use_ema": True}
+    out = run(folder, tmp_path / "out", method=method, checkpointing_steps=3, **more)
+    for name in ("metrics.jsonl", "validation.jsonl", "forgetting.jsonl"):
+        assert (out / name).read_text().count("\n") >= 2

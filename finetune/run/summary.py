@@ -64,6 +64,8 @@ def _learns(run: Run) -> str:
 
 def _validation(run: Run) -> str:
     held, validation = len(run.pictures.held_out), run.validation
+    if not held and run.config.validation_fraction:
+        return "none: those drawn for it are near duplicates of too many others; --validation_data names others"
     if not held:
         return "none: no pictures are held out"
     some = "" if held == len(validation.examples) else f", {len(validation.examples)} of them used"

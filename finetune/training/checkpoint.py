@@ -134,7 +134,8 @@ def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
         else:
             return folder, damaged
     if damaged:
-        raise RunError(f"{'; '.join(damaged)}: no other checkpoint is there to go on from")
+        told = "; ".join(damaged)
+        raise RunError(f"{told}: no other checkpoint is there to go on from; the run starts anew when they are deleted")
     return None, []
 
 
