@@ -109,8 +109,9 @@ def _run(
     print(f"{'memory':>10}  {check_memory(config, found, accelerator.device)}")
     held = _held(folder, config, events) if parallel.first else nullcontext()
     computing = threads(threads_then(folder.about, accelerator.device, parallel.world))
-    sizes = len(set(pictures.shapes()))
-    tuned = tuning_pays(config.max_train_steps, sizes=sizes, batch_size=config.global_batch)
+    tuned = accelerator.device.type == "cuda" and tuning_pays(
+        config.max_train_steps, sizes=len(set(pictures.shapes())), batch_size=config.global_batch
+    )
     with held, gpu_algorithms(deterministic=config.deterministic, tuned=tuned), computing:
         run = _put_together(config, found, pictures, folder, accelerator, parallel, events)
         try:

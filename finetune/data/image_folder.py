@@ -71,7 +71,8 @@ class ImageFolder(PictureFiles):
         names = [_below(root, file) for file in self._files]
         self._masks, lonely = masks_of(files, self._files)
         self._lonely_masks = [_below(root, file) for file in lonely]
-        digests = dict(zip(self._masks, checked_masks(list(self._masks.values())), strict=True))
+        self._alpha, self.masked = masks == "files and alpha", masks != "none"
+        self.mask_digests, unusable = checked_masks(self._masks if self.masked else {})
         repeats, subjects = _repeated(names)
         found = find_captions(
             files,
@@ -89,15 +90,12 @@ class ImageFolder(PictureFiles):
             trigger=trigger,
             transform=transform,
             memory=memory,
-            bad={_below(root, picture): reason for picture, reason in found.unreadable.items()}
-            | {_below(root, picture): str(bad) for picture, bad in digests.items() if isinstance(bad, ValueError)},
+            bad={_below(root, picture): reason for picture, reason in (*found.unreadable.items(), *unusable.items())},
             repeats=repeats,
             orphans=[_below(root, file) for file in found.orphans],
             empty=[_below(root, file) for file in found.empty],
         )
-        self._alpha = masks == "files and alpha"
-        self.masked = masks != "none" and bool(self._masks or self._alpha)
-        self.mask_digests = [digest for digest in digests.values() if isinstance(digest, str)] if self.masked else []
+        self.masked = self.masked and bool(self._masks or self._alpha)
 
     def mask(self, index: int) -> Image.Image | None:
         if not self.masked:
@@ -116,7 +114,8 @@ class ImageFolder(PictureFiles):
         orphans |= {"masks without a picture": len(self._lonely_masks)} if self._lonely_masks else {}
         own = super().ledger()
         skipped = {**orphans, **strange, **own.skipped}
-        return own._replace(found=self._count, captions=self._caption_files, masks=len(self._masks), skipped=skipped)
+        masks = len(set(self._masks.values()))
+        return own._replace(found=self._count, captions=self._caption_files, masks=masks, skipped=skipped)
 
     def notes(self) -> list[str]:
         kinds = listed([f"{count} {suffix}" for suffix, count in sorted(self._others.items())])

@@ -1,6 +1,6 @@
 """Masks: where in a picture an error counts. White: wholly; black: not at all; grey: in proportion."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,25 +23,30 @@ def is_mask(file: Path) -> bool:
 
 def masks_of(files: Iterable[Path], pictures: Sequence[Path]) -> tuple[dict[Path, Path], list[Path]]:
     """Picture -> the mask beside it; and the masks that lie beside no picture."""
-    masks = {file.with_name(file.name[: -len(SUFFIX)]): file for file in files if is_mask(file)}
-    found = {picture: masks[picture.with_suffix("")] for picture in pictures if picture.with_suffix("") in masks}
+    masks = [file for file in files if is_mask(file)]
+    places = {file.with_name(file.name[: -len(SUFFIX)]): file for file in masks}
+    found = {picture: places[picture.with_suffix("")] for picture in pictures if picture.with_suffix("") in places}
     used = set(found.values())
-    return found, [file for file in masks.values() if file not in used]
+    return found, [file for file in masks if file not in used]
 
 
-def checked_masks(masks: Sequence[Path]) -> list[str | ValueError]:
-    """Of each mask a digest of its bytes, or why it cannot be used."""
+def checked_masks(masks: Mapping[Path, Path]) -> tuple[list[str], dict[Path, str]]:
+    """Digests of the masks of pictures, and picture -> why its mask cannot be used."""
+    digests, bad = [], {}
 
-    def check(file: Path) -> str | ValueError:
-        try:
-            if not open_mask(file).getbbox():
-                return ValueError("its mask is black all over")
-            return digest_of(read_file(file))
-        except DataError as error:
-            return ValueError(f"its mask: {error}")
+    def check(file: Path) -> str:
+        if not open_mask(file).getbbox():
+            raise DataError("it is black all over")
+        return digest_of(read_file(file))
 
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(check, masks))
+        checks = {picture: pool.submit(check, mask) for picture, mask in masks.items()}
+        for picture, made in checks.items():
+            try:
+                digests.append(made.result())
+            except DataError as error:
+                bad[picture] = f"its mask: {error}"
+    return digests, bad
 
 
 def open_mask(file: Path) -> Image.Image:

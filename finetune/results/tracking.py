@@ -205,6 +205,11 @@ def track_forgetting(accelerator: Accelerator, record: Mapping[str, Any]) -> Non
     accelerator.log(values, step=record["step"])
 
 
+def track_copies(accelerator: Accelerator, record: Mapping[str, Any]) -> None:
+    """Send the share of near copies that a line of copies.jsonl tells of to the open trackers."""
+    accelerator.log({"samples/copies": record["copies"] / record["pictures"]}, step=record["step"])
+
+
 def track_pictures(accelerator: Accelerator, step: int, path: Path) -> None:
     """Send a sample grid to the open trackers that show pictures."""
     picture = numpy.asarray(Image.open(path).convert("RGB"))[None]

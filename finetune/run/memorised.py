@@ -40,6 +40,6 @@ def count_copies(run: Run, drawn: Sequence[Image.Image]) -> None:
     record = {"step": step, "pictures": len(drawn), "copies": run.originals.copied(drawn)}
     write_json_lines(path, [*(line for line in json_lines(path) if line["step"] != step), record])
     run.events.note("copies", **record)
-    run.accelerator.log({"samples/copies": record["copies"] / len(drawn)}, step=step)
+    tracking.track_copies(run.accelerator, record)
     if step and record["copies"]:
         print(f"pictures at step {step}: {record['copies']} of {len(drawn)} are near copies of training pictures")

@@ -64,16 +64,19 @@ def test_masks_are_no_pictures_and_all_files_are_accounted_for(folder: Path) -> 
     Image.new("L", (64, 64)).save(folder / "black.mask.png")
     Image.new("RGB", (64, 64)).save(folder / "broken.png")
     (folder / "broken.mask.png").write_bytes(b"no picture")
+    Image.new("RGB", (64, 64)).save(folder / "0.jpg")  # shares the mask of 0.png
     found = ImageFolder(folder, "a box", resolution=64)
-    assert found.ids == ["0.png", "1.png", "2.png", "3.png", "plain.jpg"]
+    assert found.ids == ["0.jpg", "0.png", "1.png", "2.png", "3.png", "plain.jpg"]
     reasons = {bad.path: bad.reason for bad in found.quarantined}
-    assert reasons["black.png"] == "its mask is black all over"
+    assert reasons["black.png"] == "its mask: it is black all over"
     assert "broken.mask.png: not a picture" in reasons["broken.png"]
     ledger = found.ledger()
-    assert (ledger.found, ledger.trained, ledger.masks, ledger.skipped) == (14, 5, 6, {"masks without a picture": 1})
+    assert (ledger.found, ledger.trained, ledger.masks, ledger.skipped) == (15, 6, 6, {"masks without a picture": 1})
     assert ledger.adds_up()
     assert "masks without a picture, 1: lonely.mask.png" in found.notes()
-    assert not ImageFolder(folder, "a box", resolution=64, masks="none").masked
+    none = ImageFolder(folder, "a box", resolution=64, masks="none")
+    assert (none.masked, len(none.ids), none.quarantined) == (False, 8, [])
+    assert none.ledger().adds_up()
 
 
 @pytest.mark.parametrize("live", [False, True])
