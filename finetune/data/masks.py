@@ -1,5 +1,6 @@
 """Masks: where in a picture an error counts. White: wholly; black: not at all; grey: in proportion."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,19 +13,21 @@ from finetune.data.images import digest_of, open_image, read_file
 from finetune.data.transforms import Placement
 from finetune.errors import DataError
 
-SUFFIX = ".mask.png"
-"""A mask lies beside its picture: cat.mask.png beside cat.jpg."""
+SUFFIXES = (".mask.png", "-masklabel.png")
+"""A mask lies beside its picture: cat.mask.png beside cat.jpg, or as OneTrainer has it."""
+
+_SUFFIX = re.compile(rf"({'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
 
 
 def is_mask(file: Path) -> bool:
     """Whether its name says that it is one."""
-    return file.name.lower().endswith(SUFFIX)
+    return file.name.lower().endswith(SUFFIXES)
 
 
 def masks_of(files: Iterable[Path], pictures: Sequence[Path]) -> tuple[dict[Path, Path], list[Path]]:
     """Picture -> the mask beside it; and the masks that lie beside no picture."""
     masks = [file for file in files if is_mask(file)]
-    places = {file.with_name(file.name[: -len(SUFFIX)]): file for file in masks}
+    places = {file.with_name(_SUFFIX.sub("", file.name)): file for file in masks}
     found = {picture: places[picture.with_suffix("")] for picture in pictures if picture.with_suffix("") in places}
     used = set(found.values())
     return found, [file for file in masks if file not in used]

@@ -183,7 +183,11 @@ def test_a_preset_of_onetrainer(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "learning_rate": 3e-4, "resolution": "512", "optimizer": {"optimizer": "PRODIGY", "d_coef": 2.0, "beta2": 0.99},
         "loss_weight_fn": "MIN_SNR_GAMMA", "ema": "GPU", "train_dtype": "BFLOAT_16", "layer_filter_preset": "attn-mlp",
         "text_encoder": {"train": True},
-        "concepts": [{"path": "./a"}, {"path": "./b"}, {"path": "./c", "enabled": False}],
+        "concepts": [{"path": "./a"}, {"path": "./b"}, {"path": "./c", "enabled": False}, *[
+            {"path": f"./{kind.lower()}{more}", "type": kind}
+            for kind in ("PRIOR_PREDICTION", "VALIDATION") for more in ("", "-2")
+        ]],
+        "masked_training": False,
     }  # fmt: skip
     found = imported(tmp_path, "preset.json", json.dumps(preset))
     assert found == {
@@ -191,8 +195,11 @@ def test_a_preset_of_onetrainer(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "learning_rate": 3e-4, "resolution": 512, "optimizer": "prodigy", "adam_beta2": 0.99, "snr_gamma": 5.0,
         "use_ema": True, "mixed_precision": "bf16", "data": ("./a", "./b"), "num_train_epochs": 100,
         "lr_warmup_steps": 200, "lr_scheduler": "constant", "aspect_ratio_bucketing": True, "bucket_upscale": True,
+        "class_data": "./prior_prediction", "prior_prediction": True, "validation_data": "./validation",
+        "masked_loss": False,
     }  # fmt: skip
     told = capsys.readouterr().out
+    assert "left: concepts.path = './validation-2': one folder is taken for validation_data" in told
     assert "note: alpha is 1 (OneTrainer's default is 1" in told
     assert "left: optimizer.d_coef = 2.0" in told
     assert "left: layer_filter_preset = 'attn-mlp'" in told

@@ -53,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
         ImageDraw.Draw(picture).rectangle(box, fill="red")
         ImageDraw.Draw(mask).rectangle(box, fill="white")
         picture.save(place / f"{number}.png")
-        mask.save(place / f"{number}.mask.png")
+        mask.save(place / (f"{number}-masklabel.png" if number == 3 else f"{number}.mask.png"))
     Image.new("RGB", (64, 64), "red").save(place / "plain.jpg")
     Image.new("L", (64, 64), "white").save(place / "lonely.mask.png")
     return place

@@ -68,7 +68,7 @@ WORKERS = {"live_encoding": True, "dataloader_num_workers": 2, "max_train_steps"
 GRIDS = {"num_inference_steps": 2, "sample_every": 3, "eval_batch_size": 1}
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))])
 def test_at_random_moments_with_workers_and_grids(seed: int, options: dict[str, object], folder: Path) -> None:
     long = typed({**options, **WORKERS, **GRIDS})
     expected = run(long, folder / "straight")

@@ -86,7 +86,16 @@ def _loss_weight(taken: Taken, value: Any) -> None:
 
 
 def _concepts(taken: Taken, value: Any) -> None:
-    concepts = [concept for concept in value or [] if concept.get("enabled", True) and concept.get("path")]
+    everything = [concept for concept in value or [] if concept.get("enabled", True) and concept.get("path")]
+    for kind, ours in {"PRIOR_PREDICTION": "class_data", "VALIDATION": "validation_data"}.items():
+        paths = [concept["path"] for concept in everything if concept.get("type") == kind]
+        if paths:
+            taken.put(ours, paths[0], "concepts.path")
+        for more in paths[1:]:
+            taken.leave("concepts.path", more, f"one folder is taken for {ours}")
+    if "class_data" in taken.ours:
+        taken.ours["prior_prediction"] = True
+    concepts = [concept for concept in everything if concept.get("type", "STANDARD") == "STANDARD"]
     if not concepts:
         return
     taken.put("data", [concept["path"] for concept in concepts], "concepts.path")
@@ -104,6 +113,11 @@ def _concept_file(taken: Taken, value: Any) -> None:
         _concepts(taken, json.loads(path.read_text(encoding="utf-8")))
     else:
         taken.leave("concept_file_name", value, "no such file here; give --data")
+
+
+def _masked(taken: Taken, value: Any) -> None:
+    if not value:  # masks that lie there are heeded here
+        taken.ours["masked_loss"] = False
 
 
 def _warmup(taken: Taken, value: Any) -> None:
@@ -136,7 +150,7 @@ _RENAMED: Renamed = {
     "aspect_ratio_bucketing": _buckets, "gradient_checkpointing": _checkpointing,
     "train_dtype": _chosen("mixed_precision", "train_dtype", _DTYPES),
     "peft_type": _chosen("lora_type", "peft_type", _KINDS),
-    "learning_rate_warmup_steps": _warmup, "learning_rate_scheduler": _schedule,
+    "masked_training": _masked, "learning_rate_warmup_steps": _warmup, "learning_rate_scheduler": _schedule,
     "lora_decompose": lambda taken, value: taken.put("lora_type", "dora", "lora_decompose") if value else None,
     "ema": lambda taken, value: taken.put("use_ema", value != "OFF", "ema"),
 }  # fmt: skip

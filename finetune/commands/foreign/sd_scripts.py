@@ -162,7 +162,7 @@ _RENAMED: Renamed = {
     "mixed_precision": "mixed_precision", "learning_rate": "learning_rate", "network_dim": "rank",
     "network_alpha": "lora_alpha", "network_dropout": dropout, "network_weights": "init_lora",
     "min_snr_gamma": "snr_gamma", "noise_offset": "noise_offset", "ip_noise_gamma": "input_perturbation",
-    "max_grad_norm": "max_grad_norm", "clip_skip": "clip_skip", "flip_aug": "random_flip",
+    "max_grad_norm": "max_grad_norm", "clip_skip": "clip_skip", "alpha_mask": "masked_loss", "flip_aug": "random_flip",
     "caption_dropout_rate": "caption_dropout", "max_data_loader_n_workers": "dataloader_num_workers",
     "save_every_n_steps": "checkpointing_steps", "save_every_n_epochs": "save_model_epochs",
     "sample_every_n_steps": "sample_every", "sample_every_n_epochs": "save_image_epochs", "resolution": square,
