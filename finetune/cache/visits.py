@@ -9,8 +9,12 @@ from finetune import seeding
 from finetune.cache.keys import picture_key
 from finetune.cache.store import Store
 from finetune.data.images import to_rgb
+from finetune.data.masks import weights
 from finetune.data.pictures import Pictures
 from finetune.data.transforms import Placement
+
+_DIMMED = 0.25
+"""How much light is left of what does not count."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,14 @@ class Live:
             flip = self.pictures.flips and _flipped(key)
         placement = self.pictures.placement(image.size, key)
         return placement.pixels(image, flip), placement.geometry(flip)
+
+    def shown(self, index: int, key: int) -> tuple[Tensor, tuple[int, ...]]:
+        """What `load` answers, not mirrored, for people: where a mask lets no error count it is dark."""
+        pixels, geometry = self.load(index, key, flip=False)
+        if (mask := self.pictures.mask(index)) is not None:
+            light = weights(mask, self.placed(index, key)[0], False, (pixels.shape[1], pixels.shape[2]))
+            pixels = (pixels * (_DIMMED + (1 - _DIMMED) * light)).to(torch.uint8)
+        return pixels, geometry
 
     def placed(self, index: int, key: int) -> tuple[Placement, bool]:
         """What is trained on of the picture, and whether it is mirrored."""

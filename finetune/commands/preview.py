@@ -57,7 +57,7 @@ def run(options: Options, config: TrainConfig) -> None:
         limit = chunks_of(config.max_token_length) * (tokenizer.model_max_length - 2)
     visits, cells, names = Live(pictures), [], []
     for index in range(min(len(pictures), options.max_pictures)):
-        pixels, geometry = visits.load(index, example_key(config.seed, pictures.ids[index], 0), flip=False)
+        pixels, geometry = visits.shown(index, example_key(config.seed, pictures.ids[index], 0))
         height, width, *_, target_height, target_width = geometry
         cells.append(pixels)
         names.append(f"{target_width}x{target_height} of {width}x{height}: {pictures.ids[index]}")

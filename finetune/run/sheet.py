@@ -21,7 +21,7 @@ def lay_out_pictures(run: Run) -> None:
     some = [trained[number * len(trained) // SHOWN] for number in range(SHOWN)] if len(trained) > SHOWN else trained
     names = [pictures.ids[index] for index in some]
     visits = Live(pictures)
-    cells = [visits.load(i, example_key(run.config.seed, pictures.ids[i], 0), flip=False)[0] for i in some]
+    cells = [visits.shown(i, example_key(run.config.seed, pictures.ids[i], 0))[0] for i in some]
     sheet = contact_sheet(cells, names, [pictures.captions[index] for index in some], [0] * len(some), 0)
     sheet.save(file := io.BytesIO(), "JPEG", quality=85)
     write_whole(path, file.getvalue())

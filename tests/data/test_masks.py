@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
 from finetune.cache.encode import encode
+from finetune.cache.visits import Live
 from finetune.config import TrainConfig
 from finetune.data.buckets import Buckets
 from finetune.data.image_folder import ImageFolder
@@ -100,6 +101,14 @@ def test_a_mask_is_cropped_and_mirrored_with_its_picture(folder: Path, live: boo
                 assert (batch.mask[row] - shown).abs().mean() < 0.02
                 seen += 1
     assert seen == 24
+
+
+def test_people_see_what_does_not_count_in_the_dark(folder: Path) -> None:
+    pictures = ImageFolder(folder, "a box", resolution=64)
+    boxed, _ = Live(pictures).shown(0, 0)
+    assert boxed.amax((1, 2)).tolist() == [255, 0, 63]  # red is lit, blue is not
+    plain, _ = Live(pictures).shown(4, 0)
+    assert plain[0].min() > 250
 
 
 def test_an_alpha_channel_is_a_mask_where_that_is_asked_for(tmp_path: Path) -> None:
