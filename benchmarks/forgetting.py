@@ -9,14 +9,17 @@ are still drawn right. Prints both numbers of each run, and their rank correlati
 
 import argparse
 import json
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tiny import DEMO, ROOT, command, load_pipeline, obedience, say
+
+sys.path.append(str(ROOT / "examples"))
 from draw_world import describe, draw, invent
-from tiny import DEMO, command, load_pipeline, obedience, say
 
 import finetune as ft
 from finetune.run.questions import MOST, STATES, generic_prompts
