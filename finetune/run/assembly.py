@@ -72,6 +72,8 @@ def _load(config: ResolvedConfig, found: Location, device: torch.device) -> Diff
     """The model on its device, with an adapter for LoRA: what is frozen in half precision, what learns in fp32."""
     half = DTYPES[config.mixed_precision] if config.method == "lora" else None
     model = load_base(config, found, half or torch.float32).to(device)
+    if config.prior_prediction and (new := model.new_prediction_type) is not None:  # before anything is encoded
+        raise UsageError(f"prior_prediction: the model does not predict {new} yet; leave prediction_type out")
     if config.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     if config.compile and (why_not := compile_blocks(model.unet)):
@@ -129,6 +131,4 @@ def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) 
 def _prior(config: ResolvedConfig, model: DiffusionModel) -> Prior | None:
     if not config.prior_prediction:
         return None
-    if (new := model.new_prediction_type) is not None:
-        raise UsageError(f"prior_prediction: the model does not predict {new} yet; leave prediction_type out")
     return untrained(model.unet, DTYPES[config.mixed_precision], adapter=config.method == "lora")
