@@ -44,7 +44,7 @@ def verify_export(model: DiffusionModel, folder: Path) -> float:
 def verify_peft(model: DiffusionModel, folder: Path, dtype: torch.dtype = torch.float32) -> float:
     """The same for an adapter in peft's layout, whose file has this dtype: loaded as a second one on the same base."""
     adapter = _adapter(model)
-    differing = _differing(rounded(adapter.state(), dtype), load_file(folder / LORA_FILE, device=_device(model)))
+    differing = _differing(rounded(adapter.state(), dtype), load_file(folder / LORA_FILE))
     return _prove(model, folder, differing, lambda: adapter.replaced_by_file(folder), dtype)
 
 
@@ -121,7 +121,7 @@ def _differing_around(model: DiffusionModel, parts: Mapping[str, nn.Module], dty
     wrong: list[str] = []
     for name, part in parts.items():
         ours = rounded(rounded(getattr(pipeline, name).state_dict(), dtype))
-        wrong += [f"{name}.{key}" for key in _differing(ours, rounded(part.to(_device(model)).state_dict()))]
+        wrong += [f"{name}.{key}" for key in _differing(ours, rounded(part.state_dict()))]
     return wrong
 
 
@@ -129,10 +129,6 @@ def _adapter(model: DiffusionModel) -> Adapter:
     adapter = Adapter.of(model.unet)
     assert adapter is not None
     return adapter
-
-
-def _device(model: DiffusionModel) -> str:
-    return str(model.unet.device)
 
 
 def _prove(
@@ -179,13 +175,13 @@ def _refuse(place: Path, differing: list[str], difference: float, dtype: torch.d
     raise RunError(f"the export in {place} does not load back to the trained model: {what}")
 
 
-def _differing(trained: Mapping[str, Tensor], reloaded: dict[str, Tensor]) -> list[str]:
-    names = trained.keys() | reloaded.keys()
-    return sorted(
-        name
-        for name in names
-        if name not in trained or name not in reloaded or not torch.equal(trained[name], reloaded[name])
-    )
+def _differing(trained: Mapping[str, Tensor], reloaded: Mapping[str, Tensor]) -> list[str]:
+    """The names that only one has, or whose values differ, wherever each of the two is."""
+    wrong = trained.keys() ^ reloaded.keys()
+    for name in trained.keys() & reloaded.keys():
+        if not torch.equal(trained[name], reloaded[name].to(trained[name].device)):
+            wrong.add(name)
+    return sorted(wrong)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
