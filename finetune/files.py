@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Write what was measured at some steps, a line each, in the order of the steps."""
     write_whole(path, "".join(json.dumps(record) + "\n" for record in sorted(records, key=lambda each: each["step"])))
+
+
+def as_readable_as(path: Path, ordinary: Path) -> None:
+    """Give a file the permissions of an ordinary one, where a library has made it private to the user.
+
+    safetensors does, from 0.8 on: the web UI of another user, or in a container, could not load what was trained.
+    """
+    path.chmod(stat.S_IMODE(ordinary.stat().st_mode))
 
 
 def is_inside(path: Path, folder: Path) -> bool:

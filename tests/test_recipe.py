@@ -43,6 +43,26 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_run_in_bf16_alone_trains_goes_on_and_exports(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = options(
+        pictures, tmp_path / "out", method="full", full_bf16=True, optimizer="adafactor", max_train_steps=2,
+        train_batch_size=1, lr_scheduler="constant", lr_warmup_steps=0, checkpointing_steps=1,
+    )  # fmt: skip
+    out = fine_tune(config)
+    straight = (out / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    weights = load_file(out / "checkpoint-2/trainable.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    unet = StableDiffusionPipeline.from_pretrained(out).unet.state_dict()
+    assert all(torch.equal(tensor.float(), unet[name]) for name, tensor in weights.items())
+    (out / "result.json").unlink()
+    checkpoint.remove(out / "checkpoint-2")
+    fine_tune(config)
+    assert f"resuming {out}/checkpoint-1" in capsys.readouterr().out
+    assert (out / "unet/diffusion_pytorch_model.safetensors").read_bytes() == straight
+
+
 def test_a_lora_run_leaves_what_it_promises(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = fine_tune(options(pictures, tmp_path / "out", sample_every=2, eval_batch_size=1, num_inference_steps=2))
     assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from finetune.models.ldm_file import classic_names
 from finetune.models.loading import DiffusionModel
 from finetune.models.tensor_file import write_tensors
-from finetune.models.weights import in_dtype, rounded
+from finetune.models.weights import in_dtype, rounded, save_part
 
 _WRITTEN_BY_TRANSFORMERS = {"format": "pt"}
 """Without this entry transformers refuses a file."""
@@ -38,7 +38,7 @@ def write_pipeline(model: DiffusionModel, folder: Path, dtype: torch.dtype = tor
             _copy(model.own_files[part], place, dtype)
             continue
         written = in_dtype(module, dtype) if isinstance(module, nn.Module) else module
-        written.save_pretrained(place)
+        save_part(written, place)
         if part.startswith("text_encoder"):
             write_tensors(place / "model.safetensors", classic_names(written), _WRITTEN_BY_TRANSFORMERS)
 

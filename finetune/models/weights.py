@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from finetune.errors import ModelError
+from finetune.files import as_readable_as
 
 STEM = "diffusion_pytorch_model"
 
@@ -95,6 +96,13 @@ def rounded(state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> 
 def in_dtype(module: Any, dtype: torch.dtype) -> Any:
     """The module itself for fp32, or a copy of it in another number format."""
     return module if dtype == torch.float32 else nn.Module.to(copy.deepcopy(module), dtype)
+
+
+def save_part(part: Any, place: Path) -> None:
+    """Write a part of a pipeline to a folder as its library does, readable for whoever may read its config."""
+    part.save_pretrained(place)
+    for path in place.glob("*.safetensors"):
+        as_readable_as(path, place / "config.json")
 
 
 def assign(module: nn.Module, state: dict[str, Tensor], place: Path) -> None:

@@ -11,7 +11,7 @@ from finetune.models.loading import DiffusionModel
 from finetune.models.lora import Adapter
 from finetune.models.pipeline_folder import write_pipeline
 from finetune.models.tensor_file import DTYPES, write_tensors
-from finetune.models.weights import in_dtype
+from finetune.models.weights import in_dtype, save_part
 from finetune.results.lora_facts import architecture
 from finetune.results.verify import verify_kohya, verify_peft, verify_pipeline, verify_single_file, verify_unet
 
@@ -54,7 +54,7 @@ def write_form(
         write_pipeline(model, to, dtype)
         return verify_pipeline(model, to, dtype)
     if form == "unet":
-        in_dtype(model.unet, dtype).save_pretrained(to)
+        save_part(in_dtype(model.unet, dtype), to)
         return verify_unet(model, to, dtype)
     family = model.family.layout
     if family is None:

@@ -119,6 +119,7 @@ def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) 
         micro_batch_size=config.train_batch_size,
         max_grad_norm=config.max_grad_norm,
         precision=DTYPES[config.mixed_precision],
+        masters=not config.full_bf16,
         max_bad_steps=config.max_bad_steps,
         ema=ema,
         seed=config.seed,

@@ -76,7 +76,8 @@ def bytes_of(config: ResolvedConfig, weights: int, kept: float) -> float:
     kept *= _CHECKPOINTED if config.gradient_checkpointing else 1
     total = (weights + kept) * bytes_each
     if config.method == "full":
-        masters = 4 if bytes_each == 2 else 0  # the weights that are computed with are copies of them
+        # The weights that are computed with are copies of masters, as a rule.
+        masters = 4 if bytes_each == 2 and not config.full_bf16 else 0
         beside = bytes_each + masters + 4 * (_MOMENTS[config.optimizer] + config.use_ema)  # with a gradient
         # When activations are gone, half precision's gradients are gathered in fp32.
         total = max(total + weights * beside, weights * (bytes_each + beside + masters))

@@ -109,6 +109,7 @@ def resolve(
     few = {"pictures": pictures, "resolution": resolution, "varied_captions": varied_captions}
     suited = defaults(found.family, method, config.optimizer, **few)
     suited |= bucket_sides(resolution, found.multiple) if buckets else {}
+    suited |= {"use_ema": False} if config.full_bf16 else {}
     derived = {name: value for name, value in suited.items() if getattr(config, name) is None}
     visits = pictures if epoch_visits is None else epoch_visits
     processes = config.num_processes or processes
@@ -128,10 +129,20 @@ def resolve(
             else config.validation_fraction,
             "aspect_ratio_bucketing": buckets is not None,
             "lora_alpha": float(config.rank) if config.lora_alpha is None else config.lora_alpha,
-            "mixed_precision": resolve_precision(config.mixed_precision, device, small=small),
+            "mixed_precision": _precision(config, device, small=small),
             "compile": compile_pays(device, steps, small=small) if config.compile is None else config.compile,
         },
     )
+
+
+def _precision(config: TrainConfig, device: torch.device, *, small: bool) -> str:
+    if not config.full_bf16:
+        return resolve_precision(config.mixed_precision, device, small=small)
+    if config.mixed_precision not in ("auto", "bf16"):
+        raise UsageError(f"full_bf16 with mixed_precision = {config.mixed_precision}: allowed is bf16 or auto")
+    if device.type == "cuda" and resolve_precision("auto", device, small=small) != "bf16":
+        raise UsageError("full_bf16: this GPU cannot compute in bf16; leave it out")
+    return "bf16"
 
 
 def _length(
@@ -161,6 +172,9 @@ def _refuse_unusable(config: TrainConfig, found: Location, method: str, buckets:
         "method lora": method == "lora",
         "lora_type lora, rslora or dora": method == "lora" and config.lora_type in ("lora", "rslora", "dora"),
         "an optimizer other than prodigy": config.optimizer != "prodigy",
+        "method full, no use_ema, and an optimizer other than prodigy": method == "full"
+        and not config.use_ema
+        and config.optimizer != "prodigy",
         "LoRA or DoRA, and an optimizer other than prodigy": method == "lora"
         and config.lora_type in ("lora", "rslora", "dora")
         and config.optimizer != "prodigy",

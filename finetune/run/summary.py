@@ -4,6 +4,7 @@ from collections import Counter
 
 from finetune.cache.encoded import Encoded
 from finetune.cache.store import cache_folder
+from finetune.config import ResolvedConfig
 from finetune.data.pictures import Pictures
 from finetune.data.sampler import steps_per_epoch
 from finetune.models.conditioners import spelt_words
@@ -40,12 +41,18 @@ def summary_rows(run: Run) -> dict[str, str]:
         "encodings": encodings(encoded, config.cache_dir),
         "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_scheduler}, "
         f"{config.lr_warmup_steps} warm-up steps{', EMA' if config.use_ema else ''}",
-        "precision": f"{'fp32' if config.mixed_precision == 'no' else config.mixed_precision} "
-        f"on {run.trainer.device.type}{_processes(run)}{', compiled' if is_compiled(run.model.unet) else ''}",
+        "precision": f"{_precision(config)} on {run.trainer.device.type}{_processes(run)}"
+        f"{', compiled' if is_compiled(run.model.unet) else ''}",
         "samples": _samples(run.samples),
         "output": str(run.folder),
     }
     return {name: text for name, text in rows.items() if text}
+
+
+def _precision(config: ResolvedConfig) -> str:
+    if config.full_bf16:
+        return "bf16 alone"
+    return "fp32" if config.mixed_precision == "no" else config.mixed_precision
 
 
 def _processes(run: Run) -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.errors import RunError
-from finetune.files import flush_to_disk, flush_tree, remove
+from finetune.files import as_readable_as, flush_to_disk, flush_tree, remove
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FILES = {"weights": "trainable.safetensors", "optimizer": "optimizer.safetensors", "ema": "ema.safetensors"}
@@ -76,6 +76,8 @@ def _write(folder: Path, state: Mapping[str, Any], about: Mapping[str, Any]) -> 
     plainly = {name: state[name] for name in state if name not in contents}
     record = {"format": _FORMAT, **plainly, "optimizer": plain, "files": files, "about": dict(about)}
     (folder / _STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    for name in files:
+        as_readable_as(folder / _FILES[name], folder / _STATE)
     flush_tree(folder)
     (folder / _MANIFEST).write_text(json.dumps(_digests(sorted(folder.iterdir())), indent=1), encoding="utf-8")
     flush_tree(folder)

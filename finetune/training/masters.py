@@ -4,7 +4,7 @@ Micikevicius et al. 2018, "Mixed Precision Training", section 3.1: an update is 
 add to a weight, so it is added to an fp32 copy, and the network computes with that copy rounded.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -25,7 +25,7 @@ class Masters:
 
     def __init__(self, network: nn.Module, dtype: torch.dtype | None):
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        self.working = self.parameters
+        self.held = self.working = self.parameters
         self._network = network
         if dtype is not None:
             self.working = {name: nn.Parameter(p.detach().to(dtype)) for name, p in self.parameters.items()}
@@ -63,6 +63,10 @@ class Masters:
         """Drop what a backward pass that was broken off has left in the working copies."""
         for copy in self.working.values():
             copy.grad = None
+
+    def update(self, step: Callable[[], object], _key: int) -> None:
+        """`step` of the optimizer, which holds the masters; nothing is drawn for it."""
+        step()
 
     @torch.no_grad()
     def write_back(self) -> None:

@@ -22,6 +22,7 @@ from finetune.training.metrics import Arriving, Fault, NotFinite, StepMetrics, V
 from finetune.training.parallel import Parallel
 from finetune.training.prepared import MicroBatch, Prepared
 from finetune.training.prior import Prior, with_prior
+from finetune.training.rounding import Rounding
 
 MAX_OVERFLOWS = 25
 """Steps in a row that fp16 may skip: its loss scale starts at 2 ** 16 and halves each time."""
@@ -53,12 +54,15 @@ class Trainer:
         max_grad_norm: clip to this norm; 0: never.
         precision: dtype that the UNet computes in (see `Masters`); None: the weights' own. fp16 scales the loss
             dynamically.
+        masters: keep what learns in fp32 beside. False: in bf16 alone, which `precision` is then (see `Rounding`);
+            without `ema`, and with an optimizer that treats each parameter for itself.
         max_bad_steps: in a row, that are not finite and so leave the weights as they are, until that is an error.
         ema: follows each update.
         seed: of the dropout inside the network, anew for each step and micro-batch.
         parallel: the processes that train together, each of which is given its part of each step.
         cuda_graphs: on a GPU, launch a whole micro-batch at once (see `Graphs`), where that is possible: in half
-            precision, without dropout and gradient checkpointing. The objective's `loss` must not read a value then.
+            precision beside masters, without dropout and gradient checkpointing. The objective's `loss` must not read a
+            value then.
         prior: what class pictures teach, in place of their noise (see `finetune/training/prior.py`); the objective is
             a `NoisePrediction` then.
     """
@@ -74,6 +78,7 @@ class Trainer:
         micro_batch_size: int | None = None,
         max_grad_norm: float = 1.0,
         precision: torch.dtype | None = None,
+        masters: bool = True,
         max_bad_steps: int = 1,
         ema: Ema | None = None,
         seed: int = 0,
@@ -82,7 +87,7 @@ class Trainer:
         prior: Prior | None = None,
     ):
         self.unet = unet
-        self.masters = Masters(unet, precision)
+        self.masters = Masters(unet, precision) if masters else Rounding(unet)
         self.parameters = self.masters.parameters
         first = next(unet.parameters())
         self.device, self.dtype = first.device, first.dtype
@@ -112,7 +117,7 @@ class Trainer:
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in unet.modules())
         checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in unet.modules())
         draws = self.has_dropout or checkpoints  # which saves and sets the generator's state
-        possible = self.device.type == "cuda" and precision is not None and not self.scaler.is_enabled() and not draws
+        possible = self.device.type == "cuda" and precision not in (None, torch.float16) and masters and not draws
         self.graphs = Graphs(self._compute, self.masters.working, self.device) if cuda_graphs and possible else None
         self._before: StepMetrics | None = None
 
@@ -203,8 +208,7 @@ class Trainer:
                 raise torch.OutOfMemoryError(f"step {self.steps_done + 1}, one example at a time")
             self.fits = self.micro_batch_size = -(-short // 2)
             own = self.graphs = None
-            self.masters.discard()
-            self.optimizer.zero_grad(set_to_none=True)
+            self._drop_gradients()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -228,15 +232,20 @@ class Trainer:
     def _update(self, good: bool) -> None:
         """The optimizer's step on the masters, unless host, device or scaler says no; then what follows them."""
         if good:
-            self.scaler.step(self.optimizer)
+            key = fold(self.seed, "rounding", self.steps_done)
+            self.masters.update(partial(self.scaler.step, self.optimizer), key)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         if self.overflows:
             return
         self.masters.write_back()
         if self.ema is not None:
             self.ema.update(self.updates)
         self.updates += 1
+
+    def _drop_gradients(self) -> None:
+        self.masters.discard()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _set_learning_rate(self) -> float:
         if self.learning_rate is not None:
@@ -259,7 +268,7 @@ class Trainer:
         fault = Fault(step, ids, tuple(losses.tolist()), loss, norm)
         if self.bad_steps < self.max_bad_steps:
             return Values(loss, norm, fault)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._drop_gradients()
         self.bad_steps = 0
         self.gate.open()  # who catches the error may go on
         in_a_row = f" after {self.max_bad_steps} bad steps in a row" if self.max_bad_steps > 1 else ""
@@ -341,10 +350,11 @@ class Trainer:
             parameter.copy_(state["weights"][name])
         self.masters.write_back()
         self.optimizer.load_state_dict(dict(state["optimizer"]))
-        for parameter, slots in self.optimizer.state.items():
-            for name, value in slots.items():
+        for name, parameter in self.parameters.items():
+            slots = self.optimizer.state.get(self.masters.held[name], {})
+            for slot, value in slots.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:  # files forget channels_last
-                    slots[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                    slots[slot] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         if self.ema is not None:
             self.ema.load(state["ema"])
         self.scaler.load_state_dict(dict(state["scaler"]))

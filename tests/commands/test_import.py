@@ -90,6 +90,15 @@ def test_a_toml_file_of_sd_scripts(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "text encoder too" not in told
 
 
+def test_bf16_alone_is_for_full_fine_tuning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--train_data_dir=dog --full_bf16 --mixed_precision bf16 --optimizer_type Adafactor"
+    found = imported(tmp_path, "full.sh", f"accelerate launch sdxl_train.py {words}")
+    assert (found["method"], found["full_bf16"], found["optimizer"]) == ("full", True, "adafactor")
+    (tmp_path / "config.toml").unlink()
+    assert "full_bf16" not in imported(tmp_path, "lora.sh", f"accelerate launch train_network.py {words}")
+    assert "left: full_bf16 = True: a LoRA keeps its few weights in fp32 here" in capsys.readouterr().out
+
+
 def test_class_pictures(tmp_path: Path) -> None:
     words = "train_network.py --prior_loss_weight=0.5 --train_data_dir=dog --reg_data_dir=dogs --network_dim=4"
     found = imported(tmp_path, "kohya.sh", f"accelerate launch {words}")

@@ -80,6 +80,8 @@ def test_a_full_fine_tune_is_a_whole_pipeline(tmp_path: Path) -> None:
     for part in ("vae", "text_encoder"):
         theirs = getattr(base, part).state_dict()
         assert all(torch.equal(t, theirs[n]) for n, t in getattr(pipeline, part).state_dict().items())
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len({path.stat().st_mode for path in files}) == 1  # none is private to the user
 
 
 def test_a_pipeline_replaces_a_pipeline_but_no_folder_that_is_only_named_like_a_part(tmp_path: Path) -> None:

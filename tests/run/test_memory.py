@@ -59,6 +59,8 @@ def test_what_learns_and_how_it_computes_counts() -> None:
     assert full - lora == 4 * 3 * weights  # gradients and two moments
     assert needed(method="full", use_ema=True) - full == 4 * weights
     assert needed(method="full", use_ema=False, optimizer="sgd") == full - 4 * 2 * weights
+    masters = {"method": "full", "mixed_precision": "bf16", "use_ema": False, "optimizer": "adafactor"}
+    assert needed(**masters) - needed(**masters, full_bf16=True) == 4 * weights  # gradients' copies are not the peak
     assert needed(train_batch_size=16) > lora > needed(gradient_checkpointing=True)
 
 

@@ -33,6 +33,7 @@ def test_what_is_saved_loads_the_same_without_pickle(tmp_path: Path, optimizer: 
     folder = checkpoint.save(tmp_path, saved)
     assert folder.name == "checkpoint-3"
     assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
     loaded = checkpoint.load(folder)
     assert torch.equal(loaded["weights"]["a.weight"], saved["weights"]["a.weight"])
     assert torch.equal(loaded["ema"]["a.weight"], torch.ones(2, 3))

@@ -85,6 +85,13 @@ def _velocity(taken: Taken, value: Any) -> None:
         taken.put("prediction_type", "v_prediction", "v_parameterization")
 
 
+def _full_bf16(taken: Taken, value: Any) -> None:
+    if value and taken.ours["method"] == "lora":
+        taken.leave("full_bf16", value, "a LoRA keeps its few weights in fp32 here, and the rest in bf16 anyway")
+    elif value:
+        taken.put("full_bf16", True, "full_bf16")
+
+
 def _random_crop(taken: Taken, value: Any) -> None:
     taken.put("center_crop", not value, "random_crop")
 
@@ -159,8 +166,8 @@ _RENAMED: Renamed = {
     "train_batch_size": "train_batch_size", "max_train_steps": "max_train_steps",
     "max_train_epochs": "num_train_epochs", "seed": "seed",
     "gradient_accumulation_steps": "gradient_accumulation_steps", "gradient_checkpointing": "gradient_checkpointing",
-    "mixed_precision": "mixed_precision", "learning_rate": "learning_rate", "network_dim": "rank",
-    "network_alpha": "lora_alpha", "network_dropout": dropout, "network_weights": "init_lora",
+    "mixed_precision": "mixed_precision", "full_bf16": _full_bf16, "learning_rate": "learning_rate",
+    "network_dim": "rank", "network_alpha": "lora_alpha", "network_dropout": dropout, "network_weights": "init_lora",
     "min_snr_gamma": "snr_gamma", "noise_offset": "noise_offset", "ip_noise_gamma": "input_perturbation",
     "max_grad_norm": "max_grad_norm", "clip_skip": "clip_skip", "alpha_mask": "masked_loss", "flip_aug": "random_flip",
     "caption_dropout_rate": "caption_dropout", "max_data_loader_n_workers": "dataloader_num_workers",

@@ -1,0 +1,102 @@
+"""Weights that learn in bf16 alone: 4 bytes for each with its gradient, where `Masters` takes 8, and 12 at an update.
+
+An update is often smaller than bf16 can add to a weight. Rounded to nearest it would be lost each time; rounded at
+random to one of the two neighbours, the nearer the likelier, it arrives on average (Gupta et al. 2015, "Deep Learning
+with Limited Numerical Precision", eq. 2).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+PIECE = 2**25
+"""Weights, at most, that are in fp32 at once, unless a single parameter has more."""
+
+
+class Rounding:
+    """The parameters of a network that learn, in bf16, and the fp32 ones through which an optimizer updates them.
+
+    It does for `Trainer` what `Masters` does. A parameter that an optimizer made before holds is empty but for its turn
+    in an update; then it is an fp32 copy of the one in the network, with its gradient. The optimizer keeps what it
+    keeps in fp32. It must treat each parameter for itself.
+
+    Args:
+        network: its parameters that require gradients are in fp32.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.held = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.parameters: Mapping[str, nn.Parameter] = {}
+        for name, parameter in self.held.items():
+            owner, _, leaf = name.rpartition(".")
+            self.parameters[name] = nn.Parameter(parameter.detach().bfloat16())
+            setattr(network.get_submodule(owner), leaf, self.parameters[name])
+            parameter.data = parameter.data.new_empty(0)
+        for tensor in (*network.parameters(), *network.buffers()):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(torch.bfloat16)
+        self.working = self.parameters
+        self._pieces = _pieces({name: p.numel() for name, p in self.parameters.items()})
+
+    def collect(self) -> None:
+        """Gradients of micro-batches are added up where they are, in bf16."""
+
+    def discard(self) -> None:
+        """Drop all gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    @torch.no_grad()
+    def update(self, step: Callable[[], object], key: int) -> None:
+        """`step` of the optimizer, for a piece of the weights at a time.
+
+        Args:
+            step: updates those of the parameters it holds that have a gradient.
+            key: of what is drawn for the rounding.
+        """
+        device = next(iter(self.parameters.values())).device
+        generator = torch.Generator(device).manual_seed(key)
+        for piece in self._pieces:
+            learned = []
+            for parameter, held in ((self.parameters[name], self.held[name]) for name in piece):
+                if parameter.grad is not None:
+                    held.data = parameter.float()
+                    held.grad, parameter.grad = parameter.grad.float(), None
+                    learned.append((parameter, held))
+            step()
+            for parameter, held in learned:
+                parameter.copy_(rounded_at_random(held.data, generator))
+                held.grad = None
+                held.data = held.data.new_empty(0)
+
+    def write_back(self) -> None:
+        """What was updated is where it belongs."""
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Inside, the network holds what it has learned: as it always does."""
+        yield
+
+
+def rounded_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
+    """x fp32 -> bf16, unbiased: up with the probability of its distance from the neighbour below. Of finite numbers.
+
+    The lower 16 bits of an fp32 number are those that bf16 has not; a random number of 16 bits, added to them, carries
+    into the upper ones as often as they are large.
+    """
+    noise = torch.randint(2**16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
+    return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()
+
+
+def _pieces(sizes: Mapping[str, int]) -> list[list[str]]:
+    """The names, in order, in groups of at most `PIECE` numbers."""
+    pieces, room = [[]], PIECE
+    for name, size in sizes.items():
+        if size > room and pieces[-1]:
+            pieces.append([])
+            room = PIECE
+        pieces[-1].append(name)
+        room -= size
+    return pieces
