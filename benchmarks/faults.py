@@ -80,9 +80,9 @@ def kills(work: Path, options: argparse.Namespace) -> None:
     say("whose files are equal to the byte after a second start", f"{equal} of {options.count}")
 
 
-def filled_trainer(method: str, width: int) -> ft.Trainer:
+def filled_trainer(method: str, width: int, device: str = "cpu") -> ft.Trainer:
     """A trainer of Stable Diffusion 1.5's shape whose optimizer has made a step."""
-    unet = unet_of("sd15", torch.device("cpu"), torch.float32, width)
+    unet = unet_of("sd15", torch.device(device), torch.float32, width)
     unet.requires_grad_(method == "full")
     if method == "lora":
         ft.add_lora(unet, rank=16)
@@ -96,7 +96,7 @@ def filled_trainer(method: str, width: int) -> ft.Trainer:
 
 def checkpoints(work: Path, options: argparse.Namespace) -> None:
     """How long a save takes, and how much of it training waits."""
-    trainer = filled_trainer(options.method, options.width)
+    trainer = filled_trainer(options.method, options.width, options.device)
     content = np.random.default_rng(0).integers(0, 256, 2**28, np.uint8).tobytes()
 
     def write_plainly() -> None:
@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", choices=["lora", "full"], default="lora")
+    parser.add_argument("--device", default="cpu", help="where the trainer of checkpoints is")
     parser.add_argument("--times", type=int, default=5, help="saves to take the median of")
     parser.add_argument("--width", type=int, default=320, help="of the UNet's first level")
     parser.add_argument("--work", type=Path, help="a folder on the disk to measure; default: the temporary one")

@@ -135,15 +135,18 @@ def latent_sampler() -> Any:
     return config
 
 
-def our_trainer(unet: Any, encoder: Any, objective: ft.NoisePrediction, precision: torch.dtype | None) -> ft.Trainer:
-    """The Trainer as `fine_tune` makes it."""
+def our_trainer(
+    unet: Any, encoder: Any, objective: ft.NoisePrediction, precision: torch.dtype | None, *, masters: bool = True
+) -> ft.Trainer:
+    """The Trainer as `fine_tune` makes it, with Adafactor where there are no masters."""
     return ft.Trainer(
         unet,
         encoder,
         objective,
-        make_optimizer("adamw", ft.trainable(unet), learning_rate=LEARNING_RATE),
+        make_optimizer("adamw" if masters else "adafactor", ft.trainable(unet), learning_rate=LEARNING_RATE),
         learning_rate=lambda step: LEARNING_RATE,
         precision=precision,
+        masters=masters,
         cuda_graphs=True,
     )
 

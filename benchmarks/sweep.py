@@ -2,6 +2,7 @@
 
     python benchmarks/sweep.py                                       # all: about half an hour on an H100
     python benchmarks/sweep.py sd15:lora:16 sd15:full:32:blocks      # some, as MODEL:METHOD:BATCH[:blocks|:whole]
+    python benchmarks/sweep.py sdxl:bf16:1:checkpointed              # --full_bf16 with Adafactor, for small GPUs
     python benchmarks/sweep.py --json result.json
 
 SD 1.5 is trained at 512 px, SDXL at 1024, both with random weights, in bf16, rank 16. `bare` is the loop of
@@ -21,7 +22,6 @@ from typing import Any
 
 import torch
 from loops import RandomLatents, Step, bare_loop, conditions, latent_sampler, our_loop, our_trainer, schedule, unet_of
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import finetune as ft
@@ -80,9 +80,9 @@ def line_of(row: dict[str, Any]) -> str:
 
 def measure(case: str, device: torch.device, best: float, *, bare: bool) -> dict[str, Any]:
     """One row: rates are medians over the rounds."""
-    model, method, size, *compiled = case.split(":")
+    model, method, size, *how = case.split(":")
     batch, rank = int(size), RANK if method == "lora" else None
-    trainer = trainer_of(model, rank, compiled, device)
+    trainer = trainer_of(model, method, how, device)
     source = RandomLatents(model, SIDES[model], batch)
     with our_loop(trainer, ft.batches(source, batch_size=batch, steps=10**6)) as step:
         first = time_of(step, 1)
@@ -90,7 +90,7 @@ def measure(case: str, device: torch.device, best: float, *, bare: bool) -> dict
         seconds = {"ours": [time_of(step) for _ in range(ROUNDS)]}
         peak = torch.cuda.max_memory_allocated()
         if bare:
-            other = bare_of(model, batch, rank, compiled, device)
+            other = bare_of(model, batch, rank, how, device)
             time_of(other, 2)
             seconds = {"ours": [], "bare": []}
             for _ in range(ROUNDS):
@@ -111,17 +111,17 @@ def measure(case: str, device: torch.device, best: float, *, bare: bool) -> dict
     return row
 
 
-def trainer_of(model: str, rank: int | None, compiled: list[str], device: torch.device) -> ft.Trainer:
+def trainer_of(model: str, method: str, how: list[str], device: torch.device) -> ft.Trainer:
     """Our trainer, as `fine_tune` makes it."""
-    unet = unet_of(model, device, torch.bfloat16 if rank else torch.float32)
-    if rank:
-        ft.add_lora(unet, rank)
-    trainer = our_trainer(unet, latent_sampler(), ft.NoisePrediction(schedule()), torch.bfloat16)
-    compile_as(unet, compiled)
-    return trainer
+    unet = unet_of(model, device, torch.float32 if method == "full" else torch.bfloat16)
+    if method == "lora":
+        ft.add_lora(unet, RANK)
+    make_ready(unet, how)
+    objective = ft.NoisePrediction(schedule())
+    return our_trainer(unet, latent_sampler(), objective, torch.bfloat16, masters=method != "bf16")
 
 
-def bare_of(model: str, batch: int, rank: int | None, compiled: list[str], device: torch.device) -> Step:
+def bare_of(model: str, batch: int, rank: int | None, how: list[str], device: torch.device) -> Step:
     """The bare loop on a UNet of its own."""
     unet = unet_of(model, device, torch.bfloat16)
     side = SIDES[model] // 8
@@ -129,16 +129,18 @@ def bare_of(model: str, batch: int, rank: int | None, compiled: list[str], devic
     cond = moved(as_input(conditions(model, batch), torch.bfloat16), device)
     t = torch.randint(1000, (batch,), device=device)
     step = bare_loop(unet, x[0].bfloat16(), t, x[1], cond, rank)
-    compile_as(unet, compiled)
+    make_ready(unet, how)
     return step
 
 
-def compile_as(unet: nn.Module, compiled: list[str]) -> None:
-    """Not at all, our way, or as one piece."""
-    if compiled == ["blocks"] and (why_not := compile_blocks(unet)):
+def make_ready(unet: Any, how: list[str]) -> None:
+    """Compiled our way, or as one piece; with gradient checkpointing; or as it is."""
+    if how == ["blocks"] and (why_not := compile_blocks(unet)):
         raise SystemExit(why_not)
-    if compiled == ["whole"]:
+    if how == ["whole"]:
         unet.compile()
+    if how == ["checkpointed"]:
+        unet.enable_gradient_checkpointing()
 
 
 def time_of(step: Step, times: int = STEPS) -> float:

@@ -59,6 +59,18 @@ def test_every_method_and_precision_trains_and_exports(
         StableDiffusionPipeline.from_pretrained(out)
 
 
+def test_bf16_alone_trains_goes_on_and_exports(pictures: Path, tmp_path: Path) -> None:
+    config = {"method": "full", "full_bf16": True, "optimizer": "adafactor", "lr_scheduler": "constant"}
+    straight = run(pictures, tmp_path / "straight", deterministic=True, max_train_steps=8, **config)
+    run(pictures, tmp_path / "out", deterministic=True, **config)
+    out = run(
+        pictures, tmp_path / "out", deterministic=True, max_train_steps=8, resume_from_checkpoint="latest", **config
+    )
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    assert (out / unet).read_bytes() == (straight / unet).read_bytes()
+    StableDiffusionPipeline.from_pretrained(out)
+
+
 def test_losses_equal_those_of_a_cpu_run(pictures: Path, tmp_path: Path) -> None:
     """Law 1: noise, timesteps and order are drawn on the CPU, the same for every device."""
     cuda = run(pictures, tmp_path / "cuda", mixed_precision="no", rank=4)

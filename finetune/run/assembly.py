@@ -69,8 +69,8 @@ def sampler(config: ResolvedConfig, pictures: Pictures) -> Sampler:
 
 
 def _load(config: ResolvedConfig, found: Location, device: torch.device) -> DiffusionModel:
-    """The model on its device, with an adapter for LoRA: what is frozen in half precision, what learns in fp32."""
-    half = DTYPES[config.mixed_precision] if config.method == "lora" else None
+    """The model on its device, with an adapter for LoRA: what is frozen in half precision, what has masters in fp32."""
+    half = DTYPES[config.mixed_precision] if config.method == "lora" or config.full_bf16 else None
     model = load_base(config, found, half or torch.float32).to(device)
     if config.prior_prediction and (new := model.new_prediction_type) is not None:  # before anything is encoded
         raise UsageError(f"prior_prediction: the model does not predict {new} yet; leave prediction_type out")

@@ -23,7 +23,7 @@ class Rounding:
     keeps in fp32. It must treat each parameter for itself.
 
     Args:
-        network: its parameters that require gradients are in fp32.
+        network: in fp32, or rounded to bf16 already.
     """
 
     def __init__(self, network: nn.Module):
@@ -33,7 +33,7 @@ class Rounding:
             owner, _, leaf = name.rpartition(".")
             self.parameters[name] = nn.Parameter(parameter.detach().bfloat16())
             setattr(network.get_submodule(owner), leaf, self.parameters[name])
-            parameter.data = parameter.data.new_empty(0)
+            parameter.data = parameter.data.new_empty(0, dtype=torch.float32)
         for tensor in (*network.parameters(), *network.buffers()):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(torch.bfloat16)
