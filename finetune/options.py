@@ -109,8 +109,8 @@ class DataOptions:
     """Pictures and captions."""
 
     data: tuple[str, ...] = option((), names=("train_data_dir", "instance_data_dir"), called=("dataset_name",))
-    """A folder of pictures, a folder of parquet/arrow files, or a Hugging Face dataset id; or several of these. Or the
-    dataset file of sd-scripts (.toml), whose settings hold where no others are given."""
+    """A folder of pictures, tar shards (shards/*.tar), a folder of parquet/arrow files, or a Hugging Face dataset id;
+    or several. Or the dataset file of sd-scripts (.toml), whose settings hold where no others are given."""
     repeats: tuple[int, ...] = option((), AT_LEAST_ONE, called=("num_repeats",))
     """How many times the pictures of each --data come in an epoch, in the same order. Default: once."""
     class_data: str | None = option(None, needs="text", names=("class_data_dir",), called=("reg_data_dir",))

@@ -1,4 +1,4 @@
-"""What `--data` names, opened: a folder of pictures, or a Hugging Face dataset."""
+"""What `--data` names, opened: a folder of pictures, tar shards, or a Hugging Face dataset."""
 
 import glob
 import io
@@ -12,6 +12,7 @@ from finetune.data.image_folder import ImageFolder
 from finetune.data.images import PICTURE_SUFFIXES, PictureFile, list_files
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import PictureFiles
+from finetune.data.shards import SUFFIX, TarShards, find_shards
 from finetune.data.source import check_source
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError, UsageError, hub_errors
@@ -125,13 +126,14 @@ def open_dataset(
     caption_column: str = CAPTION_COLUMN,
     masks: Literal["files", "files and alpha", "none"] = "files",
     **options: Any,
-) -> ImageFolder | HuggingFaceDataset:
+) -> ImageFolder | TarShards | HuggingFaceDataset:
     """Open what --data names.
 
     Args:
-        source: a folder of pictures; a folder written by `Dataset.save_to_disk`; a folder of parquet or arrow files,
-            or one such file; the id of a dataset on the Hugging Face hub (its split "train"); or a Dataset itself.
-            Only a source that does not exist on this machine is looked for on the hub.
+        source: a folder of pictures; a tar file, a folder with such, or a pattern (shards/*.tar); a folder written by
+            `Dataset.save_to_disk`; a folder of parquet or arrow files, or one such file; the id of a dataset on the
+            Hugging Face hub (its split "train"); or a Dataset itself. Only a source that does not exist on this machine
+            is looked for on the hub.
         prompt, image_column, caption_column, masks, options: as for `ImageFolder` and `HuggingFaceDataset`.
 
     Raises:
@@ -143,14 +145,17 @@ def open_dataset(
         return HuggingFaceDataset(source, prompt, **columns, **options)
     check_source(source)
     path = Path(os.path.expanduser(source))
-    if masks == "files and alpha" and not (path.is_dir() and not _holds_tables(path)):
-        raise UsageError(f"--masked_loss is for folders of pictures; {source} holds rows, which have no masks")
-    if not os.path.exists(path):
+    shards = find_shards(source, path)
+    if masks == "files and alpha" and (shards or not (path.is_dir() and not _holds_tables(path))):
+        raise UsageError(f"--masked_loss is for folders of pictures; {source} holds rows or shards, without masks")
+    if not shards and not os.path.exists(path):
         return HuggingFaceDataset(_load_from_hub(source), prompt, **columns, **options)
-    if _holds_tables(path):
+    if not shards and _holds_tables(path):
         return HuggingFaceDataset(_load_tables(path), prompt, **columns, **options)
     if (image_column, caption_column) != (IMAGE_COLUMN, CAPTION_COLUMN):
         raise UsageError(f"--image_column and --caption_column are for Hugging Face datasets; {source} holds pictures")
+    if shards:
+        return TarShards(*shards, prompt, **options)
     return ImageFolder(path, prompt, masks=masks, **options)
 
 
@@ -159,7 +164,9 @@ def _holds_tables(path: Path) -> bool:
     if not path.is_dir():
         if path.suffix.lower() in _TABLE_SUFFIXES:
             return True
-        raise UsageError(f"--data {path}: not a folder; allowed are folders and {' '.join(_TABLE_SUFFIXES)} files")
+        raise UsageError(
+            f"--data {path}: not a folder; allowed are folders and {' '.join((SUFFIX, *_TABLE_SUFFIXES))} files"
+        )
     if _was_saved(path):
         return True
     suffixes = {file.suffix.lower() for file in list_files(path) if file.name not in METADATA}

@@ -60,7 +60,24 @@ _UPRIGHT = {
 }
 """EXIF orientation -> what turns the stored pixels upright."""
 
-PictureFile = Path | IO[bytes]
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside of a tar file."""
+
+    shard: Path
+    name: str
+    """A relative one, without ".."."""
+    offset: int
+    size: int
+
+    @property
+    def place(self) -> Path:
+        """What it is remembered by; no path on the disk."""
+        return self.shard / self.name
+
+
+PictureFile = Path | Member | IO[bytes]
 
 
 @dataclass(frozen=True)
@@ -110,9 +127,16 @@ def read_file(source: PictureFile) -> bytes:
     """Everything in a file. Raises OSError, or ValueError with the reason for what holds no picture."""
     if isinstance(source, Path) and source.exists() and not source.is_file():
         raise ValueError("not a regular file")  # a pipe would be waited for
-    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
-        file.seek(0)
-        content = file.read()
+    if isinstance(source, Member):
+        with source.shard.open("rb") as file:
+            file.seek(source.offset)
+            content = file.read(source.size)
+        if len(content) < source.size:
+            raise ValueError("the shard is cut short")
+    else:
+        with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+            file.seek(0)
+            content = file.read()
     if not content:
         raise ValueError("the file is empty")
     return content
@@ -280,9 +304,15 @@ class _Finding(NamedTuple):
     """Not remembered yet."""
 
 
+def _stamped(source: PictureFile) -> tuple[Path, Stamp] | None:
+    if isinstance(source, Member):  # it changes only with its shard
+        return source.place, Stamp.of(source.shard)
+    return (source, Stamp.of(source)) if isinstance(source, Path) else None
+
+
 def _examine(source: PictureFile, name: str, memory: PictureMemory | None) -> _Finding:
     """What a picture is, by memory if it can be. Raises one of `_READ_ERRORS` for what is none."""
-    file = (source, Stamp.of(source)) if memory is not None and isinstance(source, Path) else None
+    file = _stamped(source)
     digest = memory.digest(*file) if memory is not None and file else None
     remembered = digest is not None
     content = None if remembered else read_file(source)

@@ -4,7 +4,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
@@ -12,6 +11,7 @@ from PIL import Image
 from finetune.data.captions import Caption
 from finetune.data.images import Checked, Skipped
 from finetune.data.pictures import Example, Ledger, Pictures
+from finetune.data.source import called
 
 
 class Part(NamedTuple):
@@ -117,7 +117,7 @@ def names_of(sources: Sequence[str]) -> list[str]:
     """A name for each source, the last part of its path; a number after it where another source has the same."""
     names: list[str] = []
     for source in sources:
-        name, number = Path(source).name or "data", 2
+        name, number = called(source) or "data", 2
         unique = name
         while unique in names:
             unique, number = f"{name}-{number}", number + 1

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.config import ResolvedConfig, TrainConfig, as_dict, config_text, load_resolved, replace, suggest
+from finetune.data.source import called
 from finetune.errors import UsageError
 from finetune.files import is_inside, remove, write_whole
 from finetune.options import SECTIONS, about, about_field
@@ -232,14 +233,19 @@ def with_earlier(config: TrainConfig) -> TrainConfig:
     return replace(config, config.given | (earlier.given - own), **inherited)
 
 
+_NAMED = 4
+"""Sources of pictures that are all named in a folder's name."""
+
+
 def default_folder(config: TrainConfig) -> Path:
     """runs/<data>-<model>, relative to the working directory."""
     return Path("runs") / f"{name_of(config.data)}-{Path(config.model).name.removesuffix('.safetensors')}"
 
 
 def name_of(data: Sequence[str]) -> str:
-    """What the sources of pictures are called together."""
-    return "+".join(Path(source).name for source in data) or "dataset"
+    """What the sources of pictures are called together; of many, as a shell makes of a pattern, the first."""
+    names = [called(source) for source in data]
+    return "+".join(names if len(names) <= _NAMED else [names[0], f"{len(names) - 1}-more"]) or "dataset"
 
 
 def _resume_folder(config: TrainConfig) -> Path:

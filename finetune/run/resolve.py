@@ -11,6 +11,7 @@ from finetune.cache.store import cache_folder
 from finetune.config import ResolvedConfig, TrainConfig, replace
 from finetune.data.buckets import Buckets
 from finetune.data.pictures import Pictures
+from finetune.data.source import is_pattern
 from finetune.data.split import default_fraction
 from finetune.errors import UsageError
 from finetune.files import is_inside
@@ -47,7 +48,9 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     kept = {name: path for name, path in local.items() if path.exists() or name == "class_data"}  # which may be made
     paths: dict[str, Any] = {name: str(path.absolute()) for name, path in kept.items()}
     sources = [(given, Path(given).expanduser()) for given in config.data]
-    paths["data"] = [str(path.absolute()) if given and path.exists() else given for given, path in sources]
+    paths["data"] = [
+        str(path.absolute()) if given and (path.exists() or is_pattern(given)) else given for given, path in sources
+    ]
     if config.cache_dir and (folder := cache_folder(config.cache_dir)):
         paths["cache_dir"] = str(folder)
     if config.sample_prompts:

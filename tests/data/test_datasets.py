@@ -315,7 +315,9 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(source: str, as
 def test_an_empty_source_and_a_file_are_usage_errors(tmp_path: Path):
     with pytest.raises(UsageError, match="--data is empty"):
         open_dataset("")
-    with pytest.raises(UsageError, match=r"a\.png: not a folder; allowed are folders and \.parquet \.arrow files"):
+    with pytest.raises(
+        UsageError, match=r"a\.png: not a folder; allowed are folders and \.tar \.parquet \.arrow files"
+    ):
         open_dataset(str(save(tmp_path / "a.png")))
 
 

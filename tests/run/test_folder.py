@@ -350,3 +350,10 @@ def test_what_may_have_changed_is_an_option_of_a_run_that_is_resumed() -> None:
     path = started(CONFIG)
     other = replace(CONFIG, seed=1, resume_from_checkpoint="latest")
     assert choose(replace(other, allow_changed=["seed", "data"]), "other pictures").checkpoint == path / "checkpoint-5"
+
+
+def test_a_folder_is_called_after_its_pictures_of_many_sources_after_the_first() -> None:
+    assert runs.name_of(["/a/dog", "cats/"]) == "dog+cats"
+    assert runs.name_of(["/a/shards/*.tar"]) == "shards"
+    assert runs.name_of([f"shards/{number}.tar" for number in range(1000)]) == "0.tar+999-more"
+    assert runs.name_of([]) == "dataset"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,6 +106,17 @@ def saved(source: Path, to: Path) -> dict[str, object]:
     return {"data": str(to)}
 
 
+def shards(source: Path, to: Path) -> dict[str, object]:
+    to.mkdir()
+    for number, name in enumerate(NAMES):
+        with tarfile.open(to / f"{number % 2}.tar", "a") as tar:
+            tar.add(source / name, name)
+            (to / "caption").write_text(CAPTION)
+            tar.add(to / "caption", Path(name).with_suffix(".txt"))
+    (to / "caption").unlink()
+    return {"data": str(to / "*.tar")}
+
+
 LAYOUTS: dict[str, Callable[[Path, Path], dict[str, object]]] = {
     "plain": plain,
     "txt": sidecars(".txt"),
@@ -117,6 +129,7 @@ LAYOUTS: dict[str, Callable[[Path, Path], dict[str, object]]] = {
     "dataset.toml": dataset_file,
     "parquet": tables,
     "saved": saved,
+    "shards": shards,
 }
 
 

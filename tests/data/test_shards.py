@@ -1,0 +1,180 @@
+"""Tar shards: what they hold, what is refused, and that a cut one is told."""
+
+import io
+import json
+import pickle
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from finetune.data.datasets import open_dataset
+from finetune.data.image_folder import ImageFolder
+from finetune.data.picture_memory import PictureMemory
+from finetune.data.shards import TarShards
+from finetune.errors import DataError, UsageError
+
+
+def picture(colour: str = "red", ending: str = "png") -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (80, 64), colour).save(content, "jpeg" if ending == "jpg" else ending)
+    return content.getvalue()
+
+
+def write(path: Path, members: Mapping[str, bytes | str], *more: tarfile.TarInfo) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            data = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for info in more:
+            tar.addfile(info)
+    return path
+
+
+def opened(source: Path | str, **options: object) -> TarShards:
+    found = open_dataset(str(source), **({"resolution": 64} | options))
+    assert isinstance(found, TarShards)
+    return found
+
+
+def test_pictures_and_their_captions_in_every_form(tmp_path: Path) -> None:
+    write(tmp_path / "s/0.tar", {"a.png": picture(), "a.txt": "from\ntxt", "deep/b.jpg": picture("blue", "jpg")})
+    write(
+        tmp_path / "s/1.tar",
+        {
+            "v1.5.png": picture(), "v1.5.json": json.dumps({"caption": ["one", "two"], "width": 80}),
+            "v1.6.png": picture(), "v1.6.caption": "a caption",
+            "c.PNG": picture(), "c.json": json.dumps({"text": "", "prompt": "a prompt"}), "c.TXT": "\ufefffirst",
+        },
+    )  # fmt: skip
+    pictures = opened(tmp_path / "s", prompt="given")
+    assert pictures.ids == ["0.tar/a.png", "0.tar/deep/b.jpg", "1.tar/v1.5.png", "1.tar/v1.6.png", "1.tar/c.PNG"]
+    assert pictures.captions == ["from txt", "given", "one", "a caption", "first"]
+    assert pictures.texts(2) == ("one", "two")
+    assert pictures[1].image.getpixel((5, 5)) == (0, 0, 254)
+    assert pictures.ledger().adds_up()
+    assert pictures.ledger().captions == 5
+
+
+def test_a_shard_a_folder_and_a_pattern_name_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        write(tmp_path / f"s/{number}.tar", {"a.png": picture(), "a.txt": str(number)})
+    whole = opened(tmp_path / "s")
+    assert opened(tmp_path / "s/*.tar").ids == whole.ids == ["0.tar/a.png", "1.tar/a.png", "2.tar/a.png"]
+    assert opened(tmp_path / "s/[01].tar").ids == whole.ids[:2]
+    assert opened(tmp_path / "*/1.tar").ids == ["s/1.tar/a.png"]
+    assert opened(tmp_path / "s/2.tar").ids == whole.ids[2:]
+    monkeypatch.chdir(tmp_path / "s")
+    assert opened("*.tar").ids == whole.ids
+    with pytest.raises(UsageError, match=r"--data s/x\*\.tar: no such files"):
+        opened("s/x*.tar")
+
+
+def test_the_pictures_are_those_of_a_folder(make_pictures: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_pictures(tmp_path / "folder", captions=True)
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        tar.add(folder, ".")  # with a folder as a member, and names that begin with ./
+    ours, theirs = opened(tmp_path / "all.tar"), ImageFolder(folder, resolution=64)
+    assert ours.contents == theirs.contents
+    assert ours.captions == theirs.captions
+    assert all(ours[n].image.tobytes() == theirs[n].image.tobytes() for n in range(len(ours)))
+
+
+def test_nothing_hostile_is_used_and_all_of_it_is_counted(tmp_path: Path) -> None:
+    link, hard, device = (tarfile.TarInfo(name) for name in ("link.png", "hard.png", "device.png"))
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    hard.type, hard.linkname = tarfile.LNKTYPE, "a.png"
+    device.type = tarfile.CHRTYPE
+    members = {
+        "a.png": picture(), "../out.png": picture(), "/abs.png": picture(), "x/../../out.png": picture(),
+        "a.pkl": pickle.dumps({}), "a.mask.png": picture(), "._a.png": b"x", "lonely.txt": "a caption",
+    }  # fmt: skip
+    write(tmp_path / "s/0.tar", members, link, hard, device)
+    before = sorted(tmp_path.rglob("*"))
+    pictures = opened(tmp_path / "s", prompt="a")
+    assert pictures.ids == ["0.tar/a.png"]
+    assert sorted(tmp_path.rglob("*")) == before
+    assert dict(pictures.ledger().skipped) == {
+        "hidden files": 1, "links and other members that are no files": 3,
+        "masks, which are read beside files alone": 1, "names that lead out of the shard": 3,
+        "neither pictures nor captions: .pkl": 1,
+    }  # fmt: skip
+    assert pictures.ledger().adds_up()
+    assert pictures.orphans == ["0.tar/lonely.txt"]
+    assert any("names that lead out of the shard: 3" in line for line in pictures.notes())
+
+
+@pytest.mark.parametrize(
+    ("caption", "reason"),
+    [
+        ({"a.txt": b"\xff\xfe\xff"}, "a.txt: not UTF-8 at byte 0"),
+        ({"a.json": "{"}, "a.json: Expecting property name"),
+        ({"a.json": "[1]"}, "a.json: no JSON object"),
+        ({"a.json": '{"caption": 5}'}, "a.json: the caption is 5, allowed is"),
+        ({"a.txt": "x" * 1_000_001}, "a.txt: a caption of 1000001 bytes"),
+    ],
+)
+def test_a_caption_that_cannot_be_read_costs_its_picture(
+    tmp_path: Path, caption: Mapping[str, bytes | str], reason: str
+) -> None:
+    write(tmp_path / "0.tar", {"a.png": picture(), **caption, "b.png": picture(), "c.png": b"no picture"})
+    pictures = opened(tmp_path / "0.tar", prompt="a")
+    assert pictures.ids == ["0.tar/b.png"]
+    assert [str(bad).split(": ", 1)[0] for bad in pictures.quarantined] == ["0.tar/a.png", "0.tar/c.png"]
+    assert reason in pictures.quarantined[0].reason
+    assert pictures.ledger().adds_up()
+
+
+@pytest.mark.parametrize("left", [0, 300, 600, 2000, -1024, -1])
+def test_a_shard_that_is_cut_short_is_refused_by_name(tmp_path: Path, left: int) -> None:
+    shard = write(tmp_path / "0.tar", {f"{n}.png": picture() for n in range(5)})
+    content = shard.read_bytes()
+    end = content.rstrip(b"\0")
+    whole = content[: len(end) + -len(end) % 512 + 1024]  # without the padding of tarfile
+    shard.write_bytes(whole)
+    assert len(opened(shard, prompt="a")) == 5
+    shard.write_bytes(whole[:left])
+    with pytest.raises(DataError, match=r"0\.tar: not a whole tar file .*; fetch it again, or leave it out"):
+        opened(shard, prompt="a")
+
+
+def test_compressed_shards_and_mixtures_are_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"))
+    with pytest.raises(DataError, match=r"0\.tar: not a whole tar file"):
+        opened(tmp_path / "0.tar")
+    write(tmp_path / "0.tar", {"a.txt": "no picture"})
+    with pytest.raises(DataError, match=r"no picture found in 0\.tar"):
+        opened(tmp_path / "0.tar")
+    write(tmp_path / "0.tar", {"a.png": picture()})
+    with pytest.raises(UsageError, match="--masked_loss is for folders of pictures"):
+        opened(tmp_path / "0.tar", masks="files and alpha")
+    (tmp_path / "b.png").write_bytes(picture())
+    with pytest.raises(DataError, match=r"holds pictures and \.tar files; name one of them"):
+        opened(tmp_path)
+
+
+def test_an_unchanged_shard_is_not_read_again_and_a_changed_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = write(tmp_path / "0.tar", {"a.png": picture(), "b.png": picture("blue")})
+    first = opened(shard, prompt="a", memory=PictureMemory(tmp_path / "cache"))
+    read: list[object] = []
+    from finetune.data import images
+
+    plainly = images.read_file
+    monkeypatch.setattr(images, "read_file", lambda source: read.append(source) or plainly(source))
+    again = opened(shard, prompt="a", memory=PictureMemory(tmp_path / "cache"))
+    assert again.contents == first.contents
+    assert not read
+    write(shard, {"a.png": picture("green"), "b.png": picture("blue")})
+    changed = opened(shard, prompt="a", memory=PictureMemory(tmp_path / "cache"))
+    assert len(read) >= 2
+    assert [a == b for a, b in zip(first.contents, changed.contents, strict=True)] == [False, True]
+    with pytest.raises(DataError, match=r"0\.tar/a\.png: the file has changed since the start"):
+        first[0]
