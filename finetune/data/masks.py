@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from PIL import Image
 from torch import Tensor
@@ -19,7 +19,7 @@ SUFFIXES = (".mask.png", "-masklabel.png")
 _SUFFIX = re.compile(rf"({'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
 
 
-def is_mask(file: Path) -> bool:
+def is_mask(file: PurePath) -> bool:
     """Whether its name says that it is one."""
     return file.name.lower().endswith(SUFFIXES)
 

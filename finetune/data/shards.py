@@ -1,6 +1,7 @@
 """Shards: tar files of pictures with their captions, as WebDataset has them. They are read where they lie."""
 
 import json
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
@@ -163,7 +164,8 @@ def _look_through(shard: Path, name: str, found: _Found) -> None:
     """Add what a shard holds. Raises DataError."""
     try:
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] # it would keep all of them
                 if not member.isdir():
                     _take(shard, name, tar, member, found)
             size = file.seek(0, 2)
@@ -178,26 +180,25 @@ def _look_through(shard: Path, name: str, found: _Found) -> None:
 
 def _take(shard: Path, name: str, tar: tarfile.TarFile, member: tarfile.TarInfo, found: _Found) -> None:
     inside = PurePosixPath(member.name)
-    place = f"{name}/{member.name}"
+    place, ending = f"{name}/{member.name}", inside.suffix.lower()
     if not member.isreg() or member.issparse():
         found.skipped["links and other members that are no files"] += 1
     elif inside.is_absolute() or ".." in inside.parts:
         found.skipped["names that lead out of the shard"] += 1
     elif inside.name.startswith("."):
         found.skipped["hidden files"] += 1
-    elif is_mask(Path(inside.name)):
+    elif is_mask(inside):
         found.skipped["masks, which are read beside files alone"] += 1
-    elif is_picture(Path(inside.name)):
+    elif is_picture(inside):
         found.pictures.append((place, Member(shard, member.name, member.offset_data, member.size)))
-    elif inside.suffix.lower() in _TEXT_SUFFIXES:
+    elif ending in _TEXT_SUFFIXES:
         found.captions += 1
         try:
-            text = _text(tar, member)
-            found.texts.setdefault(_key(place), {})[inside.suffix.lower()] = text
+            found.texts.setdefault(_key(place), {})[ending] = _text(tar, member)
         except ValueError as error:
             found.unreadable[_key(place)] = f"{inside.name}: {error}"
     else:
-        found.skipped[f"neither pictures nor captions: {inside.suffix.lower() or 'without an ending'}"] += 1
+        found.skipped[f"neither pictures nor captions: {ending or 'without an ending'}"] += 1
 
 
 def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> Texts:
@@ -226,4 +227,4 @@ def _of_json(content: Any) -> Texts:
 
 def _key(place: str) -> str:
     """The name without its ending: what a picture and its caption share."""
-    return str(PurePosixPath(place).with_suffix(""))
+    return os.path.splitext(place)[0]
