@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.data.images import is_picture
+from finetune.data.shards import SUFFIX
 from finetune.errors import UsageError
 
 _DEPTH, _MOST = 3, 200
@@ -26,7 +27,7 @@ class Places:
             raise UsageError(f"{missing[0]}: no such folder")
 
     def picture_folders(self) -> list[str]:
-        """Folders that hold pictures, the nearest first."""
+        """Folders that hold pictures or shards of them, the nearest first."""
         found: list[Path] = []
         level = list(self.data)
         for _ in range(_DEPTH):
@@ -36,7 +37,7 @@ class Places:
                     entries = sorted(folder.iterdir())
                 except OSError:
                     continue
-                if any(is_picture(entry) for entry in entries):
+                if any(is_picture(entry) or entry.suffix.lower() == SUFFIX for entry in entries):
                     found.append(folder)
                 below += [e for e in entries if e.is_dir() and not e.name.startswith(".") and self._is_open(e)]
             level = below[:_MOST]

@@ -40,6 +40,9 @@ def test_nothing_outside_of_what_was_named_is_opened(places: Places, tmp_path: P
     with pytest.raises(UsageError, match="no run in"):
         places.run("../../closed")
     assert places.picture_folders() == [str(tmp_path / "open/a/cats")]
+    (tmp_path / "open/shards").mkdir()
+    (tmp_path / "open/shards/0.tar").touch()
+    assert places.picture_folders() == [str(tmp_path / "open/shards"), str(tmp_path / "open/a/cats")]
 
 
 @pytest.mark.parametrize(
