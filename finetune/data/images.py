@@ -60,6 +60,9 @@ _UPRIGHT = {
 }
 """EXIF orientation -> what turns the stored pixels upright."""
 
+_ON_ITS_SIDE = (5, 6, 7, 8)
+"""Orientations that exchange width and height."""
+
 
 @dataclass(frozen=True)
 class Member:
@@ -172,12 +175,29 @@ def open_alpha(source: PictureFile) -> Image.Image | None:
         raise DataError(f"{source}: {_reason(error)}") from error
 
 
-def _decode(content: bytes, name: str | None = None) -> Image.Image:
-    Image.init()  # all formats, before threads race to register them
-    formats = [name for name in Image.ID if name in _FORMATS]
-    with Image.open(io.BytesIO(content), formats=formats) as image:
+def _decode(content: bytes) -> Image.Image:
+    with _opened(content) as image:
         image.load()
-        return to_rgb(image, name)
+        return to_rgb(image)
+
+
+def _decoded_size(content: bytes, name: str) -> tuple[int, int]:
+    """Width and height of `_decode`'s answer, which fails for the same pictures.
+
+    A JPEG's pixels are computed at an eighth of its size, from all of its bytes: three to eight times as fast.
+    """
+    with _opened(content) as image:
+        width, height = image.size
+        image.draft(image.mode, (1, 1))
+        image.load()
+        turned = _orientation(image) in _ON_ITS_SIDE
+        to_rgb(image, name)
+    return (height, width) if turned else (width, height)
+
+
+def _opened(content: bytes) -> Image.Image:
+    Image.init()  # all formats, before threads race to register them
+    return Image.open(io.BytesIO(content), formats=[name for name in Image.ID if name in _FORMATS])
 
 
 def _reason(error: Exception) -> str:
@@ -233,11 +253,15 @@ def _in_srgb(image: Image.Image, profile: bytes | None, name: str | None) -> Ima
 
 def _upright(image: Image.Image) -> Image.Image:
     # Not ImageOps.exif_transpose: it writes the EXIF block anew, and fails on blocks that can be read but not written.
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (SyntaxError, ValueError, struct.error):  # a broken EXIF block does not spoil the pixels
-        return image
+    orientation = _orientation(image)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, struct.error):  # a broken EXIF block does not spoil the pixels
+        return 1
 
 
 def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
@@ -319,5 +343,5 @@ def _examine(source: PictureFile, name: str, memory: PictureMemory | None) -> _F
     digest = digest or digest_of(content or b"")
     size = memory.size(digest) if memory is not None else None
     if size is None:
-        return _Finding(Checked(_decode(content or read_file(source), name).size, digest), file, new=True)
+        return _Finding(Checked(_decoded_size(content or read_file(source), name), digest), file, new=True)
     return _Finding(Checked(size, digest), file, new=not remembered)

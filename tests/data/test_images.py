@@ -211,6 +211,35 @@ def test_check_gives_upright_sizes_and_reasons_in_order(tmp_path: Path):
     assert str(Skipped("b.png", "the file is empty")) == "b.png: the file is empty"
 
 
+def photograph(mode: str) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    return Image.fromarray(noise).resize((300, 203), Image.Resampling.BICUBIC).convert(mode)
+
+
+def size_or_reason(content: bytes) -> tuple[int, int] | str:
+    try:
+        return open_image(io.BytesIO(content), "a").size
+    except DataError as error:
+        return str(error).removeprefix("a: ")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_check_says_of_a_jpeg_what_decoding_all_of_it_does(mode: str, progressive: bool) -> None:
+    def jpeg(orientation: int) -> bytes:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        return encoded(photograph(mode), "JPEG", progressive=progressive, exif=exif)
+
+    turned, content = [jpeg(orientation) for orientation in range(1, 9)], jpeg(6)
+    lengths = [*range(1, len(content), len(content) // 40), *range(len(content) - 40, len(content))]
+    contents = turned + [content[:length] for length in lengths]
+    found = check_images([str(number) for number in range(len(contents))], lambda place: io.BytesIO(contents[place]))
+    told = [verdict.reason if isinstance(verdict, Skipped) else verdict.size for verdict in found]
+    assert told == list(map(size_or_reason, contents))
+    assert sum(isinstance(verdict, Skipped) for verdict in found) > 40
+
+
 @pytest.mark.skipif(os.name != "posix", reason="names that are not Unicode exist on POSIX systems")
 def test_a_name_that_is_not_utf8_can_be_found_and_opened(tmp_path: Path):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))

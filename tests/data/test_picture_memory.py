@@ -24,13 +24,13 @@ def folder(tmp_path: Path) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Contents that were decoded."""
     seen: list[bytes] = []
-    real = images._decode
+    real = images._decoded_size
 
-    def counting(content: bytes, name: str | None = None) -> Image.Image:
+    def counting(content: bytes, name: str) -> tuple[int, int]:
         seen.append(content)
         return real(content, name)
 
-    monkeypatch.setattr(images, "_decode", counting)
+    monkeypatch.setattr(images, "_decoded_size", counting)
     return seen
 
 
