@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from finetune.data.buckets import Buckets
 from finetune.data.captions import CAPTION_SUFFIXES, Texts, first_caption
@@ -30,11 +30,8 @@ _TEXT_KEYS = ("caption", "text", "prompt")
 _LONGEST_TEXT = 1_000_000
 """Bytes of a caption's file."""
 
-_BLOCK = 512
-"""Bytes that a tar file is made of."""
-
-_END = 2 * _BLOCK
-"""Zeros that end one."""
+_END = 1024
+"""Zeros, at least, that end a tar file."""
 
 
 @dataclass
@@ -107,7 +104,8 @@ class TarShards(PictureFiles):
             for key in keys
         ]
         self._skipped, self._captions = found.skipped, found.captions
-        orphans = [key + next(iter(texts)) for key, texts in found.texts.items() if key not in set(keys)]
+        known = set(keys)
+        orphans = [key + next(iter(texts)) for key, texts in found.texts.items() if key not in known]
         super().__init__(
             str(root),
             names,
@@ -164,18 +162,31 @@ def _look_through(shard: Path, name: str, found: _Found) -> None:
     """Add what a shard holds. Raises DataError."""
     try:
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            before = -1
             while (member := tar.next()) is not None:
+                if tar.offset <= before:  # some versions of Python would go round for ever
+                    raise tarfile.ReadError("a member of negative size")
+                before = tar.offset
                 tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] # it would keep all of them
                 if not member.isdir():
                     _take(shard, name, tar, member, found)
-            size = file.seek(0, 2)
-            file.seek(-min(_END, size), 2)
-            if file.read().strip(b"\0") or size % _BLOCK:
-                raise tarfile.ReadError("it has no end")
-    except tarfile.ReadError as error:
-        raise DataError(f"{shard}: not a whole tar file ({error}); fetch it again, or leave it out") from error
+            _check_end(file, tar.offset)
     except OSError as error:
         raise DataError(f"{shard}: {error.strerror}") from error
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        raise DataError(f"{shard}: not a whole tar file ({error}); fetch it again, or leave it out") from error
+
+
+def _check_end(file: IO[bytes], offset: int) -> None:
+    """Raise ReadError unless there are zeros from here to the end. tarfile takes a broken header for an end."""
+    file.seek(offset)
+    zeros = 0
+    while block := file.read(2**16):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError(f"no header at byte {offset}, and no end")
+        zeros += len(block)
+    if zeros < _END:
+        raise tarfile.ReadError(f"no end at byte {offset}")
 
 
 def _take(shard: Path, name: str, tar: tarfile.TarFile, member: tarfile.TarInfo, found: _Found) -> None:
@@ -195,7 +206,7 @@ def _take(shard: Path, name: str, tar: tarfile.TarFile, member: tarfile.TarInfo,
         found.captions += 1
         try:
             found.texts.setdefault(_key(place), {})[ending] = _text(tar, member)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             found.unreadable[_key(place)] = f"{inside.name}: {error}"
     else:
         found.skipped[f"neither pictures nor captions: {ending or 'without an ending'}"] += 1

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import random
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -115,6 +116,7 @@ def test_nothing_hostile_is_used_and_all_of_it_is_counted(tmp_path: Path) -> Non
         ({"a.txt": b"\xff\xfe\xff"}, "a.txt: not UTF-8 at byte 0"),
         ({"a.json": "{"}, "a.json: Expecting property name"),
         ({"a.json": "[1]"}, "a.json: no JSON object"),
+        ({"a.json": "[" * 100_000}, "a.json: maximum recursion depth exceeded"),
         ({"a.json": '{"caption": 5}'}, "a.json: the caption is 5, allowed is"),
         ({"a.txt": "x" * 1_000_001}, "a.txt: a caption of 1000001 bytes"),
     ],
@@ -141,6 +143,47 @@ def test_a_shard_that_is_cut_short_is_refused_by_name(tmp_path: Path, left: int)
     shard.write_bytes(whole[:left])
     with pytest.raises(DataError, match=r"0\.tar: not a whole tar file .*; fetch it again, or leave it out"):
         opened(shard, prompt="a")
+
+
+def test_nothing_after_a_broken_header_is_lost_in_silence(tmp_path: Path) -> None:
+    shard = write(tmp_path / "0.tar", {f"{n}.png": picture() for n in range(5)})
+    content = bytearray(shard.read_bytes())
+    at = content.index(b"2.png")
+    content[at : at + 5] = b"X.png"  # its sum of bytes does not fit any more
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match="no header at byte"):
+        opened(shard, prompt="a")
+    write(shard, {"0.png": picture()})
+    shard.write_bytes(shard.read_bytes() * 2)  # as cat puts two together
+    with pytest.raises(DataError, match="no header at byte"):
+        opened(shard, prompt="a")
+
+
+def test_a_member_of_negative_size_is_no_endless_loop(tmp_path: Path) -> None:
+    shard = write(tmp_path / "0.tar", {"0.png": picture(), "1.png": picture()})
+    content = bytearray(shard.read_bytes())
+    at = content.index(b"1.png")
+    content[at + 124 : at + 136] = (-at - 512).to_bytes(12, "big", signed=True)  # back to the first
+    content[at + 148 : at + 156] = b" " * 8
+    content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"0\.tar: not a whole tar file"):
+        opened(shard, prompt="a")
+
+
+def test_whatever_is_broken_in_a_shard_is_one_line(tmp_path: Path) -> None:
+    whole = write(tmp_path / "0.tar", {"a" * 150 + ".png": picture(), "b.png": picture(), "b.txt": "x"}).read_bytes()
+    source = random.Random(0)
+    for number in range(300):
+        content = bytearray(whole)
+        for _ in range(source.randrange(1, 4)):
+            content[source.randrange(len(whole.rstrip(b"\0")))] = source.randrange(256)
+        shard = tmp_path / f"{number}.tar"
+        shard.write_bytes(content)
+        try:
+            assert opened(shard, prompt="a").ledger().adds_up()
+        except DataError as error:
+            assert "\n" not in str(error)  # noqa: PT017
 
 
 def test_compressed_shards_and_mixtures_are_refused(tmp_path: Path) -> None:
