@@ -22,6 +22,9 @@ CREATE TABLE IF NOT EXISTS pictures (
     digest TEXT PRIMARY KEY, width INTEGER NOT NULL, height INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS splits (pictures TEXT PRIMARY KEY, held_out TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS shards (
+    path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime INTEGER NOT NULL, inode INTEGER NOT NULL, content TEXT NOT NULL
+);
 """
 
 
@@ -101,6 +104,24 @@ class PictureMemory:
         if self._writable:
             with self._lock, contextlib.suppress(sqlite3.OperationalError), self._base:
                 self._base.execute("INSERT OR REPLACE INTO splits VALUES (?, ?)", (key, json.dumps(held_out)))
+
+    def shard(self, path: Path, stamp: Stamp) -> str | None:
+        """What was noted of the shard with this stamp; None: nothing was, or it is not to be trusted."""
+        if self._strict:
+            return None
+        query = "SELECT content FROM shards WHERE path = ? AND size = ? AND mtime = ? AND inode = ?"
+        with contextlib.suppress(sqlite3.OperationalError):  # as for splits
+            row = self._row(query, (_name(path), *stamp))
+            return row[0] if row else None
+        return None
+
+    def note_shard(self, path: Path, stamp: Stamp, content: str) -> None:
+        """Remember what it holds: to know that, all of its headers are read."""
+        if self._writable:
+            with self._lock, contextlib.suppress(sqlite3.OperationalError), self._base:
+                self._base.execute(
+                    "INSERT OR REPLACE INTO shards VALUES (?, ?, ?, ?, ?)", (_name(path), *stamp, content)
+                )
 
     def _row(self, query: str, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
         with self._lock:

@@ -205,17 +205,24 @@ def test_compressed_shards_and_mixtures_are_refused(tmp_path: Path) -> None:
 def test_an_unchanged_shard_is_not_read_again_and_a_changed_one_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shard = write(tmp_path / "0.tar", {"a.png": picture(), "b.png": picture("blue")})
+    members = {"a.png": picture(), "b.png": picture("blue"), "b.json": '{"caption": ["x", "y"]}', "x\udce9.md": "x"}
+    shard = write(tmp_path / "0.tar", members)
     first = opened(shard, prompt="a", memory=PictureMemory(tmp_path / "cache"))
     read: list[object] = []
     from finetune.data import images
 
     plainly = images.read_file
     monkeypatch.setattr(images, "read_file", lambda source: read.append(source) or plainly(source))
-    again = opened(shard, prompt="a", memory=PictureMemory(tmp_path / "cache"))
-    assert again.contents == first.contents
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", None)
+        again = opened(shard, prompt="a", memory=PictureMemory(tmp_path / "cache"))
+    assert (again.ids, again.captions, again.contents) == (first.ids, first.captions, first.contents)
+    assert again.ledger() == first.ledger()
     assert not read
-    write(shard, {"a.png": picture("green"), "b.png": picture("blue")})
+    opened(shard, prompt="a", memory=PictureMemory(tmp_path / "cache", strict=True))
+    assert len(read) == 2
+    read.clear()
+    write(shard, members | {"a.png": picture("green")})
     changed = opened(shard, prompt="a", memory=PictureMemory(tmp_path / "cache"))
     assert len(read) >= 2
     assert [a == b for a, b in zip(first.contents, changed.contents, strict=True)] == [False, True]
