@@ -125,7 +125,7 @@ def test_what_overflows_is_rejected_and_kept_beside(lora_run: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("family", "precision"),
     [
-        ("sd15", "fp16"),
+        pytest.param("sd15", "fp16", marks=pytest.mark.slow),  # test_lora_tools.py merges one into such a file, too
         pytest.param("sdxl", "fp32", marks=pytest.mark.slow),
         pytest.param("sd15", "fp32", marks=pytest.mark.slow),
         pytest.param("sd21", "fp32", marks=pytest.mark.slow),
@@ -164,6 +164,20 @@ def test_an_xl_that_predicts_velocity_is_marked_for_both_viewers(tmp_path: Path)
 
 
 def test_a_run_writes_the_forms_it_was_asked_for(pictures: Path, tmp_path: Path) -> None:
+    config = TrainConfig(
+        data=str(pictures), output_dir=str(tmp_path / "dog"), max_train_steps=1, num_inference_steps=0, rank=2,
+        export_formats=["diffusers", "unet"], learning_rate=0.01, lr_warmup_steps=0, export_precision="fp32",
+    )  # fmt: skip
+    run = fine_tune(config)
+    alone = UNet2DConditionModel.from_pretrained(run / "exports/unet").state_dict()
+    merged = StableDiffusionPipeline.from_pretrained(run / "exports/diffusers").unet.state_dict()
+    before = load_model("tiny").unet.state_dict()
+    assert any(not torch.equal(tensor, merged[name]) for name, tensor in before.items())
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in merged.items())
+
+
+@pytest.mark.slow
+def test_a_run_writes_one_file_and_what_is_missing_when_it_is_asked_again(pictures: Path, tmp_path: Path) -> None:
     base = write_single_file(tmp_path / "base.safetensors", "sd15")
     config = TrainConfig(
         model=str(base), tokenizer=TOKENIZER, data=str(pictures), output_dir=str(tmp_path / "dog"), max_train_steps=1,
