@@ -93,9 +93,7 @@ class ModelOptions:
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = option("auto", change="machine")
     """What the UNet computes in. auto: bf16 where the hardware multiplies it natively (CPUs included), else fp16 on a
     GPU and no on a CPU."""
-    full_bf16: bool | None = option(
-        None, needs="method full, no use_ema, and an optimizer other than prodigy", called=("bf16_full_training",)
-    )
+    full_bf16: bool | None = option(None, needs="method full, no use_ema, and an optimizer other than prodigy")
     """Keep what learns in bf16 alone, rounded at random: 4 to 8 bytes less for each weight. For small GPUs, best
     with adamw8bit or adafactor."""
     compile: bool | None = option(None, change="machine", called=("torch_compile", "compile_unet"))

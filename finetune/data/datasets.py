@@ -3,6 +3,7 @@
 import glob
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -145,12 +146,13 @@ def open_dataset(
         return HuggingFaceDataset(source, prompt, **columns, **options)
     check_source(source)
     path = Path(os.path.expanduser(source))
-    shards = find_shards(source, path)
-    if masks == "files and alpha" and (shards or not (path.is_dir() and not _holds_tables(path))):
+    files = list_files(path) if path.is_dir() else []
+    shards = find_shards(source, path, files)
+    if masks == "files and alpha" and (shards or not (path.is_dir() and not _holds_tables(path, files))):
         raise UsageError(f"--masked_loss is for folders of pictures; {source} holds rows or shards, without masks")
     if not shards and not os.path.exists(path):
         return HuggingFaceDataset(_load_from_hub(source), prompt, **columns, **options)
-    if not shards and _holds_tables(path):
+    if not shards and _holds_tables(path, files):
         return HuggingFaceDataset(_load_tables(path), prompt, **columns, **options)
     if (image_column, caption_column) != (IMAGE_COLUMN, CAPTION_COLUMN):
         raise UsageError(f"--image_column and --caption_column are for Hugging Face datasets; {source} holds pictures")
@@ -159,7 +161,7 @@ def open_dataset(
     return ImageFolder(path, prompt, masks=masks, **options)
 
 
-def _holds_tables(path: Path) -> bool:
+def _holds_tables(path: Path, files: Sequence[Path]) -> bool:
     """Whether what lies there is for `datasets` to read, not a folder of pictures."""
     if not path.is_dir():
         if path.suffix.lower() in _TABLE_SUFFIXES:
@@ -169,7 +171,7 @@ def _holds_tables(path: Path) -> bool:
         )
     if _was_saved(path):
         return True
-    suffixes = {file.suffix.lower() for file in list_files(path) if file.name not in METADATA}
+    suffixes = {file.suffix.lower() for file in files if file.name not in METADATA}
     tables = suffixes.intersection(_TABLE_SUFFIXES)
     if tables and suffixes.intersection(PICTURE_SUFFIXES):
         raise DataError(f"--data {path}: holds pictures and {' '.join(sorted(tables))} files; name one of them")

@@ -43,7 +43,8 @@ class Stamp(NamedTuple):
 
 
 class PictureMemory:
-    """A small database of pictures that could be read: file -> digest of its bytes -> width and height.
+    """A small database of pictures that could be read: file -> digest of its bytes -> width and height; and of what
+    takes long to find about many: which are held out, and what lies in a shard.
 
     Threads may share it, and so may processes. What cannot be written is not remembered, and no harm is done.
 

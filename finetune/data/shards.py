@@ -7,7 +7,7 @@ from typing import Literal
 
 from finetune.data.buckets import Buckets
 from finetune.data.captions import Caption, Texts, first_caption
-from finetune.data.images import Member, PictureFile, is_picture, list_files
+from finetune.data.images import Member, PictureFile, is_picture
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Ledger, PictureFiles
 from finetune.data.shard_index import TEXT_SUFFIXES, index_of, key_of
@@ -98,25 +98,22 @@ class TarShards(PictureFiles):
         return [*super().notes(), *(f"in the shards, {why}: {count}" for why, count in sorted(self._skipped.items()))]
 
 
-def find_shards(source: str, path: Path) -> tuple[list[Path], Path] | None:
+def find_shards(source: str, path: Path, files: Sequence[Path]) -> tuple[list[Path], Path] | None:
     """The tar files that --data names, and the folder that they are called relative to; None: it names none.
 
     Args:
-        source: as it was given: a tar file, a folder with such, or a pattern such as shards/*.tar.
+        source: as it was given: a tar file, a folder with such and no pictures, or a pattern such as shards/*.tar.
         path: the same as a path.
+        files: in that folder, where it is one.
 
     Raises:
         UsageError: nothing fits the pattern.
-        DataError: a folder holds both tar files and pictures.
     """
     if path.is_file():
         return ([path], path.parent) if path.suffix.lower() == SUFFIX else None
     if path.is_dir():
-        files = list_files(path)
         shards = [file for file in files if file.suffix.lower() == SUFFIX]
-        if shards and any(map(is_picture, files)):
-            raise DataError(f"--data {source}: holds pictures and {SUFFIX} files; name one of them")
-        return (shards, path) if shards else None
+        return (shards, path) if shards and not any(map(is_picture, files)) else None
     if not is_pattern(source):
         return None
     root = folder_of(str(path))

@@ -86,7 +86,7 @@ def bytes_of(config: ResolvedConfig, weights: int, kept: float) -> float:
         # The weights that are computed with are copies of masters, as a rule.
         masters = 4 if bytes_each == 2 and not config.full_bf16 else 0
         beside = bytes_each + masters + 4 * (_MOMENTS[config.optimizer] + config.use_ema)  # with a gradient
-        # When activations are gone, half precision's gradients are gathered in fp32; or a piece of it all is there.
+        # When activations are gone, half precision's gradients are gathered in fp32; without masters, piece by piece.
         piece = _IN_A_PIECE * min(PIECE, weights) if config.full_bf16 else 0
         total = max(total + weights * beside, weights * (bytes_each + beside + masters) + piece)
         total += weights * bytes_each * bool(config.prior_prediction)  # as it was

@@ -25,7 +25,9 @@ class Masters:
 
     def __init__(self, network: nn.Module, dtype: torch.dtype | None):
         self.parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        self.held = self.working = self.parameters
+        self.held = self.parameters
+        """What an optimizer holds."""
+        self.working = self.parameters
         self._network = network
         if dtype is not None:
             self.working = {name: nn.Parameter(p.detach().to(dtype)) for name, p in self.parameters.items()}

@@ -28,6 +28,7 @@ class Rounding:
 
     def __init__(self, network: nn.Module):
         self.held = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        """What an optimizer holds."""
         self.parameters: Mapping[str, nn.Parameter] = {}
         for name, parameter in self.held.items():
             owner, _, leaf = name.rpartition(".")

@@ -186,7 +186,7 @@ def test_whatever_is_broken_in_a_shard_is_one_line(tmp_path: Path) -> None:
             assert "\n" not in str(error)  # noqa: PT017
 
 
-def test_compressed_shards_and_mixtures_are_refused(tmp_path: Path) -> None:
+def test_compressed_shards_are_refused_and_those_beside_pictures_left_aside(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a.txt"))
     with pytest.raises(DataError, match=r"0\.tar: not a whole tar file"):
@@ -198,8 +198,9 @@ def test_compressed_shards_and_mixtures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--masked_loss is for folders of pictures"):
         opened(tmp_path / "0.tar", masks="files and alpha")
     (tmp_path / "b.png").write_bytes(picture())
-    with pytest.raises(DataError, match=r"holds pictures and \.tar files; name one of them"):
-        opened(tmp_path)
+    folder = open_dataset(str(tmp_path), "a", resolution=64)  # with a backup, say, of its pictures
+    assert folder.ids == ["b.png"]
+    assert folder.ledger().skipped == {"neither pictures nor captions: .tar": 1}
 
 
 def test_an_unchanged_shard_is_not_read_again_and_a_changed_one_is(

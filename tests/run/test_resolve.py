@@ -154,9 +154,8 @@ def test_bf16_alone_decides_what_follows_from_it() -> None:
     few = {"pictures": 50, "varied_captions": False, "device": CPU}
     config = resolve(TrainConfig(**given), SD15, **few)
     assert (config.mixed_precision, config.use_ema) == ("bf16", False)
-    assert (
-        resolve(TrainConfig(model="ddpm", full_bf16=True), DDPM, **few).use_ema is False
-    )  # its default is to have one
+    pixels = resolve(TrainConfig(model="ddpm", full_bf16=True), DDPM, **few)
+    assert pixels.use_ema is False  # its default is to have one
     with pytest.raises(UsageError, match="full_bf16 with mixed_precision = no: allowed is bf16 or auto"):
         resolve(TrainConfig(**given, mixed_precision="no"), SD15, **few)
     for more in ({"optimizer": "prodigy"}, {"use_ema": True}, {"method": "lora"}):
