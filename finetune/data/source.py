@@ -22,7 +22,11 @@ def check_source(source: str) -> None:
     """Raise UsageError for what `open_dataset` could not find; opens nothing and asks nobody."""
     if not source:
         raise UsageError("--data is empty; give a folder of pictures or a dataset id")
-    if not os.path.exists(os.path.expanduser(source)) and "/" not in source and not is_pattern(source):
+    if os.path.exists(os.path.expanduser(source)) or is_pattern(source):
+        return
+    if source.lower().endswith(".tar"):
+        raise UsageError(f"--data {source}: no such file")
+    if "/" not in source:
         # A plain word is a misspelt folder sooner than one of the hub's few datasets without an owner.
         raise UsageError(f"--data {source}: no such folder, nor an id as on the Hugging Face hub (owner/name)")
 

@@ -74,6 +74,8 @@ def test_a_shard_a_folder_and_a_pattern_name_the_same_pictures(tmp_path: Path, m
     assert opened("*.tar").ids == whole.ids
     with pytest.raises(UsageError, match=r"--data s/x\*\.tar: no such files"):
         opened("s/x*.tar")
+    with pytest.raises(UsageError, match=r"--data s/9\.tar: no such file"):
+        opened("s/9.tar")
 
 
 def test_the_pictures_are_those_of_a_folder(make_pictures: Callable[..., Path], tmp_path: Path) -> None:
