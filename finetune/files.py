@@ -63,9 +63,9 @@ def flush_tree(folder: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a file or a folder; a folder is renamed first, so that a crash leaves no half of it under its name."""
+    doomed = path.with_name(f".{path.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)  # what an earlier crash has left
     if path.is_dir() and not path.is_symlink():
-        doomed = path.with_name(f".{path.name}.old")
-        shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
         shutil.rmtree(doomed)
     else:

@@ -85,6 +85,7 @@ def _load(config: ResolvedConfig, found: Location, device: torch.device) -> Diff
 
 def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) -> Trainer:
     learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
+    masters = not config.full_bf16
     rates = numbers_by_block("block_learning_rate", config.block_learning_rate or (), learned)
     optimizer = make_optimizer(
         config.optimizer,
@@ -93,6 +94,7 @@ def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) 
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         epsilon=config.adam_epsilon,
+        foreach=not (config.method == "full" and masters),  # few weights, or a piece of them at a time
     )
     ema = (
         Ema(learned, inv_gamma=config.ema_inv_gamma, power=config.ema_power, max_decay=config.ema_max_decay)
@@ -119,7 +121,7 @@ def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) 
         micro_batch_size=config.train_batch_size,
         max_grad_norm=config.max_grad_norm,
         precision=DTYPES[config.mixed_precision],
-        masters=not config.full_bf16,
+        masters=masters,
         max_bad_steps=config.max_bad_steps,
         ema=ema,
         seed=config.seed,

@@ -39,11 +39,10 @@ DECISIONS: dict[str, tuple[Deed, Deed, Deed, Deed, Deed]] = {
 """What a command does, for each way in which it asks for a folder (the rows) and each `State` that it finds."""
 
 _LEFT_BY_A_RUN = (
-    *("metrics.jsonl", "timings.jsonl", "faults.jsonl", "validation.jsonl", "forgetting.jsonl", "copies.jsonl"),
+    *("timings.jsonl", "faults.jsonl", "validation.jsonl", "forgetting.jsonl", "copies.jsonl"),
     *(
         "quarantine.jsonl",
         "pictures.jpg",
-        "result.json",
         "ledger.json",
         "best.safetensors",
         "report.html",
@@ -310,8 +309,8 @@ def begin(folder: RunFolder, config: ResolvedConfig, data: str) -> None:
     (folder.path / "result.json").unlink(missing_ok=True)
     once = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "allow_changed": ()}
     recorded = replace(config, config.given - once.keys(), **once)
-    write_whole(folder.path / "config.toml", config_text(recorded))
     write_whole(folder.path / "data.json", json.dumps({"digest": data}) + "\n")
+    write_whole(folder.path / "config.toml", config_text(recorded))  # which alone would be a stranger's
 
 
 def finish(folder: Path, result: dict[str, Any]) -> None:
@@ -374,10 +373,11 @@ def _digest(path: Path) -> str | None:
 
 def _clear(path: Path) -> None:
     """Delete what a run writes, by name, and leave all else; last what tells it from a stranger's folder."""
-    pipeline = (path / INDEX).exists()  # else what is named like a part of one is the user's own
-    for pattern in (*_LEFT_BY_A_RUN, *names_of_exports()[: None if pipeline else 1]):
-        for entry in path.glob(pattern):
-            remove(entry)
+    exports = names_of_exports()[::-1]  # the index last: without it what is named like a part of one is the user's own
+    for name in exports if (path / INDEX).exists() else exports[-1:]:
+        remove(path / name)
     for _, written in (*checkpoints(path), *kohya_files(path)):
         remove(written)
-    (path / "config.toml").unlink(missing_ok=True)
+    for pattern in (*_LEFT_BY_A_RUN, "result.json", "metrics.jsonl", "config.toml"):
+        for entry in path.glob(pattern):
+            remove(entry)

@@ -60,15 +60,23 @@ class Rounding:
         device = next(iter(self.parameters.values())).device
         generator = torch.Generator(device).manual_seed(key)
         for piece in self._pieces:
-            learned = []
-            for parameter, held in ((self.parameters[name], self.held[name]) for name in piece):
-                if parameter.grad is not None:
-                    held.data = parameter.float()
-                    held.grad, parameter.grad = parameter.grad.float(), None
-                    learned.append((parameter, held))
-            step()
+            learned = [(self.parameters[name], self.held[name]) for name in piece]
+            learned = [(parameter, held) for parameter, held in learned if parameter.grad is not None]
+            if not learned:
+                continue
             for parameter, held in learned:
-                parameter.copy_(rounded_at_random(held.data, generator))
+                held.data = torch.empty_like(parameter, dtype=torch.float32)
+                held.grad = torch.empty_like(held)
+            rounded, whole = [p.data for p, _ in learned], [held.data for _, held in learned]
+            torch._foreach_copy_(whole, rounded)
+            torch._foreach_copy_([held.grad for _, held in learned], [p.grad for p, _ in learned])
+            for parameter, _ in learned:
+                parameter.grad = None
+            step()
+            for tensor in whole:
+                round_at_random_(tensor, generator)
+            torch._foreach_copy_(rounded, whole)
+            for _, held in learned:
                 held.grad = None
                 held.data = held.data.new_empty(0)
 
@@ -81,14 +89,16 @@ class Rounding:
         yield
 
 
-def rounded_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
-    """x fp32 -> bf16, unbiased: up with the probability of its distance from the neighbour below. Of finite numbers.
+def round_at_random_(x: Tensor, generator: torch.Generator) -> None:
+    """Round fp32 numbers, in place, to numbers that bf16 has: unbiased, up with the probability of the distance from
+    the neighbour below. They are finite.
 
     The lower 16 bits of an fp32 number are those that bf16 has not; a random number of 16 bits, added to them, carries
     into the upper ones as often as they are large.
     """
-    noise = torch.randint(2**16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
-    return ((x.view(torch.int32) + noise) & -(2**16)).view(torch.float32).bfloat16()
+    bits = x.view(torch.int32)
+    bits += torch.randint(2**16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
+    bits &= -(2**16)
 
 
 def _pieces(sizes: Mapping[str, int]) -> list[list[str]]:

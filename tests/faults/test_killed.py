@@ -1,6 +1,7 @@
 """Killed anywhere, and begun again with the same words: the same files to the last byte."""
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,11 +20,26 @@ SHARES = 6
 
 
 def killed_everywhere(
-    part: str, share: int, words: list[str], folder: Path, equal_after: Callable[[Path], None]
+    part: str,
+    share: int,
+    words: list[str],
+    folder: Path,
+    equal_after: Callable[[Path], None],
+    *,
+    shares: int = SHARES,
+    earlier: Path | None = None,
 ) -> int:
-    """Kill a run before each of its file operations on what `part` says, and see what becomes of it."""
-    for number in range(share, 1000, SHARES):
+    """Kill a run before each of its file operations on what `part` says, and see what becomes of it.
+
+    Args:
+        part: of the paths.
+        share: the points from this one on, each `shares`th.
+        earlier: what is in its output folder before; None: nothing.
+    """
+    for number in range(share, 1000, shares):
         place = folder / str(number)
+        if earlier is not None:
+            shutil.copytree(earlier, place / "out")
         ended = run(words, place, partial(signal_at, part, number))
         if ended.code == 0:
             return number
@@ -39,6 +55,26 @@ def test_at_every_point_of_a_save(
     """Two saves, the second of which deletes what the first has left."""
     points = killed_everywhere("checkpoint-", share, words, folder, equal_after)
     assert points > 30
+
+
+def test_where_its_folder_becomes_a_runs(words: list[str], folder: Path, equal_after: Callable[[Path], None]) -> None:
+    assert killed_everywhere("data.json", 0, words, folder, equal_after, shares=1) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", range(SHARES))
+def test_at_every_file_operation_of_a_run_that_replaces_another(
+    share: int, words: list[str], straight: dict[str, str], folder: Path
+) -> None:
+    assert run([*words, "--seed", "1"], folder).code == 0
+    replacing = [*words, "--overwrite_output_dir"]
+
+    def equal_after(place: Path) -> None:
+        ended = run(replacing, place)
+        assert ended.code == 0, ended.said
+        assert digests(place / "out") == straight
+
+    assert killed_everywhere("out", share, replacing, folder, equal_after, earlier=folder / "out") > 100
 
 
 @pytest.mark.slow

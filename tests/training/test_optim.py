@@ -40,6 +40,20 @@ def test_each_optimizer_moves_the_weights_downhill(name: str) -> None:
     assert (weight < 2).all()
 
 
+def test_adafactor_takes_the_same_steps_one_by_one_and_all_at_once() -> None:
+    def stepped(foreach: bool) -> torch.Tensor:
+        weights = [torch.nn.Parameter(torch.linspace(-1, 2, size).view(*shape)) for size, shape in SHAPES.items()]
+        optimizer = make_optimizer("adafactor", weights, learning_rate=0.1, foreach=foreach)
+        for step in range(5):
+            for weight in weights:
+                weight.grad = torch.linspace(1, step - 3, weight.numel()).view_as(weight)
+            optimizer.step()
+        return torch.cat([weight.detach().flatten() for weight in weights])
+
+    torch.testing.assert_close(stepped(True), stepped(False), rtol=1e-5, atol=1e-6)
+
+
+SHAPES = {12: (12,), 24: (4, 6), 108: (3, 4, 3, 3)}
 OPTIMIZERS = ["adamw", "adamw8bit", "adafactor", "prodigy", "sgd"]
 LEARNS = [(name, "lora") for name in OPTIMIZERS] + [("adamw", "full")]
 

@@ -9,12 +9,20 @@ from finetune.batch import Batch
 from finetune.models.encoders import PixelEncoder
 from finetune.training import rounding
 from finetune.training.optim import make_optimizer
-from finetune.training.rounding import Rounding, rounded_at_random
+from finetune.training.rounding import Rounding, round_at_random_
 from finetune.training.trainer import Trainer
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def rounded_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
+    """What `round_at_random_` makes of it, which is in bf16."""
+    found = x.clone()
+    round_at_random_(found, generator)
+    assert torch.equal(found, found.bfloat16().float())
+    return found.bfloat16()
 
 
 def test_a_number_between_two_of_bf16_becomes_either_as_often_as_it_is_near() -> None:
