@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from finetune.cache.fill import AHEAD, THREADS, Work
+from finetune.cache.fill import AHEAD, THREADS, Work, by_shape
 from finetune.cache.gathered import Gathered
 
 
@@ -32,14 +32,14 @@ class Demand:
 
     def need(self, examples: Iterable[int]) -> None:
         """Compute what is missing for visits to these examples."""
-        for key in (key for example in examples for key in self.work.of(example)):
-            if key not in self._left:
-                continue
+        wanted = dict.fromkeys(key for example in examples for key in self.work.of(example) if key in self._left)
+        missing, futures = set(self.store.missing(list(wanted))), {}
+        for key in wanted:
             self._prepare_ahead()
-            future = self._prepared.pop(key, None) or self._pool.submit(self.work.prepare, key)
-            if self.store.missing([key]):
-                self.store.put(self.work.kind, {key: self.work.compute(key, future.result())})
-            self._left.remove(key)
+            futures[key] = self._prepared.pop(key, None) or self._pool.submit(self.work.prepare, key)
+        for keys, prepared in by_shape((key, futures[key].result()) for key in wanted if key in missing):
+            self.store.put(self.work.kind, dict(zip(keys, self.work.compute(keys, prepared), strict=True)))
+        self._left -= wanted.keys()
         if self.met:
             self.close()
             self.work.network.to("cpu")

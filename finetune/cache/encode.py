@@ -1,9 +1,10 @@
 """Pictures through the encoder and captions through the conditioner, each content once."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from finetune.cache.demand import Demand
@@ -93,10 +94,13 @@ def _captions(pictures: Pictures, conditions: Conditions, indices: Iterable[int]
     def of(index: int) -> list[str]:
         return [conditions.key(text) for text in (*pictures.texts(index), "")]
 
-    def compute(_: str, caption: str) -> Item:
-        return {name: _rounded(tensor, conditions.precision) for name, tensor in conditioner.encode([caption]).items()}
+    def compute(_: Sequence[str], captions: Sequence[str]) -> list[Item]:
+        stored = {name: _rounded(tensor, conditions.precision) for name, tensor in conditioner.encode(captions).items()}
+        return [
+            {name: tensor[row : row + 1].clone() for name, tensor in stored.items()} for row in range(len(captions))
+        ]
 
-    return Work("caption", list(wanted), of, wanted.__getitem__, compute, conditioner)
+    return Work("caption", list(wanted), of, wanted.__getitem__, compute, lambda _: conditioner.at_once, conditioner)
 
 
 def _pictures(kept: Kept, encoder: Encoder, indices: Iterable[int]) -> Work:
@@ -107,13 +111,20 @@ def _pictures(kept: Kept, encoder: Encoder, indices: Iterable[int]) -> Work:
     def of(index: int) -> list[str]:
         return [kept.key(index, flip) for flip in flips]
 
-    def compute(key: str, pixels: Tensor) -> Item:
-        (stored,) = encoder.encode(normalize(pixels[None]))
-        if not stored.float().isfinite().all():
-            raise DataError(f"{kept.pictures.ids[wanted[key][0]]}: its encoding is not finite")
-        return {"stored": _rounded(stored, kept.precision)}
+    def prepare(key: str) -> Tensor:
+        return kept.pixels(*wanted[key])
 
-    return Work("picture", list(wanted), of, lambda key: kept.pixels(*wanted[key]), compute, encoder)
+    def at_once(pixels: Tensor) -> int:
+        return encoder.at_once(pixels.shape[-2], pixels.shape[-1])
+
+    def compute(keys: Sequence[str], pixels: Sequence[Tensor]) -> list[Item]:
+        stored = encoder.encode(normalize(torch.stack(list(pixels)))).cpu()
+        for key, row in zip(keys, stored, strict=True):
+            if not row.float().isfinite().all():
+                raise DataError(f"{kept.pictures.ids[wanted[key][0]]}: its encoding is not finite")
+        return [{"stored": _rounded(row, kept.precision).clone()} for row in stored]
+
+    return Work("picture", list(wanted), of, prepare, compute, at_once, encoder)
 
 
 def _rounded(tensor: Tensor, precision: str) -> Tensor:

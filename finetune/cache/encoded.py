@@ -45,8 +45,12 @@ class Conditions:
         """Of what is stored for a caption."""
         return caption_key(caption, self.conditioner.fingerprint, self.precision)
 
-    def __getitem__(self, caption: str) -> Item:
-        """Tensors of first size 1, floats as fp32."""
+    def of(self, captions: Sequence[str]) -> Item:
+        """Tensors of first size B, floats as fp32."""
+        rows = [self._row(caption) for caption in captions]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    def _row(self, caption: str) -> Item:
         item = self._at_hand.get(caption)  # in one go: another thread may be here too
         if item is None:
             (stored,) = self.store.load([self.key(caption)])
@@ -62,8 +66,9 @@ class LiveConditions:
 
     conditioner: Conditioner
 
-    def __getitem__(self, caption: str) -> Item:
-        return {name: tensor.cpu().float() for name, tensor in self.conditioner.encode([caption]).items()}
+    def of(self, captions: Sequence[str]) -> Item:
+        """Tensors of first size B, floats as fp32."""
+        return {name: tensor.cpu().float() for name, tensor in self.conditioner.encode(captions).items()}
 
 
 @dataclass(frozen=True)
@@ -151,9 +156,8 @@ class Encoded:
             stored = self.encoder.encode(normalize(stored)).cpu()
         geometry = torch.tensor([row[1] for row in loaded])
         visits = zip(indices, keys.tolist(), strict=True)
-        rows = [self.conditions[self.captioning.caption(self.pictures.texts(index), key)] for index, key in visits]
-        together = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-        cond = self.conditioner.kwargs(together, geometry)
+        captions = [self.captioning.caption(self.pictures.texts(index), key) for index, key in visits]
+        cond = self.conditioner.kwargs(self.conditions.of(captions), geometry)
         weight = torch.tensor([self.pictures.weights[index] for index in indices])
         of_class = tuple(index >= self.pictures.subjects for index in indices)
         mask = self.masks.of(indices, keys, (stored.shape[-2], stored.shape[-1]))

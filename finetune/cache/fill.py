@@ -1,6 +1,7 @@
 """Fill a store: compute what is missing, beside other processes that do the same, and keep it as it comes."""
 
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,10 +43,16 @@ class Work:
     """Number of an example -> the keys of all that visits to it may need."""
     prepare: Callable[[str], Any]
     """Key -> what is needed to compute its item; runs in a thread of its own."""
-    compute: Callable[[str, Any], Item]
-    """Key and what was prepared -> its item."""
+    compute: Callable[[Sequence[str], Sequence[Any]], Sequence[Item]]
+    """Keys, and what was prepared for them, all of one shape -> their items."""
+    at_once: Callable[[Any], int]
+    """What was prepared -> how many like it are best computed together."""
     network: Encoder | Conditioner
     """What computes."""
+
+
+Group = tuple[list[str], list[Any]]
+"""Keys, and what was prepared for them."""
 
 
 class Made(NamedTuple):
@@ -72,7 +79,7 @@ def fill(
         store: to be filled.
         work: what is wanted.
         at_most: seconds. As soon as it shows that all will take longer, the rest is left. None: however long it takes.
-        told: hears after each item what is made, how many are, and of how many.
+        told: hears, as it goes on, what is made, how many are, and of how many.
     """
     new, clock, missing = 0, time.monotonic(), store.missing(work.keys)
     total = len(missing)
@@ -86,10 +93,10 @@ def fill(
     try:
         while missing and not late():
             before = new
-            for key, prepared in _ahead(pool, work.prepare, _claimed(store, missing)):
-                store.put(work.kind, {key: work.compute(key, prepared)})
-                new += 1
-                bar.update()
+            for keys, prepared in _together(_ahead(pool, work.prepare, _claimed(store, missing)), work.at_once):
+                store.put(work.kind, dict(zip(keys, work.compute(keys, prepared), strict=True)))
+                new += len(keys)
+                bar.update(len(keys))
                 if told:
                     told(f"encoding {work.kind}s", new, total)
                 if late():
@@ -124,3 +131,23 @@ def _ahead(pool: ThreadPoolExecutor, prepare: Callable[[str], Any], keys: Iterab
     while waiting:
         first, future = waiting.popleft()
         yield first, future.result()
+
+
+def _together(items: Iterable[tuple[str, Any]], at_once: Callable[[Any], int]) -> Iterator[Group]:
+    """Keys and what was prepared for them, by shape: groups of so many as are best, and at the end what is left."""
+    waiting: dict[Any, list[tuple[str, Any]]] = {}
+    for key, prepared in items:
+        shape = getattr(prepared, "shape", None)
+        waiting.setdefault(shape, []).append((key, prepared))
+        if len(waiting[shape]) >= at_once(prepared):
+            yield _group(waiting.pop(shape))
+    yield from map(_group, waiting.values())
+
+
+def by_shape(items: Iterable[tuple[str, Any]]) -> Iterator[Group]:
+    """All keys and what was prepared for them, a group for each shape."""
+    return _together(items, lambda _: sys.maxsize)
+
+
+def _group(items: Sequence[tuple[str, Any]]) -> Group:
+    return [key for key, _ in items], [prepared for _, prepared in items]

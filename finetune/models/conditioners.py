@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from finetune.models.together import captions_at_once, in_parts
 from finetune.models.weights import fingerprint
 
 
@@ -28,6 +29,11 @@ class Conditioner(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> Mapping[str, Any]:
         """Prompts -> tensors of first size B, stored per distinct caption."""
+        ...
+
+    @property
+    def at_once(self) -> int:
+        """How many prompts `encode` computes together: give it as many, where there are."""
         ...
 
     def kwargs(self, stored: Mapping[str, Any], geometry: Tensor) -> Mapping[str, Any]:
@@ -55,6 +61,7 @@ class NoCondition:
 
     tokenizer = None
     token_limit = 0
+    at_once = 1
     fingerprint = "none"
 
     def to(self, device: torch.device | str) -> Self:
@@ -163,9 +170,16 @@ class ClipConditioner:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts -> {"encoder_hidden_states": (B, L, D)} with L = 77, or 75 x chunks + 2."""
-        tokens = self.tokenize(prompts)
-        states = [self._hidden(tokens[:, i].to(self.text_encoder.device)) for i in range(self.chunks)]
-        return {"encoder_hidden_states": joined(states)}
+        (states,) = in_parts(self._states, self.tokenize(prompts), self.at_once)
+        return {"encoder_hidden_states": states}
+
+    @property
+    def at_once(self) -> int:
+        return captions_at_once(self.text_encoder.device)
+
+    def _states(self, tokens: Tensor) -> tuple[Tensor]:
+        tokens = tokens.to(self.text_encoder.device)
+        return (joined([self._hidden(tokens[:, i]) for i in range(self.chunks)]),)
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         if self.clip_skip is None or self.clip_skip == 1:
@@ -232,13 +246,22 @@ class SdxlConditioner:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts -> {"encoder_hidden_states": (B, L, D1 + D2), "text_embeds": (B, P)}."""
+        tokens = torch.stack([tokenize(tokenizer, prompts, self.chunks) for tokenizer in self.tokenizers], dim=1)
+        states, pooled = in_parts(self._states, tokens, self.at_once)
+        return {"encoder_hidden_states": states, "text_embeds": pooled}
+
+    @property
+    def at_once(self) -> int:
+        return captions_at_once(self.text_encoders[0].device)
+
+    def _states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids (B, encoders, chunks, 77) -> hidden states of both side by side, and the pooled embedding."""
         sides, pooled = [], []
-        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            tokens = tokenize(tokenizer, prompts, self.chunks).to(encoder.device)
-            answers = [encoder(tokens[:, i], output_hidden_states=True) for i in range(self.chunks)]
+        for encoder, ids in zip(self.text_encoders, tokens.to(self.text_encoders[0].device).unbind(1), strict=True):
+            answers = [encoder(ids[:, i], output_hidden_states=True) for i in range(self.chunks)]
             sides.append(joined([answer.hidden_states[-self.clip_skip] for answer in answers]))
             pooled.append(answers[0][0])  # the projection, of the encoder that has one
-        return {"encoder_hidden_states": torch.cat(sides, dim=-1), "text_embeds": pooled[-1]}
+        return torch.cat(sides, dim=-1), pooled[-1]
 
     def kwargs(self, stored: Mapping[str, Any], geometry: Tensor) -> Mapping[str, Any]:
         """The time ids are the geometry: original height and width, crop top and left, target height and width."""

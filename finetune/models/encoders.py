@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from finetune import seeding
+from finetune.models.together import in_parts, pictures_at_once
 from finetune.models.weights import fingerprint
 
 
@@ -24,6 +25,10 @@ class Encoder(Protocol):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> what is stored of each picture."""
+        ...
+
+    def at_once(self, height: int, width: int) -> int:
+        """How many pictures of this size `encode` computes together: give it as many, where there are."""
         ...
 
     def sample(self, stored: Tensor, keys: Tensor) -> Tensor:
@@ -61,10 +66,17 @@ class VaeEncoder:
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> posterior mean and std along the channels, (B, 2C, H/f, W/f) fp32.
 
-        One picture at a time: a picture's bits then do not depend on its neighbours.
+        A picture's bits do not depend on its neighbours.
         """
-        posteriors = [self.vae.encode(p[None].to(self.vae.device, self.vae.dtype)).latent_dist for p in pixels]
-        return torch.cat([torch.cat([p.mean, p.std], dim=1).float() for p in posteriors])
+        (stored,) = in_parts(self._posteriors, pixels, self.at_once(pixels.shape[-2], pixels.shape[-1]))
+        return stored
+
+    def at_once(self, height: int, width: int) -> int:
+        return pictures_at_once(self.vae.device, height, width)
+
+    def _posteriors(self, pixels: Tensor) -> tuple[Tensor]:
+        posteriors = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        return (torch.cat([posteriors.mean, posteriors.std], dim=1).float(),)
 
     def sample(self, stored: Tensor, keys: Tensor) -> Tensor:
         """Posterior (B, 2C, h, w), keys (B,) -> scaled latents x0 (B, C, h, w): (mean + std eps - shift) scale."""
@@ -90,6 +102,9 @@ class PixelEncoder:
     def encode(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> uint8; exact for pixels that came from bytes."""
         return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+    def at_once(self, height: int, width: int) -> int:
+        return 1
 
     def sample(self, stored: Tensor, keys: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) -> x0 in [-1, 1]; nothing is random, so the keys go unused."""

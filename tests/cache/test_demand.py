@@ -1,4 +1,5 @@
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -55,14 +56,14 @@ def test_only_what_is_visited_is_encoded_and_the_next_run_finds_it(
     assert [encoded(pictures, tiny, tmp_path, at_most=0).made[number].left for number in (0, 1)] == [0, 0]
 
 
-def slow(key: str, prepared: str) -> Item:
+def slow(keys: Sequence[str], prepared: Sequence[str]) -> list[Item]:
     time.sleep(0.01)
-    return {"value": torch.zeros(1)}
+    return [{"value": torch.zeros(1)} for _ in keys]
 
 
 def work(keys: int, compute: object = slow) -> Work:
     names = [f"key {number}" for number in range(keys)]
-    return Work("picture", names, lambda index: [names[index]], str, compute, torch.nn.Identity())  # pyright: ignore
+    return Work("picture", names, lambda index: [names[index]], str, compute, lambda _: 1, torch.nn.Identity())  # pyright: ignore
 
 
 def test_what_would_take_too_long_is_left_as_soon_as_it_shows() -> None:

@@ -114,15 +114,16 @@ gathered.SHARD_SECONDS = 0.05
 store = gathered.Gathered(DiskStore(Path(sys.argv[1])))
 keys = [f"key {number}" for number in range(int(sys.argv[2]))]
 
-def compute(key, prepared):
+def compute(keys, prepared):
     time.sleep(0.01)
-    print(key, flush=True)
-    return {"stored": torch.full((4,), float(prepared))}
+    print(*keys, flush=True)
+    return [{"stored": torch.full((4,), float(number))} for number in prepared]
 
 def number(key):
     return int(key.split()[1])
 
-print(fill(store, Work("picture", keys, lambda index: [keys[index]], number, compute, torch.nn.Identity())))
+network = torch.nn.Identity()
+print(fill(store, Work("picture", keys, lambda index: [keys[index]], number, compute, lambda _: 1, network)))
 store.close()
 """
 

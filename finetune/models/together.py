@@ -1,0 +1,37 @@
+"""Frozen networks compute rows in parts of one fixed size, so that the bits of a row do not depend on the others.
+
+A GPU computes several small pictures, or captions, in little more time than one.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_CAPTIONS = 8
+_PICTURES = 8
+_PIXELS = 4 * 512**2
+"""Together, at most, unless one has more: an H100 encodes four pictures at 512 px in 2.5 times the time of one."""
+
+
+def captions_at_once(device: torch.device) -> int:
+    """How many captions a text encoder on `device` computes at once: one by one on a CPU, which gains nothing."""
+    return 1 if device.type == "cpu" else _CAPTIONS
+
+
+def pictures_at_once(device: torch.device, height: int, width: int) -> int:
+    """How many pictures of so many pixels a VAE on `device` computes at once."""
+    return 1 if device.type == "cpu" else max(1, min(_PICTURES, _PIXELS // (height * width)))
+
+
+def in_parts(compute: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor, size: int) -> tuple[Tensor, ...]:
+    """What `compute` answers to rows, (B, ...), computed in parts of `size`, the last of which is filled with zeros.
+
+    Args:
+        compute: `size` rows -> tensors of first size `size`.
+    """
+    answers = []
+    for part in rows.split(size):
+        whole = torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])
+        answers.append([answer[: len(part)] for answer in compute(whole)])
+    return tuple(torch.cat(column) for column in zip(*answers, strict=True))
