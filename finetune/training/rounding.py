@@ -5,7 +5,7 @@ random to one of the two neighbours, the nearer the likelier, it arrives on aver
 with Limited Numerical Precision", eq. 2).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,8 +19,9 @@ class Rounding:
     """The parameters of a network that learn, in bf16, and the fp32 ones through which an optimizer updates them.
 
     It does for `Trainer` what `Masters` does. A parameter that an optimizer made before holds is empty but for its turn
-    in an update; then it is an fp32 copy of the one in the network, with its gradient. The optimizer keeps what it
-    keeps in fp32. It must treat each parameter for itself.
+    in an update; then it is an fp32 copy of the one in the network, with its gradient; that of a convolution is a
+    matrix, (out, in x height x width), of which Adafactor keeps a row and a column, where of four dimensions it would
+    keep two thirds. The optimizer keeps what it keeps in fp32. It must treat each parameter for itself.
 
     Args:
         network: in fp32, or rounded to bf16 already.
@@ -60,25 +61,29 @@ class Rounding:
         device = next(iter(self.parameters.values())).device
         generator = torch.Generator(device).manual_seed(key)
         for piece in self._pieces:
-            learned = [(self.parameters[name], self.held[name]) for name in piece]
-            learned = [(parameter, held) for parameter, held in learned if parameter.grad is not None]
-            if not learned:
-                continue
-            for parameter, held in learned:
-                held.data = torch.empty_like(parameter, dtype=torch.float32)
-                held.grad = torch.empty_like(held)
-            rounded, whole = [p.data for p, _ in learned], [held.data for _, held in learned]
-            torch._foreach_copy_(whole, rounded)
-            torch._foreach_copy_([held.grad for _, held in learned], [p.grad for p, _ in learned])
-            for parameter, _ in learned:
-                parameter.grad = None
-            step()
-            for tensor in whole:
-                round_at_random_(tensor, generator)
-            torch._foreach_copy_(rounded, whole)
-            for _, held in learned:
-                held.grad = None
-                held.data = held.data.new_empty(0)
+            self._update_piece(piece, step, generator)
+
+    def _update_piece(self, piece: Sequence[str], step: Callable[[], object], generator: torch.Generator) -> None:
+        learned = [(self.parameters[name], self.held[name]) for name in piece]
+        learned = [(parameter, held) for parameter, held in learned if parameter.grad is not None]
+        if not learned:
+            return
+        rounded = [parameter.data for parameter, _ in learned]
+        whole, gradients = (
+            [torch.empty(t.shape, dtype=torch.float32, device=t.device) for t in rounded] for _ in range(2)
+        )
+        torch._foreach_copy_(whole, rounded)
+        torch._foreach_copy_(gradients, [parameter.grad for parameter, _ in learned])
+        for (parameter, held), weight, gradient in zip(learned, whole, gradients, strict=True):
+            parameter.grad = None
+            held.data, held.grad = _as_matrix(weight), _as_matrix(gradient)
+        step()
+        for weight in whole:
+            round_at_random_(weight, generator)
+        torch._foreach_copy_(rounded, whole)
+        for _, held in learned:
+            held.grad = None
+            held.data = held.data.new_empty(0)
 
     def write_back(self) -> None:
         """What was updated is where it belongs."""
@@ -99,6 +104,10 @@ def round_at_random_(x: Tensor, generator: torch.Generator) -> None:
     bits = x.view(torch.int32)
     bits += torch.randint(2**16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
     bits &= -(2**16)
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    return x.flatten(1) if x.dim() > 2 else x
 
 
 def _pieces(sizes: Mapping[str, int]) -> list[list[str]]:

@@ -116,6 +116,21 @@ def test_pieces_change_nothing_but_what_is_drawn(monkeypatch: pytest.MonkeyPatch
         assert all(torch.equal(value, other[slot]) for slot, value in slots.items())
 
 
+def test_adafactor_keeps_a_row_and_a_column_of_a_convolution() -> None:
+    with torch.random.fork_rng(devices=[]):
+        net = nn.Conv2d(6, 5, 3)
+    optimizer = make_optimizer("adafactor", net.parameters(), learning_rate=0.1)
+    masters = Rounding(net)
+    before = net.weight.float().clone()
+    for parameter in masters.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    masters.update(optimizer.step, 0)
+    kept = {slot: tuple(value.shape) for slot, value in optimizer.state[masters.held["weight"]].items()}
+    assert (kept["row_var"], kept["col_var"]) == ((5, 1), (1, 54))
+    assert net.weight.shape == (5, 6, 3, 3)
+    assert (net.weight.float() < before).all()
+
+
 def test_a_bad_step_changes_no_weight() -> None:
     ours = trainer(max_bad_steps=2)
     ours.step(batch())
