@@ -34,21 +34,21 @@ def test_by_default_a_tenth_is_held_out_but_not_of_a_few_and_not_of_very_many(pi
 
 
 def test_near_duplicates_are_on_one_side_that_of_the_largest(tmp_path: Path) -> None:
-    pictures = saved(tmp_path, 10, copies=10)
+    pictures = saved(tmp_path, 8, copies=8)
     sides = []
-    for seed in range(5):
+    for seed in range(3):
         held = names(pictures, held_out(pictures, 0.3, seed))
         assert len(held) >= 2
         assert {name[:2] for name in held} == {name[:2] for name in held if name.endswith("crop.png")}
         assert len(held) == 3 * len({name[:2] for name in held})
         sides.append(frozenset(held))
-    assert len(set(sides)) > 2
+    assert len(set(sides)) > 1
 
 
 def test_a_picture_stays_where_it_is_when_others_are_added(tmp_path: Path) -> None:
-    before = saved(tmp_path, 12)
-    held = {seed: names(before, held_out(before, 0.4, seed)) for seed in range(6)}
-    after = saved(tmp_path, 20, copies=6)
+    before = saved(tmp_path, 9)
+    held = {seed: names(before, held_out(before, 0.4, seed)) for seed in range(3)}
+    after = saved(tmp_path, 15, copies=4)
     for seed, earlier in held.items():
         now = names(after, held_out(after, 0.4, seed))
         assert len(earlier) > 2
@@ -63,10 +63,10 @@ def test_nothing_is_held_out_at_0_and_at_least_two_above(tmp_path: Path) -> None
 
 def test_pictures_of_one_film_are_trained_on(tmp_path: Path) -> None:
     rng = random.Random(0)
-    for frame in range(12):
+    for frame in range(9):
         cropped(scene(99), rng).save(tmp_path / f"frame-{frame:02d}.png")
     pictures = saved(tmp_path, 4)
-    for seed in range(6):
+    for seed in range(3):
         held = names(pictures, held_out(pictures, 0.2, seed))
         assert len(held) >= 2
         assert not any(name.startswith("frame") for name in held)

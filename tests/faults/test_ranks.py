@@ -73,6 +73,7 @@ def test_one_that_is_killed_ends_the_other_and_the_run_resumes(pictures: Path, t
     out = tmp_path / "out"
     given = {"data": pictures, "output_dir": out, "rank": 4, "train_batch_size": 2, "num_inference_steps": 0}
     given |= {"max_train_steps": 100_000, "checkpointing_steps": 2, "lr_warmup_steps": 0, "lr_scheduler": "constant"}
+    given |= {"forgetting_prompts": 0}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command = subprocess.Popen([*launcher, "-m", "finetune", *typed(given)], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 100

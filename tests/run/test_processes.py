@@ -102,7 +102,8 @@ def stopped(given: dict[str, object]) -> int:
 
 
 def test_a_signal_to_one_stops_all_after_the_same_step(pictures: Path, tmp_path: Path) -> None:
-    assert together(stopped, options(pictures, tmp_path / "out", max_train_steps=100_000)) == [143, 143]
+    given = options(pictures, tmp_path / "out", max_train_steps=100_000, forgetting_prompts=0)
+    assert together(stopped, given) == [143, 143]
     found = checkpoint.latest(tmp_path / "out")
     assert found
     assert checkpoint.record(found)["step"] == len(losses(tmp_path / "out"))
