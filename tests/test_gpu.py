@@ -137,6 +137,18 @@ def test_live_encoding_gives_the_losses_of_kept_encodings(pictures: Path, tmp_pa
     assert losses(kept) == pytest.approx(losses(live), rel=1e-3)  # cuDNN multiplies in TF32
 
 
+def test_a_picture_and_a_caption_encode_to_the_same_bits_among_any_others() -> None:
+    model = load_model("tiny").to("cuda")
+    pixels = torch.rand(11, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    prompts = [f"a disc, number {number}" for number in range(11)]
+    order = torch.tensor([3, 10, 0, 7, 5, 1, 9, 2, 8, 6, 4])
+    stored, states = model.encoder.encode(pixels), model.conditioner.encode(prompts)["encoder_hidden_states"]
+    assert torch.equal(model.encoder.encode(pixels[order]), stored[order])
+    assert torch.equal(model.encoder.encode(pixels[4:5]), stored[4:5])
+    shuffled = model.conditioner.encode([prompts[number] for number in order.tolist()])["encoder_hidden_states"]
+    assert torch.equal(shuffled, states[order])
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_longer_run_resumes(pictures: Path, tmp_path: Path, precision: str) -> None:
     config = {"mixed_precision": precision, "rank": 4, "use_ema": True, "lr_warmup_steps": 0}

@@ -4,13 +4,22 @@
 are left out, although the standard asks for one: equal runs make equal files.
 """
 
+import base64
+import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
 
 MOST_TAGS = 500
 """Of the tags in the captions, the most frequent are told."""
+
+THUMBNAIL = 256
+"""Pixels of the longer side of the picture in a file."""
 
 _VERSIONS = {
     "sd15": ("sd_v1", "stable-diffusion-v1"),
@@ -49,6 +58,10 @@ class LoraFacts:
     data: str
     """What the pictures lie in, without the folders above it."""
     captions: Sequence[str]
+    model_hash: str | None = None
+    """Of a base model in one file, see `short_hash`."""
+    thumbnail: Image.Image | None = None
+    """What it draws."""
 
     def metadata(self, title: str, step: int) -> dict[str, str]:
         """The entries for a file called `title` with what was learned in `step` steps."""
@@ -77,9 +90,28 @@ class LoraFacts:
             "modelspec.resolution": f"{self.resolution}x{self.resolution}",
             "modelspec.prediction_type": "v" if velocity else self.prediction_type,
         }
-        return known | ({"modelspec.trigger_phrase": self.trigger} if self.trigger else {})
+        told = {
+            "ss_sd_model_hash": self.model_hash,
+            "modelspec.trigger_phrase": self.trigger,
+            "modelspec.thumbnail": self.thumbnail and _data_url(self.thumbnail),
+        }
+        return known | {name: text for name, text in told.items() if text}
 
     def _tags(self) -> dict[str, int]:
         """How often each part of the captions between commas comes; of equal ones, that which came first."""
         parts = (part.strip() for caption in self.captions for part in caption.split(","))
         return dict(Counter(part for part in parts if part).most_common(MOST_TAGS))
+
+
+def short_hash(file: Path) -> str:
+    """The eight digits by which sd-scripts and old versions of A1111 know a checkpoint: of 64 KiB of it."""
+    with file.open("rb") as opened:
+        opened.seek(2**20)
+        return hashlib.sha256(opened.read(2**16)).hexdigest()[:8]
+
+
+def _data_url(picture: Image.Image) -> str:
+    small, content = picture.convert("RGB"), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(content, format="JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode("ascii")

@@ -26,6 +26,8 @@ MARGIN = 8
 READABLE = 160
 """Pixels that a picture in a grid is wide at least: smaller ones are enlarged."""
 _SHOWS = "finetune"
+_FIRST = "first"
+"""Entries of a PNG: what it shows; and left, top, right and bottom of a grid's first picture."""
 
 
 @torch.no_grad()
@@ -150,7 +152,18 @@ def grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], title: st
         for column, picture in enumerate(row):
             enlarged = picture.resize((cell_width, cell_height), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (MARGIN + column * (cell_width + MARGIN), y + strip))
+    y = top + strip
+    sheet.info[_FIRST] = f"{MARGIN} {y} {MARGIN + cell_width} {y + cell_height}"
     return sheet
+
+
+def first_picture(path: Path) -> Image.Image | None:
+    """The first picture of a saved grid; None where there is no grid."""
+    if not path.exists():
+        return None
+    with Image.open(path) as sheet:
+        box = sheet.info.get(_FIRST)
+        return None if box is None else sheet.crop([int(side) for side in box.split()])
 
 
 def side_by_side(before: Path, after: Path, to: Path) -> None:
@@ -165,8 +178,9 @@ def side_by_side(before: Path, after: Path, to: Path) -> None:
 def save_picture(picture: Image.Image, path: Path, *, shows: str = "") -> None:
     """Write a PNG, whole or not at all; `shows` says what it is a picture of, for `already_shows`."""
     content, note = io.BytesIO(), PngInfo()
-    if shows:
-        note.add_text(_SHOWS, shows)
+    for name, text in ((_SHOWS, shows), (_FIRST, picture.info.get(_FIRST))):
+        if text:
+            note.add_text(name, text)
     picture.save(content, format="PNG", pnginfo=note)
     write_whole(path, content.getvalue())
 

@@ -5,8 +5,10 @@ import time
 from fractions import Fraction
 from pathlib import Path
 
+from PIL import Image
+
 from finetune.results import tracking
-from finetune.results.sampling import already_shows, draw_pictures, grid, save_picture, side_by_side
+from finetune.results.sampling import already_shows, draw_pictures, first_picture, grid, save_picture, side_by_side
 from finetune.run.memorised import count_copies
 from finetune.run.pace import measured_interval
 from finetune.run.parts import Run
@@ -71,6 +73,11 @@ def lay_side_by_side(run: Run) -> None:
     if run.samples.prompts:
         last = _path(run, run.trainer.steps_done)
         side_by_side(_path(run, 0), last, run.folder / "samples/before-after.png")
+
+
+def last_picture(run: Run) -> Image.Image | None:
+    """The first picture of the grid of the last step; None where none was drawn."""
+    return first_picture(_path(run, run.trainer.steps_done)) if run.samples.prompts else None
 
 
 def _path(run: Run, step: int) -> Path:

@@ -9,9 +9,10 @@ import torch
 from finetune.config import as_settings
 from finetune.data.sampler import steps_per_epoch
 from finetune.results.export import exported, kohya_file
-from finetune.results.lora_facts import LoraFacts
+from finetune.results.lora_facts import LoraFacts, short_hash
 from finetune.results.report import write_report
 from finetune.run.folder import name_of
+from finetune.run.grids import last_picture
 from finetune.run.parts import Run
 from finetune.run.summary import summary_rows
 
@@ -33,9 +34,10 @@ def report(run: Run, *, ended: bool = False) -> Path:
 
 def lora_facts(run: Run, *, final: bool = False) -> dict[str, str]:
     """What a LoRA file says of the run so far, or in the end."""
-    config, step = run.config, run.trainer.steps_done
+    config, step, base = run.config, run.trainer.steps_done, Path(run.config.model)
     facts = LoraFacts(
-        model=Path(config.model).name if Path(config.model).is_absolute() else config.model,
+        model=base.name if base.is_absolute() else config.model,
+        model_hash=short_hash(base) if base.is_file() else None,
         family=run.model.family.layout or run.model.family.name,
         prediction_type=run.model.scheduler.config["prediction_type"],
         resolution=config.resolution,
@@ -48,6 +50,7 @@ def lora_facts(run: Run, *, final: bool = False) -> dict[str, str]:
         trigger=config.trigger,
         data=name_of(config.data),
         captions=run.pictures.trained_captions,
+        thumbnail=last_picture(run) if final else None,
     )
     title = run.folder.resolve().name
     return facts.metadata(title if final else f"{title}-{step:06d}", step)

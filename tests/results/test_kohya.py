@@ -1,5 +1,8 @@
 """The LoRA file for ComfyUI, A1111 and Forge: its proof, and what it says of itself."""
 
+import base64
+import hashlib
+import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +24,7 @@ from finetune.models.lora import Adapter, add_lora, trainable
 from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
 from finetune.results.export import export, kohya_files
-from finetune.results.lora_facts import LoraFacts
+from finetune.results.lora_facts import LoraFacts, short_hash
 from finetune.results.verify import verify_kohya
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "conv1", "conv2", "proj_in")
@@ -137,6 +140,19 @@ def test_a_file_says_what_viewers_show(model: DiffusionModel, tmp_path: Path) ->
     assert told["modelspec.hash_sha256"] == f"0x{told['sshs_model_hash']}"
     assert all(isinstance(value, str) for value in told.values())
     assert FACTS.metadata("x", 1).keys() == {*told} - {name for name in told if "network" in name or "hash" in name}
+
+
+def test_a_file_shows_what_it_draws_and_which_file_it_learned_on(tmp_path: Path) -> None:
+    base = tmp_path / "base.safetensors"
+    base.write_bytes(bytes(2**20) + b"x" * 2**16 + b"beyond")
+    shown = {"model_hash": short_hash(base), "thumbnail": Image.new("RGB", (512, 384), "red")}
+    told = LoraFacts(**{**vars(FACTS), **shown}).metadata("x", 1)
+    assert told["ss_sd_model_hash"] == hashlib.sha256(b"x" * 2**16).hexdigest()[:8]
+    kind, _, content = told["modelspec.thumbnail"].partition(",")
+    assert kind == "data:image/jpeg;base64"
+    picture = Image.open(io.BytesIO(base64.b64decode(content)))
+    assert (picture.format, picture.size) == ("JPEG", (256, 192))
+    assert picture.getpixel((100, 100)) == pytest.approx((254, 0, 0), abs=2)
 
 
 @pytest.mark.parametrize(

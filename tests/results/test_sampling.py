@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from finetune.models.loading import load_model
-from finetune.results.sampling import MARGIN, READABLE, draw_pictures, grid, side_by_side
+from finetune.results.sampling import MARGIN, READABLE, draw_pictures, first_picture, grid, save_picture, side_by_side
 
 
 def test_pictures_equal_a_plain_pipeline_call() -> None:
@@ -95,3 +95,15 @@ def test_before_and_after_lie_side_by_side(tmp_path) -> None:
     assert pixels.shape == (30, 40 + MARGIN, 3)
     assert pixels[0, 0].tolist() == [255, 0, 0]
     assert pixels[0, -1].tolist() == [0, 0, 255]
+
+
+def test_the_first_picture_of_a_saved_grid_is_found_again(tmp_path) -> None:
+    red, blue = (Image.new("RGB", (200, 180), colour) for colour in ("red", "blue"))
+    for labels, title in ((["a", "b"], "step 3"), (["", ""], "")):
+        save_picture(grid([[red, blue], [blue, blue]], labels, title), tmp_path / "grid.png", shows="this")
+        found = first_picture(tmp_path / "grid.png")
+        assert found is not None
+        assert np.array_equal(np.asarray(found), np.asarray(red))
+    save_picture(red, tmp_path / "plain.png")
+    assert first_picture(tmp_path / "plain.png") is None
+    assert first_picture(tmp_path / "none.png") is None

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from finetune.config import TrainConfig, replace
 from finetune.recipe import fine_tune
@@ -26,6 +27,8 @@ def test_a_short_run_still_draws_before_and_after(pictures: Path, tmp_path: Path
         TrainConfig(data=str(pictures), output_dir=str(tmp_path / "out"), max_train_steps=2, rank=4, **quick)
     )
     assert {path.name for path in (out / "samples").iterdir()} == {"step-0.png", "step-2.png", "before-after.png"}
+    with safe_open(out / "out.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
     longer = {"max_train_steps": 3, "resume_from_checkpoint": "latest", "lr_scheduler": "cosine"}
     config = TrainConfig(data=str(pictures), output_dir=str(tmp_path / "more"), max_train_steps=2, rank=4, **quick)
     flat = replace(config, lr_scheduler="constant", lr_warmup_steps=0)
