@@ -93,23 +93,23 @@ def decode(work: Path) -> None:
     )
 
 
-def encode(work: Path) -> None:
+def encode(work: Path, device: str = "cpu") -> None:
     """`ft.encode` beside the bare VAE encoder on tensors that lie ready."""
-    count, side = 24, 256
+    count, side = (24, 256) if device == "cpu" else (192, 512)
     with torch.device("meta"):
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         )  # fmt: skip
-    vae = vae.to_empty(device="cpu")
+    vae = vae.to_empty(device=device)
     for parameter in vae.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     encoder = VaeEncoder(vae)
     folder = draw_pictures(work / "encode", count, (512, 384))
     images = ft.ImageFolder(folder, "x", resolution=side, memory=PictureMemory(work / "memory"))
-    pixels = torch.rand(1, 3, side, side)
+    pixels = torch.rand(encoder.at_once(side, side), 3, side, side)
     encoder.encode(pixels)
-    bare = count / seconds(lambda: [encoder.encode(pixels) for _ in range(count)])
+    bare = count / seconds(lambda: [encoder.encode(pixels).cpu() for _ in range(count // len(pixels))])
     whole = count / seconds(lambda: ft.encode(images, Frozen(encoder, NoCondition()), cache_dir=work / "cache"))
     say(f"encode, SD 1.5's VAE at {side} px", f"{whole:.2f}/s, bare {bare:.2f}/s: {whole / bare:.2f}", "at least 0.95")
 
@@ -237,11 +237,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, "precision", []], help="what to measure; default: all")
     parser.add_argument("--data", type=Path, help="photographs for `precision`")
+    parser.add_argument("--device", default="cpu", help="of the VAE in `encode`")
     options = parser.parse_args()
+    measures = PARTS | {
+        "encode": partial(encode, device=options.device),
+        "precision": lambda work: precision(work, options.data),
+    }
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     for part in options.parts or [*PARTS, "precision"]:
         with tempfile.TemporaryDirectory() as place:
-            precision(Path(place), options.data) if part == "precision" else PARTS[part](Path(place))
+            measures[part](Path(place))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Demand: what is encoded when a visit comes to it, so that training need not wait for all of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from finetune.cache.fill import AHEAD, THREADS, Work, by_shape
+from finetune.cache.fill import AHEAD, THREADS, Work, together
 from finetune.cache.gathered import Gathered
 
 
@@ -32,14 +32,9 @@ class Demand:
 
     def need(self, examples: Iterable[int]) -> None:
         """Compute what is missing for visits to these examples."""
-        wanted = dict.fromkeys(key for example in examples for key in self.work.of(example) if key in self._left)
-        missing, futures = set(self.store.missing(list(wanted))), {}
-        for key in wanted:
-            self._prepare_ahead()
-            futures[key] = self._prepared.pop(key, None) or self._pool.submit(self.work.prepare, key)
-        for keys, prepared in by_shape((key, futures[key].result()) for key in wanted if key in missing):
+        wanted = dict.fromkeys(key for example in examples for key in self.work.of(example))
+        for keys, prepared in together(self._missing(wanted), self.work.at_once):
             self.store.put(self.work.kind, dict(zip(keys, self.work.compute(keys, prepared), strict=True)))
-        self._left -= wanted.keys()
         if self.met:
             self.close()
             self.work.network.to("cpu")
@@ -47,6 +42,17 @@ class Demand:
     def close(self) -> None:
         """Prepare nothing more."""
         self._pool.shutdown(cancel_futures=True)
+
+    def _missing(self, keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
+        """Those of the keys that nobody has computed yet, with what is prepared for them."""
+        for key in keys:
+            if key not in self._left:
+                continue
+            self._prepare_ahead()
+            future = self._prepared.pop(key, None) or self._pool.submit(self.work.prepare, key)
+            self._left.remove(key)
+            if self.store.missing([key]):
+                yield key, future.result()
 
     def _prepare_ahead(self) -> None:
         while len(self._prepared) < AHEAD and (key := next(self._coming, None)) is not None:

@@ -1,7 +1,6 @@
 """Fill a store: compute what is missing, beside other processes that do the same, and keep it as it comes."""
 
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -93,7 +92,7 @@ def fill(
     try:
         while missing and not late():
             before = new
-            for keys, prepared in _together(_ahead(pool, work.prepare, _claimed(store, missing)), work.at_once):
+            for keys, prepared in together(_ahead(pool, work.prepare, _claimed(store, missing)), work.at_once):
                 store.put(work.kind, dict(zip(keys, work.compute(keys, prepared), strict=True)))
                 new += len(keys)
                 bar.update(len(keys))
@@ -133,7 +132,7 @@ def _ahead(pool: ThreadPoolExecutor, prepare: Callable[[str], Any], keys: Iterab
         yield first, future.result()
 
 
-def _together(items: Iterable[tuple[str, Any]], at_once: Callable[[Any], int]) -> Iterator[Group]:
+def together(items: Iterable[tuple[str, Any]], at_once: Callable[[Any], int]) -> Iterator[Group]:
     """Keys and what was prepared for them, by shape: groups of so many as are best, and at the end what is left."""
     waiting: dict[Any, list[tuple[str, Any]]] = {}
     for key, prepared in items:
@@ -142,11 +141,6 @@ def _together(items: Iterable[tuple[str, Any]], at_once: Callable[[Any], int]) -
         if len(waiting[shape]) >= at_once(prepared):
             yield _group(waiting.pop(shape))
     yield from map(_group, waiting.values())
-
-
-def by_shape(items: Iterable[tuple[str, Any]]) -> Iterator[Group]:
-    """All keys and what was prepared for them, a group for each shape."""
-    return _together(items, lambda _: sys.maxsize)
 
 
 def _group(items: Sequence[tuple[str, Any]]) -> Group:

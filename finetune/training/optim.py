@@ -30,8 +30,8 @@ def make_optimizer(
     `parameters` may be groups, as `parameter_groups` makes them.
 
     Args:
-        foreach: what is updated together may take 4 more bytes for each weight on the way. False: adafactor goes from
-            parameter to parameter, slowly, as a GPU sees it. The others take no memory on the way.
+        foreach: adafactor updates all parameters together, which takes about 4 more bytes for each weight on the way;
+            False: one after the other, which keeps a GPU waiting. The other optimizers have one way.
 
     Raises:
         UsageError: unknown name, or the package that has it is not installed.

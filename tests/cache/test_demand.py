@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from finetune.cache.demand import Demand
 from finetune.cache.disk import DiskStore
 from finetune.cache.encode import encode
 from finetune.cache.encoded import Encoded
@@ -71,6 +72,22 @@ def test_what_would_take_too_long_is_left_as_soon_as_it_shows() -> None:
     assert made.new + made.left == 10_000
     assert 16 <= made.new < 100  # which are judged by the first 16, not by the second that has passed
     assert fill(Gathered(MemoryStore()), work(20), at_most=60).left == 0
+
+
+def test_what_is_visited_out_of_order_is_computed_once_and_keeps_no_place_of_what_comes() -> None:
+    computed: list[str] = []
+
+    def compute(keys: Sequence[str], prepared: Sequence[str]) -> list[Item]:
+        computed.extend(keys)
+        return slow(keys, prepared)
+
+    demand = Demand(Gathered(MemoryStore()), work(200, compute))
+    order = [number ^ 64 for number in range(128)] + [*range(199, 127, -1)]
+    for start in range(0, 200, 100):
+        demand.need(order[start : start + 100])
+        assert not demand._prepared.keys() & set(computed)
+    assert demand.met
+    assert sorted(computed) == sorted(demand.work.keys)
 
 
 def test_what_is_gathered_can_be_loaded_and_comes_to_the_store_in_one_shard(tmp_path: Path) -> None:
