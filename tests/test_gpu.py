@@ -24,6 +24,7 @@ from finetune.models.loading import load_model
 from finetune.models.lora import add_lora, trainable
 from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
+from finetune.training import saving
 from finetune.training.objective import NoisePrediction
 from finetune.training.optim import make_optimizer
 from finetune.training.trainer import Trainer
@@ -183,3 +184,19 @@ def test_everything_that_can_be_watched_or_weighed_is_where_the_unet_is(
     out = run(folder, tmp_path / "out", method=method, checkpointing_steps=3, **more)
     for name in ("metrics.jsonl", "validation.jsonl", "forgetting.jsonl"):
         assert (out / name).read_text().count("\n") >= 2
+
+
+def test_the_copy_of_a_state_holds_the_values_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "PIECE", 1024)
+    weight = torch.arange(24000.0, device="cuda").view(20, 20, 6, 10).to(memory_format=torch.channels_last)
+    state = {
+        "weights": {"w": weight, "half": weight.half(), "nothing": weight[:0]},
+        "optimizer": {"state": {0: {"step": torch.full((), 3.0, device="cuda"), "host": torch.ones(2)}}},
+    }
+    copy = saving.copied(state)
+    assert copy is not None
+    assert copy["weights"]["w"].flatten().tolist() == list(range(24000))
+    assert copy["weights"]["half"].equal(weight.half().cpu())
+    assert copy["weights"]["nothing"].shape == (0, 20, 6, 10)
+    assert copy["optimizer"]["state"][0]["step"] == 3
+    assert copy["optimizer"]["state"][0]["host"].tolist() == [1, 1]

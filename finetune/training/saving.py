@@ -13,6 +13,9 @@ from finetune.batch import map_tensors, tensors_of
 SPARE = 4
 """A copy is only made where this many times its size is free."""
 
+PIECE = 64 * 2**20
+"""Bytes that are on their way from a GPU at once."""
+
 
 class Saving:
     """One thing at a time is written; who begins with the next waits for it. What went wrong is raised there, or by
@@ -70,8 +73,45 @@ def copied(state: Mapping[str, Any]) -> dict[str, Any] | None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(state))
     if psutil.virtual_memory().available < SPARE * size:
         return None
-    return map_tensors(_copy, dict(state))
+    bounce = _Bounce()
+    copy = map_tensors(bounce.copy, dict(state))
+    bounce.finish()
+    return copy
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+class _Bounce:
+    """Copies to ordinary memory: from a GPU by way of two pieces of pinned memory, of which the GPU fills one while the
+    host empties the other. Straight to ordinary memory the driver does both with one thread, one after the other."""
+
+    def __init__(self) -> None:
+        self._pieces: list[Tensor] = []
+        self._filled: tuple[torch.cuda.Event, Tensor, Tensor] | None = None
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A tensor of these values in their plain order. Those of a GPU are there after `finish`."""
+        tensor = tensor.detach()
+        if tensor.device.type != "cuda":
+            return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+        for source, target in zip(_bytes(tensor).split(PIECE), _bytes(copy).split(PIECE), strict=True):
+            self._pieces = self._pieces or [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            piece = self._pieces[0][: len(source)]
+            piece.copy_(source, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self.finish()
+            self._filled = event, piece, target
+            self._pieces.reverse()
+        return copy
+
+    def finish(self) -> None:
+        """Empty the piece that was filled last."""
+        if self._filled is not None:
+            event, piece, target = self._filled
+            event.synchronize()
+            target.copy_(piece)
+            self._filled = None
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
