@@ -28,6 +28,7 @@ import finetune as ft
 from finetune.batch import as_input, moved
 from finetune.run.compiling import compile_blocks
 from finetune.run.precision import gpu_algorithms
+from finetune.training.recompute import recompute
 
 RANK, ROUNDS, STEPS = 16, 3, 4
 WIDTHS = (9, 9, 10, 9, 10, 7, 11)
@@ -139,8 +140,8 @@ def make_ready(unet: Any, how: list[str]) -> None:
         raise SystemExit(why_not)
     if how == ["whole"]:
         unet.compile()
-    if how == ["checkpointed"]:
-        unet.enable_gradient_checkpointing()
+    if how[:1] == ["checkpointed"]:
+        recompute(unet, float(how[1]) if how[1:] else 1.0)
 
 
 def time_of(step: Step, times: int = STEPS) -> float:

@@ -39,6 +39,7 @@ VERBS = {
     "plan": "what training would do and take, before it starts",
     "inspect": "see what one step of a run was made of",
     "import": "another tool's settings as a config.toml",
+    "convert": "a pickled checkpoint (.ckpt) as .safetensors",
     "cache encode": "encode what training with the same options would need",
     "cache info": "what encodings are kept, and their size",
     "cache verify": "read every encoding and take out what is damaged",
@@ -268,13 +269,12 @@ def _parser(sections: Mapping[str, type], prog: str, description: str) -> argpar
         group = parser.add_argument_group(f"{heading} options", kind.__doc__)
         texts = meanings(kind)
         for field, hint in _fields(kind):
-            negated = f", --no_{field.name}" if bool in alternatives(hint) else f" {_kind_of_value(hint)}"
             group.add_argument(
                 *[f"--{spelling}" for name in _names(field, hint) for spelling in _with_dashes(name)],
                 dest=field.name,
                 nargs="*",
                 action=_Use,
-                metavar=f"--{field.name}{negated}",
+                metavar=f"--{field.name}{_what_follows(field.name, hint)}",
                 help=_help(field, texts.get(field.name, "")),
             )
     return parser
@@ -300,8 +300,14 @@ def _with_dashes(name: str) -> set[str]:
     return {name, name.replace("_", "-", 1), name.replace("_", "-")}
 
 
+def _what_follows(name: str, hint: Any) -> str:
+    """The value after a flag, and the other form of a switch, for `--help`."""
+    if bool not in alternatives(hint):
+        return f" {_kind_of_value(hint)}"
+    return f"{' [NUMBER]' if float in alternatives(hint) else ''}, --no_{name}"
+
+
 def _kind_of_value(hint: Any) -> str:
-    """What follows the flag, for `--help`."""
     kind = next(kind for kind in alternatives(hint) if kind is not types.NoneType)
     if typing.get_origin(kind) is Literal:
         return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
@@ -358,8 +364,8 @@ def _meant(hint: Any, word: str) -> Any:
     for kind in alternatives(hint):
         if typing.get_origin(kind) is Literal:
             return next((choice for choice in typing.get_args(kind) if str(choice) == word), word)
-        if kind is bool:
-            return {"true": True, "false": False}.get(word.lower(), word)
+        if kind is bool and word.lower() in ("true", "false"):
+            return word.lower() == "true"
         if kind in (int, float):
             with contextlib.suppress(ValueError):
                 return kind(word)
@@ -382,7 +388,6 @@ Teach the UNet of a Stable Diffusion your pictures:
 
 Other commands ({PROGRAM} COMMAND --help):
 {verbs}
-
 Models (--model; a hub id or a diffusers folder works too):
 {families}
 Also --version, and --debug for the traceback of an error."""

@@ -29,6 +29,7 @@ class Range:
 AT_LEAST_ONE = Range("1 or more", lambda value: value >= 1)
 POSITIVE = Range("above 0", lambda value: 0 < value < float("inf"))
 NOT_NEGATIVE = Range("0 or more", lambda value: 0 <= value < float("inf"))
+SHARE = Range("from 0 to 1, or true or false", lambda value: 0 <= value <= 1)
 BELOW_ONE = Range("from 0 up to (not including) 1", lambda value: 0 <= value < 1)
 
 
@@ -88,8 +89,9 @@ class ModelOptions:
     """A LoRA file to go on from, in kohya's or peft's layout, of the same layers and rank."""
     vae: str | None = option(None, needs="text", called=("pretrained_vae_model_name_or_path", "vae_name"))
     """A diffusers folder whose VAE takes the place of the model's own."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third slower."""
+    gradient_checkpointing: bool | float = option(False, SHARE)
+    """Recompute activations in the backward pass: less memory, about a third slower. A number: in this share of the
+    blocks, those first that give back the most memory for their time."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = option("auto", change="machine")
     """What the UNet computes in. auto: bf16 where the hardware multiplies it natively (CPUs included), else fp16 on a
     GPU and no on a CPU."""
@@ -152,6 +154,8 @@ class DataOptions:
     """Crop the centre; with --no-center_crop a random place, drawn once per picture (--live_encoding: per visit)."""
     random_flip: bool = option(False, decided_by="transform", called=("flip_aug",))
     """Mirror half of the visits left to right."""
+    background: str = option("white", decided_by="transform")
+    """A colour (black, #ff8000): what shows where a picture is transparent."""
     caption_dropout: float | None = option(None, BELOW_ONE, needs="text", called=("caption_dropout_rate",))
     """Share of visits trained with an empty caption. Default: 0.05 where captions vary, else 0."""
     caption_lines: Literal["joined", "chosen"] = option("joined", needs="text", called=("enable_wildcard",))

@@ -102,6 +102,9 @@ def test_the_mission() -> None:
         ("--use_ema True", {"use_ema": True}),
         ("--use_ema=False", {"use_ema": False}),
         ("--no-use_ema", {"use_ema": False}),
+        ("--gradient_checkpointing --rank 8", {"gradient_checkpointing": True, "rank": 8}),
+        ("--gradient_checkpointing 0.5", {"gradient_checkpointing": 0.5}),
+        ("--no_gradient_checkpointing", {"gradient_checkpointing": False}),
         ("--sample_prompts a --rank 2 --sample_prompts b", {"sample_prompts": ("a", "b"), "rank": 2}),
         ("--sample_prompts a b --sample_prompts=c d", {"sample_prompts": ("a", "b", "c", "d")}),
         ("--sample_prompts a --validation_prompts b", {"sample_prompts": ("a", "b")}),
@@ -176,17 +179,22 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("--image_size 1 --resolution 1", "--image_size and --resolution are one option: give one of them"),
         ("--use_ema --no-use_ema", "--use_ema and --no-use_ema are one option: give one of them"),
         ("--no-use_ema True", "--no-use_ema takes no value, but 'True' follows"),
+        ("--use_ema 0.5", "--use_ema 0.5: allowed is true or false"),
+        ("--gradient_checkpointing half", "--gradient_checkpointing half: allowed is true or false or a number"),
+        ("--gradient_checkpointing 1.5", "gradient_checkpointing = 1.5: allowed is from 0 to 1, or true or false"),
         ("--prompt a butterfly", "--prompt takes one value, but 'butterfly' follows 'a'; put quotes around a text"),
         ("--config none.toml", "config file none.toml: No such file or directory"),
         (
             "samle",
             "unknown command 'samle'; did you mean sample? "
-            "(commands: sample, export, preview, ui, compare, plan, inspect, import, cache, lora; options alone train)",
+            "(commands: sample, export, preview, ui, compare, plan, inspect, import, convert, cache, lora; "
+            "options alone train)",
         ),
         (
             "samle --help",
             "unknown command 'samle'; did you mean sample? "
-            "(commands: sample, export, preview, ui, compare, plan, inspect, import, cache, lora; options alone train)",
+            "(commands: sample, export, preview, ui, compare, plan, inspect, import, convert, cache, lora; "
+            "options alone train)",
         ),
     ],
 )

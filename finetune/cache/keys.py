@@ -1,10 +1,12 @@
 """Content keys: what an encoding is made of, so that another picture, crop or VAE has another key."""
 
-from finetune.data.transforms import PREPROCESSING, Placement
+from finetune.data.transforms import PREPROCESSING, WHITE, Placement
 from finetune.seeding import wide_fold
 
 
-def picture_key(digest: str, placement: Placement, flip: bool, encoder: str, precision: str) -> str:
+def picture_key(
+    digest: str, placement: Placement, flip: bool, encoder: str, precision: str, background: str = WHITE
+) -> str:
     """Of what the encoder made of a part of a picture.
 
     Args:
@@ -13,9 +15,11 @@ def picture_key(digest: str, placement: Placement, flip: bool, encoder: str, pre
         flip: mirrored.
         encoder: the encoder's fingerprint.
         precision: number format that is kept.
+        background: the colour behind it.
     """
+    seen = digest if background == WHITE else f"{digest} {background}"  # a key of versions without backgrounds holds
     (a, b), (c, d), (e, f) = placement.scaled, placement.corner, placement.size
-    return wide_fold(f"picture {PREPROCESSING} {digest} {a} {b} {c} {d} {e} {f} {flip} {encoder} {precision}")
+    return wide_fold(f"picture {PREPROCESSING} {seen} {a} {b} {c} {d} {e} {f} {flip} {encoder} {precision}")
 
 
 def caption_key(caption: str, conditioner: str, precision: str) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from finetune import seeding
@@ -50,12 +51,12 @@ class Kept:
         return self._key(index, self._placement(index), flip)
 
     def _key(self, index: int, placement: Placement, flip: bool) -> str:
-        return picture_key(self.pictures.checked(index).digest, placement, flip, self.encoder, self.precision)
+        digest = self.pictures.checked(index).digest
+        return picture_key(digest, placement, flip, self.encoder, self.precision, self.pictures.background)
 
     def pixels(self, index: int, flip: bool) -> Tensor:
         """(3, H, W) uint8 that are to be encoded. Raises DataError where the picture is another than at the start."""
-        image = self.pictures[index].image
-        return self._placement(index).pixels(image if image.mode == "RGB" else to_rgb(image), flip)
+        return self._placement(index).pixels(_opaque(self.pictures, index), flip)
 
     def _placement(self, index: int) -> Placement:
         first_visit = seeding.example_key(self.seed, self.pictures.ids[index], 0)
@@ -72,9 +73,7 @@ class Live:
 
     def load(self, index: int, key: int, flip: bool | None = None) -> tuple[Tensor, tuple[int, ...]]:
         """Pixels (3, H, W) uint8 and their geometry; `flip` is drawn where flips are wanted, unless given."""
-        image = self.pictures[index].image
-        if image.mode != "RGB":  # those that are come upright from our own datasets
-            image = to_rgb(image)
+        image = _opaque(self.pictures, index)
         if flip is None:
             flip = self.pictures.flips and _flipped(key)
         placement = self.pictures.placement(image.size, key)
@@ -95,6 +94,12 @@ class Live:
     def seen(self, index: int, key: int) -> Tensor:
         """The pixels that `load` answers."""
         return self.load(index, key)[0]
+
+
+def _opaque(pictures: Pictures, index: int) -> Image.Image:
+    """The picture as RGB: of our own datasets they come so, and upright."""
+    image = pictures[index].image
+    return image if image.mode == "RGB" else to_rgb(image, background=pictures.background)
 
 
 def _flipped(key: int) -> bool:

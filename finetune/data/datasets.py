@@ -15,7 +15,7 @@ from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import PictureFiles
 from finetune.data.shards import SUFFIX, TarShards, find_shards
 from finetune.data.source import check_source
-from finetune.data.transforms import Preprocess
+from finetune.data.transforms import WHITE, Preprocess
 from finetune.errors import DataError, UsageError, hub_errors
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class HuggingFaceDataset(PictureFiles):
         rows: one split. It is not changed; a format set on it is not used.
         prompt: caption of the rows that have none.
         trigger: word put in place of every [trigger], or in front of each caption.
-        resolution, resize_mode, center_crop, random_flip, buckets: see `Preprocess`.
+        resolution, resize_mode, center_crop, random_flip, buckets, background: see `Preprocess`.
         caption_lines, memory: as for `ImageFolder`.
         image_column: a column of pictures: `datasets.Image`, encoded bytes, or paths.
         caption_column: a column of strings, or of lists of them, of which each visit takes one. The default one may be
@@ -58,12 +58,13 @@ class HuggingFaceDataset(PictureFiles):
         center_crop: bool = True,
         random_flip: bool = False,
         buckets: Buckets | None = None,
+        background: str = WHITE,
         caption_lines: Literal["joined", "chosen"] = "joined",
         memory: PictureMemory | None = None,
         image_column: str = IMAGE_COLUMN,
         caption_column: str = CAPTION_COLUMN,
     ) -> None:
-        transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets)
+        transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets, background)
         if not len(rows):
             raise DataError("the dataset has no rows")
         self._pictures = _picture_column(rows, image_column)
@@ -148,8 +149,8 @@ def open_dataset(
     path = Path(os.path.expanduser(source))
     files = list_files(path) if path.is_dir() else []
     shards = find_shards(source, path, files)
-    if masks == "files and alpha" and (shards or not (path.is_dir() and not _holds_tables(path, files))):
-        raise UsageError(f"--masked_loss is for folders of pictures; {source} holds rows or shards, without masks")
+    if masks == "files and alpha" and not shards and not (path.is_dir() and not _holds_tables(path, files)):
+        raise UsageError(f"--masked_loss is for folders of pictures and shards; {source} holds rows, without masks")
     if not shards and not os.path.exists(path):
         return HuggingFaceDataset(_load_from_hub(source), prompt, **columns, **options)
     if not shards and _holds_tables(path, files):
@@ -157,7 +158,7 @@ def open_dataset(
     if (image_column, caption_column) != (IMAGE_COLUMN, CAPTION_COLUMN):
         raise UsageError(f"--image_column and --caption_column are for Hugging Face datasets; {source} holds pictures")
     if shards:
-        return TarShards(*shards, prompt, **options)
+        return TarShards(*shards, prompt, masks=masks, **options)
     return ImageFolder(path, prompt, masks=masks, **options)
 
 

@@ -14,7 +14,7 @@ from finetune.data.images import PICTURE_SUFFIXES, PictureFile, is_picture, list
 from finetune.data.masks import checked_masks, is_mask, masks_of, open_mask
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Ledger, PictureFiles
-from finetune.data.transforms import Preprocess
+from finetune.data.transforms import WHITE, Preprocess
 from finetune.errors import DataError, UsageError
 from finetune.wording import listed
 
@@ -32,7 +32,7 @@ class ImageFolder(PictureFiles):
         folder: where the pictures are; hidden files and folders are left out.
         prompt: caption of the pictures that have none of their own.
         trigger: word put in place of every [trigger], or in front of each caption.
-        resolution, resize_mode, center_crop, random_flip, buckets: see `Preprocess`.
+        resolution, resize_mode, center_crop, random_flip, buckets, background: see `Preprocess`.
         caption_lines: "joined": a caption of several lines is one; "chosen": each line is one, and visits take turns.
         masks: where an error counts (see `finetune/data/masks.py`): the files NAME.mask.png beside pictures; and the
             alpha channel of those without; or everywhere.
@@ -56,11 +56,12 @@ class ImageFolder(PictureFiles):
         center_crop: bool = True,
         random_flip: bool = False,
         buckets: Buckets | None = None,
+        background: str = WHITE,
         caption_lines: Literal["joined", "chosen"] = "joined",
         masks: Literal["files", "files and alpha", "none"] = "files",
         memory: PictureMemory | None = None,
     ) -> None:
-        transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets)
+        transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets, background)
         root = Path(folder)
         if not root.is_dir():
             raise UsageError(f"{folder}: {'not a folder' if root.exists() else 'no such folder'}")

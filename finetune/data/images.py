@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from tqdm import tqdm
 
 from finetune.data.picture_memory import PictureMemory, Stamp
+from finetune.data.transforms import WHITE
 from finetune.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -78,6 +79,9 @@ class Member:
     def place(self) -> Path:
         """What it is remembered by; no path on the disk."""
         return self.shard / self.name
+
+    def __str__(self) -> str:
+        return str(self.place)
 
 
 PictureFile = Path | Member | IO[bytes]
@@ -145,13 +149,16 @@ def read_file(source: PictureFile) -> bytes:
     return content
 
 
-def open_image(source: PictureFile, name: str | None = None, digest: str | None = None) -> Image.Image:
+def open_image(
+    source: PictureFile, name: str | None = None, digest: str | None = None, background: str = WHITE
+) -> Image.Image:
     """The picture in a file, fully decoded: RGB, 8 bit, upright (see `to_rgb`); the first frame of an animation.
 
     Args:
         source: a path, or a binary file that can seek.
         name: what error messages call it; the path unless given.
         digest: of the bytes that the file should hold.
+        background: colour that shows where it is transparent.
 
     Raises:
         DataError: "NAME: reason", for what is no picture, truncated, empty, a decompression bomb, or another file.
@@ -160,7 +167,7 @@ def open_image(source: PictureFile, name: str | None = None, digest: str | None 
         content = read_file(source)
         if digest is not None and digest_of(content) != digest:
             raise ValueError("the file has changed since the start; start again")
-        return _decode(content)
+        return _decode(content, background)
     except _READ_ERRORS as error:
         raise DataError(f"{name or source}: {_reason(error)}") from error
 
@@ -175,10 +182,10 @@ def open_alpha(source: PictureFile) -> Image.Image | None:
         raise DataError(f"{source}: {_reason(error)}") from error
 
 
-def _decode(content: bytes) -> Image.Image:
+def _decode(content: bytes, background: str) -> Image.Image:
     with _opened(content) as image:
         image.load()
-        return to_rgb(image)
+        return to_rgb(image, background=background)
 
 
 def _decoded_size(content: bytes, name: str) -> tuple[int, int]:
@@ -216,8 +223,8 @@ def digest_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]  # which many processors have instructions for
 
 
-def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
-    """`image` as 8 bit RGB: turned as its EXIF says, alpha and palette transparency over white, 16 bit grey scaled.
+def to_rgb(image: Image.Image, name: str | None = None, background: str = WHITE) -> Image.Image:
+    """`image` as 8 bit RGB: turned as its EXIF says, transparency over a background colour, 16 bit grey scaled.
 
     An embedded colour profile is converted to sRGB; one that is broken or does not fit the pixels is ignored, which is
     told where the picture has a `name`.
@@ -227,11 +234,11 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     """
     image = _upright(image)
     if image.mode.startswith("I") or image.mode == "F":
-        return _deep_grey_to_rgb(image)
+        return _deep_grey_to_rgb(image, background)
     if image.has_transparency_data:
         opaque = image.convert("RGBA")
-        white = Image.new("RGBA", opaque.size, "white")
-        return _in_srgb(Image.alpha_composite(white, opaque).convert("RGB"), image.info.get("icc_profile"), name)
+        behind = Image.new("RGBA", opaque.size, background)
+        return _in_srgb(Image.alpha_composite(behind, opaque).convert("RGB"), image.info.get("icc_profile"), name)
     return _in_srgb(image.convert("RGB") if image.mode in ("1", "P") else image, image.info.get("icc_profile"), name)
 
 
@@ -264,16 +271,16 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
+def _deep_grey_to_rgb(image: Image.Image, background: str) -> Image.Image:
     """16 bit grey -> RGB. Pillow's own convert() would clip everything above 255 to white."""
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"pixels of mode {image.mode} with no known range; save it with 8 or 16 bits per channel")
     grey = ((values.astype(np.int32) + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257, rounded to nearest
-    transparent = image.info.get("transparency")
-    if transparent is not None:
-        grey[values == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
+    rgb = Image.fromarray(grey).convert("RGB")
+    if (transparent := image.info.get("transparency")) is not None:
+        rgb.paste(background, mask=Image.fromarray(values == transparent))
+    return rgb
 
 
 class Checked(NamedTuple):

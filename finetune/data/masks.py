@@ -3,28 +3,33 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePath
+from pathlib import PurePath
+from typing import TypeVar
 
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.data.images import digest_of, open_image, read_file
+from finetune.data.images import PictureFile, digest_of, open_image, read_file
 from finetune.data.transforms import Placement
 from finetune.errors import DataError
 
 SUFFIXES = (".mask.png", "-masklabel.png")
 """A mask lies beside its picture: cat.mask.png beside cat.jpg, or as OneTrainer has it."""
 
-_SUFFIX = re.compile(rf"({'|'.join(map(re.escape, SUFFIXES))})$", re.IGNORECASE)
+_SUFFIX = re.compile(rf"(?<=.)({'|'.join(map(re.escape, SUFFIXES))})\Z", re.IGNORECASE | re.DOTALL)
 
 
 def is_mask(file: PurePath) -> bool:
     """Whether its name says that it is one."""
-    return file.name.lower().endswith(SUFFIXES)
+    return _SUFFIX.search(file.name) is not None
 
 
-def masks_of(files: Iterable[Path], pictures: Sequence[Path]) -> tuple[dict[Path, Path], list[Path]]:
+Place = TypeVar("Place", bound=PurePath)
+Key = TypeVar("Key")
+
+
+def masks_of(files: Iterable[Place], pictures: Sequence[Place]) -> tuple[dict[Place, Place], list[Place]]:
     """Picture -> the mask beside it; and the masks that lie beside no picture."""
     masks = [file for file in files if is_mask(file)]
     places = {file.with_name(_SUFFIX.sub("", file.name)): file for file in masks}
@@ -33,11 +38,11 @@ def masks_of(files: Iterable[Path], pictures: Sequence[Path]) -> tuple[dict[Path
     return found, [file for file in masks if file not in used]
 
 
-def checked_masks(masks: Mapping[Path, Path]) -> tuple[list[str], dict[Path, str]]:
+def checked_masks(masks: Mapping[Key, PictureFile]) -> tuple[list[str], dict[Key, str]]:
     """Digests of the masks of pictures, and picture -> why its mask cannot be used."""
     digests, bad = [], {}
 
-    def check(file: Path) -> str:
+    def check(file: PictureFile) -> str:
         if not open_mask(file).getbbox():
             raise DataError("it is black all over")
         return digest_of(read_file(file))
@@ -52,7 +57,7 @@ def checked_masks(masks: Mapping[Path, Path]) -> tuple[list[str], dict[Path, str
     return digests, bad
 
 
-def open_mask(file: Path) -> Image.Image:
+def open_mask(file: PictureFile) -> Image.Image:
     """8 bit grey. Raises DataError for what is no picture."""
     return open_image(file).convert("L")
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from finetune.data.captions import TRIGGER, Caption, placed_trigger, with_trigger
 from finetune.data.images import Checked, PictureFile, Skipped, check_images, open_image
 from finetune.data.picture_memory import PictureMemory
-from finetune.data.transforms import Placement, Preprocess, whole
+from finetune.data.transforms import WHITE, Placement, Preprocess, whole
 from finetune.errors import DataError
 from finetune.wording import counted, listed
 
@@ -132,6 +132,11 @@ class Pictures(Dataset[Example], ABC):
         """Whether visits may be mirrored."""
         return self.transform is not None and self.transform.random_flip
 
+    @property
+    def background(self) -> str:
+        """The colour that shows where a picture is transparent."""
+        return WHITE if self.transform is None else self.transform.background
+
     def texts(self, index: int) -> tuple[str, ...]:
         """All captions of a picture; each visit takes one of them."""
         return (self.captions[index], *self._more.get(index, ()))
@@ -238,7 +243,8 @@ class PictureFiles(Pictures):
         """Where the picture at this place of `names` is. Raises ValueError with the reason that there is none."""
 
     def __getitem__(self, index: int) -> Example:
-        image = open_image(self._file(self._places[index]), self.ids[index], self._checked[index].digest)
+        digest = self._checked[index].digest
+        image = open_image(self._file(self._places[index]), self.ids[index], digest, self.background)
         return Example(image, self.captions[index], self.ids[index])
 
     def checked(self, index: int) -> Checked:

@@ -26,7 +26,7 @@ _LONGEST_TEXT = 1_000_000
 _END = 1024
 """Zeros, at least, that end a tar file."""
 
-_VERSION = 1
+_VERSION = 2
 """Of what is remembered: another one is read anew."""
 
 
@@ -36,6 +36,8 @@ class ShardIndex:
 
     pictures: list[tuple[str, int, int]] = field(default_factory=list)
     """Name, offset, and size in bytes."""
+    masks: list[tuple[str, int, int]] = field(default_factory=list)
+    """Likewise."""
     texts: dict[str, dict[str, Texts]] = field(default_factory=dict)
     """Name without its ending -> ending -> the caption."""
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -108,10 +110,9 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, index: ShardIndex) -> s
         return "names that lead out of the shard"
     if name.name.startswith("."):
         return "hidden files"
-    if is_mask(name):
-        return "masks, which are read beside files alone"
     if is_picture(name):
-        index.pictures.append((member.name, member.offset_data, member.size))
+        found = index.masks if is_mask(name) else index.pictures
+        found.append((member.name, member.offset_data, member.size))
         return None
     if ending not in TEXT_SUFFIXES:
         return f"neither pictures nor captions: {ending or 'without an ending'}"

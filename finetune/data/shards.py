@@ -5,21 +5,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
+
 from finetune.data.buckets import Buckets
 from finetune.data.captions import Caption, Texts, first_caption
-from finetune.data.images import Member, PictureFile, is_picture
+from finetune.data.images import Member, PictureFile, is_picture, open_alpha
+from finetune.data.masks import checked_masks, masks_of, open_mask
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Ledger, PictureFiles
-from finetune.data.shard_index import TEXT_SUFFIXES, index_of, key_of
+from finetune.data.shard_index import TEXT_SUFFIXES, ShardIndex, index_of, key_of
 from finetune.data.source import folder_of, is_pattern
-from finetune.data.transforms import Preprocess
+from finetune.data.transforms import WHITE, Preprocess
 from finetune.errors import DataError, UsageError
 
 SUFFIX = ".tar"
 
 
 class TarShards(PictureFiles):
-    """The pictures in tar files, KEY.jpg or another ending, with KEY.txt, KEY.caption or KEY.json beside them.
+    """The pictures in tar files, KEY.jpg or another ending, with KEY.txt, KEY.caption or KEY.json beside them, and
+    KEY.mask.png.
 
     A .json holds the caption, or a list of them, under "caption", "text" or "prompt". No name in a tar file is ever
     used as a path, and nothing is unpacked.
@@ -28,8 +32,8 @@ class TarShards(PictureFiles):
         shards: not compressed.
         root: the folder that they are called relative to.
         prompt: caption of the pictures that have none of their own.
-        trigger, resolution, resize_mode, center_crop, random_flip, buckets, caption_lines, memory: as for
-            `ImageFolder`.
+        trigger, resolution, resize_mode, center_crop, random_flip, buckets, background, caption_lines, masks, memory:
+            as for `ImageFolder`.
 
     An id is the name of the shard and the name in it: "0001.tar/cat.jpg".
 
@@ -50,16 +54,14 @@ class TarShards(PictureFiles):
         center_crop: bool = True,
         random_flip: bool = False,
         buckets: Buckets | None = None,
+        background: str = WHITE,
         caption_lines: Literal["joined", "chosen"] = "joined",
+        masks: Literal["files", "files and alpha", "none"] = "files",
         memory: PictureMemory | None = None,
     ) -> None:
-        transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets)
+        transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets, background)
         indices = {shard: index_of(shard, memory) for shard in shards}
-        self._members = [
-            Member(shard, name, offset, size)
-            for shard, index in indices.items()
-            for name, offset, size in index.pictures
-        ]
+        self._members = [Member(shard, *place) for shard, index in indices.items() for place in index.pictures]
         if not self._members:
             raise DataError(f"{root}: no picture found in {', '.join(shard.name for shard in shards[:3])}")
         called = {shard: shard.relative_to(root).as_posix() for shard in shards}
@@ -74,6 +76,10 @@ class TarShards(PictureFiles):
                     bad[f"{called[shard]}/{name}"] = index.unreadable[key]
             lonely = index.texts.keys() - set(keys)
             orphans += sorted(f"{called[shard]}/{key}{next(iter(index.texts[key]))}" for key in lonely)
+        self._alpha, self.masked = masks == "files and alpha", masks != "none"
+        self._masks, self._lonely_masks = _masks(indices, self._members)
+        self.mask_digests, unusable = checked_masks(self._masks if self.masked else {})
+        bad |= {f"{called[member.shard]}/{member.name}": reason for member, reason in unusable.items()}
         super().__init__(
             str(root),
             [f"{called[member.shard]}/{member.name}" for member in self._members],
@@ -84,18 +90,37 @@ class TarShards(PictureFiles):
             bad=bad,
             orphans=orphans,
         )
+        self.masked = self.masked and bool(self._masks or self._alpha)
+
+    def mask(self, index: int) -> Image.Image | None:
+        member = self._members[self._places[index]]
+        if not self.masked:
+            return None
+        if member in self._masks:
+            return open_mask(self._masks[member])
+        return open_alpha(member) if self._alpha else None
 
     def _file(self, place: int) -> PictureFile:
         return self._members[place]
 
     def ledger(self) -> Ledger:
         own = super().ledger()
-        skipped = {**dict(sorted(self._skipped.items())), **own.skipped}
-        found = own.found + self._captions + sum(self._skipped.values())
-        return own._replace(found=found, captions=self._captions, skipped=skipped)
+        lonely = {"masks without a picture": self._lonely_masks} if self._lonely_masks else {}
+        skipped = {**lonely, **dict(sorted(self._skipped.items())), **own.skipped}
+        masks = len(set(self._masks.values()))
+        found = own.found + self._captions + masks + self._lonely_masks + sum(self._skipped.values())
+        return own._replace(found=found, captions=self._captions, masks=masks, skipped=skipped)
 
     def notes(self) -> list[str]:
         return [*super().notes(), *(f"in the shards, {why}: {count}" for why, count in sorted(self._skipped.items()))]
+
+
+def _masks(indices: Mapping[Path, ShardIndex], pictures: Sequence[Member]) -> tuple[dict[Member, Member], int]:
+    """Picture -> its mask; and how many masks have no picture."""
+    masks = {Member(shard, *place).place: Member(shard, *place) for shard, ix in indices.items() for place in ix.masks}
+    places = {member.place: member for member in pictures}
+    found, lonely = masks_of(list(masks), list(places))
+    return {places[picture]: masks[mask] for picture, mask in found.items()}, len(lonely)
 
 
 def find_shards(source: str, path: Path, files: Sequence[Path]) -> tuple[list[Path], Path] | None:

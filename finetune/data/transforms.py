@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from finetune.data.buckets import Buckets
 from finetune.errors import UsageError
 from finetune.seeding import uniform
+
+WHITE = "white"
 
 PREPROCESSING = 1
 """Raised when the same picture and `Placement` come to other pixels: what was encoded before is then encoded anew."""
@@ -54,7 +56,8 @@ class Preprocess:
     are scaled to it, whatever the picture's shape.
 
     Raises:
-        UsageError: `resolution` is below 1, or `resize_mode` unknown, or buckets are squashed or of another resolution.
+        UsageError: `resolution` is below 1, or `resize_mode` or `background` unknown, or buckets are squashed or of
+            another resolution.
     """
 
     resolution: int
@@ -66,6 +69,8 @@ class Preprocess:
     """Whether visits may be mirrored; which ones, the caller draws."""
     buckets: Buckets | None = None
     """The sizes that pictures become; None: all become squares."""
+    background: str = WHITE
+    """A colour that Pillow knows by name or as #rrggbb: what shows where a picture is transparent."""
 
     def __post_init__(self) -> None:
         if self.resolution < 1:
@@ -74,6 +79,8 @@ class Preprocess:
             raise UsageError(f"resize_mode = {self.resize_mode!r}: allowed is crop, squash")
         if self.buckets and (self.resize_mode == "squash" or self.buckets.resolution != self.resolution):
             raise UsageError(f"{self.buckets} goes with resize_mode crop and resolution = {self.buckets.resolution}")
+        if not _is_colour(self.background):
+            raise UsageError(f"background = {self.background!r}: allowed is a colour: black, grey, #ff8000")
 
     def __call__(self, image: Image.Image, key: int, flip: bool = False) -> tuple[Tensor, Tensor]:
         """Pixels and geometry of an upright RGB picture; a pure function of picture, key and flip.
@@ -102,6 +109,14 @@ class Preprocess:
             return self.resolution, self.resolution
         bucket = self.buckets.size(width, height)
         return bucket[1], bucket[0]
+
+
+def _is_colour(text: str) -> bool:
+    """Whether it is an opaque one."""
+    try:
+        return len(ImageColor.getrgb(text)) == 3
+    except ValueError:
+        return False
 
 
 def _covering(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:

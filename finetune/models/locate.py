@@ -204,7 +204,10 @@ def _inspect(name: str, folder: Path) -> Location:
 def _in_a_file(name: str, path: Path) -> Location:
     """A checkpoint in one file."""
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
-        raise ModelError(f"--model {name}: a pickle may run any code and is not read; convert it to .safetensors")
+        raise ModelError(
+            f"--model {name}: a pickle may run any code and is not read; its tensors alone: "
+            f"finetune-unet convert --file {name} --to {path.with_suffix('.safetensors')}"
+        )
     checkpoint = inspect(path)
     unet = checkpoint.configs["unet"]
     if unet["in_channels"] != 4:

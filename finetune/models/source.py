@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -19,7 +18,7 @@ from finetune.models.ldm_keys import UNET, VAE, is_vae_attention, openclip_keys,
 from finetune.models.locate import Location, read_json
 from finetune.models.single_file import CLIP, OPENCLIP_XL, Checkpoint
 from finetune.models.vocabulary import END, clip_tokenizer
-from finetune.models.weights import assign, count_numbers, read_weights, weight_files
+from finetune.models.weights import assign, count_numbers, read_tensors, read_weights, weight_files
 
 
 class ModelSource(Protocol):
@@ -131,7 +130,7 @@ class FileSource:
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(dict(self.config("unet")))
         keys = unet_keys(self.config("unet"), unet.state_dict())
-        assign(unet, dict(self._read(keys, lambda _, tensor: tensor.to(dtype, copy=True))), self.place)
+        assign(unet, dict(self._read(keys, lambda _, tensor: tensor.to(dtype))), self.place)
         return unet.eval()
 
     def vae(self) -> AutoencoderKL:
@@ -140,7 +139,7 @@ class FileSource:
         keys = vae_keys(self.config("vae"), vae.state_dict())
 
         def convert(key: str, tensor: Tensor) -> Tensor:
-            tensor = tensor.to(torch.float32, copy=True)
+            tensor = tensor.float()
             return tensor[:, :, 0, 0] if is_vae_attention(key) and tensor.ndim == 4 else tensor
 
         assign(vae, dict(self._read(keys, convert)), self.place)
@@ -183,12 +182,8 @@ class FileSource:
         missing = [theirs for theirs in keys.values() if theirs not in self.checkpoint.shapes]
         if missing:
             raise ModelError(f"--model {self.place}: {len(missing)} tensors are missing, such as {missing[0]}")
-        for ours, theirs in keys.items():
-            try:
-                with safe_open(self.place, "pt") as file:  # opened anew, the system drops the pages that were read
-                    yield ours, convert(ours, file.get_tensor(theirs))
-            except SafetensorError as error:
-                raise ModelError(f"{self.place} is damaged: {error}") from error
+        for ours, (_, tensor) in zip(keys, read_tensors(self.place, keys.values()), strict=True):
+            yield ours, convert(ours, tensor)
 
 
 def _text_model(part: str) -> Any:

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,25 @@ from torch import Tensor, nn
 
 from finetune.errors import ModelError
 from finetune.files import as_readable_as
+from finetune.models.single_file import read_header
 
 STEM = "diffusion_pytorch_model"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""A safetensors header's word -> the number format. torch has the others in part, and models use none of them."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -50,23 +67,39 @@ def count_numbers(folder: Path) -> int:
     return total
 
 
-def read_weights(files: Iterable[Path], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor of the files, each converted as it is read.
+def read_tensors(path: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of these names, or all in the order of the header, one by one, each in memory of its own.
 
-    Opening a file anew for each tensor lets the system drop the pages already read: loading SD1.5's fp32 file as bf16
-    peaks at the size of the bf16 weights, where `from_pretrained` holds the file as well. Raises ModelError.
+    Read and not mapped: the pages of a mapping are held as long as it is open, and count as the process's memory.
+
+    Raises:
+        ModelError: the file is damaged.
     """
-    state: dict[str, Tensor] = {}
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                names = list(file.keys())
-            for name in names:
-                with safe_open(path, "pt") as file:
-                    state[name] = file.get_tensor(name).to(dtype, copy=True)
-        except SafetensorError as error:
-            raise ModelError(f"{path} is damaged: {error}") from error
-    return state
+    try:
+        with safe_open(path, "pt"):  # which looks whether each tensor lies where it can
+            header = read_header(path)
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            for name in header if names is None else names:
+                entry = header[name]
+                begin, end = entry["data_offsets"]
+                content = torch.empty(end - begin, dtype=torch.uint8)
+                file.seek(start + begin)
+                if file.readinto(content.numpy().data) != end - begin:
+                    raise ModelError(f"{path} is cut off")
+                if (dtype := _DTYPES.get(entry["dtype"])) is None:
+                    raise ModelError(f"{path}: {name} is {entry['dtype']}; allowed are {', '.join(_DTYPES)}")
+                numbers = content.view(dtype) if len(content) else torch.empty(0, dtype=dtype)
+                yield name, numbers.view(entry["shape"])
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged: {error}") from error
+
+
+def read_weights(files: Iterable[Path], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every tensor of the files, each converted as it is read: loading SD1.5's fp32 file as bf16 peaks at the size of
+    the bf16 weights, where `from_pretrained` holds the file as well. Raises ModelError.
+    """
+    return {name: tensor.to(dtype) for path in files for name, tensor in read_tensors(path)}
 
 
 def fingerprint(module: nn.Module, *settings: object) -> str:

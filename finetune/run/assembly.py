@@ -24,6 +24,7 @@ from finetune.training.objective import NoisePrediction
 from finetune.training.optim import learning_rate, make_optimizer, parameter_groups
 from finetune.training.parallel import Parallel
 from finetune.training.prior import Prior, untrained
+from finetune.training.recompute import recompute
 from finetune.training.trainer import Trainer
 from finetune.wording import counted
 
@@ -74,8 +75,7 @@ def _load(config: ResolvedConfig, found: Location, device: torch.device) -> Diff
     model = load_base(config, found, half or torch.float32).to(device)
     if config.prior_prediction and (new := model.new_prediction_type) is not None:  # before anything is encoded
         raise UsageError(f"prior_prediction: the model does not predict {new} yet; leave prediction_type out")
-    if config.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
+    recompute(model.unet, config.gradient_checkpointing)
     if config.compile and (why_not := compile_blocks(model.unet)):
         print(f"{'note':>10}  the UNet is not compiled: {why_not}")
     if config.init_lora and (left := Adapter(model.unet).take_over(Path(config.init_lora))):

@@ -57,6 +57,7 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
         center_crop=config.center_crop,
         random_flip=config.random_flip,
         buckets=_buckets(config, found, resolution),
+        background=config.background,
         caption_lines=config.caption_lines,
         masks=_MASKS[config.masked_loss],
         memory=memory,
@@ -164,6 +165,7 @@ def _own_pictures(config: TrainConfig, found: Location, dataset: Rows, resolutio
         config.center_crop,
         config.random_flip,
         _buckets(config, found, resolution),
+        config.background,
     )
     return OwnPictures(dataset, config.prompt, trigger=config.trigger, transform=how)
 

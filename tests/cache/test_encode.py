@@ -182,6 +182,24 @@ def test_transparent_and_grey_pictures_of_ones_own_become_rgb_over_white(tiny: D
     assert torch.equal(grey, white)
 
 
+def test_another_background_is_another_encoding(tiny: DiffusionModel, tmp_path: Path) -> None:
+    for color in ("black", "white"):
+        (tmp_path / color).mkdir()
+        Image.new("RGB", (64, 64), color).save(tmp_path / color / "a.png")
+    (tmp_path / "clear").mkdir()
+    Image.new("RGBA", (64, 64)).save(tmp_path / "clear" / "a.png")
+
+    def stored(folder: str, **options: str) -> torch.Tensor:
+        images = ImageFolder(tmp_path / folder, "a thing", resolution=64, **options)
+        encoded = encode(images, tiny, cache_dir=tmp_path / "cache")
+        assert torch.equal(encoded.visits.seen(0, key=0), encode(images, tiny, live=True).visits.seen(0, key=0))
+        return encoded.visits.load(0, key=0)[0]
+
+    assert torch.equal(stored("clear"), stored("white"))
+    assert torch.equal(stored("clear", background="black"), stored("black"))
+    assert not torch.equal(stored("clear"), stored("clear", background="black"))
+
+
 def test_pictures_of_two_sizes_and_doubled_ids_are_refused(tiny: DiffusionModel) -> None:
     with pytest.raises(DataError, match="differ in size"):
         next(batches(encode(Squares(lambda index: 64 + 16 * index), tiny), batch_size=3, steps=1))

@@ -111,6 +111,17 @@ def test_alpha_is_composed_over_white():
     assert pixels(opened) == [[[255, 255, 255], [255, 127, 127], [255, 0, 0]]]
 
 
+@pytest.mark.parametrize("background", ["blue", "#0000ff"])
+def test_alpha_is_composed_over_a_background_that_is_chosen(background: str):
+    image = Image.new("RGBA", (3, 1))
+    for x, alpha in enumerate((0, 128, 255)):
+        image.putpixel((x, 0), (255, 0, 0, alpha))
+    opened = open_image(io.BytesIO(encoded(image, "PNG")), background=background)
+    assert pixels(opened) == [[[0, 0, 255], [128, 0, 127], [255, 0, 0]]]
+    deep = encoded(Image.fromarray(np.array([[0, 257, 512]], dtype=np.uint16)), "PNG", transparency=257)
+    assert pixels(open_image(io.BytesIO(deep), background=background)) == [[[0] * 3, [0, 0, 255], [2] * 3]]
+
+
 def test_grey_with_alpha_is_composed_over_white():
     image = Image.new("LA", (2, 1), (0, 0))
     image.putpixel((1, 0), (40, 255))

@@ -154,5 +154,7 @@ def test_a_run_heeds_them_and_other_masks_are_another_run(folder: Path, tmp_path
         fine_tune(TrainConfig(**options, output_dir=str(tmp_path / "files")))
     table = tmp_path / "rows.parquet"
     table.write_bytes(b"")
-    with pytest.raises(UsageError, match=r"--masked_loss is for folders of pictures; .*rows.parquet holds rows"):
+    with pytest.raises(
+        UsageError, match=r"--masked_loss is for folders of pictures and shards; .*rows.parquet holds rows"
+    ):
         fine_tune(TrainConfig(**options | {"data": str(table)}, masked_loss=True))

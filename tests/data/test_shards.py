@@ -24,6 +24,12 @@ def picture(colour: str = "red", ending: str = "png") -> bytes:
     return content.getvalue()
 
 
+def encoded(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "png")
+    return content.getvalue()
+
+
 def write(path: Path, members: Mapping[str, bytes | str], *more: tarfile.TarInfo) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
@@ -95,7 +101,7 @@ def test_nothing_hostile_is_used_and_all_of_it_is_counted(tmp_path: Path) -> Non
     device.type = tarfile.CHRTYPE
     members = {
         "a.png": picture(), "../out.png": picture(), "/abs.png": picture(), "x/../../out.png": picture(),
-        "a.pkl": pickle.dumps({}), "a.mask.png": picture(), "._a.png": b"x", "lonely.txt": "a caption",
+        "a.pkl": pickle.dumps({}), "b.mask.png": picture(), "._a.png": b"x", "lonely.txt": "a caption",
     }  # fmt: skip
     write(tmp_path / "s/0.tar", members, link, hard, device)
     before = sorted(tmp_path.rglob("*"))
@@ -104,12 +110,40 @@ def test_nothing_hostile_is_used_and_all_of_it_is_counted(tmp_path: Path) -> Non
     assert sorted(tmp_path.rglob("*")) == before
     assert dict(pictures.ledger().skipped) == {
         "hidden files": 1, "links and other members that are no files": 3,
-        "masks, which are read beside files alone": 1, "names that lead out of the shard": 3,
+        "masks without a picture": 1, "names that lead out of the shard": 3,
         "neither pictures nor captions: .pkl": 1,
     }  # fmt: skip
     assert pictures.ledger().adds_up()
     assert pictures.orphans == ["0.tar/lonely.txt"]
     assert any("names that lead out of the shard: 3" in line for line in pictures.notes())
+
+
+def test_masks_are_those_of_the_same_files_in_a_folder(tmp_path: Path) -> None:
+    clear, half = Image.new("RGBA", (80, 64), "red"), Image.new("L", (80, 64))
+    clear.putalpha(half.point(lambda _: 7))
+    half.paste(255, (0, 0, 40, 64))
+    files = {
+        "a.png": picture(), "a.mask.png": encoded(half), "deep/b.jpg": picture("blue", "jpg"),
+        "deep/b-masklabel.png": encoded(half.transpose(Image.Transpose.FLIP_LEFT_RIGHT)), "c.png": encoded(clear),
+        "black.png": picture(), "black.mask.png": encoded(Image.new("L", (80, 64))),
+        "broken.png": picture(), "broken.mask.png": b"no picture", "-masklabel.png": picture(),
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_bytes(content)
+    shard = write(tmp_path / "0.tar", dict(sorted(files.items())))
+    for masks in ("files", "files and alpha", "none"):
+        theirs = ImageFolder(tmp_path / "folder", "x", resolution=64, masks=masks)
+        ours = opened(shard, prompt="x", masks=masks)
+        assert [name.removeprefix("0.tar/") for name in ours.ids] == theirs.ids
+        assert (ours.masked, ours.mask_digests) == (theirs.masked, theirs.mask_digests)
+        for number in range(len(ours)):
+            mine, other = ours.mask(number), theirs.mask(number)
+            assert (mine and mine.tobytes()) == (other and other.tobytes())
+        assert ours.ledger() == theirs.ledger()
+        assert ours.ledger().adds_up()
+    assert [bad.path for bad in opened(shard, prompt="x").quarantined] == ["0.tar/black.png", "0.tar/broken.png"]
+    assert "0.tar/broken.mask.png: not a picture" in str(opened(shard, prompt="x").quarantined[1])
 
 
 @pytest.mark.parametrize(
@@ -197,8 +231,6 @@ def test_compressed_shards_are_refused_and_those_beside_pictures_left_aside(tmp_
     with pytest.raises(DataError, match=r"no picture found in 0\.tar"):
         opened(tmp_path / "0.tar")
     write(tmp_path / "0.tar", {"a.png": picture()})
-    with pytest.raises(UsageError, match="--masked_loss is for folders of pictures"):
-        opened(tmp_path / "0.tar", masks="files and alpha")
     (tmp_path / "b.png").write_bytes(picture())
     folder = open_dataset(str(tmp_path), "a", resolution=64)  # with a backup, say, of its pictures
     assert folder.ids == ["b.png"]

@@ -102,6 +102,11 @@ def test_every_shape_gives_a_square_from_inside_the_picture(
     [
         ({"resolution": 0}, "resolution = 0: allowed is 1 or more"),
         ({"resolution": 8, "resize_mode": "pad"}, "resize_mode = 'pad': allowed is crop, squash"),
+        ({"resolution": 8, "background": "wite"}, "background = 'wite': allowed is a colour: black, grey, #ff8000"),
+        (
+            {"resolution": 8, "background": "#ff000080"},
+            "background = '#ff000080': allowed is a colour: black, grey, #ff8000",
+        ),
     ],
 )
 def test_options_out_of_range_are_named(options: dict, message: str):

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from finetune.errors import ModelError, UsageError
 from finetune.models.loading import load_model
 from finetune.models.tiny import tiny_folder
+from finetune.models.weights import _DTYPES, read_tensors
 from tests.tiny_copy import copy_tiny
 
 
@@ -154,3 +156,40 @@ def test_another_vae_takes_the_place_of_the_models_own(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace('"latent_channels": 4', '"latent_channels": 16'))
     with pytest.raises(ModelError, match=r"cannot be loaded|it has 16 latent channels, the model needs 4"):
         load_model("tiny", vae=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("dtype", list(_DTYPES.values()), ids=str)
+def test_tensors_are_read_as_safetensors_reads_them(tmp_path: Path, dtype: torch.dtype) -> None:
+    numbers = torch.arange(-12, 12).view(2, 3, 4)
+    tensors = {"a": numbers.to(dtype), "none": numbers[:0].to(dtype).clone(), "one": numbers[1, 0, 2].to(dtype).clone()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    read = dict(read_tensors(tmp_path / "a.safetensors"))
+    theirs = load_file(tmp_path / "a.safetensors")
+    assert read.keys() == theirs.keys()
+    for name, tensor in read.items():
+        assert (tensor.dtype, tensor.shape) == (dtype, theirs[name].shape)
+        assert tensor.flatten().view(torch.uint8).equal(theirs[name].flatten().view(torch.uint8))
+    assert [name for name, _ in read_tensors(tmp_path / "a.safetensors", ["one", "a", "one"])] == ["one", "a", "one"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "size"),
+    [
+        ({"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [4, 12])}, 12),
+        ({"a": ("F32", [3], [0, 8])}, 8),
+        ({"a": ("F32", [2], [0, 8]), "b": ("F32", [1], [12, 16])}, 16),
+        ({"a": ("F99", [2], [0, 8])}, 8),
+        ({"a": ("F32", [-2], [0, 8])}, 8),
+    ],
+    ids=["overlap", "a shape of another size", "a hole", "an unknown format", "a negative size"],
+)
+def test_tensors_that_lie_where_they_cannot_are_not_read(
+    tmp_path: Path, entries: dict[str, tuple[str, list[int], list[int]]], size: int
+) -> None:
+    header = json.dumps(
+        {name: {"dtype": kind, "shape": shape, "data_offsets": place} for name, (kind, shape, place) in entries.items()}
+    ).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises(ModelError, match=r"a\.safetensors is damaged"):
+        dict(read_tensors(path))

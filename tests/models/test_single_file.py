@@ -13,6 +13,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors.torch import load_file, save_file
 
+from finetune.cli import main
 from finetune.config import TrainConfig
 from finetune.errors import ModelError, UsageError
 from finetune.models import vocabulary
@@ -177,6 +178,27 @@ def test_a_pickle_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "model.ckpt").write_bytes(b"x")
     with pytest.raises(ModelError, match=r"a pickle may run any code and is not read"):
         locate(str(tmp_path / "model.ckpt"))
+
+
+def test_a_pickled_checkpoint_is_converted_and_loads(
+    files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = load_file(files["sd15"])
+    torch.save({"state_dict": weights, "global_step": 7}, tmp_path / "old.ckpt")
+    assert main(["convert", "--file", str(tmp_path / "old.ckpt"), "--to", str(tmp_path / "new.safetensors")]) == 0
+    said = capsys.readouterr().out
+    assert f"{len(weights)} tensors; left out: global_step" in said
+    assert "a checkpoint of sd15" in said
+    assert equal(load_file(tmp_path / "new.safetensors"), weights)
+    assert (tmp_path / "new.safetensors").stat().st_mode == (tmp_path / "old.ckpt").stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.safetensors", "old.ckpt"]
+    for words, message in (
+        (["--file", str(tmp_path / "no.ckpt"), "--to", str(tmp_path / "b")], "no such file"),
+        (["--file", str(tmp_path / "new.safetensors"), "--to", str(tmp_path / "b")], "is no pickle"),
+        (["--file", str(tmp_path / "old.ckpt"), "--to", str(tmp_path / "new.safetensors")], "exists already"),
+    ):
+        assert main(["convert", *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_tokenizer_comes_from_where_it_is_and_else_the_way_to_it_is_told(

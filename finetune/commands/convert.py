@@ -1,0 +1,48 @@
+"""finetune-unet convert: the tensors of a pickled checkpoint (.ckpt, .pt, .bin) as a .safetensors file."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.errors import ModelError, UsageError
+from finetune.files import as_readable_as, flush_to_disk, new_file
+from finetune.wording import counted, listed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Take the tensors out of a pickle; nothing else in it is built or run. A checkpoint in one file trains then."""
+
+    file: str
+    """A .ckpt, .pt, .pth or .bin."""
+    to: str
+    """The .safetensors to write; there must be none yet."""
+
+
+def run(options: Options) -> None:
+    """Write the file. Raises UsageError for a place that cannot be used, ModelError for what cannot be read."""
+    path, to = Path(options.file).expanduser(), new_file("--to", options.to)
+    if not path.is_file():
+        raise UsageError(f"--file {path}: no such file")
+    if path.suffix == ".safetensors":
+        raise UsageError(f"--file {path}: is no pickle; for a LoRA's layout see lora convert")
+    from safetensors.torch import save_file
+
+    from finetune.models.pickled import read_pickled
+    from finetune.models.single_file import inspect
+
+    tensors, others = read_pickled(path)
+    scratch = to.with_name(f".{to.name}.part")
+    try:
+        save_file(tensors, scratch, {"format": "pt"})
+        as_readable_as(scratch, path)
+        flush_to_disk(scratch)
+        os.replace(scratch, to)
+    finally:
+        scratch.unlink(missing_ok=True)
+    left = f"; left out: {listed(others)}" if others else ""
+    print(f"{to}: {counted(len(tensors), 'tensor')}{left}")
+    try:
+        print(f"a checkpoint of {inspect(to).family}: --model {to}")
+    except ModelError as error:
+        print(str(error).removeprefix(f"--model {to}: "))

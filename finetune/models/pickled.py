@@ -1,0 +1,85 @@
+"""Tensors in a pickle (.ckpt, .pt, .bin): the one place that reads one. torch builds nothing else from it."""
+
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.errors import ModelError
+
+_STATE = "state_dict"
+"""Under which a training script's checkpoint has the weights, beside its step and the like."""
+
+_READ_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    AssertionError,
+    OverflowError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+"""What torch raises, beside its own, for what is no pickle, or a broken one."""
+
+
+def read_pickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors in a pickle by their names, and the names of what else it holds.
+
+    They lie in the file until they are used, where it is one that torch has written since 1.6.
+
+    Raises:
+        ModelError: it is none, holds no tensors, or would run code or build other objects: then nothing of it is built.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ModelError(f"{path}: more than tensors, and not read: {_reason(error)}") from error
+    except _READ_ERRORS as error:
+        raise ModelError(f"{path}: not a pickle that torch has written: {_reason(error)}") from error
+    found = dict(_named(content, ""))
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ModelError(f"{path}: holds no tensors with names")
+    return _apart(tensors), [_shown(name) for name in found if name not in tensors]
+
+
+def _named(content: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """What a nested mapping holds, by the keys that lead there; those of a state dict by its own keys."""
+    if not isinstance(content, Mapping) or (name and not content):
+        yield name, content
+        return
+    for key, value in content.items():
+        yield from _named(value, f"{name}.{key}" if name and name != _STATE else str(key))
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor contiguous, and with memory of its own where another one shares it: a file has no place for that."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().to_dense().contiguous()
+        place, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        apart[name] = tensor.clone() if place in seen or size > tensor.nbytes else tensor
+        seen.add(place)
+    return apart
+
+
+def _reason(error: Exception) -> str:
+    """Without torch's advice to read it all the same."""
+    lines = [line for text in str(error).splitlines() if (line := text.strip())]
+    unsupported = [line for line in lines if "GLOBAL" in line]
+    return _shown((unsupported or lines or [type(error).__name__])[0][:200])
+
+
+def _shown(text: str) -> str:
+    """A stranger's text, fit for a terminal."""
+    return text if text.isprintable() else repr(text)
