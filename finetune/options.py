@@ -90,8 +90,8 @@ class ModelOptions:
     vae: str | None = option(None, needs="text", called=("pretrained_vae_model_name_or_path", "vae_name"))
     """A diffusers folder whose VAE takes the place of the model's own."""
     gradient_checkpointing: bool | float = option(False, SHARE)
-    """Recompute activations in the backward pass: less memory, about a third slower. A number: in this share of the
-    blocks, those first that give back the most memory for their time."""
+    """Recompute activations in the backward pass: less memory for a third more arithmetic. A number: in this share of
+    the blocks, those first that give back the most memory for their time."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = option("auto", change="machine")
     """What the UNet computes in. auto: bf16 where the hardware multiplies it natively (CPUs included), else fp16 on a
     GPU and no on a CPU."""

@@ -1,8 +1,11 @@
 """Recompute: what a UNet's blocks have computed is not kept for the backward pass, but computed again there."""
 
+from functools import partial
 from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def recompute(unet: ModelMixin, share: float = 1.0) -> None:
@@ -13,12 +16,14 @@ def recompute(unet: ModelMixin, share: float = 1.0) -> None:
     it takes to compute them again.
 
     Args:
-        unet: of diffusers.
+        unet: of diffusers, with its adapter: dropout draws the same again.
         share: in [0, 1].
     """
     if not share:
         return
-    unet.enable_gradient_checkpointing()
+    draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in unet.modules())
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=draws)  # which takes time for each block
+    unet.enable_gradient_checkpointing(again)
     blocks: list[Any] = sorted((m for m in unet.modules() if hasattr(m, "gradient_checkpointing")), key=_channels)
     for block in blocks[round(share * len(blocks)) :]:
         block.gradient_checkpointing = False

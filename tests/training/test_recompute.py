@@ -47,3 +47,19 @@ def test_the_blocks_that_see_the_most_positions_come_first() -> None:
         width = block.resnets[0].out_channels if hasattr(block, "resnets") else block.in_channels
         widths[block.gradient_checkpointing].add(width)
     assert max(widths[True]) <= min(widths[False])
+
+
+def test_dropout_draws_the_same_again() -> None:
+    def dropped(share: float) -> list[Tensor]:
+        unet = load_model("tiny").unet.train()
+        for module in unet.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.5
+        recompute(unet, share)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            return gradients(unet)
+
+    plain = dropped(0.0)
+    assert not all(map(torch.equal, plain, gradients(load_model("tiny").unet)))
+    assert all(map(torch.equal, dropped(1.0), plain))
