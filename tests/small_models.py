@@ -19,8 +19,29 @@ HIDDEN = 64
 WIDTH = 64
 
 
-def small_pipeline(family: str, prediction_type: str = "epsilon") -> Any:
-    """A pipeline of "sd15", "sd21" or "sdxl"."""
+RELATIVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "BK-SDM small": ("sd15", {"layers_per_block": 1}),
+    "BK-SDM tiny": (
+        "sd15",
+        {
+            "layers_per_block": 1, "block_out_channels": (64, 128, 256), "mid_block_type": None,
+            "down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+        },
+    ),
+    "SSD-1B": (
+        "sdxl",
+        {
+            "transformer_layers_per_block": (1, 2, 4), "mid_block_type": "UNetMidBlock2D",
+            "reverse_transformer_layers_per_block": ((4, 4, 5), (2, 1, 1), 1),
+        },
+    ),
+    "KOALA": ("sdxl", {"layers_per_block": 1, "transformer_layers_per_block": (1, 2, 5), "mid_block_type": None}),
+}  # fmt: skip
+"""Distilled UNets with fewer blocks -> the family that they come from, and what is other in their config."""
+
+
+def small_pipeline(family: str, prediction_type: str = "epsilon", **unet: Any) -> Any:
+    """A pipeline of "sd15", "sd21" or "sdxl", its UNet's config changed by what is given."""
     xl, v2 = family == "sdxl", family == "sd21"
     channels = [WIDTH * factor for factor in ((1, 2, 4) if xl else (1, 2, 4, 4))]
     tokenizers = {
@@ -49,7 +70,7 @@ def small_pipeline(family: str, prediction_type: str = "epsilon") -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         parts: dict[str, Any] = {
-            "unet": UNet2DConditionModel(**shape),
+            "unet": UNet2DConditionModel(**shape | unet),
             "vae": AutoencoderKL(
                 block_out_channels=(32, 64, 128, 128), layers_per_block=2, latent_channels=4,
                 down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,

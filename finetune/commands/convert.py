@@ -43,6 +43,6 @@ def run(options: Options) -> None:
     left = f"; left out: {listed(others)}" if others else ""
     print(f"{to}: {counted(len(tensors), 'tensor')}{left}")
     try:
-        print(f"a checkpoint of {inspect(to).family}: --model {to}")
+        print(f"a checkpoint of {inspect(to, '--to').family}: --model {to}")
     except ModelError as error:
-        print(str(error).removeprefix(f"--model {to}: "))
+        print(str(error).removeprefix(f"--to {to}: "))

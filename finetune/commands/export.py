@@ -7,6 +7,7 @@ from typing import Literal
 from finetune.config import load_resolved
 from finetune.errors import UsageError
 from finetune.files import new_file
+from finetune.wording import counted, listed
 
 Format = Literal["kohya", "peft", "diffusers", "single-file", "unet"]
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -29,6 +30,9 @@ class Options:
     """Take the averaged weights, where the run kept any; --no_ema: those that were trained on."""
     precision: Precision = "fp32"
     """Number format of the file."""
+    base: str | None = None
+    """For single-file: a checkpoint in one file to copy from what a diffusers folder has no place for (tables of the
+    schedule, EMA weights as they were, the last block of Stable Diffusion 2's text encoder)."""
 
 
 def run(options: Options) -> None:
@@ -44,8 +48,14 @@ def run(options: Options) -> None:
     config = load_resolved(folder / "config.toml")
     if options.format in ("kohya", "peft") and config.method == "full":
         raise UsageError(f"--format {options.format}: this run trained every weight, and has no LoRA")
+    if options.base is not None and options.format != "single-file":
+        raise UsageError("--base goes with --format single-file")
     to = new_file("--to", options.to)
-    from finetune.run.trained import load_trained, write_proved
+    from finetune.models.single_file import inspect
+    from finetune.run.trained import left_out, load_trained, write_proved
 
+    base = None if options.base is None else inspect(Path(options.base).expanduser(), "--base")
     model, told = load_trained(config, folder, options.step, ema=options.ema)
-    write_proved(model, to, options.format, options.precision, told)
+    write_proved(model, to, options.format, options.precision, told, base)
+    if options.format == "single-file" and base is None and (left := left_out(config, to)):
+        print(f"left out, {counted(len(left), 'tensor')} of {config.model}: {listed(left)}; --base copies them")

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.errors import ModelError
 from finetune.models.ldm_keys import is_vae_attention, openclip_keys, unet_keys, vae_keys
-from finetune.models.single_file import CLIP, OPENCLIP_XL, V_PREDICTION, ZERO_TERMINAL_SNR
+from finetune.models.single_file import CLIP, OPENCLIP_XL, V_PREDICTION, ZERO_TERMINAL_SNR, Checkpoint
 
 
 def checkpoint_tensors(pipeline: Any, family: str) -> dict[str, Tensor]:
@@ -29,15 +30,44 @@ def checkpoint_tensors(pipeline: Any, family: str) -> dict[str, Tensor]:
             tensors[theirs] = state[ours][:, :, None, None] if convolution else state[ours]
     if family == "sd21":
         text = _openclip(pipeline.text_encoder, CLIP[family])
-        blocks, last = f"{CLIP[family]}transformer.resblocks.", pipeline.text_encoder.config.num_hidden_layers - 1
-        unused = {
-            name.replace(f"{blocks}{last}.", f"{blocks}{last + 1}."): tensor.clone()
-            for name, tensor in text.items()
-            if name.startswith(f"{blocks}{last}.")
-        }
+        layers = pipeline.text_encoder.config.num_hidden_layers
+        last, after = _last_block(layers - 1), _last_block(layers)
+        unused = {name.replace(last, after): tensor.clone() for name, tensor in text.items() if name.startswith(last)}
         return tensors | text | unused
     tensors |= {CLIP[family] + key: tensor for key, tensor in classic_names(pipeline.text_encoder).items()}
     return tensors | (_openclip(pipeline.text_encoder_2, OPENCLIP_XL) if family == "sdxl" else {})
+
+
+def rest_of(base: Checkpoint, written: Mapping[str, Tensor], family: str) -> list[str]:
+    """Keys of a checkpoint that a diffusers folder has no place for: tables of the schedule, EMA weights, and the last
+    block of Stable Diffusion 2's text encoder, which `checkpoint_tensors` had to make up. Marks are not among them.
+
+    Args:
+        base: a checkpoint in one file.
+        written: what `checkpoint_tensors` made of a model of this family.
+
+    Raises:
+        ModelError: it is of another family or shape than the model.
+    """
+    if base.family != family:
+        raise ModelError(f"--base {base.path}: a checkpoint of {base.family}, not of {family}")
+    for name, tensor in written.items():
+        if tuple(tensor.shape) != base.shapes.get(name, tuple(tensor.shape)):
+            raise ModelError(
+                f"--base {base.path}: {name} is {base.shapes[name]}, and the model's {tuple(tensor.shape)}"
+            )
+    made_up = _last_block(base.configs["text_encoder"]["num_hidden_layers"]) if family == "sd21" else None
+    return [
+        name
+        for name in base.shapes
+        if name not in (V_PREDICTION, ZERO_TERMINAL_SNR)
+        and (name not in written or (made_up is not None and name.startswith(made_up)))
+    ]
+
+
+def _last_block(layers: int) -> str:
+    """What the keys of the block after these layers of Stable Diffusion 2's text encoder begin with."""
+    return f"{CLIP['sd21']}transformer.resblocks.{layers}."
 
 
 def marks(scheduler: Mapping[str, Any], family: str) -> dict[str, Tensor]:

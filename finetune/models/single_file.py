@@ -5,7 +5,7 @@ the hub.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,16 +77,16 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
-def inspect(path: Path) -> Checkpoint:
-    """What the file is. Raises ModelError for one that is broken, or of a kind that cannot be trained."""
+def inspect(path: Path, option: str = "--model") -> Checkpoint:
+    """What the file is, which `option` names. Raises ModelError for one that is broken, or of another kind."""
     header = read_header(path)
     shapes = {name: tuple(entry.get("shape", ())) for name, entry in header.items()}
     family = next((name for name, prefix in CLIP.items() if any(key.startswith(prefix) for key in shapes)), None)
     if family is None or UNET + "input_blocks.0.0.weight" not in shapes or VAE + "encoder.conv_in.weight" not in shapes:
         what = next((what for part, what in _OTHERS if any(part in key for key in shapes)), "a file of unknown kind")
-        raise ModelError(f"--model {path}: {what}, not a checkpoint of Stable Diffusion 1, 2 or XL")
+        raise ModelError(f"{option} {path}: {what}, not a checkpoint of Stable Diffusion 1, 2 or XL")
     prediction_type = _prediction_type(path, family, header)
-    configs = _configs(shapes, family, prediction_type, ZERO_TERMINAL_SNR in shapes)
+    configs = _configs(path, shapes, family, prediction_type, ZERO_TERMINAL_SNR in shapes)
     return Checkpoint(path, family, shapes, prediction_type, configs)
 
 
@@ -110,9 +110,11 @@ def _values(path: Path, entry: Mapping[str, Any]) -> np.ndarray[Any, Any]:
     return np.frombuffer(content, {"F16": np.float16, "F32": np.float32, "F64": np.float64}[entry["dtype"]]) * 1.0
 
 
-def _configs(shapes: Shapes, family: str, prediction_type: str, zero_snr: bool) -> dict[str, dict[str, Any]]:
+def _configs(
+    path: Path, shapes: Shapes, family: str, prediction_type: str, zero_snr: bool
+) -> dict[str, dict[str, Any]]:
     configs = {
-        "unet": _unet(shapes, family, prediction_type),
+        "unet": _unet(path, shapes, family, prediction_type),
         "vae": _vae(shapes, family),
         "scheduler": _scheduler(family, prediction_type, zero_snr),
     }
@@ -125,31 +127,23 @@ def _configs(shapes: Shapes, family: str, prediction_type: str, zero_snr: bool) 
     return configs
 
 
-def _unet(shapes: Shapes, family: str, prediction_type: str) -> dict[str, Any]:
-    width, inputs = shapes[UNET + "input_blocks.0.0.weight"][:2]
-    xl = family == "sdxl"
-    channels = [width * factor for factor in ((1, 2, 4) if xl else (1, 2, 4, 4))]
+def _unet(path: Path, shapes: Shapes, family: str, prediction_type: str) -> dict[str, Any]:
+    xl, blocks = family == "sdxl", _Blocks.of(path, shapes)
     cross = next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
     config: dict[str, Any] = {
         "_class_name": "UNet2DConditionModel",
-        "in_channels": inputs,
+        "in_channels": shapes[UNET + "input_blocks.0.0.weight"][1],
         "out_channels": 4,
-        "layers_per_block": 2,
-        "block_out_channels": channels,
         "cross_attention_dim": cross,
-        "attention_head_dim": 8 if family == "sd15" else [count // 64 for count in channels],
+        "attention_head_dim": 8 if family == "sd15" else [count // 64 for count in blocks.channels],
         "use_linear_projection": family != "sd15",
         "sample_size": 128 if xl else 96 if family == "sd21" and prediction_type == "v_prediction" else 64,
-        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        **blocks.config(),
     }
     if xl:
         added = shapes[UNET + "label_emb.0.0.weight"][1]
         pooled = shapes[OPENCLIP_XL + "text_projection"][1]
         config |= {
-            "down_block_types": ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
-            "up_block_types": ["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
-            "transformer_layers_per_block": [1, *_depths(shapes)],
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": (added - pooled) // 6,
             "projection_class_embeddings_input_dim": added,
@@ -157,10 +151,75 @@ def _unet(shapes: Shapes, family: str, prediction_type: str) -> dict[str, Any]:
     return config
 
 
-def _depths(shapes: Shapes) -> list[int]:
-    """How many transformers follow one another in SDXL's second and third level: 2 and 10."""
-    blocks = (f"{UNET}input_blocks.{number}.1.transformer_blocks." for number in (4, 7))
-    return [len({key.removeprefix(block).split(".")[0] for key in shapes if key.startswith(block)}) for block in blocks]
+@dataclass(frozen=True)
+class _Blocks:
+    """How a UNet is built: that of Stable Diffusion, or of one of its distilled relatives with fewer blocks."""
+
+    channels: list[int]
+    """Of each level, from the picture down."""
+    down: list[list[int]]
+    """Level -> how many transformers follow one another in each of its layers; 0: it has no attention."""
+    middle: int | None
+    """The same of the middle; None: there is no middle."""
+    up: list[list[int]]
+    """The same on the way up, from the lowest level on."""
+
+    @classmethod
+    def of(cls, path: Path, shapes: Shapes) -> "_Blocks":
+        """Read from the keys. Raises ModelError where levels are built so that diffusers has no config for them."""
+        inside = [key.removeprefix(UNET) for key in shapes if key.startswith(UNET)]
+        places = {".".join(key.split(".")[:2]) for key in inside}
+        depths = {place: _depth(inside, place) for place in places}
+        channels: list[int] = []
+        down: list[list[int]] = [[]]
+        for number in range(1, sum(place.startswith("input_blocks.") for place in places)):
+            place = f"input_blocks.{number}"
+            if f"{UNET}{place}.0.op.weight" in shapes:
+                down.append([])
+                continue
+            if not down[-1]:
+                channels.append(shapes.get(f"{UNET}{place}.0.out_layers.3.weight", (0,))[0])
+            down[-1].append(depths.get(place, 0))
+        count = sum(place.startswith("output_blocks.") for place in places)
+        outputs = [depths.get(f"output_blocks.{number}", 0) for number in range(count)]
+        layers = len(down[0])
+        up = [outputs[start : start + layers + 1] for start in range(0, len(outputs), layers + 1)]
+        middle = None if "middle_block.0" not in places else _depth(inside, "middle_block")
+        found = cls(channels, down, middle, up)
+        regular = all(len(level) == layers for level in down) and all(len(level) == layers + 1 for level in up)
+        same = all(len({depth > 0 for depth in level}) == 1 for level in (*down, *up))
+        as_deep = middle in (None, 0, max([1, *down[-1][-1:]]))  # as the lowest level: so diffusers builds it
+        if not (regular and same and as_deep and len(up) == len(down) == len(channels)):
+            raise ModelError(f"--model {path}: its UNet is of no block layout that is known: {found}")
+        return found
+
+    def config(self) -> dict[str, Any]:
+        """The entries of a diffusers config that say so."""
+        config: dict[str, Any] = {
+            "layers_per_block": len(self.down[0]),
+            "block_out_channels": self.channels,
+            "down_block_types": ["CrossAttnDownBlock2D" if level[0] else "DownBlock2D" for level in self.down],
+            "up_block_types": ["CrossAttnUpBlock2D" if level[0] else "UpBlock2D" for level in self.up],
+        }
+        down, up = ([_said(level) for level in levels] for levels in (self.down, self.up))
+        if down != [1] * len(down):
+            config["transformer_layers_per_block"] = down
+        if up != down[::-1]:
+            config["reverse_transformer_layers_per_block"] = up
+        if not self.middle:
+            config["mid_block_type"] = None if self.middle is None else "UNetMidBlock2D"
+        return config
+
+
+def _depth(keys: Sequence[str], place: str) -> int:
+    """How many transformers follow one another in the attention of a block."""
+    begin = f"{place}.1.transformer_blocks."
+    return len({key.removeprefix(begin).split(".")[0] for key in keys if key.startswith(begin)})
+
+
+def _said(level: list[int]) -> int | list[int]:
+    """The depths of a level as diffusers says them: one number where they are equal, 1 where there is no attention."""
+    return level if len(set(level)) > 1 else max(level[0], 1)
 
 
 def _vae(shapes: Shapes, family: str) -> dict[str, Any]:

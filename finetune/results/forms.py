@@ -6,12 +6,13 @@ from typing import Literal
 
 from finetune.errors import UsageError
 from finetune.files import write_whole
-from finetune.models.ldm_file import checkpoint_tensors, marks, yaml_beside
+from finetune.models.ldm_file import checkpoint_tensors, marks, rest_of, yaml_beside
 from finetune.models.loading import DiffusionModel
 from finetune.models.lora import Adapter
 from finetune.models.pipeline_folder import write_pipeline
+from finetune.models.single_file import Checkpoint
 from finetune.models.tensor_file import DTYPES, write_tensors
-from finetune.models.weights import in_dtype, save_part
+from finetune.models.weights import in_dtype, read_tensors, save_part
 from finetune.results.lora_facts import architecture
 from finetune.results.verify import verify_kohya, verify_peft, verify_pipeline, verify_single_file, verify_unet
 
@@ -22,6 +23,7 @@ def write_form(
     form: Literal["kohya", "peft", "diffusers", "single-file", "unet"],
     precision: Literal["fp32", "fp16", "bf16"],
     told: Mapping[str, str],
+    base: Checkpoint | None = None,
 ) -> float:
     """Write the model in one form, load it back and compare.
 
@@ -31,12 +33,14 @@ def write_form(
         form: see `finetune.commands.export`.
         precision: number format of what is written.
         told: metadata for a LoRA file.
+        base: for a checkpoint in one file: where to take from what a diffusers folder has no place for.
 
     Returns:
         The largest difference of the UNet's outputs, relative to the largest output.
 
     Raises:
         UsageError: the model has no such form.
+        ModelError: `base` is of another kind.
         RunError: what was written does not load back to the same model.
     """
     dtype, adapter = DTYPES[precision], Adapter.of(model.unet)
@@ -63,7 +67,9 @@ def write_form(
     if settings and beside.exists():
         raise UsageError(f"{beside} exists already, and is to say what the checkpoint predicts; give another name")
     tensors = {name: tensor.to(dtype) for name, tensor in checkpoint_tensors(model.pipeline(), family).items()}
-    write_tensors(to, tensors | marks(model.scheduler.config, family), _checkpoint_facts(model, family, to.stem))
+    rest = {} if base is None else dict(read_tensors(base.path, rest_of(base, tensors, family)))
+    facts = _checkpoint_facts(model, family, to.stem)
+    write_tensors(to, tensors | rest | marks(model.scheduler.config, family), facts)
     if settings:
         write_whole(beside, settings)
     return verify_single_file(model, to, dtype)

@@ -46,13 +46,15 @@ def kept_numbers(unet: Mapping[str, Any], side: int, *, latent: bool) -> float:
     """
     blocks = list(zip(unet["block_out_channels"], unet["down_block_types"], strict=True))
     deep = unet.get("transformer_layers_per_block") or 1
-    layers = [deep] * len(blocks) if isinstance(deep, int) else list(deep)
+    layers = [deep] * len(blocks) if isinstance(deep, int) else [float(np.mean(level)) for level in deep]
+    many = unet["layers_per_block"]
+    counts = [many] * len(blocks) if isinstance(many, int) else list(many)
     total = 0.0
     for level, (channels, kind) in enumerate(blocks):
         positions = side**2 / 4**level
         attention = _TRANSFORMER * layers[level] if latent else _ATTENTION
         each = _RESIDUAL + (attention if "Attn" in kind else 0)
-        total += positions * channels * each * (2 * unet["layers_per_block"] + 1)  # those down, and one more up
+        total += positions * channels * each * (2 * counts[level] + 1)  # those down, and one more up
         if level == len(blocks) - 1:  # the middle: two residual blocks around an attention
             total += positions * channels * (2 * _RESIDUAL + attention)
     return total

@@ -11,6 +11,7 @@ from finetune.files import remove
 from finetune.models.loading import DiffusionModel
 from finetune.models.locate import locate
 from finetune.models.lora import Adapter
+from finetune.models.single_file import Checkpoint, inspect
 from finetune.results.export import EXPORTS, kohya_file
 from finetune.results.forms import write_form
 from finetune.run.base import load_base
@@ -58,15 +59,22 @@ def write_proved(
     form: Literal["kohya", "peft", "diffusers", "single-file", "unet"],
     precision: Literal["fp32", "fp16", "bf16"],
     told: dict[str, str],
+    base: Checkpoint | None = None,
 ) -> None:
     """`write_form`, which is told when it is proved, and renamed `.rejected` when it is not."""
     try:
-        difference = write_form(model, to, form, precision, told)
+        difference = write_form(model, to, form, precision, told, base)
     except (RunError, ModelError):
         if to.exists():
             to.rename(to.with_name(f"{to.name}.rejected"))
         raise
     print(f"{to}: loaded back and compared (largest difference {difference:.0e})")
+
+
+def left_out(config: ResolvedConfig, to: Path) -> list[str]:
+    """Keys that the run's base, where it is a checkpoint in one file, has more than the one that was written."""
+    base = locate(config.model).checkpoint
+    return [] if base is None else sorted(base.shapes.keys() - inspect(to).shapes.keys())
 
 
 def write_exports(config: ResolvedConfig, folder: Path, *, anew: bool) -> None:

@@ -20,11 +20,13 @@ from finetune.models import vocabulary
 from finetune.models.ldm_file import checkpoint_tensors
 from finetune.models.loading import load_model
 from finetune.models.locate import locate
+from finetune.models.lora import add_lora, trainable
 from finetune.models.single_file import inspect, read_header
 from finetune.models.tiny import tiny_folder
 from finetune.models.vocabulary import clip_tokenizer
 from finetune.recipe import fine_tune
-from tests.small_models import small_pipeline, write_single_file
+from finetune.results.forms import write_form
+from tests.small_models import RELATIVES, small_pipeline, write_single_file
 
 TOKENIZER = str(tiny_folder() / "tokenizer")
 FAMILIES = ["sd15", "sd21", "sdxl"]
@@ -89,6 +91,37 @@ def test_file_to_model_to_file_is_equal_to_the_bit(files: dict[str, Path], famil
         if "cond_stage_model.model" in name and "resb" in name
     }
     assert blocks == ({"0", "1", "2", "3"} if family == "sd21" else set())  # of a text encoder with 3 in its folder
+
+
+@pytest.mark.parametrize("relative", RELATIVES)
+def test_distilled_relatives_are_known_by_their_blocks(tmp_path: Path, relative: str) -> None:
+    family, blocks = RELATIVES[relative]
+    pipeline = small_pipeline(family, **blocks)
+    path = write_single_file(tmp_path / "a.safetensors", family, pipeline)
+    model = load_model(path, tokenizer=TOKENIZER)
+    ours, theirs = model.unet.config, pipeline.unet.config
+    for name in ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "mid_block_type"):
+        assert str(ours[name]).translate(str.maketrans("()", "[]")) == str(theirs[name]).translate(
+            str.maketrans("()", "[]")
+        )
+    assert equal(model.unet.state_dict(), pipeline.unet.state_dict())
+    x, cond = torch.ones(1, 4, 16, 16), {"encoder_hidden_states": torch.ones(1, 77, theirs["cross_attention_dim"])}
+    if family == "sdxl":
+        cond["added_cond_kwargs"] = {"text_embeds": torch.ones(1, 64), "time_ids": torch.ones(1, 6)}
+    with torch.no_grad():
+        assert torch.equal(model.unet(x, 5, **cond).sample, pipeline.unet.eval()(x, 5, **cond).sample)
+    add_lora(model.unet, rank=2, alpha=1)
+    for parameter in trainable(model.unet):
+        parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    assert write_form(model, tmp_path / "lora.safetensors", "kohya", "fp32", {}) < 1e-5
+    assert write_form(model, tmp_path / "merged.safetensors", "single-file", "fp32", {}) < 1e-5
+
+
+def test_a_unet_of_other_blocks_is_told(files: dict[str, Path], tmp_path: Path) -> None:
+    tensors = load_file(files["sd15"])
+    save_file({name: t for name, t in tensors.items() if "input_blocks.5.1." not in name}, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match=r"its UNet is of no block layout that is known: .*down=\[\[1, 1\], \[1, 0\]"):
+        inspect(tmp_path / "a.safetensors")
 
 
 def test_a_file_in_half_precision_loads_and_frozen_parts_are_fp32(files: dict[str, Path], tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.cli import main
 from finetune.config import TrainConfig, replace
-from finetune.errors import UsageError
+from finetune.errors import ModelError, UsageError
 from finetune.models.loading import load_model
 from finetune.models.lora import add_lora, trainable
 from finetune.models.single_file import inspect
@@ -155,6 +155,39 @@ def test_a_lora_merged_into_a_checkpoint_in_one_file(tmp_path: Path, family: str
         assert file.metadata()["modelspec.architecture"].startswith("stable-diffusion-")
 
 
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
+def test_what_a_folder_has_no_place_for_is_taken_from_the_base(tmp_path: Path, family: str) -> None:
+    more = {
+        "betas": torch.linspace(0, 1, 1000, dtype=torch.float64),
+        "model_ema.num_updates": torch.tensor(5, dtype=torch.int32),
+        "v_pred": torch.empty(0),  # a mark: the model's own word counts
+    }
+    base = write_single_file(tmp_path / "base.safetensors", family, **more)
+    tensors = load_file(base)
+    if family == "sd21":  # its folder has three blocks of the text encoder; this is the fourth
+        key = "cond_stage_model.model.transformer.resblocks.3.ln_1.weight"
+        save_file(tensors | {key: tensors[key] + 1}, base)
+    model = load_model(base, tokenizer=TOKENIZER, prediction_type="epsilon")
+    write_form(model, tmp_path / "again.safetensors", "single-file", "fp32", {}, inspect(base))
+    before, after = load_file(base), load_file(tmp_path / "again.safetensors")
+    del before["v_pred"]
+    assert after.keys() == before.keys()
+    assert all(tensor.dtype == after[name].dtype and tensor.equal(after[name]) for name, tensor in before.items())
+
+
+def test_a_base_of_another_kind_is_refused(tmp_path: Path) -> None:
+    base = write_single_file(tmp_path / "base.safetensors", "sd15")
+    other = write_single_file(tmp_path / "other.safetensors", "sdxl")
+    model = load_model(base, tokenizer=TOKENIZER)
+    with pytest.raises(ModelError, match=r"--base .*other\.safetensors: a checkpoint of sdxl, not of sd15"):
+        write_form(model, tmp_path / "a.safetensors", "single-file", "fp32", {}, inspect(other))
+    tensors, key = load_file(base), "model.diffusion_model.out.0.weight"
+    save_file(tensors | {key: torch.ones(3)}, other)
+    with pytest.raises(ModelError, match=r"out\.0\.weight is \(3,\), and the model's \(64,\)"):
+        write_form(model, tmp_path / "a.safetensors", "single-file", "fp32", {}, inspect(other))
+    assert not (tmp_path / "a.safetensors").exists()
+
+
 def test_an_xl_that_predicts_velocity_is_marked_for_both_viewers(tmp_path: Path) -> None:
     mark = torch.empty(0)
     base = write_single_file(tmp_path / "base.safetensors", "sdxl", v_pred=mark, ztsnr=mark)
@@ -177,7 +210,9 @@ def test_a_run_writes_the_forms_it_was_asked_for(pictures: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_run_writes_one_file_and_what_is_missing_when_it_is_asked_again(pictures: Path, tmp_path: Path) -> None:
+def test_a_run_writes_one_file_and_what_is_missing_when_it_is_asked_again(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = write_single_file(tmp_path / "base.safetensors", "sd15")
     config = TrainConfig(
         model=str(base), tokenizer=TOKENIZER, data=str(pictures), output_dir=str(tmp_path / "dog"), max_train_steps=1,
@@ -191,6 +226,12 @@ def test_a_run_writes_one_file_and_what_is_missing_when_it_is_asked_again(pictur
     before = model.unet.state_dict()
     assert any(not torch.equal(tensor, merged[name]) for name, tensor in before.items())
     assert all(torch.equal(tensor, alone[name]) for name, tensor in merged.items())
+    write_single_file(base, "sd15", betas=torch.ones(1000))
+    assert export(run, "single-file", tmp_path / "lean.safetensors") == 0
+    assert f"left out, 1 tensor of {base}: betas; --base copies them" in capsys.readouterr().out
+    assert export(run, "single-file", tmp_path / "whole.safetensors", "--base", str(base)) == 0
+    assert load_file(tmp_path / "whole.safetensors")["betas"].equal(torch.ones(1000))
+    assert export(run, "unet", tmp_path / "unet", "--base", str(base)) == 2
     (run / "exports/dog.safetensors").unlink()
     kept = (run / "exports/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns
     assert fine_tune(config) == run  # finished: what is missing is written, what is there is left
