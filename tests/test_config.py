@@ -183,7 +183,7 @@ def test_every_config_survives_the_file(tmp_path_factory: pytest.TempPathFactory
     assert load_config(file) == TrainConfig(**options)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(options=CONFIGS)
 def test_every_config_can_be_typed(options: dict[str, Any]) -> None:
     argv: list[str] = []

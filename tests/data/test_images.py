@@ -282,7 +282,9 @@ def test_srgb_itself_changes_no_pixel() -> None:
     assert pixels(open_image(io.BytesIO(stored))) == UPRIGHT.tolist()
 
 
-@pytest.mark.parametrize(("mode", "profile"), [("RGB", b"no profile"), ("L", swapped_profile())])
+@pytest.mark.parametrize(  # with names: a profile holds the time that it was made, and workers would not agree on it
+    ("mode", "profile"), [("RGB", b"no profile"), ("L", swapped_profile())], ids=["no profile", "of RGB"]
+)
 def test_a_profile_that_is_broken_or_does_not_fit_is_told_and_ignored(
     mode: str, profile: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -63,7 +63,7 @@ LEARNS = [(name, "lora") for name in OPTIMIZERS] + [("adamw", "full")]
     LEARNS + [pytest.param(name, "full", marks=pytest.mark.slow) for name in OPTIMIZERS[1:]],
 )
 def test_each_optimizer_learns_with_its_default_rate(pictures: Path, name: str, method: str) -> None:
-    family, steps = FAMILIES["tiny"], 24
+    family, steps = FAMILIES["tiny"], 14
     suited = defaults(family, method, name, pictures=6, resolution=64, varied_captions=True)
     model = load_model("tiny")
     if method == "lora":
