@@ -4,19 +4,21 @@ import glob
 import io
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.data.buckets import Buckets
 from finetune.data.captions import METADATA, Texts, first_caption
 from finetune.data.image_folder import ImageFolder
-from finetune.data.images import PICTURE_SUFFIXES, PictureFile, list_files
-from finetune.data.picture_memory import PictureMemory
+from finetune.data.images import PICTURE_SUFFIXES, PictureFile, Row, list_files
+from finetune.data.picture_memory import PictureMemory, Stamp
 from finetune.data.pictures import PictureFiles
 from finetune.data.shards import SUFFIX, TarShards, find_shards
 from finetune.data.source import check_source
 from finetune.data.transforms import WHITE, Preprocess
 from finetune.errors import DataError, UsageError, hub_errors
+from finetune.seeding import wide_fold
 
 if TYPE_CHECKING:
     import datasets
@@ -68,6 +70,7 @@ class HuggingFaceDataset(PictureFiles):
         if not len(rows):
             raise DataError("the dataset has no rows")
         self._pictures = _picture_column(rows, image_column)
+        self._origin = _origin(self._pictures)
         captions = [
             first_caption((("column", texts), ("prompt", prompt)), by_line=caption_lines == "chosen")
             for texts in _caption_texts(rows, caption_column)
@@ -76,12 +79,26 @@ class HuggingFaceDataset(PictureFiles):
         super().__init__("the dataset", names, captions, trigger=trigger, transform=transform, memory=memory)
 
     def _file(self, place: int) -> PictureFile:
+        if self._origin is not None:
+            return Row(self._origin / str(place), partial(self._bytes, place))
         picture = self._pictures[place]["picture"]
         if picture is not None and picture["bytes"] is not None:
             return io.BytesIO(picture["bytes"])
         if picture is not None and picture["path"]:
             return Path(picture["path"])
         raise ValueError("no picture in this row")
+
+    def _bytes(self, place: int) -> bytes:
+        return self._pictures[place]["picture"]["bytes"]
+
+
+def _origin(pictures: "datasets.Dataset") -> Path | None:
+    """What rows are remembered by: their table and the files that it is in. None: they are in memory, or elsewhere."""
+    files = sorted({file["filename"] for file in pictures.cache_files})
+    chunks = pictures.data.column("picture").chunks
+    if not files or any(chunk.null_count or chunk.field("bytes").null_count for chunk in chunks):
+        return None
+    return Path("rows") / wide_fold(pictures._fingerprint, *[f"{file} {Stamp.of(Path(file))}" for file in files])
 
 
 def _picture_column(rows: "datasets.Dataset", column: str) -> "datasets.Dataset":

@@ -84,7 +84,16 @@ class Member:
         return str(self.place)
 
 
-PictureFile = Path | Member | IO[bytes]
+@dataclass(frozen=True)
+class Row:
+    """A picture in a table that does not change."""
+
+    place: Path
+    """What it is remembered by, of that table alone; no path on the disk."""
+    read: Callable[[], bytes]
+
+
+PictureFile = Path | Member | Row | IO[bytes]
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,8 @@ def read_file(source: PictureFile) -> bytes:
             content = file.read(source.size)
         if len(content) < source.size:
             raise ValueError("the shard is cut short")
+    elif isinstance(source, Row):
+        content = source.read()
     else:
         with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
             file.seek(0)
@@ -338,6 +349,8 @@ class _Finding(NamedTuple):
 def _stamped(source: PictureFile) -> tuple[Path, Stamp] | None:
     if isinstance(source, Member):  # it changes only with its shard
         return source.place, Stamp.of(source.shard)
+    if isinstance(source, Row):
+        return source.place, Stamp(0, 0, 0)
     return (source, Stamp.of(source)) if isinstance(source, Path) else None
 
 
