@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.errors import ModelError, UsageError
+from finetune.errors import ModelError, RunError, UsageError
 from finetune.files import as_readable_as, flush_to_disk, new_file
 from finetune.wording import counted, listed
 
@@ -20,12 +20,19 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Write the file. Raises UsageError for a place that cannot be used, ModelError for what cannot be read."""
+    """Write the file.
+
+    Raises:
+        UsageError: a place that cannot be used.
+        ModelError: what cannot be read, or written in such a file.
+        RunError: a full disk.
+    """
     path, to = Path(options.file).expanduser(), new_file("--to", options.to)
     if not path.is_file():
         raise UsageError(f"--file {path}: no such file")
     if path.suffix == ".safetensors":
         raise UsageError(f"--file {path}: is no pickle; for a LoRA's layout see lora convert")
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from finetune.models.pickled import read_pickled
@@ -38,6 +45,8 @@ def run(options: Options) -> None:
         as_readable_as(scratch, path)
         flush_to_disk(scratch)
         os.replace(scratch, to)
+    except SafetensorError as error:  # a full disk, say
+        raise RunError(f"{to} cannot be written: {error}") from error
     finally:
         scratch.unlink(missing_ok=True)
     left = f"; left out: {listed(others)}" if others else ""

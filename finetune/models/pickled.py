@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import ModelError
+from finetune.models.weights import NUMBER_FORMATS
 
 _STATE = "state_dict"
 """Under which a training script's checkpoint has the weights, beside its step and the like."""
@@ -49,6 +50,9 @@ def read_pickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ModelError(f"{path}: holds no tensors with names")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NUMBER_FORMATS.values():
+            raise ModelError(f"{path}: {_shown(name)} is {tensor.dtype}, for which a .safetensors has no place")
     return _apart(tensors), [_shown(name) for name in found if name not in tensors]
 
 

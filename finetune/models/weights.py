@@ -18,7 +18,7 @@ from finetune.models.single_file import read_header
 
 STEM = "diffusion_pytorch_model"
 
-_DTYPES = {
+NUMBER_FORMATS = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -87,8 +87,8 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> Iterator[tup
                 file.seek(start + begin)
                 if file.readinto(content.numpy().data) != end - begin:
                     raise ModelError(f"{path} is cut off")
-                if (dtype := _DTYPES.get(entry["dtype"])) is None:
-                    raise ModelError(f"{path}: {name} is {entry['dtype']}; allowed are {', '.join(_DTYPES)}")
+                if (dtype := NUMBER_FORMATS.get(entry["dtype"])) is None:
+                    raise ModelError(f"{path}: {name} is {entry['dtype']}; allowed are {', '.join(NUMBER_FORMATS)}")
                 numbers = content.view(dtype) if len(content) else torch.empty(0, dtype=dtype)
                 yield name, numbers.view(entry["shape"])
     except (SafetensorError, OSError) as error:

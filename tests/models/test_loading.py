@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from finetune.errors import ModelError, UsageError
 from finetune.models.loading import load_model
 from finetune.models.tiny import tiny_folder
-from finetune.models.weights import _DTYPES, read_tensors
+from finetune.models.weights import NUMBER_FORMATS, read_tensors
 from tests.tiny_copy import copy_tiny
 
 
@@ -158,7 +158,7 @@ def test_another_vae_takes_the_place_of_the_models_own(tmp_path: Path) -> None:
         load_model("tiny", vae=str(tmp_path / "other"))
 
 
-@pytest.mark.parametrize("dtype", list(_DTYPES.values()), ids=str)
+@pytest.mark.parametrize("dtype", list(NUMBER_FORMATS.values()), ids=str)
 def test_tensors_are_read_as_safetensors_reads_them(tmp_path: Path, dtype: torch.dtype) -> None:
     numbers = torch.arange(-12, 12).view(2, 3, 4)
     tensors = {"a": numbers.to(dtype), "none": numbers[:0].to(dtype).clone(), "one": numbers[1, 0, 2].to(dtype).clone()}

@@ -52,6 +52,12 @@ def test_what_is_more_than_tensors_is_refused_and_told_by_name(tmp_path: Path) -
     assert "weights_only" not in str(caught.value)
 
 
+def test_numbers_that_a_file_has_no_place_for_are_told(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2, dtype=torch.complex128)}, tmp_path / "a.pt")
+    with pytest.raises(ModelError, match=r"a\.pt: a is torch.complex128, for which a \.safetensors has no place"):
+        read_pickled(tmp_path / "a.pt")
+
+
 def test_code_is_never_run(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     payload = b"cos\nsystem\n(Vtouch " + str(marker).encode() + b"\ntR."
