@@ -10,7 +10,6 @@ from pathlib import Path
 import datasets
 import datasets.config
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from PIL import ExifTags, Image
@@ -19,7 +18,6 @@ from torch.utils.data import DataLoader
 from finetune.data.datasets import HuggingFaceDataset, open_dataset
 from finetune.data.image_folder import ImageFolder
 from finetune.data.images import Skipped
-from finetune.data.picture_memory import PictureMemory
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError, UsageError
 
@@ -370,60 +368,3 @@ def test_empty_caption_files_are_counted(tmp_path: Path):
     save(tmp_path / "a.png")
     (tmp_path / "a.txt").touch()
     assert "empty caption files, 1: a.txt" in ImageFolder(tmp_path, prompt="x", resolution=4).notes()
-
-
-@pytest.mark.parametrize("form", ["parquet", "arrow", "saved"])
-def test_rows_on_the_disk_are_read_once_and_again_where_they_have_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
-) -> None:
-    read: list[int] = []
-    whole = HuggingFaceDataset._bytes
-
-    def counted(self: HuggingFaceDataset, place: int) -> bytes:
-        read.append(place)
-        return whole(self, place)
-
-    monkeypatch.setattr(HuggingFaceDataset, "_bytes", counted)
-
-    def write(colors: list[int]) -> Path:
-        pictures = [{"bytes": png(Image.new("RGB", (8, 8), (color, 0, 0))), "path": None} for color in colors]
-        rows = datasets.Dataset.from_dict({"image": pictures}).cast_column("image", datasets.Image())
-        if form == "parquet":
-            rows.to_parquet(tmp_path / "rows.parquet")
-            return tmp_path / "rows.parquet"
-        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
-        rows.save_to_disk(tmp_path / "saved")
-        return tmp_path / "saved" if form == "saved" else next((tmp_path / "saved").glob("*.arrow"))
-
-    def opened(place: Path, **options: bool) -> list[str]:
-        memory = PictureMemory(tmp_path / "memory", **options)
-        found = open_dataset(str(place), "a thing", resolution=8, memory=memory)
-        assert found[1].image.getpixel((0, 0)) == (20, 0, 0)
-        return list(found.contents)
-
-    place = write([10, 20, 30])
-    first = opened(place)
-    assert sorted(read) == [0, 1, 1, 2]  # to check all, and for the one that is shown
-    assert opened(place) == first
-    assert read[4:] == [1]
-    assert opened(place, strict=True) == first
-    assert sorted(read[5:]) == [0, 1, 1, 2]
-    changed = opened(write([10, 20, 99]))
-    assert sorted(read[9:]) == [0, 1, 1, 2]
-    assert [a == b for a, b in zip(first, changed, strict=True)] == [True, True, False]
-
-
-def test_rows_that_name_files_are_known_by_those_files(tmp_path: Path) -> None:
-    paths = [save(tmp_path / f"{number}.png", color=(number, 0, 0)) for number in range(2)]
-    table = pa.table({"image": [{"bytes": None, "path": str(path)} for path in paths]})
-    with pa.ipc.new_stream(tmp_path / "rows.arrow", table.schema) as file:
-        file.write_table(table)
-
-    def first() -> str:
-        memory = PictureMemory(tmp_path / "memory")
-        return open_dataset(str(tmp_path / "rows.arrow"), "a thing", resolution=8, memory=memory).contents[0]
-
-    before = first()
-    assert first() == before
-    save(paths[0], color=(9, 9, 9))
-    assert first() != before
