@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
 from finetune.data.buckets import Buckets
 from finetune.data.captions import CAPTION_SUFFIXES, METADATA, find_captions
-from finetune.data.images import PICTURE_SUFFIXES, PictureFile, is_picture, list_files, open_alpha
-from finetune.data.masks import checked_masks, is_mask, masks_of, open_mask
+from finetune.data.images import PICTURE_SUFFIXES, PictureFile, is_picture, list_files
+from finetune.data.masks import checked_masks, is_mask, masks_of
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Ledger, PictureFiles
 from finetune.data.transforms import WHITE, Preprocess
@@ -97,14 +95,6 @@ class ImageFolder(PictureFiles):
             empty=[_below(root, file) for file in found.empty],
         )
         self.masked = self.masked and bool(self._masks or self._alpha)
-
-    def mask(self, index: int) -> Image.Image | None:
-        if not self.masked:
-            return None
-        picture = self._files[self._places[index]]
-        if picture in self._masks:
-            return open_mask(self._masks[picture])
-        return open_alpha(picture) if self._alpha else None
 
     def _file(self, place: int) -> PictureFile:
         return self._files[place]

@@ -4,13 +4,14 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torch.utils.data import Dataset
 
 from finetune.data.captions import TRIGGER, Caption, placed_trigger, with_trigger
-from finetune.data.images import Checked, PictureFile, Skipped, check_images, open_image
+from finetune.data.images import Checked, PictureFile, Skipped, check_images, open_alpha, open_image
+from finetune.data.masks import open_mask
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.transforms import WHITE, Placement, Preprocess, whole
 from finetune.errors import DataError
@@ -198,6 +199,11 @@ class PictureFiles(Pictures):
         DataError: there are no pictures, or none that can be read.
     """
 
+    _masks: Mapping[Any, PictureFile] = MappingProxyType({})
+    """What `_file` answers for a picture -> its mask."""
+    _alpha = False
+    """Whether the alpha channel is the mask of the others."""
+
     def __init__(
         self,
         where: str,
@@ -241,6 +247,14 @@ class PictureFiles(Pictures):
     @abstractmethod
     def _file(self, place: int) -> PictureFile:
         """Where the picture at this place of `names` is. Raises ValueError with the reason that there is none."""
+
+    def mask(self, index: int) -> Image.Image | None:
+        if not self.masked:
+            return None
+        file = self._file(self._places[index])
+        if file in self._masks:
+            return open_mask(self._masks[file])
+        return open_alpha(file) if self._alpha else None
 
     def __getitem__(self, index: int) -> Example:
         digest = self._checked[index].digest

@@ -5,12 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
 from finetune.data.buckets import Buckets
 from finetune.data.captions import Caption, Texts, first_caption
-from finetune.data.images import Member, PictureFile, is_picture, open_alpha
-from finetune.data.masks import checked_masks, masks_of, open_mask
+from finetune.data.images import Member, PictureFile, is_picture
+from finetune.data.masks import checked_masks, masks_of
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Ledger, PictureFiles
 from finetune.data.shard_index import TEXT_SUFFIXES, ShardIndex, index_of, key_of
@@ -91,14 +89,6 @@ class TarShards(PictureFiles):
             orphans=orphans,
         )
         self.masked = self.masked and bool(self._masks or self._alpha)
-
-    def mask(self, index: int) -> Image.Image | None:
-        member = self._members[self._places[index]]
-        if not self.masked:
-            return None
-        if member in self._masks:
-            return open_mask(self._masks[member])
-        return open_alpha(member) if self._alpha else None
 
     def _file(self, place: int) -> PictureFile:
         return self._members[place]
