@@ -379,9 +379,11 @@ def _overview() -> str:
         first, _, second = verb.partition(" ")
         told[first] = f"{told[first]}, {second}" if first in told else f"{GROUPS[first]}: {second}" if second else text
     verbs = "\n".join(f"  {name:<10}{text}" for name, text in told.items())
-    families = "\n".join(
-        f"  {family.name:<10}{family.description}; {family.resolution} pixels" for family in FAMILIES.values()
-    )
+    own = {family.name: f"{family.description}; {family.resolution} pixels" for family in FAMILIES.values()}
+    for name in [name for name, family in FAMILIES.items() if family.inpainting]:  # in the line of what they come from
+        del own[name]
+        own[name.removesuffix("-inpainting")] += f"; {name}"
+    families = "\n".join(f"  {name:<10}{text}" for name, text in own.items())
     return f"""\
 Teach the UNet of a Stable Diffusion your pictures:
   {PROGRAM} --model sd15 --data ./images --prompt "a butterfly"

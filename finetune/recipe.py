@@ -166,7 +166,8 @@ def _put_together(
     validation = plan_validation(config, pictures, earlier)
     events.phase("forgetting", folder.step)
     asked = meter(config, model) if parallel.first else None
-    known = known_pictures(config, pictures) if parallel.first and samples.prompts else None
+    comparable = samples.prompts and not model.inpainting  # whose pictures hold most of a training picture
+    known = known_pictures(config, pictures) if parallel.first and comparable else None
     parts = (model, pictures, encoded, trainer, samples, validation, asked, known)
     run = Run(config, *parts, folder.path, accelerator, about, events)
     run.release()

@@ -35,9 +35,11 @@ RELATIVES: dict[str, tuple[str, dict[str, Any]]] = {
             "reverse_transformer_layers_per_block": ((4, 4, 5), (2, 1, 1), 1),
         },
     ),
+    "inpainting": ("sd15", {"in_channels": 9}),
+    "XL inpainting": ("sdxl", {"in_channels": 9}),
     "KOALA": ("sdxl", {"layers_per_block": 1, "transformer_layers_per_block": (1, 2, 5), "mid_block_type": None}),
 }  # fmt: skip
-"""Distilled UNets with fewer blocks -> the family that they come from, and what is other in their config."""
+"""UNets that paint into pictures, or have fewer blocks -> what they come from, and what is other in their config."""
 
 
 def small_pipeline(family: str, prediction_type: str = "epsilon", **unet: Any) -> Any:

@@ -30,9 +30,9 @@ class Demand:
         """Whether nothing is left."""
         return not self._left
 
-    def need(self, examples: Iterable[int]) -> None:
-        """Compute what is missing for visits to these examples."""
-        wanted = dict.fromkeys(key for example in examples for key in self.work.of(example))
+    def need(self, visits: Iterable[tuple[int, int]]) -> None:
+        """Compute what is missing for these visits, number of the example and key of each."""
+        wanted = dict.fromkeys(key for visit in visits for key in self.work.of(*visit))
         for keys, prepared in together(self._missing(wanted), self.work.at_once):
             self.store.put(self.work.kind, dict(zip(keys, self.work.compute(keys, prepared), strict=True)))
         if self.met:

@@ -15,9 +15,9 @@ from finetune.cache.gathered import Gathered
 from finetune.cache.store import Item
 from finetune.cache.visits import Kept, Live
 from finetune.data.caption_visits import CaptionVisits
+from finetune.data.inpainting import shown, small
 from finetune.data.own import Rows, as_pictures
 from finetune.data.pictures import Pictures
-from finetune.data.transforms import normalize
 from finetune.errors import DataError
 from finetune.models.encoders import Encoder
 from finetune.models.loading import DiffusionModel, Frozen
@@ -33,7 +33,7 @@ def encode(
     seed: int = 0,
     cache_dir: str | Path | None = None,
     precision: str = "fp32",
-    visited: Iterable[int] | None = None,
+    visited: Iterable[tuple[int, int | None]] | None = None,
     at_most: float | None = None,
     told: Callable[[str, int, int], None] | None = None,
 ) -> Encoded:
@@ -52,7 +52,7 @@ def encode(
         seed: of the crops that are drawn once.
         cache_dir: where encodings are kept. None: `finetune-unet` in the user's cache folder; "none": in memory alone.
         precision: number format in which encodings are kept: "fp32", "fp16" or "bf16".
-        visited: numbers of the pictures that will be visited, in the order in which they are wanted; None: all.
+        visited: the visits to come, in order: number of the picture, and key or None, for any. None: any, to all.
         at_most: seconds that pictures may take, and captions. What would take longer is encoded when a visit comes to
             it, for which the encoder stays on its device. None: everything is encoded now.
         told: hears after each encoding what is encoded, how many are, and of how many.
@@ -63,16 +63,15 @@ def encode(
         RunError: it cannot be written (any more).
     """
     pictures = as_pictures(dataset)
-    wanted = list(range(len(pictures)) if visited is None else dict.fromkeys(visited))
+    wanted = [(index, None) for index in range(len(pictures))] if visited is None else list(visited)
     store = Gathered(open_store(cache_dir))
-    works: list[Work] = []
-    conditions: Conditions | LiveConditions = LiveConditions(model.conditioner)
+    works, conditions = list[Work](), LiveConditions(model.conditioner)
     if not captioning.shuffle:
         conditions = Conditions(store, model.conditioner, precision)
-        works.append(_captions(pictures, conditions, wanted))
-    visits: Kept | Live = Live(pictures)
+        works.append(_captions(pictures, conditions, [index for index, _ in wanted]))
+    visits: Kept | Live = Live(pictures, model.inpainting)
     if not live:
-        visits = Kept(store, pictures, model.encoder.fingerprint, precision, seed)
+        visits = Kept(store, pictures, model.encoder.fingerprint, precision, seed, model.inpainting)
         works.append(_pictures(visits, model.encoder, wanted))
     made = []
     with closing(store):  # or what was claimed would stay so
@@ -81,17 +80,18 @@ def encode(
             if not made[-1].left:
                 work.network.to("cpu")
     demands = [Demand(store, work) for work, done in zip(works, made, strict=True) if done.left]
-    encoder, conditioner, shapes = model.encoder if live else None, model.conditioner, pictures.shapes()
-    return Encoded(pictures, shapes, visits, encoder, conditioner, conditions, captioning, made, store, demands)
+    encoder, inpainting = model.encoder if live else None, model.encoder if model.inpainting else None
+    parts = visits, encoder, model.conditioner, conditions, captioning, made, store, demands, inpainting
+    return Encoded(pictures, pictures.shapes(), *parts)
 
 
 def _captions(pictures: Pictures, conditions: Conditions, indices: Iterable[int]) -> Work:
     """The captions of pictures, and the empty one, through their conditioner."""
     conditioner = conditions.conditioner
-    texts = dict.fromkeys([*[text for index in indices for text in pictures.texts(index)], ""])
+    texts = dict.fromkeys([*[text for index in dict.fromkeys(indices) for text in pictures.texts(index)], ""])
     wanted = {conditions.key(text): text for text in texts}
 
-    def of(index: int) -> list[str]:
+    def of(index: int, _: int) -> list[str]:
         return [conditions.key(text) for text in (*pictures.texts(index), "")]
 
     def compute(_: Sequence[str], captions: Sequence[str]) -> list[Item]:
@@ -103,13 +103,14 @@ def _captions(pictures: Pictures, conditions: Conditions, indices: Iterable[int]
     return Work("caption", list(wanted), of, wanted.__getitem__, compute, lambda _: conditioner.at_once, conditioner)
 
 
-def _pictures(kept: Kept, encoder: Encoder, indices: Iterable[int]) -> Work:
+def _pictures(kept: Kept, encoder: Encoder, visits: Iterable[tuple[int, int | None]]) -> Work:
     """The pictures, in each version that is wanted of them, through the encoder."""
-    flips = (False, True) if kept.pictures.flips else (False,)
-    wanted = {kept.key(index, flip): (index, flip) for index in indices for flip in flips}
+    wanted = {
+        kept.key(index, version): (index, version) for index, key in visits for version in kept.versions(index, key)
+    }
 
-    def of(index: int) -> list[str]:
-        return [kept.key(index, flip) for flip in flips]
+    def of(index: int, key: int) -> list[str]:
+        return [kept.key(index, version) for version in kept.versions(index, key)]
 
     def prepare(key: str) -> Tensor:
         return kept.pixels(*wanted[key])
@@ -118,11 +119,16 @@ def _pictures(kept: Kept, encoder: Encoder, indices: Iterable[int]) -> Work:
         return encoder.at_once(pixels.shape[-2], pixels.shape[-1])
 
     def compute(keys: Sequence[str], pixels: Sequence[Tensor]) -> list[Item]:
-        stored = encoder.encode(normalize(torch.stack(list(pixels)))).cpu()
+        seen = torch.stack(list(pixels))
+        stored = encoder.encode(shown(seen)).cpu()
         for key, row in zip(keys, stored, strict=True):
             if not row.float().isfinite().all():
                 raise DataError(f"{kept.pictures.ids[wanted[key][0]]}: its encoding is not finite")
-        return [{"stored": _rounded(row, kept.precision).clone()} for row in stored]
+        items: list[Item] = [{"stored": _rounded(row, kept.precision).clone()} for row in stored]
+        if seen.shape[1] == 3:
+            return items
+        masks = small(seen[:, 3:], (stored.shape[-2], stored.shape[-1])).to(torch.uint8)
+        return [{**item, "mask": mask.clone()} for item, mask in zip(items, masks, strict=True)]
 
     return Work("picture", list(wanted), of, prepare, compute, at_once, encoder)
 

@@ -17,11 +17,13 @@ from finetune.cache.masks import Masks
 from finetune.cache.store import Item, Store
 from finetune.cache.visits import Kept, Live
 from finetune.data.caption_visits import CaptionVisits
+from finetune.data.inpainting import drawn_mask, shown, small
 from finetune.data.pictures import Pictures
 from finetune.data.transforms import normalize
 from finetune.errors import DataError
 from finetune.models.conditioners import Conditioner
 from finetune.models.encoders import Encoder
+from finetune.models.inpainting import beside, with_shown
 from finetune.models.loading import DiffusionModel
 
 
@@ -91,6 +93,8 @@ class Encoded:
     """Of all that is kept."""
     demands: Sequence[Demand] = ()
     """What is encoded when a visit comes to it."""
+    inpainting: Encoder | None = None
+    """What has made what an inpainting UNet is shown; None: it is another UNet."""
 
     @cached_property
     def masks(self) -> Masks:
@@ -103,7 +107,8 @@ class Encoded:
     @property
     def live(self) -> bool:
         """Whether a visit needs an encoder, which nothing else can use meanwhile."""
-        return self.needs(self.encoder) or self.needs(self.conditioner)
+        kept = self.encoder is None and isinstance(self.conditions, Conditions)
+        return not kept or any(not demand.met for demand in self.demands)
 
     def needs(self, network: Encoder | Conditioner | None) -> bool:
         """Whether visits to come need it: it stays on its device."""
@@ -112,11 +117,11 @@ class Encoded:
         live = isinstance(self.conditions, LiveConditions) and network is self.conditioner
         return live or (network is not None and network is self.encoder)
 
-    def ready(self, examples: Sequence[int]) -> None:
-        """Encode what visits to these examples need, and nothing has encoded yet."""
+    def ready(self, visits: Sequence[tuple[int, int]]) -> None:
+        """Encode what these visits, number of the example and key of each, need, and nothing has encoded yet."""
         for demand in self.demands:
             if not demand.met:
-                demand.need(examples)
+                demand.need(visits)
 
     def close(self) -> None:
         """Keep what was encoded last; nothing more is going to be visited."""
@@ -151,20 +156,42 @@ class Encoded:
     def assemble(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[tuple[Tensor, Sequence[int]]]) -> Batch:
         """Loaded visits -> Batch on the CPU. Raises DataError when the pictures differ in size."""
         ids = tuple(self.ids[index] for index in indices)
-        stored = _stack([row[0] for row in loaded], ids)
+        stored, extra = _stack([row[0] for row in loaded], ids), None
         if self.encoder is not None:
-            stored = self.encoder.encode(normalize(stored)).cpu()
+            stored = encoded_pixels(self.encoder, stored)
+        if self.inpainting is not None:
+            stored, extra = with_shown(self.inpainting, stored, keys)
         geometry = torch.tensor([row[1] for row in loaded])
         visits = zip(indices, keys.tolist(), strict=True)
         captions = [self.captioning.caption(self.pictures.texts(index), key) for index, key in visits]
         cond = self.conditioner.kwargs(self.conditions.of(captions), geometry)
         weight = torch.tensor([self.pictures.weights[index] for index in indices])
         of_class = tuple(index >= self.pictures.subjects for index in indices)
-        mask = self.masks.of(indices, keys, (stored.shape[-2], stored.shape[-1]))
-        return Batch(stored, cond, keys, geometry, ids, weight, of_class, mask)
+        mask = self.masks.of(indices, keys, (stored.shape[-2], stored.shape[-1])) if extra is None else None
+        return Batch(stored, cond, keys, geometry, ids, weight, of_class, mask, extra)
 
 
-def as_batch(model: DiffusionModel, pixels: Tensor, prompts: Sequence[str] = (), *, step: int, seed: int = 0) -> Batch:
+def encoded_pixels(encoder: Encoder, pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) uint8 -> what the encoder stores of them, on the CPU.
+
+    With a mask (B, 4, H, W): beside it what is stored of what the mask leaves, and the mask, as `with_shown` takes it.
+    """
+    stored = encoder.encode(normalize(pixels[:, :3])).cpu()
+    if pixels.shape[1] == 3:
+        return stored
+    left = encoder.encode(shown(pixels)).cpu()
+    return torch.cat([stored, left, small(pixels[:, 3:], (stored.shape[-2], stored.shape[-1]))], dim=1)
+
+
+def as_batch(
+    model: DiffusionModel,
+    pixels: Tensor,
+    prompts: Sequence[str] = (),
+    *,
+    step: int,
+    seed: int = 0,
+    masks: Tensor | None = None,
+) -> Batch:
     """A Batch from a data loader of your own: encodes what it is given, here and now.
 
     Args:
@@ -172,13 +199,20 @@ def as_batch(model: DiffusionModel, pixels: Tensor, prompts: Sequence[str] = (),
         pixels: (B, 3, H, W) in [-1, 1], as the tutorial's `Normalize([0.5], [0.5])` gives.
         prompts: B captions; none in pixel mode.
         step: of your loop; every draw is a function of seed, step and row, so it must change from call to call.
+        masks: for an inpainting model: (B, 1, H, W), above 0 where it is to paint; None: drawn.
     """
     ids = tuple(f"step {step} row {row}" for row in range(len(pixels)))
     keys = torch.tensor([seeding.example_key(seed, name, 0) for name in ids])
     height, width = pixels.shape[-2:]
     geometry = torch.tensor([[height, width, 0, 0, height, width]] * len(ids))
     cond = model.conditioner.kwargs(model.conditioner.encode(prompts), geometry) if prompts else {}
-    return Batch(model.encoder.encode(pixels), cond, keys, geometry, ids, torch.ones(len(ids))).to(model.unet.device)
+    stored, extra = model.encoder.encode(pixels), None
+    if model.inpainting:
+        masks = torch.stack([drawn_mask(key, height, width) for key in keys.tolist()]) if masks is None else masks
+        left = model.encoder.encode(pixels * (masks == 0))
+        extra = beside(model.encoder, left.cpu(), small(masks, (left.shape[-2], left.shape[-1])), keys)
+    batch = Batch(stored, cond, keys, geometry, ids, torch.ones(len(ids)), extra=extra)
+    return batch.to(model.unet.device)
 
 
 def _stack(tensors: Sequence[Tensor], ids: Sequence[str]) -> Tensor:

@@ -38,8 +38,8 @@ class Work:
     kind: Kind
     keys: Sequence[str]
     """Each once, in the order in which they are wanted."""
-    of: Callable[[int], Sequence[str]]
-    """Number of an example -> the keys of all that visits to it may need."""
+    of: Callable[[int, int], Sequence[str]]
+    """Number of an example, key of a visit -> the keys of all that the visit may need."""
     prepare: Callable[[str], Any]
     """Key -> what is needed to compute its item; runs in a thread of its own."""
     compute: Callable[[Sequence[str], Sequence[Any]], Sequence[Item]]

@@ -5,7 +5,13 @@ from finetune.seeding import wide_fold
 
 
 def picture_key(
-    digest: str, placement: Placement, flip: bool, encoder: str, precision: str, background: str = WHITE
+    digest: str,
+    placement: Placement,
+    flip: bool,
+    encoder: str,
+    precision: str,
+    background: str = WHITE,
+    covered: str = "",
 ) -> str:
     """Of what the encoder made of a part of a picture.
 
@@ -16,9 +22,11 @@ def picture_key(
         encoder: the encoder's fingerprint.
         precision: number format that is kept.
         background: the colour behind it.
+        covered: what hides some of it.
     """
     seen = digest if background == WHITE else f"{digest} {background}"  # a key of versions without backgrounds holds
     (a, b), (c, d), (e, f) = placement.scaled, placement.corner, placement.size
+    seen += f" but {covered}" * bool(covered)
     return wide_fold(f"picture {PREPROCESSING} {seen} {a} {b} {c} {d} {e} {f} {flip} {encoder} {precision}")
 
 

@@ -55,7 +55,7 @@ def run(options: Options, config: TrainConfig) -> None:
         tokenizer = open_source(found, config.tokenizer).tokenizer("tokenizer")
         counts = count_tokens(tokenizer, pictures.captions)
         limit = chunks_of(config.max_token_length) * (tokenizer.model_max_length - 2)
-    visits, cells, names = Live(pictures), [], []
+    visits, cells, names = Live(pictures, found.family.inpainting), [], []
     for index in range(min(len(pictures), options.max_pictures)):
         pixels, geometry = visits.shown(index, example_key(config.seed, pictures.ids[index], 0))
         height, width, *_, target_height, target_width = geometry

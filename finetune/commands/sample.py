@@ -4,7 +4,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from finetune.config import ResolvedConfig, load_resolved
 from finetune.errors import UsageError
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from finetune.models.loading import DiffusionModel
+    from finetune.results.sampling import Hole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,10 @@ class Options:
     """For a checkpoint in one file: as in training."""
     resolution: int | None = None
     """Pixels per side. Default: what the run was trained at, else the model's own."""
+    image: str | None = None
+    """For an inpainting model: the picture to paint in. Default: none; it paints all of a new one."""
+    mask: str | None = None
+    """Where in --image: white; what is black stays."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Number format of the UNet. no (fp32) gives the same picture as a plain pipeline."""
     output: str | None = None
@@ -64,6 +69,7 @@ def run(options: Options) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = DTYPES[resolve_precision(options.mixed_precision, device, small=False)]
     model, resolution = _load(options, config, half or torch.float32)
+    hole = _hole(options, model, resolution)
     guidance_scale = options.guidance_scale
     if guidance_scale is None:
         guidance_scale = (config or model.family).guidance_scale
@@ -81,6 +87,7 @@ def run(options: Options) -> None:
         num_inference_steps=options.num_inference_steps,
         guidance_scale=guidance_scale,
         negative_prompt=options.negative_prompt,
+        hole=hole,
     )
     _save(rows, options.prompt or ("unconditional",), options.seed, output)
 
@@ -122,6 +129,31 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
     if adapted:
         load_lora(model.unet, folder)
     return model, resolution
+
+
+def _hole(options: Options, model: "DiffusionModel", resolution: int) -> "Hole | None":
+    """What is to be painted, at about the resolution and in the picture's own shape. Raises UsageError, DataError."""
+    if options.image is None or options.mask is None:
+        if options.image or options.mask:
+            raise UsageError("--image and --mask go together")
+        return None
+    if not model.inpainting:
+        raise UsageError(f"--image cannot be used: {options.model} is no inpainting model")
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    from finetune.data.buckets import Buckets
+    from finetune.data.images import open_image
+    from finetune.data.inpainting import placed_mask
+    from finetune.data.masks import open_mask
+    from finetune.data.transforms import Preprocess
+    from finetune.models.families import bucket_sides
+    from finetune.results.sampling import Hole
+
+    picture, mask = open_image(Path(options.image).expanduser()), open_mask(Path(options.mask).expanduser())
+    smallest, largest, step = bucket_sides(resolution, max(8, cast(Any, model.pipeline()).vae_scale_factor)).values()
+    buckets = Buckets(resolution, smallest, largest, step, upscale=True)
+    placed = Preprocess(resolution, buckets=buckets).place(*picture.size, key=0)
+    return Hole(to_pil_image(placed.pixels(picture)), to_pil_image(placed_mask(mask, placed, flip=False)))
 
 
 def _save(rows: "list[list[Image]]", prompts: tuple[str, ...], seed: int, output: Path) -> None:

@@ -58,7 +58,6 @@ class Joined(Pictures):
         self.subjects = sum(part.pictures.subjects for part in parts if part.repeats and not part.remembered)
         self.weights = [part.weight * weight for part in parts for weight in part.pictures.weights]
         self.masked = any(part.pictures.masked for part in parts)
-        self.mask_digests = [digest for part in parts for digest in part.pictures.mask_digests]
         self.sources = sum((part.sources() for part in parts), Counter())
         self.quarantined = [
             Skipped(part.named(bad.path), bad.reason) for part in parts for bad in part.pictures.quarantined
@@ -71,6 +70,14 @@ class Joined(Pictures):
     def mask(self, index: int) -> Image.Image | None:
         part, place = self._place(index)
         return part.pictures.mask(place)
+
+    def mask_digest(self, index: int) -> str | None:
+        part, place = self._place(index)
+        return part.pictures.mask_digest(place)
+
+    @property
+    def mask_digests(self) -> Sequence[str]:
+        return [digest for part in self._parts for digest in part.pictures.mask_digests]
 
     def checked(self, index: int) -> Checked:
         part, place = self._place(index)

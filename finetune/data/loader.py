@@ -39,8 +39,9 @@ class Examples(Protocol):
     @property
     def visits(self) -> "Visits": ...
 
-    def ready(self, examples: Sequence[int]) -> None:
-        """See to it that these can be loaded; runs in the training process, just before they are."""
+    def ready(self, visits: Sequence[tuple[int, int]]) -> None:
+        """See to it that these, number of the example and key of each, can be loaded; runs in the training process,
+        just before they are."""
         ...
 
     def assemble(self, indices: Sequence[int], keys: torch.Tensor, loaded: Sequence[Any]) -> Batch:
@@ -173,8 +174,9 @@ def _plan(
     """This process's visits of each step, index and key, ready to be loaded."""
     for step in steps:
         visits, own = sampler.share(step, rank, world)
-        source.ready([visit.example for visit in visits[own]])
-        yield [(visit.example, example_key(seed, source.ids[visit.example], visit.number)) for visit in visits[own]]
+        keyed = [(visit.example, example_key(seed, source.ids[visit.example], visit.number)) for visit in visits[own]]
+        source.ready(keyed)
+        yield keyed
 
 
 def _whole(source: Examples, visits: list[Visit], own: slice) -> Whole:

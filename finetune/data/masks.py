@@ -38,9 +38,9 @@ def masks_of(files: Iterable[Place], pictures: Sequence[Place]) -> tuple[dict[Pl
     return found, [file for file in masks if file not in used]
 
 
-def checked_masks(masks: Mapping[Key, PictureFile]) -> tuple[list[str], dict[Key, str]]:
-    """Digests of the masks of pictures, and picture -> why its mask cannot be used."""
-    digests, bad = [], {}
+def checked_masks(masks: Mapping[Key, PictureFile]) -> tuple[dict[Key, str], dict[Key, str]]:
+    """Picture -> digest of its mask, and picture -> why its mask cannot be used."""
+    digests, bad = {}, {}
 
     def check(file: PictureFile) -> str:
         if not open_mask(file).getbbox():
@@ -51,15 +51,15 @@ def checked_masks(masks: Mapping[Key, PictureFile]) -> tuple[list[str], dict[Key
         checks = {picture: pool.submit(check, mask) for picture, mask in masks.items()}
         for picture, made in checks.items():
             try:
-                digests.append(made.result())
+                digests[picture] = made.result()
             except DataError as error:
                 bad[picture] = f"its mask: {error}"
     return digests, bad
 
 
-def open_mask(file: PictureFile) -> Image.Image:
-    """8 bit grey. Raises DataError for what is no picture."""
-    return open_image(file).convert("L")
+def open_mask(file: PictureFile, digest: str | None = None) -> Image.Image:
+    """8 bit grey. Raises DataError for what is no picture, or not of these bytes."""
+    return open_image(file, digest=digest).convert("L")
 
 
 def weights(mask: Image.Image, placement: Placement, flip: bool, size: tuple[int, int]) -> Tensor:

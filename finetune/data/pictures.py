@@ -77,8 +77,6 @@ class Pictures(Dataset[Example], ABC):
     """Numbers of pictures that are never trained on, but validated on."""
     masked: bool = False
     """Whether some may have a mask."""
-    mask_digests: Sequence[str] = ()
-    """Of the files that are masks."""
     shown_elsewhere: int = 0
     """Pictures for validation that are not used: what they show is trained on."""
 
@@ -127,6 +125,15 @@ class Pictures(Dataset[Example], ABC):
     def mask(self, index: int) -> Image.Image | None:
         """Where an error in the picture counts: 8 bit grey, upright, of the picture's shape; None: everywhere."""
         return None
+
+    def mask_digest(self, index: int) -> str | None:
+        """Of the file that is the picture's mask; None: there is none."""
+        return None
+
+    @property
+    def mask_digests(self) -> Sequence[str]:
+        """Of all files that are masks."""
+        return ()
 
     @property
     def flips(self) -> bool:
@@ -201,6 +208,8 @@ class PictureFiles(Pictures):
 
     _masks: Mapping[Any, PictureFile] = MappingProxyType({})
     """What `_file` answers for a picture -> its mask."""
+    _mask_digests: Mapping[Any, str] = MappingProxyType({})
+    """The same -> digest of its mask, where masks are heeded."""
     _alpha = False
     """Whether the alpha channel is the mask of the others."""
 
@@ -253,8 +262,15 @@ class PictureFiles(Pictures):
             return None
         file = self._file(self._places[index])
         if file in self._masks:
-            return open_mask(self._masks[file])
+            return open_mask(self._masks[file], self._mask_digests.get(file))
         return open_alpha(file) if self._alpha else None
+
+    def mask_digest(self, index: int) -> str | None:
+        return self._mask_digests.get(self._file(self._places[index])) if self._mask_digests else None
+
+    @property
+    def mask_digests(self) -> Sequence[str]:
+        return list(self._mask_digests.values())
 
     def __getitem__(self, index: int) -> Example:
         digest = self._checked[index].digest

@@ -1,6 +1,6 @@
 """The order of the examples: a pure function of (seed, step), independent of ranks, workers and micro-batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple, TypeVar
 
@@ -84,12 +84,17 @@ class Sampler:
     def visited(self, steps: range, rank: int = 0, world: int = 1) -> list[int]:
         """The examples that one process visits in these steps, in the order of their first visits."""
         found, all_of_them = dict[int, None](), np.count_nonzero(self._repeats)
-        for step in steps:
+        for visit in self.all_visits(steps, rank, world):
+            found[visit.example] = None
             if len(found) == all_of_them:
                 break
-            visits, own = self.share(step, rank, world)
-            found |= dict.fromkeys(visit.example for visit in visits[own])
         return list(found)
+
+    def all_visits(self, steps: range, rank: int = 0, world: int = 1) -> Iterator[Visit]:
+        """The visits of one process in these steps, one after the other."""
+        for step in steps:
+            visits, own = self.share(step, rank, world)
+            yield from visits[own]
 
     def _steps(self, number: int) -> np.ndarray:
         """The steps of a round, a row each of visits as `_order` has them."""

@@ -31,8 +31,8 @@ class Encoder(Protocol):
         """How many pictures of this size `encode` computes together: give it as many, where there are."""
         ...
 
-    def sample(self, stored: Tensor, keys: Tensor) -> Tensor:
-        """Stored tensors and the visits' keys (B,) -> x0, fp32."""
+    def sample(self, stored: Tensor, keys: Tensor, purpose: str = "latent sample") -> Tensor:
+        """Stored tensors and the visits' keys (B,) -> x0, fp32; what is random is drawn for this purpose."""
         ...
 
     def decode(self, x0: Tensor) -> Tensor:
@@ -78,10 +78,10 @@ class VaeEncoder:
         posteriors = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
         return (torch.cat([posteriors.mean, posteriors.std], dim=1).float(),)
 
-    def sample(self, stored: Tensor, keys: Tensor) -> Tensor:
+    def sample(self, stored: Tensor, keys: Tensor, purpose: str = "latent sample") -> Tensor:
         """Posterior (B, 2C, h, w), keys (B,) -> scaled latents x0 (B, C, h, w): (mean + std eps - shift) scale."""
         mean, std = stored.chunk(2, dim=1)
-        eps = seeding.normal(keys, "latent sample", mean.shape[1:]).to(mean.device)
+        eps = seeding.normal(keys, purpose, mean.shape[1:]).to(mean.device)
         return (mean + std * eps - self.shift_factor) * self.scaling_factor
 
     @torch.no_grad()
@@ -106,8 +106,8 @@ class PixelEncoder:
     def at_once(self, height: int, width: int) -> int:
         return 1
 
-    def sample(self, stored: Tensor, keys: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> x0 in [-1, 1]; nothing is random, so the keys go unused."""
+    def sample(self, stored: Tensor, keys: Tensor, purpose: str = "latent sample") -> Tensor:
+        """uint8 (B, 3, H, W) -> x0 in [-1, 1]; nothing is random, so keys and purpose go unused."""
         return stored.float() / 127.5 - 1
 
     def decode(self, x0: Tensor) -> Tensor:

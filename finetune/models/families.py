@@ -1,7 +1,7 @@
 """The table of model families: what each is made of, and the defaults that suit it. Free of torch, for `--help`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, sqrt
 from typing import Any
 
@@ -29,6 +29,8 @@ class Family:
     """Whose layout it has in a checkpoint in one file: "sd15", "sd21" or "sdxl"; None: there is none for it."""
     small: bool = False
     """A network that gains nothing from half precision on a CPU."""
+    inpainting: bool = False
+    """Its UNet is shown a picture with a hole beside x_t, and paints what belongs there."""
     few_words: bool = False
     """Its tokenizer knows so few words that others are worth telling."""
     world: str = "everyday"
@@ -57,7 +59,7 @@ TINY: Mapping[str, Mapping[str, Any]] = {
 }
 """What lets the embedded model learn butterflies in minutes, found with the demo (benchmarks/RESULTS.md)."""
 
-FAMILIES: dict[str, Family] = {
+_OWN: dict[str, Family] = {
     family.name: family
     for family in (
         Family("sd15", "Stable Diffusion 1.5", 512, "stable-diffusion-v1-5/stable-diffusion-v1-5", layout="sd15"),
@@ -94,6 +96,25 @@ FAMILIES: dict[str, Family] = {
             guidance_scale=3.0,
             suited=TINY,
         ),
+    )
+}
+
+
+def _inpainting(of: str, hub_id: str, pipeline: str, resolution: int) -> Family:
+    base = _OWN[of]
+    description = f"{base.description.removesuffix(' (v-prediction)')}, inpainting"
+    changes = {"hub_id": hub_id, "pipeline": pipeline, "resolution": resolution, "inpainting": True}
+    return replace(base, name=f"{of}-inpainting", description=description, **changes)
+
+
+_INPAINT, _XL_INPAINT = "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"
+
+FAMILIES: dict[str, Family] = _OWN | {
+    family.name: family
+    for family in (
+        _inpainting("sd15", "stable-diffusion-v1-5/stable-diffusion-inpainting", _INPAINT, 512),
+        _inpainting("sd21", "sd2-community/stable-diffusion-2-inpainting", _INPAINT, 512),
+        _inpainting("sdxl", "diffusers/stable-diffusion-xl-1.0-inpainting-0.1", _XL_INPAINT, 1024),
     )
 }
 

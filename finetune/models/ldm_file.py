@@ -138,9 +138,22 @@ model:
 """
 
 
-def yaml_beside(scheduler: Mapping[str, Any], family: str) -> str | None:
+_INPAINTING = {
+    "ddpm.LatentDiffusion": "ddpm.LatentInpaintDiffusion",
+    "conditioning_key: crossattn": "conditioning_key: hybrid\n    finetune_keys: null",
+    "in_channels: 4\n        out": "in_channels: 9\n        out",
+}
+"""What is other in it for an inpainting model, as in Stable Diffusion's own v1-inpainting-inference.yaml."""
+
+
+def yaml_beside(scheduler: Mapping[str, Any], family: str, *, inpainting: bool = False) -> str | None:
     """What A1111 and Forge need beside a checkpoint where nothing in the file can say what it predicts."""
-    return _VELOCITY_YAML if family == "sd15" and scheduler["prediction_type"] == "v_prediction" else None
+    if family != "sd15" or scheduler["prediction_type"] != "v_prediction":
+        return None
+    text = _VELOCITY_YAML
+    for plain, other in _INPAINTING.items() if inpainting else ():
+        text = text.replace(plain, other)
+    return text
 
 
 def classic_names(text_encoder: Any) -> dict[str, Tensor]:

@@ -41,6 +41,11 @@ class DiffusionModel:
     new_prediction_type: str | None = None
     """What the UNet is to predict, where that is not what its folder says."""
 
+    @property
+    def inpainting(self) -> bool:
+        """Whether the UNet is shown a picture with a hole beside x_t."""
+        return self.family.inpainting
+
     def pipeline(self) -> DiffusionPipeline:
         """A diffusers pipeline over the live UNet (no copy of any weight)."""
         return self.around(self.unet)
@@ -160,6 +165,8 @@ class Frozen:
     """Arguments of the pipeline beside UNet and scheduler."""
     own_files: Mapping[str, Path] = field(default_factory=dict)
     """See `DiffusionModel`."""
+    inpainting: bool = False
+    """See `DiffusionModel`."""
 
 
 def _frozen(
@@ -193,7 +200,7 @@ def _frozen(
         conditioner = ClipConditioner(text["tokenizer"], text["text_encoder"], max_token_length, clip_skip)
         more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     own_files = {part: folder for part, folder in files.items() if folder}
-    return Frozen(VaeEncoder(vae), conditioner, {"vae": vae, **text, **more}, own_files)
+    return Frozen(VaeEncoder(vae), conditioner, {"vae": vae, **text, **more}, own_files, found.family.inpainting)
 
 
 def _vae_folder(folder: Path) -> Path:

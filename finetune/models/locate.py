@@ -191,11 +191,7 @@ def _inspect(name: str, folder: Path) -> Location:
     if not family.latent:
         return Location(name, family, folder, _side(unet, family.resolution), multiple=2 ** (blocks - 1))
     vae = read_json(folder / "vae/config.json")
-    if unet.get("in_channels") != vae.get("latent_channels"):
-        raise ModelError(
-            f"--model {name}: its UNet takes {unet.get('in_channels')} channels and its VAE gives "
-            f"{vae.get('latent_channels')}; inpainting and other UNets with extra inputs cannot be trained"
-        )
+    family = _as_it_takes(name, family, unet.get("in_channels"), vae.get("latent_channels"))
     factor = 2 ** (len(_listed(vae, "block_out_channels", folder / "vae/config.json")) - 1)
     multiple = max(factor, 8)  # less than 8 is what pipelines refuse
     return Location(name, family, folder, _side(unet, family.resolution // factor) * factor, multiple)
@@ -210,9 +206,21 @@ def _in_a_file(name: str, path: Path) -> Location:
         )
     checkpoint = inspect(path)
     unet = checkpoint.configs["unet"]
-    if unet["in_channels"] != 4:
-        raise ModelError(f"--model {name}: its UNet takes {unet['in_channels']} channels; inpainting cannot be trained")
-    return Location(name, FAMILIES[checkpoint.family], None, unet["sample_size"] * 8, 8, checkpoint)
+    family = _as_it_takes(name, FAMILIES[checkpoint.family], unet["in_channels"], 4)
+    return Location(name, family, None, unet["sample_size"] * 8, 8, checkpoint)
+
+
+def _as_it_takes(name: str, family: Family, channels: Any, latents: Any) -> Family:
+    """The family, or its inpainting sister, by how many channels the UNet takes and the VAE gives."""
+    plain = FAMILIES[family.name.removesuffix("-inpainting")]
+    if channels == latents:
+        return plain
+    if latents and channels == 2 * latents + 1:  # beside x_t a mask, and the latents of what is left of the picture
+        return FAMILIES[plain.name.removesuffix("-base") + "-inpainting"]
+    raise ModelError(
+        f"--model {name}: its UNet takes {channels} channels and its VAE gives {latents}; UNets that take more "
+        "are trained only where they inpaint (9 for 4)"
+    )
 
 
 def _family(name: str, unet: dict[str, Any]) -> Family:

@@ -63,7 +63,8 @@ def write_form(
     family = model.family.layout
     if family is None:
         raise UsageError(f"--format {form}: {model.family.description} has no such form; allowed is diffusers or unet")
-    settings, beside = yaml_beside(model.scheduler.config, family), to.with_suffix(".yaml")
+    settings = yaml_beside(model.scheduler.config, family, inpainting=model.inpainting)
+    beside = to.with_suffix(".yaml")
     if settings and beside.exists():
         raise UsageError(f"{beside} exists already, and is to say what the checkpoint predicts; give another name")
     tensors = {name: tensor.to(dtype) for name, tensor in checkpoint_tensors(model.pipeline(), family).items()}

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
@@ -30,6 +30,15 @@ _FIRST = "first"
 """Entries of a PNG: what it shows; and left, top, right and bottom of a grid's first picture."""
 
 
+class Hole(NamedTuple):
+    """What an inpainting model is to paint."""
+
+    picture: Image.Image
+    """RGB, of a size that the model takes."""
+    mask: Image.Image
+    """8 bit grey, of the same size: white where it is to be painted."""
+
+
 @torch.no_grad()
 def draw_pictures(
     model: DiffusionModel,
@@ -41,6 +50,7 @@ def draw_pictures(
     guidance_scale: float = 7.5,
     negative_prompt: str = "",
     at_once: int = 1,
+    hole: Hole | None = None,
 ) -> list[list[Image.Image]]:
     """Pictures for each prompt (outer) and seed (inner), the UNet in eval mode.
 
@@ -56,6 +66,7 @@ def draw_pictures(
         guidance_scale: classifier-free guidance, 1 is none; latent mode only.
         negative_prompt: what guidance leads away from.
         at_once: pictures of a prompt that are drawn as one batch: quicker, but rounded otherwise than one by one.
+        hole: for an inpainting model: what it paints, in place of a whole picture.
     """
     model.to(model.unet.device)  # `encode` has sent the frozen parts to the CPU
     model.unet.eval()
@@ -64,7 +75,9 @@ def draw_pictures(
     if isinstance(pipeline, DDPMPipeline):
         with _spoken_to_in_full(model.unet), _progress(model.unet, num_inference_steps):
             return [_draw_unconditional(pipeline, seeds, num_inference_steps)]
-    draw: Any = pipeline
+    draw, size = cast(Any, pipeline), {"height": resolution, "width": resolution}
+    if model.inpainting:
+        size = _repainting(hole or Hole(*(Image.new(mode, (resolution, resolution), "white") for mode in ("RGB", "L"))))
     batches = [seeds[start : start + at_once] for start in range(0, len(seeds), at_once)]
     rows = []
     with _progress(model.unet, num_inference_steps * len(batches) * len(prompts)):
@@ -79,11 +92,16 @@ def draw_pictures(
                         generator=[torch.Generator().manual_seed(seed) for seed in some],
                         num_inference_steps=num_inference_steps,
                         guidance_scale=guidance_scale,
-                        height=resolution,
-                        width=resolution,
+                        **size,
                     ).images
             rows.append(row)
     return rows
+
+
+def _repainting(hole: Hole) -> dict[str, Any]:
+    """The arguments of an inpainting pipeline that say what to paint, from nothing but noise there."""
+    width, height = hole.picture.size
+    return {"image": hole.picture, "mask_image": hole.mask, "strength": 1.0, "height": height, "width": width}
 
 
 @contextmanager

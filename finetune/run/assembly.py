@@ -1,6 +1,6 @@
 """The parts of a run as its config says: the model, the pictures encoded, the trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from finetune.models.lora import Adapter
 from finetune.run.base import load_base, numbers_by_block
 from finetune.run.compiling import compile_blocks
 from finetune.run.precision import DTYPES
+from finetune.seeding import example_key
 from finetune.training.ema import Ema
 from finetune.training.objective import NoisePrediction
 from finetune.training.optim import learning_rate, make_optimizer, parameter_groups
@@ -55,13 +56,26 @@ def assembled(
         seed=config.seed,
         cache_dir=config.cache_dir,
         precision=config.cache_precision,
-        visited=[*pictures.held_out, *sampler(config, pictures).visited(steps, parallel.rank, parallel.world)],
+        visited=_visits(config, pictures, steps, parallel, inpainting=found.family.inpainting),
         at_most={"before": None, "ahead": 0, "auto": _FIRST_STEP_BY}[config.encode],
         told=told,
     )
     trainer = _trainer(config, model, parallel)
     parallel.copy_from_first(list(trainer.parameters.values()))
     return model, encoded, trainer
+
+
+def _visits(
+    config: ResolvedConfig, pictures: Pictures, steps: range, parallel: Parallel, *, inpainting: bool
+) -> Iterator[tuple[int, int | None]]:
+    """Pictures, and with what key they are visited where that decides what is encoded of them."""
+    yield from ((index, None) for index in pictures.held_out)
+    plan, own = sampler(config, pictures), (steps, parallel.rank, parallel.world)
+    if inpainting:
+        for index, number in plan.all_visits(*own):
+            yield index, example_key(config.seed, pictures.ids[index], number)
+    else:
+        yield from ((index, None) for index in plan.visited(*own))
 
 
 def sampler(config: ResolvedConfig, pictures: Pictures) -> Sampler:

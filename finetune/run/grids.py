@@ -6,14 +6,25 @@ from fractions import Fraction
 from pathlib import Path
 
 from PIL import Image
+from torchvision.transforms.v2.functional import to_pil_image
 
+from finetune.cache.visits import Live
+from finetune.data.inpainting import middle_mask
 from finetune.results import tracking
-from finetune.results.sampling import already_shows, draw_pictures, first_picture, grid, save_picture, side_by_side
+from finetune.results.sampling import (
+    Hole,
+    already_shows,
+    draw_pictures,
+    first_picture,
+    grid,
+    save_picture,
+    side_by_side,
+)
 from finetune.run.memorised import count_copies
 from finetune.run.pace import measured_interval
 from finetune.run.parts import Run
 from finetune.run.samples import MOST_GRIDS, SAMPLING_SHARE
-from finetune.seeding import fold
+from finetune.seeding import example_key, fold
 
 AT_ONCE = 4
 """Pictures of one prompt that are drawn as one batch: what fits where a step of training fits."""
@@ -28,7 +39,7 @@ def draw_grid(run: Run) -> None:
     if not samples.prompts or already_shows(path, _settings(run)):
         return
     run.events.phase("sampling", step)
-    clock = time.perf_counter()
+    clock, hole = time.perf_counter(), _hole(run)
     with run.trainer.averaged():
         rows = [
             draw_pictures(
@@ -40,6 +51,7 @@ def draw_grid(run: Run) -> None:
                 guidance_scale=config.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale,
                 negative_prompt=prompt.negative,
                 at_once=AT_ONCE,
+                hole=hole,
             )[0]
             for prompt in samples.prompts
         ]
@@ -50,6 +62,17 @@ def draw_grid(run: Run) -> None:
     tracking.note_seconds(run.folder, step, "grid", time.perf_counter() - clock)
     run.events.note("picture", step=step, path=path.relative_to(run.folder).as_posix())
     tracking.track_pictures(run.accelerator, step, path)
+
+
+def _hole(run: Run) -> Hole | None:
+    """What an inpainting model paints: the first training picture, as its mask says, or the middle of it."""
+    if not run.model.inpainting:
+        return None
+    pictures, index = run.pictures, run.pictures.trained[0]
+    pixels, _ = Live(pictures, inpainting=True).load(index, example_key(run.config.seed, pictures.ids[index], 0), False)
+    drawn = pictures.mask_digest(index) is None
+    mask = middle_mask(pixels.shape[1], pixels.shape[2]) if drawn else pixels[3:]
+    return Hole(to_pil_image(pixels[:3]), to_pil_image(mask))
 
 
 def steps_between(run: Run) -> int | Fraction | None:
@@ -88,4 +111,6 @@ def _settings(run: Run) -> str:
     """A digest of everything but the weights that decides what a grid shows."""
     config, samples = run.config, run.samples
     settings = (samples.pictures, config.resolution, config.num_inference_steps, config.guidance_scale)
+    if run.model.inpainting:
+        settings += (run.pictures.checked(run.pictures.trained[0]).digest,)
     return f"{fold(*map(repr, samples.prompts), *map(str, settings)):016x}"

@@ -11,6 +11,7 @@ from finetune import seeding
 from finetune.batch import moved
 from finetune.config import ResolvedConfig
 from finetune.data.captions import with_trigger
+from finetune.models.inpainting import nothing_shown
 from finetune.models.loading import DiffusionModel
 from finetune.training.forgetting import Questions, ask
 from finetune.training.objective import NoisePrediction
@@ -72,6 +73,7 @@ def _asked(config: ResolvedConfig, model: DiffusionModel, prompts: Sequence[str]
     )
     keys = torch.tensor([seeding.example_key(0, prompt, 0) for prompt in prompts])
     latent = side // model.pipeline().vae_scale_factor  # pyright: ignore[reportAttributeAccessIssue] # of latent ones
-    noise = seeding.normal(keys, "forgetting", (unet.config["in_channels"], latent, latent))
-    objective = NoisePrediction(model.scheduler)
-    return ask(unet, objective, cond, empty, noise, states=STATES, batch_size=config.train_batch_size)
+    noise = seeding.normal(keys, "forgetting", (unet.config["out_channels"], latent, latent))
+    extra = nothing_shown(model.encoder.to(unet.device), keys, side) if model.inpainting else None
+    objective, size = NoisePrediction(model.scheduler), config.train_batch_size
+    return ask(unet, objective, cond, empty, noise, states=STATES, batch_size=size, extra=extra)

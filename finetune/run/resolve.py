@@ -196,6 +196,10 @@ def _refuse_unusable(config: TrainConfig, found: Location, method: str, buckets:
     }
     if not found.family.latent and method == "lora":
         raise UsageError(f"method = lora: {found.name} is a pixel-space model; allowed is full")
+    if config.masked_loss and found.family.inpainting:
+        raise UsageError(
+            f"masked_loss cannot be used with {found.name}: masks say where it paints, and all errors count"
+        )
     if "single-file" in config.export_formats and found.family.layout is None:
         raise UsageError(f"export_formats single-file: {found.family.description} has no such form")
     for name, known in about().items():

@@ -20,7 +20,7 @@ def lay_out_pictures(run: Run) -> None:
         return
     some = [trained[number * len(trained) // SHOWN] for number in range(SHOWN)] if len(trained) > SHOWN else trained
     names = [pictures.ids[index] for index in some]
-    visits = Live(pictures)
+    visits = Live(pictures, run.model.inpainting)
     cells = [visits.shown(i, example_key(run.config.seed, pictures.ids[i], 0))[0] for i in some]
     sheet = contact_sheet(cells, names, [pictures.captions[index] for index in some], [0] * len(some), 0)
     sheet.save(file := io.BytesIO(), "JPEG", quality=85)

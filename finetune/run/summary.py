@@ -5,6 +5,7 @@ from collections import Counter
 from finetune.cache.encoded import Encoded
 from finetune.cache.store import cache_folder
 from finetune.config import ResolvedConfig
+from finetune.data.inpainting import MASKS
 from finetune.data.pictures import Pictures
 from finetune.data.sampler import steps_per_epoch
 from finetune.models.conditioners import spelt_words
@@ -87,10 +88,15 @@ def _forgetting(run: Run) -> str:
 
 
 def _masks(run: Run) -> str:
+    files = counted(len(run.pictures.mask_digests), "file")
+    if run.model.inpainting:
+        others = "drawn anew at each visit" if run.config.live_encoding else f"one of {MASKS} that are drawn for each"
+        given = f"where these are white: {files}; for other pictures " if run.pictures.mask_digests else ""
+        return f"the model paints {given or 'what they cover: '}{others}"
     if not run.pictures.masked:
         return ""
     alpha = ", and alpha channels" if run.config.masked_loss else ""
-    return f"errors count where these are white: {counted(len(run.pictures.mask_digests), 'file')}{alpha}"
+    return f"errors count where these are white: {files}{alpha}"
 
 
 def _captions(run: Run) -> str:

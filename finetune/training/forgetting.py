@@ -31,6 +31,8 @@ class Questions:
     """(S, N, C, H, W) fp32 on the CPU."""
     effect: Tensor
     """(S, N, C, H, W) fp32 on the CPU: what each prompt did to the answer."""
+    extra: Tensor | None = None
+    """(N, C', H, W) on the CPU: what is shown to the UNet beside x_t (inpainting)."""
 
 
 @torch.no_grad()
@@ -43,6 +45,7 @@ def ask(
     *,
     states: int = 3,
     batch_size: int = 4,
+    extra: Tensor | None = None,
 ) -> Questions:
     """Draw each prompt in `states` steps of DDIM (Song et al. 2021, eq. 12 with sigma 0), without guidance.
 
@@ -53,19 +56,21 @@ def ask(
         noise: (N, C, H, W) on the CPU, where the drawing begins.
         states: steps, each from the upper end of one of as many equal parts of the schedule.
         batch_size: prompts per forward pass.
+        extra: channels appended to x_t (inpainting), (N, C', H, W) on the CPU.
     """
     total = len(objective.alphas_cumprod)
     times = tuple((state + 1) * total // states - 1 for state in reversed(range(states)))
     asked, effects = [], []
     x_t = noise.float()
     for t, following in zip(times, (*times[1:], None), strict=True):
-        answer, without = (_answers(unet, x_t, t, told, batch_size) for told in (cond, empty))
+        seen = x_t if extra is None else torch.cat([x_t, extra], dim=1)
+        answer, without = (_answers(unet, seen, t, told, batch_size) for told in (cond, empty))
         asked.append(x_t)
         effects.append(answer - without)
         if following is not None:
             now, then = torch.tensor([t]), torch.tensor([following])
             x_t = objective.moved(x_t, objective.velocity(answer, x_t, now), now, then)
-    return Questions(cond, empty, times, torch.stack(asked), torch.stack(effects))
+    return Questions(cond, empty, times, torch.stack(asked), torch.stack(effects), extra)
 
 
 @torch.no_grad()
@@ -76,7 +81,8 @@ def drift(unet: nn.Module, questions: Questions, *, batch_size: int = 4) -> floa
     """
     shares = []
     for t, x_t, before in zip(questions.t, questions.x_t, questions.effect, strict=True):
-        answer, without = (_answers(unet, x_t, t, told, batch_size) for told in (questions.cond, questions.empty))
+        seen = x_t if questions.extra is None else torch.cat([x_t, questions.extra], dim=1)
+        answer, without = (_answers(unet, seen, t, told, batch_size) for told in (questions.cond, questions.empty))
         shares.append((answer - without - before).square().sum() / before.square().sum())
     return torch.stack(shares).mean().item()
 

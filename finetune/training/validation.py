@@ -58,11 +58,11 @@ def validation_losses(
     try:
         for rows in _alike(source, examples, batch_size):
             indices = [examples[row] for row in rows]
-            source.ready(indices)
             for draw in range(draws):
                 names = [f"validation: {source.ids[index]}" for index in indices]
                 keys = torch.tensor([seeding.example_key(seed, name, draw) for name in names])
-                visits = zip(indices, keys.tolist(), strict=True)
+                visits = list(zip(indices, keys.tolist(), strict=True))
+                source.ready(visits)
                 loaded = [source.visits.load(index, key) for index, key in visits]
                 batch = source.assemble(indices, keys, loaded).to(device)
                 x0 = encoder.sample(batch.stored, batch.keys)

@@ -144,7 +144,7 @@ def test_half_precision_takes_half_of_the_room_and_is_near(folder: Path, tiny: D
 
 
 def test_only_what_is_visited_is_encoded(folder: Path, encoded: Count) -> None:
-    assert encoded(folder, visited=[4, 1, 4]) == {"caption": (3, 3), "picture": (2, 2)}
+    assert encoded(folder, visited=[(4, None), (1, None), (4, None)]) == {"caption": (3, 3), "picture": (2, 2)}
     assert encoded(folder) == {"caption": (7, 4), "picture": (6, 4)}
 
 

@@ -64,7 +64,7 @@ def slow(keys: Sequence[str], prepared: Sequence[str]) -> list[Item]:
 
 def work(keys: int, compute: object = slow) -> Work:
     names = [f"key {number}" for number in range(keys)]
-    return Work("picture", names, lambda index: [names[index]], str, compute, lambda _: 1, torch.nn.Identity())  # pyright: ignore
+    return Work("picture", names, lambda index, _: [names[index]], str, compute, lambda _: 1, torch.nn.Identity())  # pyright: ignore
 
 
 def test_what_would_take_too_long_is_left_as_soon_as_it_shows() -> None:
@@ -84,7 +84,7 @@ def test_what_is_visited_out_of_order_is_computed_once_and_keeps_no_place_of_wha
     demand = Demand(Gathered(MemoryStore()), work(200, compute))
     order = [number ^ 64 for number in range(128)] + [*range(199, 127, -1)]
     for start in range(0, 200, 100):
-        demand.need(order[start : start + 100])
+        demand.need([(index, 0) for index in order[start : start + 100]])
         assert not demand._prepared.keys() & set(computed)
     assert demand.met
     assert sorted(computed) == sorted(demand.work.keys)

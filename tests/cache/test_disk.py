@@ -123,7 +123,7 @@ def number(key):
     return int(key.split()[1])
 
 network = torch.nn.Identity()
-print(fill(store, Work("picture", keys, lambda index: [keys[index]], number, compute, lambda _: 1, network)))
+print(fill(store, Work("picture", keys, lambda index, _: [keys[index]], number, compute, lambda _: 1, network)))
 store.close()
 """
 

@@ -27,7 +27,7 @@ def filled(names: Sequence[str], at_once: int) -> tuple[MemoryStore, list[list[s
     store = MemoryStore()
     fill(
         Gathered(store),
-        Work("picture", names, lambda index: [names[index]], prepare, compute, lambda _: at_once, network),
+        Work("picture", names, lambda index, _: [names[index]], prepare, compute, lambda _: at_once, network),
     )
     return store, groups
 

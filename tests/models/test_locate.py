@@ -286,5 +286,6 @@ def test_layouts_of_a_single_file_are_those_that_there_are():
     layouts = {name: family.layout for name, family in FAMILIES.items()}
     assert layouts == {
         "sd15": "sd15", "sd21": "sd21", "sd21-base": "sd21", "sdxl": "sdxl", "ddpm": None, "tiny": None,
+        "sd15-inpainting": "sd15", "sd21-inpainting": "sd21", "sdxl-inpainting": "sdxl",
     }  # fmt: skip
     assert {layout for layout in layouts.values() if layout} == CLIP.keys()

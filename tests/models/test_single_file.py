@@ -94,7 +94,7 @@ def test_file_to_model_to_file_is_equal_to_the_bit(files: dict[str, Path], famil
 
 
 @pytest.mark.parametrize("relative", RELATIVES)
-def test_distilled_relatives_are_known_by_their_blocks(tmp_path: Path, relative: str) -> None:
+def test_relatives_are_known_by_their_blocks_and_inputs(tmp_path: Path, relative: str) -> None:
     family, blocks = RELATIVES[relative]
     pipeline = small_pipeline(family, **blocks)
     path = write_single_file(tmp_path / "a.safetensors", family, pipeline)
@@ -105,7 +105,11 @@ def test_distilled_relatives_are_known_by_their_blocks(tmp_path: Path, relative:
             str.maketrans("()", "[]")
         )
     assert equal(model.unet.state_dict(), pipeline.unet.state_dict())
-    x, cond = torch.ones(1, 4, 16, 16), {"encoder_hidden_states": torch.ones(1, 77, theirs["cross_attention_dim"])}
+    assert model.inpainting == ("inpainting" in relative)
+    x, cond = (
+        torch.ones(1, theirs["in_channels"], 16, 16),
+        {"encoder_hidden_states": torch.ones(1, 77, theirs["cross_attention_dim"])},
+    )
     if family == "sdxl":
         cond["added_cond_kwargs"] = {"text_embeds": torch.ones(1, 64), "time_ids": torch.ones(1, 6)}
     with torch.no_grad():
