@@ -19,6 +19,7 @@ from finetune.data.sampler import steps_per_epoch
 from finetune.data.source import check_sources
 from finetune.errors import Interrupted, RunError, UsageError
 from finetune.files import json_lines
+from finetune.models.families import Family
 from finetune.models.loading import check_resolution
 from finetune.models.locate import Location, locate
 from finetune.results import hub, tracking
@@ -104,7 +105,7 @@ def _run(
     if folder.finished:
         if parallel.first:
             write_exports(config, folder.path, anew=False)
-            _push(config, folder.path)
+            _push(config, folder.path, found.family)
         return folder.path
     print(f"{'memory':>10}  {check_memory(config, found, accelerator.device)}")
     held = _held(folder, config, events) if parallel.first else nullcontext()
@@ -370,10 +371,10 @@ def _finish(run: Run) -> None:
         more = f"--resume_from_checkpoint latest --max_train_steps {2 * config.max_train_steps}"
         print(f"to go on for longer: finetune-unet --output_dir {shlex.quote(str(folder))} {more}")
     print(f"report: {page}")
-    _push(config, folder)
+    _push(config, folder, run.model.family)
 
 
-def _push(config: ResolvedConfig, folder: Path) -> None:
+def _push(config: ResolvedConfig, folder: Path, family: Family) -> None:
     if config.push_to_hub:
-        private = bool(config.hub_private_repo)
-        print("pushed:", hub.push(folder, config.hub_model_id, private=private, settings=as_settings(config)))
+        how = {"private": bool(config.hub_private_repo), "inpainting": family.inpainting}
+        print("pushed:", hub.push(folder, config.hub_model_id, settings=as_settings(config), **how))

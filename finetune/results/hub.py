@@ -39,7 +39,9 @@ def check_login(repository: str | None = None) -> None:
         raise UsageError(f"hub_model_id {repository!r}: allowed is {allowed}") from error
 
 
-def push(folder: Path, repository: str | None, *, private: bool, settings: Mapping[str, Any]) -> str:
+def push(
+    folder: Path, repository: str | None, *, private: bool, settings: Mapping[str, Any], inpainting: bool = False
+) -> str:
     """Upload a run's export, sample grids and metrics with a model card; nothing else that lies in the folder.
 
     Args:
@@ -47,6 +49,7 @@ def push(folder: Path, repository: str | None, *, private: bool, settings: Mappi
         repository: "owner/name" or "name"; None: the folder's name under the logged-in account.
         private: create the repository as private; one that exists and is public is refused.
         settings: option -> value, for the card.
+        inpainting: it paints into pictures.
 
     Returns:
         The repository's address.
@@ -62,13 +65,19 @@ def push(folder: Path, repository: str | None, *, private: bool, settings: Mappi
         if private and not api.model_info(address.repo_id).private:
             raise UsageError(f"{address} exists and is public; make it private, or give another --hub_model_id")
         files = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in pushed_files(folder)]
-        card = CommitOperationAdd("README.md", model_card(folder, address.repo_id, settings).encode(errors="replace"))
-        api.create_commit(address.repo_id, [*files, card], commit_message="Trained with finetune-unet")
+        card = model_card(folder, address.repo_id, settings, inpainting=inpainting).encode(errors="replace")
+        files.append(CommitOperationAdd("README.md", card))
+        api.create_commit(address.repo_id, files, commit_message="Trained with finetune-unet")
     except (UsageError, *hub_errors(), ValueError, RuntimeError) as error:  # RuntimeError: a broken-off upload
         raise RunError(
             f"{folder} holds the whole export, but it was not pushed (the same command again does it): {_reason(error)}"
         ) from error
     return str(address)
+
+
+_UNCONDITIONAL = "unconditional-image-generation"
+_HOLE = ', image=Image.open("room.png"), mask_image=Image.open("hole.png")'
+"""What an inpainting pipeline is given beside the prompt."""
 
 
 def _token() -> str:
@@ -115,7 +124,7 @@ def _grids(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def model_card(folder: Path, repository: str, settings: Mapping[str, Any]) -> str:
+def model_card(folder: Path, repository: str, settings: Mapping[str, Any], *, inpainting: bool = False) -> str:
     """README.md for an exported run: what it is, its last sample grid, how to load it, its settings.
 
     Free text, such as a caption, stands only in code blocks, as a Python or TOML string on one line: there it cannot
@@ -126,6 +135,7 @@ def model_card(folder: Path, repository: str, settings: Mapping[str, Any]) -> st
         repository: the hub id under which it will be found.
         settings: option -> value; those that say nothing about the result are left out, local paths are shortened
             to their last part.
+        inpainting: it paints into pictures.
 
     Raises:
         RunError: nothing was exported to the folder.
@@ -146,17 +156,19 @@ def model_card(folder: Path, repository: str, settings: Mapping[str, Any]) -> st
         base_model=base,
         datasets=[source for source in sources if _hub_id(source)] or None,
         library_name="diffusers",
-        pipeline_tag="text-to-image" if found.takes_text else "unconditional-image-generation",
+        pipeline_tag="image-to-image" if inpainting else "text-to-image" if found.takes_text else _UNCONDITIONAL,
         tags=["finetune-unet", *(["lora"] if found.adapter else [])],
     )
     kind = "A LoRA" if found.adapter else "A diffusion model"
     grid = "".join(f"![samples](samples/{path.name})\n\n" for path in _grids(folder)[-1:])
-    prompt = _literal(with_trigger(told.get("prompt") or "", told.get("trigger")) or "your prompt")
+    given = _literal(with_trigger(told.get("prompt") or "", told.get("trigger")) or "your prompt")
+    given = given * found.takes_text + _HOLE * inpainting
+    imports = "from PIL import Image\n" * inpainting
     return (
         f"---\n{front.to_yaml()}\n---\n\n# {repository.split('/')[-1]}\n\n"
         f"{kind}, trained{f' from `{base}`' if base else ''} with finetune-unet.\n\n{grid}"
-        f"```python\n{_loading(found.load.format(repository), found.adapter, model, base)}\n"
-        f"picture = pipeline({prompt if found.takes_text else ''}).images[0]\n```\n\n"
+        f"```python\n{imports}{_loading(found.load.format(repository), found.adapter, model, base)}\n"
+        f"picture = pipeline({given}).images[0]\n```\n\n"
         f"Its settings, as a file for `finetune-unet --config`:\n\n```toml\n{tomli_w.dumps(told)}```\n"
     )
 

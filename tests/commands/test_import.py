@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from finetune.cli import main
+from finetune.commands.foreign.onetrainer import take
 from finetune.config import as_dict, load_config
 from finetune.options import ATTENTION_AND_FEED_FORWARD
 
@@ -212,6 +213,14 @@ def test_a_preset_of_onetrainer(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "note: alpha is 1 (OneTrainer's default is 1" in told
     assert "left: optimizer.d_coef = 2.0" in told
     assert "left: layer_filter_preset = 'attn-mlp'" in told
+
+
+@pytest.mark.parametrize(("kind", "heeded"), [("STABLE_DIFFUSION_15", False), ("STABLE_DIFFUSION_15_INPAINTING", True)])
+def test_masks_are_where_an_inpainting_model_of_onetrainer_paints(kind: str, heeded: bool) -> None:
+    without, taken = (take({"model_type": kind, "masked_training": masked}) for masked in (False, True))
+    assert without.ours.get("masked_loss") is (None if heeded else False)
+    assert ("masked_training" in str(taken.left)) == heeded
+    assert "model_type" not in str(taken.left)
 
 
 def test_a_whole_config_of_onetrainer_for_a_full_fine_tune_can_be_trained_with(

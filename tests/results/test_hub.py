@@ -255,6 +255,19 @@ def test_the_front_matter_says_what_was_trained(run_folder: Path, tmp_path: Path
     assert "pipeline().images[0]" in block(body, "python")
 
 
+def test_the_card_of_an_inpainting_model_gives_it_a_picture(run_folder: Path) -> None:
+    text = model_card(run_folder, "someone/cats", {"model": "sd15-inpainting"}, inpainting=True)
+    assert "pipeline_tag: image-to-image" in text
+    code = ast.parse(block(text, "python"))
+    assert {alias.name for node in ast.walk(code) if isinstance(node, ast.ImportFrom) for alias in node.names} == {
+        "Image",
+        "DiffusionPipeline",
+    }
+    (call,) = [node for node in ast.walk(code) if isinstance(node, ast.Call) and len(node.keywords) == 2]
+    assert [keyword.arg for keyword in call.keywords] == ["image", "mask_image"]
+    assert str(FAMILIES["sd15-inpainting"].hub_id) in text
+
+
 def test_the_card_shows_the_last_sample_grid(run_folder: Path):
     assert "![samples](samples/step-10.png)" in outside_of_code(card(run_folder)[1])
     for path in (run_folder / "samples").iterdir():

@@ -14,7 +14,8 @@ DEFAULTS: Mapping[str, Any] = {
 }  # fmt: skip
 """What OneTrainer takes where a file says nothing."""
 _MODELS = {"STABLE_DIFFUSION_15", "STABLE_DIFFUSION_20", "STABLE_DIFFUSION_20_BASE", "STABLE_DIFFUSION_21",
-           "STABLE_DIFFUSION_21_BASE", "STABLE_DIFFUSION_XL_10_BASE"}  # fmt: skip
+           "STABLE_DIFFUSION_21_BASE", "STABLE_DIFFUSION_XL_10_BASE", "STABLE_DIFFUSION_15_INPAINTING",
+           "STABLE_DIFFUSION_20_INPAINTING", "STABLE_DIFFUSION_XL_10_BASE_INPAINTING"}  # fmt: skip
 _DTYPES = {"FLOAT_32": "no", "TFLOAT_32": "no", "FLOAT_16": "fp16", "BFLOAT_16": "bf16"}
 _OPTIMIZERS = {
     "ADAMW": "adamw", "ADAMW_8BIT": "adamw8bit", "ADAFACTOR": "adafactor", "PRODIGY": "prodigy", "SGD": "sgd",
@@ -172,6 +173,8 @@ def take(given: Mapping[str, Any]) -> Taken:
     gamma, weighted = given.pop("loss_weight_strength", 5.0), given.get("loss_weight_fn") == "MIN_SNR_GAMMA"
     if weighted:
         taken.put("snr_gamma", gamma, "loss_weight_strength")
+    if str(given.get("model_type")).endswith("_INPAINTING") and given.pop("masked_training", False):
+        taken.leave("masked_training", True, "masks say where an inpainting model paints, and all errors count")
     if given.get("concepts"):
         given.pop("concept_file_name", None)
     taken.take({name: value for name, value in given.items() if value != {}}, _RENAMED)
