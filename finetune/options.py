@@ -174,6 +174,8 @@ class DataOptions:
     """Picture column of a Hugging Face dataset."""
     caption_column: str = option("text", decided_by="dataset")
     """Caption column of a Hugging Face dataset."""
+    stream_rows: int | None = option(None, AT_LEAST_ONE, decided_by="dataset")
+    """Of a dataset on the hub: take this many rows as they come and keep these, instead of downloading all of it."""
     live_encoding: bool = False
     """Send each picture through the VAE at every visit instead of once."""
     encode: Literal["auto", "before", "ahead"] = option("auto", change="free")

@@ -65,7 +65,8 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
     Args:
         config: options; those left None take the model family's defaults.
         dataset: pictures to train on instead of `config.data`: a map-style dataset of (image, caption, id), or a
-            `datasets.Dataset` with the columns `config.image_column` and `config.caption_column`.
+            `datasets.Dataset` or `IterableDataset` (whose rows are kept on the disk while the program runs) with the
+            columns `config.image_column` and `config.caption_column`.
 
     Returns:
         The run folder: the export, `samples/`, `metrics.jsonl`, `config.toml` and checkpoints.

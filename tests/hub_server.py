@@ -1,4 +1,6 @@
-"""A Hugging Face hub on loopback: as much of its API as creating, committing to and downloading a model takes."""
+"""A Hugging Face hub on loopback: as much of its API as creating, committing to and downloading a model takes, and
+downloading or streaming a dataset.
+"""
 
 import base64
 import hashlib
@@ -95,7 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.breaks_off:
             self.close_connection = True
             return
-        match = re.match(r"/(?:api/models/)?(\w+/[\w.-]+)", self.path)
+        match = re.match(r"/(?:api/models/|api/datasets/|datasets/)?(\w+/[\w.-]+)", self.path)
         repository = self.hub.repositories.get(match[1]) if match else None
         if match is None or repository is None:
             self._send({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
@@ -103,13 +105,21 @@ class _Handler(BaseHTTPRequestHandler):
         rest = self.path[match.end() :].partition("?")[0]
         if found := re.fullmatch(r"/resolve/\w+/(.+)", rest):
             self._send_file(repository, found[1])
-        elif rest.startswith("/tree/"):
-            self._send([_entry(path, content) for path, content in repository.files.items()])
+        elif found := re.fullmatch(r"/tree/\w+/?(.*)", rest):
+            self._send_tree(repository, f"{found[1]}/".lstrip("/"))
         else:
             siblings = [{"rfilename": path} for path in repository.files]
             self._send({"id": match[1], "sha": COMMIT, "private": repository.private, "siblings": siblings})
 
     do_HEAD = do_GET
+
+    def _send_tree(self, repository: Repository, folder: str) -> None:
+        """All that lies below; repositories have no folders in folders here."""
+        inside = {path: content for path, content in repository.files.items() if path.startswith(folder)}
+        if folder and not inside:
+            self._send({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+        else:
+            self._send([_entry(path, content) for path, content in inside.items()])
 
     def _send_file(self, repository: Repository, path: str) -> None:
         content = repository.files.get(path)
@@ -118,7 +128,13 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.command == "GET":
             self.hub.downloads.append(path)
-        self._send(content, 200, {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": COMMIT})
+        about = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            first, last = int(part[1]), min(int(part[2]), len(content) - 1)
+            about["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            self._send(content[first : last + 1], 206, about)
+        else:
+            self._send(content, 200, about)
 
     def _send(self, answer: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
         content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()

@@ -1,13 +1,17 @@
 """What `--data` names, opened: a folder of pictures, tar shards, or a Hugging Face dataset."""
 
+import atexit
 import glob
 import io
 import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from finetune.data import hub_rows
 from finetune.data.buckets import Buckets
 from finetune.data.captions import METADATA, Texts, first_caption
 from finetune.data.image_folder import ImageFolder
@@ -16,15 +20,13 @@ from finetune.data.picture_memory import PictureMemory, Stamp
 from finetune.data.pictures import PictureFiles
 from finetune.data.shards import SUFFIX, TarShards, find_shards
 from finetune.data.source import check_source
+from finetune.data.streamed import CAPTION_COLUMN, IMAGE_COLUMN, kept
 from finetune.data.transforms import WHITE, Preprocess
-from finetune.errors import DataError, UsageError, hub_errors
+from finetune.errors import DataError, UsageError
 from finetune.seeding import wide_fold
 
 if TYPE_CHECKING:
     import datasets
-
-IMAGE_COLUMN = "image"
-CAPTION_COLUMN = "text"
 
 _TABLE_SUFFIXES = (".parquet", ".arrow")
 
@@ -144,6 +146,8 @@ def open_dataset(
     image_column: str = IMAGE_COLUMN,
     caption_column: str = CAPTION_COLUMN,
     masks: Literal["files", "files and alpha", "none"] = "files",
+    stream_rows: int | None = None,
+    kept_in: Path | None = None,
     **options: Any,
 ) -> ImageFolder | TarShards | HuggingFaceDataset:
     """Open what --data names.
@@ -151,8 +155,10 @@ def open_dataset(
     Args:
         source: a folder of pictures; a tar file, a folder with such, or a pattern (shards/*.tar); a folder written by
             `Dataset.save_to_disk`; a folder of parquet or arrow files, or one such file; the id of a dataset on the
-            Hugging Face hub (its split "train"); or a Dataset itself. Only a source that does not exist on this machine
-            is looked for on the hub.
+            Hugging Face hub (its split "train"); or a Dataset or IterableDataset itself. Only a source that does not
+            exist on this machine is looked for on the hub.
+        stream_rows: of a dataset on the hub, or an IterableDataset: take so many rows as they come.
+        kept_in: the folder where rows of streams are kept; None: there is none.
         prompt, image_column, caption_column, masks, options: as for `ImageFolder` and `HuggingFaceDataset`.
 
     Raises:
@@ -161,15 +167,23 @@ def open_dataset(
     """
     columns = {"image_column": image_column, "caption_column": caption_column}
     if not isinstance(source, str):
-        return HuggingFaceDataset(source, prompt, **columns, **options)
+        return HuggingFaceDataset(_passed_once(source, stream_rows, **columns), prompt, **columns, **options)
     check_source(source)
     path = Path(os.path.expanduser(source))
     files = list_files(path) if path.is_dir() else []
     shards = find_shards(source, path, files)
     if masks == "files and alpha" and not shards and not (path.is_dir() and not _holds_tables(path, files)):
         raise UsageError(f"--masked_loss is for folders of pictures and shards; {source} holds rows, without masks")
-    if not shards and not os.path.exists(path):
-        return HuggingFaceDataset(_load_from_hub(source), prompt, **columns, **options)
+    on_hub = not shards and not os.path.exists(path)
+    if stream_rows is not None and not on_hub:
+        raise UsageError(f"stream_rows is for datasets on the Hugging Face hub; {source} is on this machine")
+    if on_hub and stream_rows is not None:
+        if kept_in is None:
+            raise UsageError("stream_rows needs a folder where rows are kept; leave --cache_dir none out")
+        rows = hub_rows.streamed(source, stream_rows, kept_in, image_column, caption_column)
+        return HuggingFaceDataset(rows, prompt, **columns, **options)
+    if on_hub:
+        return HuggingFaceDataset(hub_rows.whole(source), prompt, **columns, **options)
     if not shards and _holds_tables(path, files):
         return HuggingFaceDataset(_load_tables(path), prompt, **columns, **options)
     if (image_column, caption_column) != (IMAGE_COLUMN, CAPTION_COLUMN):
@@ -225,29 +239,17 @@ def _load_tables(path: Path) -> "datasets.Dataset":
     return loaded["train"] if "train" in loaded else next(iter(loaded.values()))
 
 
-def _load_from_hub(name: str) -> "datasets.Dataset":
-    """Split "train" of a dataset on the hub, or in the cache if HF_HUB_OFFLINE is set."""
+def _passed_once(rows: Any, count: int | None, image_column: str, caption_column: str) -> "datasets.Dataset":
+    """The rows of a stream, in a folder that goes with this process; of another dataset, as they are."""
     import datasets
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub import HfApi, errors
 
-    missing = f"--data {name}: no such folder"
-    try:
-        # load_dataset would try an unreachable hub for half a minute; this asks once.
-        HfApi().dataset_info(name, timeout=10)
-    except errors.HFValidationError as error:
-        raise UsageError(missing) from error
-    except errors.OfflineModeIsEnabled:
-        pass
-    except errors.RepositoryNotFoundError as error:
-        raise DataError(f"{missing}, and no such dataset on the hub (for a private one: hf auth login)") from error
-    except hub_errors() as error:
-        reason = f"the hub was not reachable ({_first_line(error)})"
-        raise DataError(f"{missing}, and {reason}; give a local folder of pictures") from error
-    try:
-        return datasets.load_dataset(name, split="train")
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise DataError(f"--data {name}: {_first_line(error)}") from error
+    if not isinstance(rows, datasets.IterableDataset):
+        if count is not None:
+            raise UsageError("stream_rows is for an IterableDataset; this dataset can be selected from: rows.select")
+        return rows
+    folder = Path(tempfile.mkdtemp(prefix="finetune-rows-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return kept(lambda: rows, folder, image_column, caption_column, count)
 
 
 def _first_line(error: Exception) -> str:

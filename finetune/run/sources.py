@@ -64,10 +64,11 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
         image_column=config.image_column,
         caption_column=config.caption_column,
     )
+    streamed = partial(opened, stream_rows=config.stream_rows, kept_in=folder)
     if dataset is None:
-        pictures = _joined(config, opened)
+        pictures = _joined(config, streamed)
     elif is_table(dataset):
-        pictures = opened(cast(Any, dataset))
+        pictures = streamed(cast(Any, dataset))
     else:
         pictures = _own_pictures(config, found, dataset, resolution)
     if config.class_data:

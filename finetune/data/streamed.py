@@ -1,0 +1,159 @@
+"""Datasets that can only be iterated: their rows pass once to the disk, and are trained on from there."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from finetune.errors import DataError, RunError, hub_errors
+
+if TYPE_CHECKING:
+    import datasets
+
+IMAGE_COLUMN, CAPTION_COLUMN = "image", "text"
+"""Unless others are named; there need be no column of captions under that name."""
+
+_ROWS, _BYTES = 1000, 256 * 2**20
+"""Of a chunk, which is held in memory until it is written: at most so many, or as soon as it is so large."""
+
+_STATE, _WHOLE = "stream.json", "whole"
+"""Where the stream goes on after a chunk; and what lies beside the chunks when it has ended."""
+
+
+def kept(
+    opened: "Callable[[], datasets.IterableDataset] | None",
+    folder: Path,
+    image_column: str,
+    caption_column: str,
+    count: int | None,
+) -> "datasets.Dataset":
+    """The rows of a stream, or the first of them, as a table on the disk: pictures as they came, and captions.
+
+    What is in the folder already is not asked for again; a stream that breaks off goes on after its last chunk of rows.
+
+    Args:
+        opened: opens the stream, which comes in the same order each time; None: it cannot be asked.
+        folder: of this stream alone; it need not exist.
+        image_column: its pictures.
+        caption_column: its captions.
+        count: how many rows are wanted; None: all.
+
+    Raises:
+        DataError: a row holds something else, or the stream has broken off.
+        RunError: the folder cannot be written.
+    """
+    import datasets
+
+    folder.mkdir(parents=True, exist_ok=True)
+    chunks = sorted(folder.glob("chunk-*"))
+    there = sum(len(datasets.load_from_disk(chunk)) for chunk in chunks)
+    if opened is not None and (count is None or there < count) and not (folder / _WHOLE).exists():
+        rows = opened()
+        if chunks:
+            rows.load_state_dict(json.loads((chunks[-1] / _STATE).read_text(encoding="utf-8")))
+        _fill(rows, folder, image_column, caption_column, there, count)
+        chunks = sorted(folder.glob("chunk-*"))
+    if not chunks:
+        raise DataError("the dataset has no rows")
+    tables: Any = [datasets.load_from_disk(chunk) for chunk in chunks]
+    table = datasets.concatenate_datasets(tables)
+    return table if count is None or count >= len(table) else table.select(range(count))
+
+
+def _fill(
+    rows: "datasets.IterableDataset",
+    folder: Path,
+    image_column: str,
+    caption_column: str,
+    there: int,
+    count: int | None,
+) -> None:
+    """Write chunks of the rows to come, `there` of which were written before."""
+    chunk, size, number = list[dict[str, Any]](), 0, there
+    wanted = islice(_arriving(rows, there), None if count is None else count - there)  # which asks for none in vain
+    for row in tqdm(wanted, "keeping rows", count, initial=there, unit="", delay=3, leave=False, disable=None):
+        picture = _picture(row, number, image_column)
+        chunk.append({image_column: picture, caption_column: _caption(row, number, caption_column)})
+        size += len(picture["bytes"]) if picture and picture["bytes"] else 0
+        number += 1
+        if len(chunk) == _ROWS or size >= _BYTES:
+            _write(chunk, folder, rows.state_dict(), image_column, caption_column)
+            chunk, size = [], 0
+    if chunk:
+        _write(chunk, folder, rows.state_dict(), image_column, caption_column)
+    if count is None or number < count:
+        (folder / _WHOLE).touch()
+
+
+def _arriving(rows: "datasets.IterableDataset", number: int) -> Iterator[Mapping[str, Any]]:
+    from datasets.exceptions import DatasetsError
+
+    try:
+        for row in rows:
+            yield row
+            number += 1
+    except (*hub_errors(), OSError, ValueError, RuntimeError, DatasetsError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(
+            f"the dataset broke off at row {number}: {first}; the same command goes on from there"
+        ) from error
+
+
+def _picture(row: Mapping[str, Any], number: int, column: str) -> dict[str, Any] | None:
+    """Encoded bytes, whatever the row holds of a picture."""
+    import datasets
+    import fsspec
+
+    if column not in row:
+        raise DataError(f"--image_column {column}: no such column; there are {', '.join(row)}")
+    if row[column] is None:
+        return None
+    try:
+        picture = datasets.Image().encode_example(row[column])
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"--image_column {column}: row {number} holds {type(row[column]).__name__}, no picture"
+        ) from error
+    content, path = picture.get("bytes"), picture.get("path")
+    if content is None and path:
+        with fsspec.open(path, "rb") as file:  # on the hub, or inside of an archive there
+            content = file.read()  # pyright: ignore[reportAttributeAccessIssue]
+    return {"bytes": content, "path": None}
+
+
+def _caption(row: Mapping[str, Any], number: int, column: str) -> str | list[str] | None:
+    """A caption, or several."""
+    if column not in row and column != CAPTION_COLUMN:
+        raise DataError(f"--caption_column {column}: no such column; there are {', '.join(row)}")
+    for text in row[column] if isinstance(row.get(column), list) else [row.get(column)]:
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"--caption_column {column}: row {number} holds {text!r}, allowed is text")
+    return row.get(column)
+
+
+def _write(
+    chunk: list[dict[str, Any]], folder: Path, state: Mapping[str, Any], image_column: str, caption_column: str
+) -> None:
+    """Keep rows and where the stream goes on after them, whole or not at all."""
+    import datasets
+
+    text = datasets.Value("string")
+    if several := any(isinstance(row[caption_column], list) for row in chunk):
+        given = [(row, row[caption_column]) for row in chunk]
+        chunk = [row | {caption_column: texts if isinstance(texts, list) else [texts]} for row, texts in given]
+    features = {image_column: datasets.Image(decode=False), caption_column: [text] if several else text}
+    number = len(list(folder.glob("chunk-*")))
+    part = folder / f".chunk-{number}-{os.getpid()}.part"
+    try:
+        datasets.Dataset.from_list(chunk, features=datasets.Features(features)).save_to_disk(part)
+        (part / _STATE).write_text(json.dumps(state), encoding="utf-8")
+        part.rename(folder / f"chunk-{number:06}")
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

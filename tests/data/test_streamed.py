@@ -1,0 +1,190 @@
+"""Datasets that can only be iterated."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from PIL import Image
+
+from finetune.config import TrainConfig
+from finetune.data import streamed
+from finetune.data.datasets import HuggingFaceDataset, open_dataset
+from finetune.data.streamed import kept
+from finetune.errors import DataError, UsageError
+from finetune.recipe import fine_tune
+from tests.hub_server import Hub, Repository, hub_environment
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def global_generator_untouched() -> None:
+    """Whole runs are here."""
+
+
+def encoded(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), (10 * number, 90, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+class Source:
+    """A stream of rows that counts those that were asked for, and may break off."""
+
+    def __init__(self, rows: int, breaks_at: int | None = None) -> None:
+        self.rows, self.breaks_at, self.asked = rows, breaks_at, 0
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        for number in range(self.rows):
+            if number == self.breaks_at:
+                raise ConnectionError("Connection reset by peer")
+            self.asked += 1
+            yield {"image": {"bytes": encoded(number), "path": None}, "text": f"picture {number}", "more": number}
+
+    def stream(self) -> datasets.IterableDataset:
+        return datasets.IterableDataset.from_generator(self)
+
+
+def captions(rows: datasets.Dataset) -> list[str]:
+    return list(rows["text"])
+
+
+def test_rows_pass_once_and_come_as_they_were(tmp_path: Path) -> None:
+    source = Source(7)
+    rows = kept(source.stream, tmp_path, "image", "text", None)
+    assert source.asked == 7
+    assert captions(rows) == [f"picture {number}" for number in range(7)]
+    assert sorted(rows.column_names) == ["image", "text"]
+    plain = rows.cast_column("image", datasets.Image(decode=False))
+    assert [row["image"]["bytes"] for row in plain] == [encoded(number) for number in range(7)]
+    assert captions(kept(source.stream, tmp_path, "image", "text", None)) == captions(rows)
+    assert source.asked == 7  # nothing is asked again
+
+
+def test_only_as_many_are_asked_for_as_are_wanted(tmp_path: Path) -> None:
+    source = Source(20)
+    assert captions(kept(source.stream, tmp_path, "image", "text", 4)) == [f"picture {number}" for number in range(4)]
+    assert source.asked == 4
+    assert len(kept(source.stream, tmp_path, "image", "text", 3)) == 3
+    assert source.asked == 4
+    more = kept(source.stream, tmp_path, "image", "text", 9)
+    assert captions(more) == [f"picture {number}" for number in range(9)]
+    assert len(kept(source.stream, tmp_path, "image", "text", 100)) == 20
+    asked = source.asked
+    assert len(kept(source.stream, tmp_path, "image", "text", 100)) == 20  # it is known that there are no more
+    assert source.asked == asked
+    assert len(kept(None, tmp_path, "image", "text", 5)) == 5
+
+
+def test_a_stream_that_breaks_off_goes_on_after_its_last_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed, "_ROWS", 3)
+    with pytest.raises(DataError, match="broke off at row 8: Connection reset by peer; the same command goes on"):
+        kept(Source(11, breaks_at=8).stream, tmp_path, "image", "text", None)
+    (tmp_path / ".chunk-2-1.part").mkdir()  # of a process that was killed
+    whole = kept(Source(11).stream, tmp_path, "image", "text", None)
+    assert captions(whole) == [f"picture {number}" for number in range(11)]
+    assert [len(datasets.load_from_disk(chunk)) for chunk in sorted(tmp_path.glob("chunk-*"))] == [3, 3, 3, 2]
+
+
+def test_chunks_are_as_large_as_memory_shall_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed, "_BYTES", 2 * min(len(encoded(number)) for number in range(5)))
+    kept(Source(5).stream, tmp_path, "image", "text", None)
+    assert [len(datasets.load_from_disk(chunk)) for chunk in sorted(tmp_path.glob("chunk-*"))] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("form", ["picture", "path", "bytes", "nothing", "broken"])
+def test_pictures_of_any_form_are_kept_as_bytes(tmp_path: Path, form: str) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(3))
+    value = {
+        "picture": Image.open(io.BytesIO(encoded(3))), "path": str(tmp_path / "a.png"), "bytes": encoded(3),
+        "nothing": None, "broken": b"no picture",
+    }[form]  # fmt: skip
+    rows = [{"image": value, "text": ["one", "two"]}, {"image": encoded(1), "text": "alone"}]
+    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    pictures = HuggingFaceDataset(kept(lambda: stream, tmp_path / "kept", "image", "text", None), resolution=64)
+    if form in ("nothing", "broken"):
+        assert [bad.path for bad in pictures.quarantined] == ["row 0"]
+        assert pictures.ids == ["row 1"]
+    else:
+        (tmp_path / "a.png").unlink()
+        assert pictures[0].image.getpixel((0, 0)) == (30, 90, 0)
+        assert pictures.texts(0) == ("one", "two")
+    assert pictures.texts(pictures.ids.index("row 1")) == ("alone",)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        ({"image": encoded(0)}, ("image", "words"), "--caption_column words: no such column; there are image"),
+        (
+            {"jpg": encoded(0), "text": "x"},
+            ("image", "text"),
+            "--image_column image: no such column; there are jpg",
+        ),
+        ({"image": encoded(0), "text": 5}, ("image", "text"), "--caption_column text: row 0 holds 5, allowed is text"),
+        ({"image": 7, "text": "x"}, ("image", "text"), "--image_column image: row 0 holds int, no picture"),
+    ],
+)
+def test_other_columns_are_told(tmp_path: Path, row: dict[str, Any], columns: tuple[str, str], message: str) -> None:
+    stream = datasets.IterableDataset.from_generator(lambda: iter([row]))
+    with pytest.raises(DataError, match=message):
+        kept(lambda: stream, tmp_path, *columns, None)
+
+
+def test_a_stream_without_captions_or_rows(tmp_path: Path) -> None:
+    bare = datasets.IterableDataset.from_generator(lambda: iter([{"image": encoded(0)}]))
+    pictures = open_dataset(bare, "a prompt", resolution=64)  # pyright: ignore[reportArgumentType]
+    assert pictures.captions == ["a prompt"]
+    with pytest.raises(DataError, match="the dataset has no rows"):
+        kept(Source(0).stream, tmp_path, "image", "text", None)
+
+
+def test_a_stream_is_trained_on(tmp_path: Path) -> None:
+    options = {"max_train_steps": 2, "train_batch_size": 2, "num_inference_steps": 0, "forgetting_prompts": 0}
+    config = TrainConfig(output_dir=str(tmp_path / "out"), stream_rows=4, validation_fraction=0.0, **options)  # pyright: ignore[reportArgumentType]
+    source = Source(50)
+    fine_tune(config, source.stream())  # pyright: ignore[reportArgumentType]
+    assert source.asked == 4
+    assert json.loads((tmp_path / "out/ledger.json").read_text())["trained"] == 4
+    with pytest.raises(UsageError, match="stream_rows is for an IterableDataset"):
+        fine_tune(config, datasets.Dataset.from_list([{"image": None, "text": "x"}]))
+
+
+TWICE = """
+from pathlib import Path
+from finetune.data.hub_rows import streamed
+for _ in range(2):
+    print(len(streamed("someone/discs", 5, Path("kept"), "image", "text")), end=" ")
+"""
+
+
+def test_the_first_rows_of_a_dataset_on_the_hub_are_kept_and_need_no_hub_then(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": encoded(number), "path": None}, "text": f"picture {number}"} for number in range(12)]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    with Hub() as hub:
+        content = (tmp_path / "train.parquet").read_bytes()
+        hub.repositories["someone/discs"] = Repository(files={"train.parquet": content})
+        environment = hub_environment(hub.url, tmp_path / "hub") | {"PYTHONPATH": str(ROOT)}
+        told = partial(subprocess.run, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
+        twice = told([sys.executable, "-c", TWICE], env=environment)
+        assert twice.stdout == "5 5 ", twice.stderr
+        assert "train.parquet" in hub.downloads
+    command = [sys.executable, "-m", "finetune", "preview", "--data", "someone/discs", "--stream_rows", "4"]
+    offline = told([*command, "--cache_dir", "kept"], env=environment | {"HF_HUB_OFFLINE": "1"})
+    assert "4 of 4 pictures" in offline.stdout, offline.stderr
+    with pytest.raises(UsageError, match="stream_rows needs a folder where rows are kept"):
+        open_dataset("someone/discs", "x", stream_rows=4)
+
+
+def test_what_is_on_this_machine_is_not_streamed(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    with pytest.raises(UsageError, match=r"stream_rows is for datasets on the Hugging Face hub; .* is on this machine"):
+        open_dataset(str(tmp_path), "x", stream_rows=3, kept_in=tmp_path)
