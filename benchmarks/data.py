@@ -169,7 +169,7 @@ def loader(work: Path) -> None:
         def at_once(self, height: int, width: int) -> int:
             return 1
 
-        def sample(self, stored: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        def sample(self, stored: torch.Tensor, keys: torch.Tensor, purpose: str = "") -> torch.Tensor:
             return stored
 
         def decode(self, x0: torch.Tensor) -> torch.Tensor:

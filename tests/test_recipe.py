@@ -247,7 +247,7 @@ def test_training_starts_from_the_pictures_alone_with_a_dataset_of_ones_own(tmp_
     [
         ({"data": "nowhere"}, UsageError, "nowhere: no such folder"),
         ({"resolution": 66}, UsageError, "the nearest: 64 and 72"),
-        ({"model": "sd16"}, UsageError, "sd21-base, sdxl, ddpm, tiny or a hub id; did you mean sd"),
+        ({"model": "sd16"}, UsageError, "sdxl, ddpm, tiny, .*-inpainting or a hub id; did you mean sd"),
         ({"mixed_precision": "fp16"}, UsageError, "a CPU cannot compute in fp16; allowed here is bf16"),
         ({"model": "ddpm", "method": "full", "prompt": "x", "resolution": 32}, UsageError, "takes no text"),
         pytest.param(

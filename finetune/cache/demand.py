@@ -21,6 +21,7 @@ class Demand:
     def __init__(self, store: Gathered, work: Work) -> None:
         self.store, self.work = store, work
         missing = store.missing(work.keys)
+        store.claim([])  # a folder that cannot be written is told before the first step
         self._left, self._coming = set(missing), iter(missing)
         self._prepared: dict[str, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(THREADS)

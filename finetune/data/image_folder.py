@@ -71,7 +71,7 @@ class ImageFolder(PictureFiles):
         self._masks, lonely = masks_of(files, self._files)
         self._lonely_masks = [_below(root, file) for file in lonely]
         self._alpha, self.masked = masks == "files and alpha", masks != "none"
-        self._mask_digests, unusable = checked_masks(self._masks if self.masked else {})
+        self._mask_digests, unusable = checked_masks(self._masks if self.masked else {}, memory)
         repeats, subjects = _repeated(names)
         found = find_captions(
             files,

@@ -346,7 +346,8 @@ class _Finding(NamedTuple):
     """Not remembered yet."""
 
 
-def _stamped(source: PictureFile) -> tuple[Path, Stamp] | None:
+def stamped(source: PictureFile) -> tuple[Path, Stamp] | None:
+    """Under what path and stamp a file is remembered; None: it is no file of its own."""
     if isinstance(source, Member):  # it changes only with its shard
         return source.place, Stamp.of(source.shard)
     if isinstance(source, Row):
@@ -356,7 +357,7 @@ def _stamped(source: PictureFile) -> tuple[Path, Stamp] | None:
 
 def _examine(source: PictureFile, name: str, memory: PictureMemory | None) -> _Finding:
     """What a picture is, by memory if it can be. Raises one of `_READ_ERRORS` for what is none."""
-    file = _stamped(source)
+    file = stamped(source)
     digest = memory.digest(*file) if memory is not None and file else None
     remembered = digest is not None
     content = None if remembered else read_file(source)

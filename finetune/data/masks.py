@@ -3,14 +3,15 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TypeVar
 
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.data.images import PictureFile, digest_of, open_image, read_file
+from finetune.data.images import PictureFile, digest_of, open_image, read_file, stamped
+from finetune.data.picture_memory import PictureMemory, Stamp
 from finetune.data.transforms import Placement
 from finetune.errors import DataError
 
@@ -38,14 +39,29 @@ def masks_of(files: Iterable[Place], pictures: Sequence[Place]) -> tuple[dict[Pl
     return found, [file for file in masks if file not in used]
 
 
-def checked_masks(masks: Mapping[Key, PictureFile]) -> tuple[dict[Key, str], dict[Key, str]]:
-    """Picture -> digest of its mask, and picture -> why its mask cannot be used."""
+def checked_masks(
+    masks: Mapping[Key, PictureFile], memory: PictureMemory | None = None
+) -> tuple[dict[Key, str], dict[Key, str]]:
+    """Picture -> digest of its mask, and picture -> why its mask cannot be used.
+
+    `memory`, of earlier runs, spares the reading of masks that are unchanged, and takes up what is new.
+    """
     digests, bad = {}, {}
+    files, sizes = list[tuple[Path, Stamp, str]](), list[tuple[str, tuple[int, int]]]()
 
     def check(file: PictureFile) -> str:
-        if not open_mask(file).getbbox():
+        place = stamped(file)
+        known = memory.digest(*place) if memory is not None and place else None
+        if memory is not None and known and memory.size(_as_mask(known)):
+            return known
+        mask = open_mask(file)
+        if not mask.getbbox():
             raise DataError("it is black all over")
-        return digest_of(read_file(file))
+        digest = digest_of(read_file(file))
+        if place:
+            files.append((*place, digest))
+            sizes.append((_as_mask(digest), mask.size))
+        return digest
 
     with ThreadPoolExecutor() as pool:
         checks = {picture: pool.submit(check, mask) for picture, mask in masks.items()}
@@ -54,7 +70,14 @@ def checked_masks(masks: Mapping[Key, PictureFile]) -> tuple[dict[Key, str], dic
                 digests[picture] = made.result()
             except DataError as error:
                 bad[picture] = f"its mask: {error}"
+    if memory is not None and files:
+        memory.note(files, sizes)
     return digests, bad
+
+
+def _as_mask(digest: str) -> str:
+    """What remembers that these bytes are a mask that can be used: a picture may be black all over."""
+    return f"mask {digest}"
 
 
 def open_mask(file: PictureFile, digest: str | None = None) -> Image.Image:

@@ -76,7 +76,7 @@ class TarShards(PictureFiles):
             orphans += sorted(f"{called[shard]}/{key}{next(iter(index.texts[key]))}" for key in lonely)
         self._alpha, self.masked = masks == "files and alpha", masks != "none"
         self._masks, self._lonely_masks = _masks(indices, self._members)
-        self._mask_digests, unusable = checked_masks(self._masks if self.masked else {})
+        self._mask_digests, unusable = checked_masks(self._masks if self.masked else {}, memory)
         bad |= {f"{called[member.shard]}/{member.name}": reason for member, reason in unusable.items()}
         super().__init__(
             str(root),

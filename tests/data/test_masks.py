@@ -14,10 +14,12 @@ from torch.nn import functional as F
 from finetune.cache.encode import encode
 from finetune.cache.visits import Live
 from finetune.config import TrainConfig
+from finetune.data import masks
 from finetune.data.buckets import Buckets
 from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import training_steps
 from finetune.data.masks import weights
+from finetune.data.picture_memory import PictureMemory
 from finetune.data.transforms import Placement
 from finetune.errors import UsageError
 from finetune.models.encoders import PixelEncoder
@@ -158,3 +160,30 @@ def test_a_run_heeds_them_and_other_masks_are_another_run(folder: Path, tmp_path
         UsageError, match=r"--masked_loss is for folders of pictures and shards; .*rows.parquet holds rows"
     ):
         fine_tune(TrainConfig(**options | {"data": str(table)}, masked_loss=True))
+
+
+def test_masks_are_opened_once_unless_nothing_is_to_be_trusted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    plain = masks.open_mask
+    monkeypatch.setattr(masks, "open_mask", lambda file, digest=None: opened.append(str(file)) or plain(file, digest))
+
+    def again(*, strict: bool = False) -> list[str]:
+        opened.clear()
+        memory = PictureMemory(tmp_path / "cache", strict=strict)
+        return list(ImageFolder(folder, "a box", resolution=64, memory=memory).mask_digests)
+
+    first = again()
+    assert len(opened) == 4
+    assert again() == first
+    assert opened == []
+    assert again(strict=True) == first
+    assert len(opened) == 4
+    Image.new("L", (96, 64), 200).save(folder / "0.mask.png")
+    assert [a == b for a, b in zip(again(), first, strict=True)] == [False, True, True, True]
+    assert [Path(name).name for name in opened] == ["0.mask.png"]
+    Image.new("L", (96, 64)).save(folder / "0.png")  # a black picture is none of a mask's business
+    Image.new("L", (96, 64)).save(folder / "0.mask.png")
+    assert len(again()) == 3
+    assert len(again()) == 3  # black all over, whenever it is asked
