@@ -62,7 +62,8 @@ class ModelOptions:
     """What learns."""
 
     model: str = option("tiny", names=("pretrained_model_name_or_path",))
-    """sd15, sd21, sd21-base, sdxl, ddpm, tiny, a hub id (owner/name), a diffusers folder, or a .safetensors file."""
+    """sd15, sd21, sd21-base, sdxl, ddpm, tiny, sd15-inpainting (sd21-, sdxl-), a hub id (owner/name), a folder of
+    diffusers, or a .safetensors file."""
     tokenizer: str | None = option(None, needs="a checkpoint in one file")
     """For a checkpoint in one file: a tokenizer's folder, or bpe_simple_vocab_16e6.txt.gz. Default: from the package
     open_clip, or the hub's cache."""
@@ -132,7 +133,7 @@ class DataOptions:
     """A word placed before every caption, or where the caption says [trigger]."""
     masked_loss: bool | None = option(None, called=("alpha_mask",), decided_by="dataset")
     """Let errors count where a mask is white: NAME.mask.png beside a picture, else its alpha channel. Default: by such
-    files alone."""
+    files alone. Inpainting models paint there instead."""
     resolution: int | None = option(None, AT_LEAST_ONE, names=("image_size",))
     """Pixels per side; with buckets, of the square that no picture's area exceeds. Default: the model's own."""
     aspect_ratio_bucketing: bool | None = option(None, decided_by="transform", called=("enable_bucket",))

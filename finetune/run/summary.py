@@ -90,9 +90,10 @@ def _forgetting(run: Run) -> str:
 def _masks(run: Run) -> str:
     files = counted(len(run.pictures.mask_digests), "file")
     if run.model.inpainting:
-        others = "drawn anew at each visit" if run.config.live_encoding else f"one of {MASKS} that are drawn for each"
-        given = f"where these are white: {files}; for other pictures " if run.pictures.mask_digests else ""
-        return f"the model paints {given or 'what they cover: '}{others}"
+        drawn = "drawn anew at each visit" if run.config.live_encoding else f"drawn, {MASKS} for each picture"
+        if not run.pictures.mask_digests:
+            return f"the model paints where they are white: {drawn}"
+        return f"the model paints where these are white: {files}; for other pictures {drawn}"
     if not run.pictures.masked:
         return ""
     alpha = ", and alpha channels" if run.config.masked_loss else ""
