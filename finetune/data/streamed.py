@@ -1,9 +1,11 @@
 """Datasets that can only be iterated: their rows pass once to the disk, and are trained on from there."""
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,20 +51,33 @@ def kept(
     """
     import datasets
 
-    folder.mkdir(parents=True, exist_ok=True)
-    chunks = sorted(folder.glob("chunk-*"))
-    there = sum(len(datasets.load_from_disk(chunk)) for chunk in chunks)
-    if opened is not None and (count is None or there < count) and not (folder / _WHOLE).exists():
-        rows = opened()
-        if chunks:
-            rows.load_state_dict(json.loads((chunks[-1] / _STATE).read_text(encoding="utf-8")))
-        _fill(rows, folder, image_column, caption_column, there, count)
+    with _alone(folder):
         chunks = sorted(folder.glob("chunk-*"))
+        there = sum(len(datasets.load_from_disk(chunk)) for chunk in chunks)
+        if opened is not None and (count is None or there < count) and not (folder / _WHOLE).exists():
+            rows = opened()
+            if chunks:
+                rows.load_state_dict(json.loads((chunks[-1] / _STATE).read_text(encoding="utf-8")))
+            _fill(rows, folder, image_column, caption_column, there, count)
+            chunks = sorted(folder.glob("chunk-*"))
     if not chunks:
         raise DataError("the dataset has no rows")
     tables: Any = [datasets.load_from_disk(chunk) for chunk in chunks]
     table = datasets.concatenate_datasets(tables)
     return table if count is None or count >= len(table) else table.select(range(count))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Inside, no other run fills the folder: it waits, and finds what this one has kept."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error.strerror}") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _fill(

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from finetune.config import TrainConfig
 from finetune.data import streamed
 from finetune.data.datasets import HuggingFaceDataset, open_dataset
 from finetune.data.streamed import kept
-from finetune.errors import DataError, UsageError
+from finetune.errors import DataError, RunError, UsageError
 from finetune.recipe import fine_tune
 from tests.hub_server import Hub, Repository, hub_environment
 
@@ -91,6 +92,21 @@ def test_a_stream_that_breaks_off_goes_on_after_its_last_chunk(tmp_path: Path, m
     whole = kept(Source(11).stream, tmp_path, "image", "text", None)
     assert captions(whole) == [f"picture {number}" for number in range(11)]
     assert [len(datasets.load_from_disk(chunk)) for chunk in sorted(tmp_path.glob("chunk-*"))] == [3, 3, 3, 2]
+
+
+def test_two_runs_at_once_keep_each_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed, "_ROWS", 4)
+    source = Source(30)
+    with ThreadPoolExecutor() as pool:
+        short, long = (pool.submit(kept, source.stream, tmp_path, "image", "text", count) for count in (9, 21))
+    assert captions(short.result()) == [f"picture {number}" for number in range(9)]
+    assert captions(long.result()) == [f"picture {number}" for number in range(21)]
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot be written: Not a directory"):
+        kept(Source(3).stream, tmp_path / "file/rows", "image", "text", None)
 
 
 def test_chunks_are_as_large_as_memory_shall_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
