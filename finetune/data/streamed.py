@@ -1,6 +1,7 @@
 """Datasets that can only be iterated: their rows pass once to the disk, and are trained on from there."""
 
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from finetune.errors import DataError, RunError, hub_errors
@@ -55,7 +57,7 @@ def kept(
         chunks = sorted(folder.glob("chunk-*"))
         there = sum(len(datasets.load_from_disk(chunk)) for chunk in chunks)
         if opened is not None and (count is None or there < count) and not (folder / _WHOLE).exists():
-            rows = opened()
+            rows = _undecoded(opened(), image_column)
             if chunks:
                 rows.load_state_dict(json.loads((chunks[-1] / _STATE).read_text(encoding="utf-8")))
             _fill(rows, folder, image_column, caption_column, there, count)
@@ -105,6 +107,15 @@ def _fill(
         (folder / _WHOLE).touch()
 
 
+def _undecoded(rows: "datasets.IterableDataset", column: str) -> "datasets.IterableDataset":
+    """The same stream with pictures as the bytes that they are: decoded and written again they would be others."""
+    import datasets
+
+    if rows.features is None or not isinstance(rows.features.get(column), datasets.Image):
+        return rows
+    return rows.cast_column(column, datasets.Image(decode=False))
+
+
 def _arriving(rows: "datasets.IterableDataset", number: int) -> Iterator[Mapping[str, Any]]:
     from datasets.exceptions import DatasetsError
 
@@ -126,19 +137,31 @@ def _picture(row: Mapping[str, Any], number: int, column: str) -> dict[str, Any]
 
     if column not in row:
         raise DataError(f"--image_column {column}: no such column; there are {', '.join(row)}")
-    if row[column] is None:
+    value = _losslessly(row[column]) if isinstance(row[column], Image.Image) else row[column]
+    if value is None:
         return None
     try:
-        picture = datasets.Image().encode_example(row[column])
+        picture = datasets.Image().encode_example(value)
     except (TypeError, ValueError, AttributeError) as error:
-        raise DataError(
-            f"--image_column {column}: row {number} holds {type(row[column]).__name__}, no picture"
-        ) from error
+        raise DataError(f"--image_column {column}: row {number} holds {type(value).__name__}, no picture") from error
     content, path = picture.get("bytes"), picture.get("path")
     if content is None and path:
-        with fsspec.open(path, "rb") as file:  # on the hub, or inside of an archive there
-            content = file.read()  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            with fsspec.open(path, "rb") as file:  # on the hub, or inside of an archive there
+                content = file.read()  # pyright: ignore[reportAttributeAccessIssue]
+        except FileNotFoundError:  # the row is one without a picture
+            pass
+        except (*hub_errors(), OSError, ValueError) as error:
+            raise DataError(f"row {number}: {path}: {error}; the same command goes on from there") from error
     return {"bytes": content, "path": None}
+
+
+def _losslessly(image: Image.Image) -> bytes:
+    """A picture that comes decoded as a file, with its orientation and colour profile."""
+    file = io.BytesIO()
+    known = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+    image.save(file, "PNG" if known else "TIFF", exif=image.getexif())
+    return file.getvalue()
 
 
 def _caption(row: Mapping[str, Any], number: int, column: str) -> str | list[str] | None:

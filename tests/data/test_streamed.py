@@ -1,5 +1,6 @@
 """Datasets that can only be iterated."""
 
+import hashlib
 import io
 import json
 import subprocess
@@ -12,11 +13,12 @@ from typing import Any
 
 import datasets
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from finetune.config import TrainConfig
 from finetune.data import streamed
 from finetune.data.datasets import HuggingFaceDataset, open_dataset
+from finetune.data.images import to_rgb
 from finetune.data.streamed import kept
 from finetune.errors import DataError, RunError, UsageError
 from finetune.recipe import fine_tune
@@ -30,9 +32,9 @@ def global_generator_untouched() -> None:
     """Whole runs are here."""
 
 
-def encoded(number: int) -> bytes:
+def encoded(number: int, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (64, 64), (10 * number, 90, 0)).save(file, "PNG")
+    Image.new("RGB", (64, 64), (10 * number, 90, 0)).save(file, kind)
     return file.getvalue()
 
 
@@ -92,6 +94,22 @@ def test_a_stream_that_breaks_off_goes_on_after_its_last_chunk(tmp_path: Path, m
     whole = kept(Source(11).stream, tmp_path, "image", "text", None)
     assert captions(whole) == [f"picture {number}" for number in range(11)]
     assert [len(datasets.load_from_disk(chunk)) for chunk in sorted(tmp_path.glob("chunk-*"))] == [3, 3, 3, 2]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK", "I;16", "P"])
+def test_decoded_pictures_keep_their_pixels_orientation_and_profile(tmp_path: Path, mode: str) -> None:
+    image = Image.effect_noise((64, 48), 80).convert("RGB").convert(mode)
+    image.info["icc_profile"] = profile = b"a profile"
+    image.getexif()[ExifTags.Base.Orientation] = 6
+    stream = datasets.IterableDataset.from_generator(lambda: iter([{"image": image}]))
+    (row,) = kept(lambda: stream, tmp_path, "image", "text", None).cast_column("image", datasets.Image(decode=False))
+    with Image.open(io.BytesIO(row["image"]["bytes"])) as found:
+        found.load()
+        assert found.mode == mode
+        assert found.info["icc_profile"] == profile
+        upright = to_rgb(found)
+    assert upright.size == (48, 64)
+    assert upright.tobytes() == to_rgb(image).tobytes()
 
 
 def test_two_runs_at_once_keep_each_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,15 +192,20 @@ def test_a_stream_is_trained_on(tmp_path: Path) -> None:
 
 
 TWICE = """
+import hashlib
 from pathlib import Path
+import datasets
 from finetune.data.hub_rows import streamed
 for _ in range(2):
-    print(len(streamed("someone/discs", 5, Path("kept"), "image", "text")), end=" ")
+    rows = streamed("someone/discs", 5, Path("kept"), "image", "text")
+    contents = b"".join(row["image"]["bytes"] for row in rows.cast_column("image", datasets.Image(decode=False)))
+    print(len(rows), hashlib.sha256(contents).hexdigest(), end=" ")
 """
 
 
 def test_the_first_rows_of_a_dataset_on_the_hub_are_kept_and_need_no_hub_then(tmp_path: Path) -> None:
-    rows = [{"image": {"bytes": encoded(number), "path": None}, "text": f"picture {number}"} for number in range(12)]
+    pictures = [encoded(number, "JPEG") for number in range(12)]  # which would be others, decoded and encoded again
+    rows = [{"image": {"bytes": content, "path": None}, "text": "a picture"} for content in pictures]
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
     with Hub() as hub:
@@ -191,7 +214,7 @@ def test_the_first_rows_of_a_dataset_on_the_hub_are_kept_and_need_no_hub_then(tm
         environment = hub_environment(hub.url, tmp_path / "hub") | {"PYTHONPATH": str(ROOT)}
         told = partial(subprocess.run, capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path)
         twice = told([sys.executable, "-c", TWICE], env=environment)
-        assert twice.stdout == "5 5 ", twice.stderr
+        assert twice.stdout == 2 * f"5 {hashlib.sha256(b''.join(pictures[:5])).hexdigest()} ", twice.stderr
         assert "train.parquet" in hub.downloads
     command = [sys.executable, "-m", "finetune", "preview", "--data", "someone/discs", "--stream_rows", "4"]
     offline = told([*command, "--cache_dir", "kept"], env=environment | {"HF_HUB_OFFLINE": "1"})
