@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.streamed import kept
+from finetune.data.streamed import WHOLE, kept
 from finetune.errors import DataError, UsageError, hub_errors
 from finetune.seeding import wide_fold
 
@@ -37,7 +37,12 @@ def streamed(name: str, count: int, folder: Path, image_column: str, caption_col
         found = max(of_dataset.glob("*"), key=lambda path: path.stat().st_mtime, default=None)
         if found is None:
             raise DataError(f"--data {name}: HF_HUB_OFFLINE is set, and no rows of it are kept in {folder}")
-        return kept(None, found, image_column, caption_column, count)
+        rows = kept(None, found, image_column, caption_column, count)
+        if len(rows) < count and not (found / WHOLE).exists():
+            raise DataError(
+                f"--data {name}: HF_HUB_OFFLINE is set, and only {len(rows)} rows of it are kept in {folder}"
+            )
+        return rows
     opened = partial(_loaded, name, streaming=True)
     return kept(opened, of_dataset / revision, image_column, caption_column, count)
 

@@ -25,7 +25,7 @@ IMAGE_COLUMN, CAPTION_COLUMN = "image", "text"
 _ROWS, _BYTES = 1000, 256 * 2**20
 """Of a chunk, which is held in memory until it is written: at most so many, or as soon as it is so large."""
 
-_STATE, _WHOLE = "stream.json", "whole"
+_STATE, WHOLE = "stream.json", "whole"
 """Where the stream goes on after a chunk; and what lies beside the chunks when it has ended."""
 
 
@@ -56,7 +56,7 @@ def kept(
     with _alone(folder):
         chunks = sorted(folder.glob("chunk-*"))
         there = sum(len(datasets.load_from_disk(chunk)) for chunk in chunks)
-        if opened is not None and (count is None or there < count) and not (folder / _WHOLE).exists():
+        if opened is not None and (count is None or there < count) and not (folder / WHOLE).exists():
             rows = _undecoded(opened(), image_column)
             if chunks:
                 rows.load_state_dict(json.loads((chunks[-1] / _STATE).read_text(encoding="utf-8")))
@@ -104,7 +104,7 @@ def _fill(
     if chunk:
         _write(chunk, folder, rows.state_dict(), image_column, caption_column)
     if count is None or number < count:
-        (folder / _WHOLE).touch()
+        (folder / WHOLE).touch()
 
 
 def _undecoded(rows: "datasets.IterableDataset", column: str) -> "datasets.IterableDataset":

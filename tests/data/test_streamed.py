@@ -18,10 +18,12 @@ from PIL import ExifTags, Image
 from finetune.config import TrainConfig
 from finetune.data import streamed
 from finetune.data.datasets import HuggingFaceDataset, open_dataset
+from finetune.data.hub_rows import streamed as streamed_from_hub
 from finetune.data.images import to_rgb
 from finetune.data.streamed import kept
 from finetune.errors import DataError, RunError, UsageError
 from finetune.recipe import fine_tune
+from finetune.seeding import wide_fold
 from tests.hub_server import Hub, Repository, hub_environment
 
 ROOT = Path(__file__).parents[2]
@@ -221,6 +223,20 @@ def test_the_first_rows_of_a_dataset_on_the_hub_are_kept_and_need_no_hub_then(tm
     assert "4 of 4 pictures" in offline.stdout, offline.stderr
     with pytest.raises(UsageError, match="stream_rows needs a folder where rows are kept"):
         open_dataset("someone/discs", "x", stream_rows=4)
+
+
+def test_without_a_hub_fewer_rows_than_are_wanted_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    wanted = partial(streamed_from_hub, "someone/discs", folder=tmp_path, image_column="image", caption_column="text")
+    with pytest.raises(DataError, match="HF_HUB_OFFLINE is set, and no rows of it are kept"):
+        wanted(2)
+    place, source = tmp_path / "rows" / wide_fold("someone/discs", "image", "text") / "revision", Source(4)
+    kept(source.stream, place, "image", "text", 3)
+    assert len(wanted(2)) == 2
+    with pytest.raises(DataError, match="HF_HUB_OFFLINE is set, and only 3 rows of it are kept"):
+        wanted(4)
+    kept(source.stream, place, "image", "text", None)
+    assert len(wanted(10)) == 4  # there are no more
 
 
 def test_what_is_on_this_machine_is_not_streamed(tmp_path: Path) -> None:
