@@ -42,6 +42,11 @@ class Interrupted(FinetuneError):
         self.exit_code = exit_code
 
 
+def first_line(error: Exception) -> str:
+    """What a library says, as far as it fits into a line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def hub_errors() -> tuple[type[Exception], ...]:
     """What huggingface_hub raises when the hub refuses or is out of reach, whichever HTTP library it is built on."""
     from huggingface_hub.errors import HfHubHTTPError

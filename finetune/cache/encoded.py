@@ -209,8 +209,8 @@ def as_batch(
     stored, extra = model.encoder.encode(pixels), None
     if model.inpainting:
         masks = torch.stack([drawn_mask(key, height, width) for key in keys.tolist()]) if masks is None else masks
-        left = model.encoder.encode(pixels * (masks == 0))
-        extra = beside(model.encoder, left.cpu(), small(masks, (left.shape[-2], left.shape[-1])), keys)
+        left = model.encoder.encode(pixels * (masks == 0).to(pixels.device))
+        extra = beside(model.encoder, left.cpu(), small(masks.cpu(), (left.shape[-2], left.shape[-1])), keys)
     batch = Batch(stored, cond, keys, geometry, ids, torch.ones(len(ids)), extra=extra)
     return batch.to(model.unet.device)
 

@@ -22,7 +22,7 @@ from finetune.data.shards import SUFFIX, TarShards, find_shards
 from finetune.data.source import check_source
 from finetune.data.streamed import CAPTION_COLUMN, IMAGE_COLUMN, kept
 from finetune.data.transforms import WHITE, Preprocess
-from finetune.errors import DataError, UsageError
+from finetune.errors import DataError, UsageError, first_line
 from finetune.seeding import wide_fold
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def _load_tables(path: Path) -> "datasets.Dataset":
         else:
             loaded = datasets.load_dataset(os.path.abspath(path))
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise DataError(f"--data {path}: {_first_line(error)}") from error
+        raise DataError(f"--data {path}: {first_line(error)}") from error
     if not isinstance(loaded, dict):
         return loaded
     if "train" not in loaded and len(loaded) != 1:
@@ -250,7 +250,3 @@ def _passed_once(rows: Any, count: int | None, image_column: str, caption_column
     folder = Path(tempfile.mkdtemp(prefix="finetune-rows-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return kept(lambda: rows, folder, image_column, caption_column, count)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.streamed import WHOLE, kept
-from finetune.errors import DataError, UsageError, hub_errors
+from finetune.errors import DataError, UsageError, first_line, hub_errors
 from finetune.seeding import wide_fold
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _revision(name: str) -> str | None:
     except errors.RepositoryNotFoundError as error:
         raise DataError(f"{missing}, and no such dataset on the hub (for a private one: hf auth login)") from error
     except hub_errors() as error:
-        reason = f"the hub was not reachable ({_first_line(error)})"
+        reason = f"the hub was not reachable ({first_line(error)})"
         raise DataError(f"{missing}, and {reason}; give a local folder of pictures") from error
 
 
@@ -73,8 +73,4 @@ def _loaded(name: str, *, streaming: bool = False) -> Any:
     try:
         return datasets.load_dataset(name, split="train", streaming=streaming)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise DataError(f"--data {name}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"--data {name}: {first_line(error)}") from error

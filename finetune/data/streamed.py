@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from tqdm import tqdm
 
-from finetune.errors import DataError, RunError, hub_errors
+from finetune.errors import DataError, RunError, first_line, hub_errors
 
 if TYPE_CHECKING:
     import datasets
@@ -124,9 +124,8 @@ def _arriving(rows: "datasets.IterableDataset", number: int) -> Iterator[Mapping
             yield row
             number += 1
     except (*hub_errors(), OSError, ValueError, RuntimeError, DatasetsError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
-            f"the dataset broke off at row {number}: {first}; the same command goes on from there"
+            f"the dataset broke off at row {number}: {first_line(error)}; the same command goes on from there"
         ) from error
 
 
@@ -152,7 +151,9 @@ def _picture(row: Mapping[str, Any], number: int, column: str) -> dict[str, Any]
         except FileNotFoundError:  # the row is one without a picture
             pass
         except (*hub_errors(), OSError, ValueError) as error:
-            raise DataError(f"row {number}: {path}: {error}; the same command goes on from there") from error
+            raise DataError(
+                f"row {number}: {path}: {first_line(error)}; the same command goes on from there"
+            ) from error
     return {"bytes": content, "path": None}
 
 
