@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from finetune.data.image_folder import ImageFolder
-from finetune.data.images import is_picture, open_image
+from finetune.data.images import open_image
+from finetune.data.listing import is_picture
 from finetune.data.near import alike, look
 from finetune.data.split import held_out
 
@@ -43,7 +44,7 @@ def changed(picture: Image.Image, rng: random.Random) -> Image.Image:
 
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "examples/butterflies"
-    originals = [open_image(path) for path in sorted(folder.rglob("*")) if is_picture(path)]
+    originals = [open_image(path) for path in sorted(folder.rglob("*")) if is_picture(path.name)]
     count, rng = len(originals), random.Random(0)
     copies = [changed(originals[number % count], rng) for number in range(PLANTED)]
     looks = [look(picture) for picture in (*originals, *copies)]

@@ -35,11 +35,11 @@ class FoundCaptions(NamedTuple):
 
     captions: list[Caption]
     """Of each picture."""
-    orphans: list[Path]
+    orphans: list[str]
     """Caption files that no picture belongs to."""
-    empty: list[Path]
+    empty: list[str]
     """Caption files beside a picture that say nothing."""
-    unreadable: dict[Path, str]
+    unreadable: dict[str, str]
     """Pictures whose caption file is not UTF-8 -> what is wrong."""
     files: int
     """How many files captions were read from."""
@@ -71,10 +71,11 @@ def _without_breaks(text: str) -> str:
 
 
 def find_captions(
-    files: Sequence[Path],
-    pictures: Sequence[Path],
+    folder: Path,
+    files: Sequence[str],
+    pictures: Sequence[str],
     prompt: str | None = None,
-    subjects: Mapping[Path, str] | None = None,
+    subjects: Mapping[str, str] | None = None,
     by_line: bool = False,
 ) -> FoundCaptions:
     """The caption of each picture.
@@ -85,6 +86,7 @@ def find_captions(
     What is empty counts as absent.
 
     Args:
+        folder: what the names are relative to.
         files: all that there are, the pictures among them.
         pictures: those that want a caption.
         prompt: caption of those that have none of their own.
@@ -94,48 +96,49 @@ def find_captions(
     Raises:
         DataError: a metadata file is not UTF-8 or is malformed, or it names a file that is no picture.
     """
-    sidecars = {
-        (file.with_suffix(""), file.suffix.lower()): file for file in files if file.suffix.lower() in CAPTION_SUFFIXES
-    }
-    metadata = _read_metadata([file for file in files if file.name in METADATA], pictures)
+    sidecars: dict[str, dict[str, str]] = {}
+    for file in files:
+        stem, suffix = os.path.splitext(file)
+        if suffix.lower() in CAPTION_SUFFIXES:
+            sidecars.setdefault(stem, {})[suffix.lower()] = file
+    metadata = _read_metadata(folder, files, pictures)
 
-    texts, unreadable = _read_sidecars(sidecars, pictures)
-    empty = [sidecars[place] for place, text in texts.items() if not text.strip()]
-    captions = [
-        first_caption(
-            (
-                ("txt", texts.get((picture.with_suffix(""), ".txt"))),
-                ("caption", texts.get((picture.with_suffix(""), ".caption"))),
-                ("metadata", metadata.get(picture)),
-                ("prompt", prompt),
-                ("folder", (subjects or {}).get(picture)),
-            ),
-            by_line=by_line,
-        )
-        for picture in pictures
-    ]
-    stems = {picture.with_suffix("") for picture in pictures}
-    orphans = [file for (stem, _), file in sidecars.items() if stem not in stems]
-    read = len(sidecars) - len(orphans) + sum(file.name in METADATA for file in files)
-    return FoundCaptions(captions, orphans, empty, unreadable, read)
-
-
-def _read_sidecars(
-    sidecars: Mapping[tuple[Path, str], Path], pictures: Sequence[Path]
-) -> tuple[dict[tuple[Path, str], str], dict[Path, str]]:
-    """The texts of the files beside pictures; and the pictures for which one is not UTF-8, with what is wrong."""
-    texts: dict[tuple[Path, str], str] = {}
-    unreadable: dict[Path, str] = {}
+    captions, empty, unreadable, stems = list[Caption](), dict[str, None](), dict[str, str](), set[str]()
     for picture in pictures:
-        for suffix in CAPTION_SUFFIXES:
-            place = picture.with_suffix(""), suffix
-            try:
-                if place in sidecars:
-                    texts[place] = _decoded(sidecars[place])
-            except UnicodeDecodeError as error:
-                name = sidecars[place].name
-                unreadable[picture] = f"{name} is not UTF-8 at byte {error.start}; save it as UTF-8"
-    return texts, unreadable
+        stem = os.path.splitext(picture)[0]
+        stems.add(stem)
+        beside = sidecars.get(stem, {})
+        texts = _read_sidecars(folder, picture, beside, unreadable) if beside else {}
+        empty |= {beside[suffix]: None for suffix, text in texts.items() if not text.strip()}
+        candidates = (
+            (CAPTION_SUFFIXES[0][1:], texts.get(CAPTION_SUFFIXES[0])),
+            (CAPTION_SUFFIXES[1][1:], texts.get(CAPTION_SUFFIXES[1])),
+            ("metadata", metadata.get(picture)),
+            ("prompt", prompt),
+            ("folder", (subjects or {}).get(picture)),
+        )
+        captions.append(first_caption(candidates, by_line=by_line))
+    orphans = [file for stem, beside in sidecars.items() if stem not in stems for file in beside.values()]
+    read = sum(map(len, sidecars.values())) - len(orphans) + sum(map(is_metadata, files))
+    return FoundCaptions(captions, orphans, list(empty), unreadable, read)
+
+
+def is_metadata(file: str) -> bool:
+    """Whether a file's name says that it holds captions of many pictures."""
+    return file.endswith(METADATA) and os.path.basename(file) in METADATA
+
+
+def _read_sidecars(folder: Path, picture: str, beside: Mapping[str, str], unreadable: dict[str, str]) -> dict[str, str]:
+    """The texts of the files beside a picture, by their endings; what is not UTF-8 is noted as unreadable."""
+    texts: dict[str, str] = {}
+    for suffix in CAPTION_SUFFIXES:
+        try:
+            if suffix in beside:
+                texts[suffix] = _decoded(f"{folder}/{beside[suffix]}")
+        except UnicodeDecodeError as error:
+            name = os.path.basename(beside[suffix])
+            unreadable[picture] = f"{name} is not UTF-8 at byte {error.start}; save it as UTF-8"
+    return texts
 
 
 def with_trigger(caption: str, trigger: str | None) -> str:
@@ -158,10 +161,11 @@ def placed_trigger(caption: str) -> str | None:
     return placed if placed != caption else None
 
 
-def _decoded(path: Path) -> str:
+def _decoded(path: str | Path) -> str:
     """The text of a file: UTF-8, or UTF-16 where it begins with a byte order mark. Raises UnicodeDecodeError."""
     try:
-        content = path.read_bytes()
+        with open(path, "rb", buffering=0) as file:  # small files by the million
+            content = file.read()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -175,12 +179,13 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
-def _read_metadata(files: list[Path], pictures: Sequence[Path]) -> dict[Path, Texts]:
+def _read_metadata(folder: Path, files: Sequence[str], pictures: Sequence[str]) -> dict[str, Texts]:
     """Picture -> caption. What is read later wins: files further down, and by their names."""
-    by_place = {os.path.normpath(picture): picture for picture in pictures}
-    captions: dict[Path, Texts] = {}
-    for file in sorted(files, key=lambda file: (len(file.parts), file)):
-        lines: dict[Path, int] = {}
+    tables = [folder / file for file in files if is_metadata(file)]
+    by_place = {os.path.normpath(folder / picture): picture for picture in pictures} if tables else {}
+    captions: dict[str, Texts] = {}
+    for file in sorted(tables, key=lambda file: (len(file.parts), file)):
+        lines: dict[str, int] = {}
         for line, name, text in _ROWS[file.suffix](file):
             place = os.path.normpath(file.parent / name)
             if place not in by_place:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.data import hub_rows
 from finetune.data.buckets import Buckets
-from finetune.data.captions import METADATA, Texts, first_caption
+from finetune.data.captions import Texts, first_caption, is_metadata
 from finetune.data.image_folder import ImageFolder
-from finetune.data.images import PICTURE_SUFFIXES, PictureFile, Row, list_files
+from finetune.data.images import PictureFile, Row
+from finetune.data.listing import PICTURE_SUFFIXES, ending, list_files
 from finetune.data.picture_memory import PictureMemory, Stamp
 from finetune.data.pictures import PictureFiles
 from finetune.data.shards import SUFFIX, TarShards, find_shards
@@ -190,10 +191,10 @@ def open_dataset(
         raise UsageError(f"--image_column and --caption_column are for Hugging Face datasets; {source} holds pictures")
     if shards:
         return TarShards(*shards, prompt, masks=masks, **options)
-    return ImageFolder(path, prompt, masks=masks, **options)
+    return ImageFolder(path, prompt, masks=masks, files=files, **options)
 
 
-def _holds_tables(path: Path, files: Sequence[Path]) -> bool:
+def _holds_tables(path: Path, files: Sequence[str]) -> bool:
     """Whether what lies there is for `datasets` to read, not a folder of pictures."""
     if not path.is_dir():
         if path.suffix.lower() in _TABLE_SUFFIXES:
@@ -203,7 +204,7 @@ def _holds_tables(path: Path, files: Sequence[Path]) -> bool:
         )
     if _was_saved(path):
         return True
-    suffixes = {file.suffix.lower() for file in files if file.name not in METADATA}
+    suffixes = {ending(file) for file in files if not is_metadata(file)}
     tables = suffixes.intersection(_TABLE_SUFFIXES)
     if tables and suffixes.intersection(PICTURE_SUFFIXES):
         raise DataError(f"--data {path}: holds pictures and {' '.join(sorted(tables))} files; name one of them")

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.data.buckets import Buckets
-from finetune.data.captions import CAPTION_SUFFIXES, METADATA, find_captions
-from finetune.data.images import PICTURE_SUFFIXES, PictureFile, is_picture, list_files
+from finetune.data.captions import CAPTION_SUFFIXES, find_captions, is_metadata
+from finetune.data.images import PictureFile
+from finetune.data.listing import PICTURE_SUFFIXES, ending, is_picture, list_files
 from finetune.data.masks import checked_masks, is_mask, masks_of
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Ledger, PictureFiles
@@ -35,6 +36,7 @@ class ImageFolder(PictureFiles):
         masks: where an error counts (see `finetune/data/masks.py`): the files NAME.mask.png beside pictures; and the
             alpha channel of those without; or everywhere.
         memory: of earlier runs; without it, every picture is decoded once before anything else.
+        files: what `list_files` has found in the folder; None: it is asked.
 
     An id is a path relative to the folder, with forward slashes.
 
@@ -58,46 +60,42 @@ class ImageFolder(PictureFiles):
         caption_lines: Literal["joined", "chosen"] = "joined",
         masks: Literal["files", "files and alpha", "none"] = "files",
         memory: PictureMemory | None = None,
+        files: Sequence[str] | None = None,
     ) -> None:
         transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets, background)
         root = Path(folder)
         if not root.is_dir():
             raise UsageError(f"{folder}: {'not a folder' if root.exists() else 'no such folder'}")
-        files = list_files(root)
-        self._files = [file for file in files if is_picture(file) and not is_mask(file)]
-        if not self._files:
+        self._root = root
+        files = list_files(root) if files is None else files
+        self._names = [file for file in files if is_picture(file) and not is_mask(file)]
+        if not self._names:
             raise DataError(f"{folder}: no picture found; allowed are {' '.join(PICTURE_SUFFIXES)}")
-        names = [_below(root, file) for file in self._files]
-        self._masks, lonely = masks_of(files, self._files)
-        self._lonely_masks = [_below(root, file) for file in lonely]
+        beside, self._lonely_masks = masks_of(files, self._names)
+        self._masks = {root / picture: root / mask for picture, mask in beside.items()}
         self._alpha, self.masked = masks == "files and alpha", masks != "none"
         self._mask_digests, unusable = checked_masks(self._masks if self.masked else {}, memory)
-        repeats, subjects = _repeated(names)
-        found = find_captions(
-            files,
-            self._files,
-            prompt,
-            dict(zip(self._files, subjects, strict=False)),
-            by_line=caption_lines == "chosen",
-        )
+        repeats, subjects = _repeated(self._names)
+        by_picture = dict(zip(self._names, subjects, strict=False))
+        found = find_captions(root, files, self._names, prompt, by_picture, by_line=caption_lines == "chosen")
         self._count, self._caption_files = len(files), found.files
-        self._others = Counter(file.suffix.lower() or "without an ending" for file in files if _is_strange(file))
+        self._others = Counter(ending(file) or "without an ending" for file in files if _is_strange(file))
         super().__init__(
             str(folder),
-            names,
+            self._names,
             found.captions,
             trigger=trigger,
             transform=transform,
             memory=memory,
-            bad={_below(root, picture): reason for picture, reason in (*found.unreadable.items(), *unusable.items())},
+            bad=found.unreadable | {name: unusable[root / name] for name in beside if root / name in unusable},
             repeats=repeats,
-            orphans=[_below(root, file) for file in found.orphans],
-            empty=[_below(root, file) for file in found.empty],
+            orphans=found.orphans,
+            empty=found.empty,
         )
         self.masked = self.masked and bool(self._masks or self._alpha)
 
     def _file(self, place: int) -> PictureFile:
-        return self._files[place]
+        return self._root / self._names[place]
 
     def ledger(self) -> Ledger:
         strange = {f"neither pictures nor captions: {ending}": count for ending, count in sorted(self._others.items())}
@@ -129,10 +127,5 @@ def _repeated(names: Sequence[str]) -> tuple[list[int], list[str]]:
     return [number for number, _ in numbers], [subject for _, subject in numbers]
 
 
-def _is_strange(file: Path) -> bool:
-    return not is_picture(file) and file.name not in METADATA and file.suffix.lower() not in CAPTION_SUFFIXES
-
-
-def _below(root: Path, file: Path) -> str:
-    """The path relative to the folder, with forward slashes."""
-    return file.relative_to(root).as_posix()
+def _is_strange(file: str) -> bool:
+    return not is_picture(file) and not is_metadata(file) and not file.lower().endswith(CAPTION_SUFFIXES)

@@ -1,41 +1,28 @@
-"""Find pictures in a folder and open them, whatever they are, as upright 8 bit RGB."""
+"""Open pictures, whatever they are, as upright 8 bit RGB."""
 
 import hashlib
 import io
 import logging
-import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path, PurePath
-from typing import IO, NamedTuple
+from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
-from tqdm import tqdm
 
-from finetune.data.picture_memory import PictureMemory, Stamp
 from finetune.data.transforms import WHITE
 from finetune.errors import DataError
 
 _log = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
-"""Endings (in any case) of the files that are read as pictures."""
-
-_FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl")
-"""Pictures that Pillow cannot read by itself: found all the same, so that they are named as unreadable."""
-
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 """What a file may hold, whatever its name. Not all that Pillow knows: it hands EPS, for one, to Ghostscript to run."""
 
-_LONGEST_STRIP = 50
-"""A longer side of more than this many times the shorter would, scaled to the resolution, fill the memory."""
-
-_READ_ERRORS = (
+READ_ERRORS = (
     OSError,  # UnidentifiedImageError among them
     ValueError,
     TypeError,  # TIFF tags of the wrong type
@@ -96,49 +83,6 @@ class Row:
 PictureFile = Path | Member | Row | IO[bytes]
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """A picture that is left out, and why."""
-
-    path: str
-    """Relative to the folder of pictures, or the row ("row 12")."""
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
-
-
-def list_files(folder: Path) -> list[Path]:
-    """Every file below `folder`, at any depth, sorted by its relative POSIX path; hidden ones (leading dot) left out.
-
-    Raises:
-        DataError: a folder cannot be listed.
-    """
-    return sorted(_walk(folder, frozenset()), key=lambda path: path.relative_to(folder).as_posix())
-
-
-def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
-    real = folder.resolve()
-    if real in above:  # a link back to where we came from
-        return
-    try:
-        paths = list(folder.iterdir())
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}") from error
-    for path in paths:
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _walk(path, above | {real})
-        else:
-            yield path
-
-
-def is_picture(path: PurePath) -> bool:
-    """Whether its name says that it is one."""
-    return path.suffix.lower() in PICTURE_SUFFIXES + _FOREIGN_SUFFIXES
-
-
 def read_file(source: PictureFile) -> bytes:
     """Everything in a file. Raises OSError, or ValueError with the reason for what holds no picture."""
     if isinstance(source, Path) and source.exists() and not source.is_file():
@@ -179,8 +123,8 @@ def open_image(
         if digest is not None and digest_of(content) != digest:
             raise ValueError("the file has changed since the start; start again")
         return _decode(content, background)
-    except _READ_ERRORS as error:
-        raise DataError(f"{name or source}: {_reason(error)}") from error
+    except READ_ERRORS as error:
+        raise DataError(f"{name or source}: {reason_of(error)}") from error
 
 
 def open_alpha(source: PictureFile) -> Image.Image | None:
@@ -189,8 +133,8 @@ def open_alpha(source: PictureFile) -> Image.Image | None:
         with Image.open(io.BytesIO(read_file(source))) as image:
             upright = _upright(image)
             return upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
-    except _READ_ERRORS as error:
-        raise DataError(f"{source}: {_reason(error)}") from error
+    except READ_ERRORS as error:
+        raise DataError(f"{source}: {reason_of(error)}") from error
 
 
 def _decode(content: bytes, background: str) -> Image.Image:
@@ -199,7 +143,7 @@ def _decode(content: bytes, background: str) -> Image.Image:
         return to_rgb(image, background=background)
 
 
-def _decoded_size(content: bytes, name: str) -> tuple[int, int]:
+def decoded_size(content: bytes, name: str) -> tuple[int, int]:
     """Width and height of `_decode`'s answer, which fails for the same pictures.
 
     A JPEG's pixels are computed at an eighth of its size, from all of its bytes: three to eight times as fast.
@@ -218,7 +162,7 @@ def _opened(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content), formats=[name for name in Image.ID if name in _FORMATS])
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What is wrong, in one line that does not repeat the path."""
     if isinstance(error, UnidentifiedImageError):
         return "not a picture of a kind that can be read"
@@ -292,77 +236,3 @@ def _deep_grey_to_rgb(image: Image.Image, background: str) -> Image.Image:
     if (transparent := image.info.get("transparency")) is not None:
         rgb.paste(background, mask=Image.fromarray(values == transparent))
     return rgb
-
-
-class Checked(NamedTuple):
-    """What is known of a picture that can be read."""
-
-    size: tuple[int, int]
-    """Width and height in pixels, upright."""
-    digest: str
-    """Of the file's bytes: another one is another picture."""
-
-
-def check_images(
-    names: Sequence[str], source: Callable[[int], PictureFile], memory: PictureMemory | None = None
-) -> list[Checked | Skipped]:
-    """Decode every picture in full, in threads: what it is, or why it must be left out.
-
-    Args:
-        names: what each picture is called in the result.
-        source: position in `names` -> where the picture is; may raise ValueError with the reason that there is none.
-        memory: of earlier runs, which spares the reading of files that are unchanged, and takes up what is new.
-    """
-
-    def check(position: int) -> _Finding | Skipped:
-        try:
-            found = _examine(source(position), names[position], memory)
-        except _READ_ERRORS as error:
-            return Skipped(names[position], _reason(error))
-        size = found.checked.size
-        if max(size) > _LONGEST_STRIP * min(size):
-            shape = f"{size[0]} x {size[1]} pixels"
-            return Skipped(names[position], f"{shape}: one side is over {_LONGEST_STRIP} times the other")
-        return found
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(check, range(len(names)))
-        bar = tqdm(results, "checking pictures", len(names), unit="", delay=3, leave=False, disable=None)
-        findings = list(bar)
-    new = [found for found in findings if not isinstance(found, Skipped) and found.new]
-    if memory is not None and new:
-        memory.note(
-            [(*found.file, found.checked.digest) for found in new if found.file],
-            [(found.checked.digest, found.checked.size) for found in new],
-        )
-    return [found if isinstance(found, Skipped) else found.checked for found in findings]
-
-
-class _Finding(NamedTuple):
-    checked: Checked
-    file: tuple[Path, Stamp] | None
-    """Where the bytes were found; None: not in a file of their own."""
-    new: bool
-    """Not remembered yet."""
-
-
-def stamped(source: PictureFile) -> tuple[Path, Stamp] | None:
-    """Under what path and stamp a file is remembered; None: it is no file of its own."""
-    if isinstance(source, Member):  # it changes only with its shard
-        return source.place, Stamp.of(source.shard)
-    if isinstance(source, Row):
-        return source.place, Stamp(0, 0, 0)
-    return (source, Stamp.of(source)) if isinstance(source, Path) else None
-
-
-def _examine(source: PictureFile, name: str, memory: PictureMemory | None) -> _Finding:
-    """What a picture is, by memory if it can be. Raises one of `_READ_ERRORS` for what is none."""
-    file = stamped(source)
-    digest = memory.digest(*file) if memory is not None and file else None
-    remembered = digest is not None
-    content = None if remembered else read_file(source)
-    digest = digest or digest_of(content or b"")
-    size = memory.size(digest) if memory is not None else None
-    if size is None:
-        return _Finding(Checked(_decoded_size(content or read_file(source), name), digest), file, new=True)
-    return _Finding(Checked(size, digest), file, new=not remembered)

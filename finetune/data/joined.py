@@ -9,7 +9,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from finetune.data.captions import Caption
-from finetune.data.images import Checked, Skipped
+from finetune.data.checks import Checked, Skipped
 from finetune.data.pictures import Example, Ledger, Pictures
 from finetune.data.source import called
 

@@ -1,16 +1,18 @@
 """Masks: where in a picture an error counts. White: wholly; black: not at all; grey: in proportion."""
 
+import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TypeVar
 
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.data.images import PictureFile, digest_of, open_image, read_file, stamped
+from finetune.data.checks import stamped
+from finetune.data.images import PictureFile, digest_of, open_image, read_file
 from finetune.data.picture_memory import PictureMemory, Stamp
 from finetune.data.transforms import Placement
 from finetune.errors import DataError
@@ -18,23 +20,23 @@ from finetune.errors import DataError
 SUFFIXES = (".mask.png", "-masklabel.png")
 """A mask lies beside its picture: cat.mask.png beside cat.jpg, or as OneTrainer has it."""
 
-_SUFFIX = re.compile(rf"(?<=.)({'|'.join(map(re.escape, SUFFIXES))})\Z", re.IGNORECASE | re.DOTALL)
+_SUFFIX = re.compile(rf"(?<=[^/])({'|'.join(map(re.escape, SUFFIXES))})\Z", re.IGNORECASE | re.DOTALL)
 
 
-def is_mask(file: PurePath) -> bool:
+def is_mask(name: str) -> bool:
     """Whether its name says that it is one."""
-    return _SUFFIX.search(file.name) is not None
+    return _SUFFIX.search(name) is not None
 
 
-Place = TypeVar("Place", bound=PurePath)
 Key = TypeVar("Key")
 
 
-def masks_of(files: Iterable[Place], pictures: Sequence[Place]) -> tuple[dict[Place, Place], list[Place]]:
+def masks_of(files: Iterable[str], pictures: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Picture -> the mask beside it; and the masks that lie beside no picture."""
     masks = [file for file in files if is_mask(file)]
-    places = {file.with_name(_SUFFIX.sub("", file.name)): file for file in masks}
-    found = {picture: places[picture.with_suffix("")] for picture in pictures if picture.with_suffix("") in places}
+    places = {_SUFFIX.sub("", file): file for file in masks}
+    stems = ((picture, os.path.splitext(picture)[0]) for picture in pictures) if masks else ()
+    found = {picture: places[stem] for picture, stem in stems if stem in places}
     used = set(found.values())
     return found, [file for file in masks if file not in used]
 

@@ -5,7 +5,8 @@ from typing import Any, Protocol
 from PIL import Image
 
 from finetune.data.captions import first_caption
-from finetune.data.images import Checked, digest_of, to_rgb
+from finetune.data.checks import Checked
+from finetune.data.images import digest_of, to_rgb
 from finetune.data.pictures import Example, Pictures
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError

@@ -5,7 +5,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,15 @@ class Stamp(NamedTuple):
         return cls(found.st_size, found.st_mtime_ns, found.st_ino)
 
 
+class Known(NamedTuple):
+    """What is remembered of a file."""
+
+    digest: str
+    """Of its bytes."""
+    size: tuple[int, int] | None
+    """Width and height of the picture that it is; None: it was not decoded."""
+
+
 class PictureMemory:
     """A small database of pictures that could be read: file -> digest of its bytes -> width and height; and of what
     takes long to find about many: which are held out, and what lies in a shard.
@@ -70,13 +79,27 @@ class PictureMemory:
         except (OSError, sqlite3.Error) as error:
             raise UsageError(f"cache_dir {folder}: {error}; give another --cache_dir, or none") from error
 
+    def known(self, files: Sequence[tuple[Path, Stamp]]) -> dict[tuple[Path, Stamp], Known]:
+        """What is known of the bytes that these files, a few hundred at most, had with these stamps; those that are
+        not among it are new, or not to be trusted.
+        """
+        if self._strict or not files:
+            return {}
+        query = f"""
+            SELECT path, files.size, mtime, inode, digest, width, height FROM files LEFT JOIN pictures USING (digest)
+            WHERE path IN ({", ".join("?" * len(files))})
+        """
+        names = [_name(path) for path, _ in files]
+        with self._lock:
+            rows = self._base.execute(query, names).fetchall()
+        found = {(row[0], row[1:4]): Known(row[4], None if row[5] is None else row[5:]) for row in rows}
+        asked = ((file, found.get((name, file[1]))) for file, name in zip(files, names, strict=True))
+        return {file: known for file, known in asked if known}
+
     def digest(self, path: Path, stamp: Stamp) -> str | None:
         """Of the bytes that the file had with this stamp; None: not known, or not to be trusted."""
-        if self._strict:
-            return None
-        query = "SELECT digest FROM files WHERE path = ? AND size = ? AND mtime = ? AND inode = ?"
-        row = self._row(query, (_name(path), *stamp))
-        return row[0] if row else None
+        known = self.known([(path, stamp)]).get((path, stamp))
+        return known.digest if known else None
 
     def size(self, digest: str) -> tuple[int, int] | None:
         """Width and height of the picture with these bytes; None: it was not decoded before."""

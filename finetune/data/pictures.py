@@ -10,7 +10,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from finetune.data.captions import TRIGGER, Caption, placed_trigger, with_trigger
-from finetune.data.images import Checked, PictureFile, Skipped, check_images, open_alpha, open_image
+from finetune.data.checks import Checked, Skipped, check_images
+from finetune.data.images import PictureFile, open_alpha, open_image
 from finetune.data.masks import open_mask
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.transforms import WHITE, Placement, Preprocess, whole

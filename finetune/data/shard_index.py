@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from finetune.data.captions import CAPTION_SUFFIXES, Texts
-from finetune.data.images import is_picture
+from finetune.data.listing import is_picture
 from finetune.data.masks import is_mask
 from finetune.data.picture_memory import PictureMemory, Stamp
 from finetune.errors import DataError
@@ -110,8 +110,8 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, index: ShardIndex) -> s
         return "names that lead out of the shard"
     if name.name.startswith("."):
         return "hidden files"
-    if is_picture(name):
-        found = index.masks if is_mask(name) else index.pictures
+    if is_picture(member.name):
+        found = index.masks if is_mask(member.name) else index.pictures
         found.append((member.name, member.offset_data, member.size))
         return None
     if ending not in TEXT_SUFFIXES:

@@ -7,7 +7,8 @@ from typing import Literal
 
 from finetune.data.buckets import Buckets
 from finetune.data.captions import Caption, Texts, first_caption
-from finetune.data.images import Member, PictureFile, is_picture
+from finetune.data.images import Member, PictureFile
+from finetune.data.listing import ending, is_picture
 from finetune.data.masks import checked_masks, masks_of
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Ledger, PictureFiles
@@ -107,13 +108,13 @@ class TarShards(PictureFiles):
 
 def _masks(indices: Mapping[Path, ShardIndex], pictures: Sequence[Member]) -> tuple[dict[Member, Member], int]:
     """Picture -> its mask; and how many masks have no picture."""
-    masks = {Member(shard, *place).place: Member(shard, *place) for shard, ix in indices.items() for place in ix.masks}
-    places = {member.place: member for member in pictures}
-    found, lonely = masks_of(list(masks), list(places))
+    masks = {str(Member(shard, *place)): Member(shard, *place) for shard, ix in indices.items() for place in ix.masks}
+    places = {str(member): member for member in pictures} if masks else {}
+    found, lonely = masks_of(masks, places)
     return {places[picture]: masks[mask] for picture, mask in found.items()}, len(lonely)
 
 
-def find_shards(source: str, path: Path, files: Sequence[Path]) -> tuple[list[Path], Path] | None:
+def find_shards(source: str, path: Path, files: Sequence[str]) -> tuple[list[Path], Path] | None:
     """The tar files that --data names, and the folder that they are called relative to; None: it names none.
 
     Args:
@@ -127,7 +128,7 @@ def find_shards(source: str, path: Path, files: Sequence[Path]) -> tuple[list[Pa
     if path.is_file():
         return ([path], path.parent) if path.suffix.lower() == SUFFIX else None
     if path.is_dir():
-        shards = [file for file in files if file.suffix.lower() == SUFFIX]
+        shards = [path / file for file in files if ending(file) == SUFFIX]
         return (shards, path) if shards and not any(map(is_picture, files)) else None
     if not is_pattern(source):
         return None

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.data.images import is_picture
+from finetune.data.listing import is_picture
 from finetune.data.shards import SUFFIX
 from finetune.errors import UsageError
 
@@ -37,7 +37,7 @@ class Places:
                     entries = sorted(folder.iterdir())
                 except OSError:
                     continue
-                if any(is_picture(entry) or entry.suffix.lower() == SUFFIX for entry in entries):
+                if any(is_picture(entry.name) or entry.suffix.lower() == SUFFIX for entry in entries):
                     found.append(folder)
                 below += [e for e in entries if e.is_dir() and not e.name.startswith(".") and self._is_open(e)]
             level = below[:_MOST]

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from finetune.config import TrainConfig
-from finetune.data.images import is_picture, list_files
+from finetune.data.listing import is_picture, list_files
 from finetune.errors import UsageError
 from finetune.models.loading import load_model
 from finetune.models.locate import Location

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from pyarrow import Table, parquet
 
 from finetune.data.captions import TRIGGER, Caption, find_captions, first_caption, placed_trigger, with_trigger
-from finetune.data.images import is_picture, list_files
+from finetune.data.listing import is_picture, list_files
 from finetune.errors import DataError
 
 
-def make(folder: Path, **files: str) -> list[Path]:
+def make(folder: Path, **files: str) -> list[str]:
     """Write files by name (__ for a slash, _DOT_ for a dot) and return the pictures among them."""
     for name, text in files.items():
         path = folder / name.replace("__", "/").replace("_DOT_", ".")
@@ -21,14 +21,13 @@ def make(folder: Path, **files: str) -> list[Path]:
     return pictures_in(folder)
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def pictures_in(folder: Path) -> list[str]:
     return [file for file in list_files(folder) if is_picture(file)]
 
 
 def captions(folder: Path, prompt: str | None = None) -> dict[str, Caption]:
     pictures = pictures_in(folder)
-    found = find_captions(list_files(folder), pictures, prompt).captions
-    return {picture.relative_to(folder).as_posix(): caption for picture, caption in zip(pictures, found, strict=True)}
+    return dict(zip(pictures, find_captions(folder, list_files(folder), pictures, prompt).captions, strict=True))
 
 
 def write_rows(path: Path, *rows: Mapping[str, object]) -> None:
@@ -84,8 +83,8 @@ def test_pictures_with_the_same_stem_share_it_only_in_the_same_folder(tmp_path: 
 
 def test_caption_files_without_a_picture_are_listed(tmp_path: Path):
     pictures = make(tmp_path, a_DOT_png="", a_DOT_txt="dog", README_DOT_txt="", sub__old_DOT_caption="cat")
-    found = find_captions(list_files(tmp_path), pictures)
-    assert found.orphans == [tmp_path / "README.txt", tmp_path / "sub" / "old.caption"]
+    found = find_captions(tmp_path, list_files(tmp_path), pictures)
+    assert found.orphans == ["README.txt", "sub/old.caption"]
     assert found.files == 1
 
 
@@ -162,10 +161,10 @@ def test_caption_files_that_are_not_utf8_are_named_with_their_pictures(tmp_path:
     make(tmp_path, a_DOT_png="", sub__b_DOT_png="", c_DOT_png="", c_DOT_txt="fine")
     for name in ("a.txt", "sub/b.caption"):
         (tmp_path / name).write_bytes("un café".encode("latin-1"))
-    found = find_captions(list_files(tmp_path), pictures_in(tmp_path), "a prompt")
+    found = find_captions(tmp_path, list_files(tmp_path), pictures_in(tmp_path), "a prompt")
     assert found.unreadable == {
-        tmp_path / "a.png": "a.txt is not UTF-8 at byte 6; save it as UTF-8",
-        tmp_path / "sub/b.png": "b.caption is not UTF-8 at byte 6; save it as UTF-8",
+        "a.png": "a.txt is not UTF-8 at byte 6; save it as UTF-8",
+        "sub/b.png": "b.caption is not UTF-8 at byte 6; save it as UTF-8",
     }
 
 
@@ -179,9 +178,9 @@ def test_a_byte_order_mark_says_how_a_file_is_read(tmp_path: Path, encoding: str
 
 def test_empty_caption_files_are_named(tmp_path: Path):
     pictures = make(tmp_path, a_DOT_png="", a_DOT_txt=" \n", b_DOT_png="", b_DOT_txt="b", c_DOT_txt="")
-    found = find_captions(list_files(tmp_path), pictures, "the prompt")
+    found = find_captions(tmp_path, list_files(tmp_path), pictures, "the prompt")
     assert [caption.text for caption in found.captions] == ["the prompt", "b"]
-    assert (found.empty, found.orphans) == ([tmp_path / "a.txt"], [tmp_path / "c.txt"])
+    assert (found.empty, found.orphans) == (["a.txt"], ["c.txt"])
 
 
 @pytest.mark.parametrize(

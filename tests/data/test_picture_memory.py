@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from finetune.data import images
+from finetune.data import checks
 from finetune.data.image_folder import ImageFolder
 from finetune.data.picture_memory import PictureMemory
 from finetune.errors import DataError, UsageError
@@ -24,13 +24,13 @@ def folder(tmp_path: Path) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Contents that were decoded."""
     seen: list[bytes] = []
-    real = images._decoded_size
+    real = checks.decoded_size
 
     def counting(content: bytes, name: str) -> tuple[int, int]:
         seen.append(content)
         return real(content, name)
 
-    monkeypatch.setattr(images, "_decoded_size", counting)
+    monkeypatch.setattr(checks, "decoded_size", counting)
     return seen
 
 
@@ -49,6 +49,28 @@ def test_unchanged_pictures_are_not_decoded_again(folder: Path, decoded: list[by
     assert len(decoded) == 4
     assert changed.contents[1] != first.contents[1]
     assert changed._checked[1].size == (90, 64)
+
+
+def test_a_check_that_is_cut_off_goes_on_where_it_was(
+    folder: Path, decoded: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "_TOGETHER", 1)
+    monkeypatch.setattr(checks, "_NOTED", 1)
+    monkeypatch.setattr(checks.os, "cpu_count", lambda: 1)
+    counting = checks.decoded_size
+
+    def stopped(content: bytes, name: str) -> tuple[int, int]:
+        if name == "2.bmp":
+            raise KeyboardInterrupt
+        return counting(content, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checks, "decoded_size", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            opened(folder)
+    assert len(decoded) == 2
+    assert len(opened(folder)) == 3
+    assert len(decoded) == 3
 
 
 def test_moved_and_copied_pictures_are_known_by_their_bytes(folder: Path, decoded: list[bytes]) -> None:

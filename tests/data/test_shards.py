@@ -244,10 +244,10 @@ def test_an_unchanged_shard_is_not_read_again_and_a_changed_one_is(
     shard = write(tmp_path / "0.tar", members)
     first = opened(shard, prompt="a", memory=PictureMemory(tmp_path / "cache"))
     read: list[object] = []
-    from finetune.data import images
+    from finetune.data import checks
 
-    plainly = images.read_file
-    monkeypatch.setattr(images, "read_file", lambda source: read.append(source) or plainly(source))
+    plainly = checks.read_file
+    monkeypatch.setattr(checks, "read_file", lambda source: read.append(source) or plainly(source))
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", None)
         again = opened(shard, prompt="a", memory=PictureMemory(tmp_path / "cache"))

@@ -1,0 +1,53 @@
+"""What lies in a folder: names relative to it, with forward slashes. Strings, for there may be millions of them."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.errors import DataError
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+"""Endings (in any case) of the files that are read as pictures."""
+
+_FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl")
+"""Pictures that Pillow cannot read by itself: found all the same, so that they are named as unreadable."""
+
+_ALL_SUFFIXES = PICTURE_SUFFIXES + _FOREIGN_SUFFIXES
+
+
+def list_files(folder: Path) -> list[str]:
+    """Every file below `folder`, at any depth, sorted; hidden ones (leading dot) left out.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    return sorted(_walk(str(folder), "", frozenset()))
+
+
+def _walk(folder: str, called: str, above: frozenset[str]) -> Iterator[str]:
+    real = os.path.realpath(folder)
+    if real in above:  # a link back to where we came from
+        return
+    try:
+        with os.scandir(folder) as found:
+            entries = list(found)
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}") from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        # A link may lead in a circle, for which is_dir would raise.
+        if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            yield from _walk(entry.path, f"{called}{entry.name}/", above | {real})
+        else:
+            yield called + entry.name
+
+
+def ending(name: str) -> str:
+    """Of a file's name, in small letters, with its dot."""
+    return os.path.splitext(name)[1].lower()
+
+
+def is_picture(name: str) -> bool:
+    """Whether its name says that it is one."""
+    return name.lower().endswith(_ALL_SUFFIXES)
