@@ -128,6 +128,17 @@ def second(work: Path) -> None:
     say(f"{count} small pictures, again: to the first batch", f"{seconds(first_batch):.1f} s", "within 5 s")
 
 
+def opening(work: Path) -> None:
+    """A folder of many pictures, each with a caption beside it, as new and again."""
+    count = 100_000
+    folder = draw_pictures(work / "pictures", count, (80, 64))
+    for picture in list(folder.iterdir()):
+        picture.with_suffix(".txt").write_text(f"picture {picture.stem}")
+    for when in ("as new", "again"):
+        took = seconds(lambda: ft.ImageFolder(folder, resolution=64, memory=PictureMemory(work / "memory")))
+        say(f"{count} small pictures with captions, opened {when}", f"{took:.1f} s")
+
+
 def index(work: Path) -> None:
     """A store and an order of a million items."""
     for count in (1_000, 1_000_000):
@@ -230,7 +241,15 @@ def pooling(work: Path) -> None:
             )
 
 
-PARTS = {"decode": decode, "encode": encode, "second": second, "index": index, "loader": loader, "pooling": pooling}
+PARTS = {
+    "decode": decode,
+    "encode": encode,
+    "second": second,
+    "opening": opening,
+    "index": index,
+    "loader": loader,
+    "pooling": pooling,
+}
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ def check_images(
             verdicts += [finding.verdict for finding in findings]
             new += [finding for finding in findings if finding.new]
             bar.update(len(findings))
-            if memory is not None and (len(new) >= _NOTED or len(verdicts) == len(names)):
+            if memory is not None and new and (len(new) >= _NOTED or len(verdicts) == len(names)):
                 _remember(memory, new)
                 new = []
     return verdicts
