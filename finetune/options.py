@@ -97,8 +97,7 @@ class ModelOptions:
     """What the UNet computes in. auto: bf16 where the hardware multiplies it natively (CPUs included), else fp16 on a
     GPU and no on a CPU."""
     full_bf16: bool | None = option(None, needs="method full, no use_ema, and an optimizer other than prodigy")
-    """Keep what learns in bf16 alone, rounded at random: 4 to 8 bytes less for each weight. For small GPUs, best
-    with adamw8bit or adafactor."""
+    """Keep what learns in bf16 alone, rounded at random: 4 to 8 bytes less a weight; best with adamw8bit, adafactor."""
     compile: bool | None = option(None, change="machine", called=("torch_compile", "compile_unet"))
     """torch.compile the UNet's blocks. Default: on a GPU, where the run is long enough to win the time back."""
     cuda_graphs: bool = option(True, change="machine")
@@ -169,6 +168,8 @@ class DataOptions:
     """Longest caption in tokens; 150 and 225 are encoded in chunks of 75."""
     clip_skip: int | None = option(None, AT_LEAST_ONE, needs="text")
     """Take the text encoder's hidden state this many layers from the end (1: the last, as in sd-scripts and A1111)."""
+    volume_size: int | None = option(None, NOT_NEGATIVE, decided_by="dataset")
+    """Look at so many pictures at a time; 0: at all before the first step. Default: 8192 of more than 32768."""
     max_bad_fraction: float = option(0.01, BELOW_ONE, change="free")
     """Share of the pictures that may be unreadable; these are left out and listed in quarantine.jsonl."""
     image_column: str = option("image", decided_by="dataset")

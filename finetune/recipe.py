@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,11 +13,10 @@ from safetensors import SafetensorError
 
 from finetune.config import ResolvedConfig, TrainConfig, as_settings, config_text
 from finetune.data.ahead import ahead
-from finetune.data.loader import training_steps
 from finetune.data.own import Rows
-from finetune.data.pictures import Pictures
 from finetune.data.sampler import steps_per_epoch
 from finetune.data.source import check_sources
+from finetune.data.volumes import Volumes
 from finetune.errors import Interrupted, RunError, UsageError
 from finetune.files import json_lines
 from finetune.models.families import Family
@@ -26,13 +26,13 @@ from finetune.results import hub, tracking
 from finetune.results.events import Events, Said
 from finetune.results.export import discard_steps_after, export, exported, step_export
 from finetune.run import folder as run_folder
-from finetune.run.assembly import assembled, sampler
+from finetune.run.assembly import assembled
 from finetune.run.class_pictures import draw_missing
 from finetune.run.early_stop import has_risen, keep_if_best, take_best
 from finetune.run.forgetting import measure_forgetting
 from finetune.run.grids import discard_strangers, draw_grid, lay_side_by_side
 from finetune.run.held_out import plan_validation
-from finetune.run.ledger import write_ledger
+from finetune.run.ledger import note_volume, write_ledger
 from finetune.run.lineage import about_run, compared, threads, threads_then
 from finetune.run.memorised import known_pictures
 from finetune.run.memory import check_memory
@@ -40,12 +40,13 @@ from finetune.run.pace import due
 from finetune.run.parts import Run
 from finetune.run.precision import gpu_algorithms, tuning_pays
 from finetune.run.questions import meter
+from finetune.run.reading import Reading
 from finetune.run.reports import reports
 from finetune.run.resolve import resolve_for, with_absolute_paths
 from finetune.run.samples import plan_samples
 from finetune.run.sheet import lay_out_pictures
 from finetune.run.signals import PAUSE, SAVE, TIME_UP, Requests, StopRequest, catch_signals
-from finetune.run.sources import digest, open_pictures
+from finetune.run.sources import identity, open_pictures
 from finetune.run.summary import print_summary
 from finetune.run.telling import lora_facts, report
 from finetune.run.trained import write_exports
@@ -97,9 +98,9 @@ def _run(
     with parallel.in_turn():
         if config.push_to_hub:
             hub.check_login(config.hub_model_id)
-        config, found, pictures = _decide(config, dataset, accelerator.device, parallel)
-        folder = run_folder.choose(config, digest(pictures))
-    if not parallel.same((config_text(config), digest(pictures), str(folder.checkpoint))):
+        config, found, volumes = _decide(config, dataset, accelerator.device, parallel)
+        folder = run_folder.choose(config, identity(volumes))
+    if not parallel.same((config_text(config), identity(volumes), str(folder.checkpoint))):
         raise UsageError("the processes see different pictures, options or checkpoints: they need one file system")
     if folder.note:
         print(folder.note)
@@ -112,10 +113,10 @@ def _run(
     held = _held(folder, config, events) if parallel.first else nullcontext()
     computing = threads(threads_then(folder.about, accelerator.device, parallel.world))
     tuned = accelerator.device.type == "cuda" and tuning_pays(
-        config.max_train_steps, sizes=len(set(pictures.shapes())), batch_size=config.global_batch
+        config.max_train_steps, sizes=len(set(volumes.first.shapes())), batch_size=config.global_batch
     )
     with held, gpu_algorithms(deterministic=config.deterministic, tuned=tuned), computing:
-        run = _put_together(config, found, pictures, folder, accelerator, parallel, events)
+        run = _put_together(config, found, volumes, folder, accelerator, parallel, events)
         try:
             _begin(run, folder.checkpoint)
             if parallel.first:
@@ -148,36 +149,39 @@ def _held(folder: run_folder.RunFolder, config: ResolvedConfig, events: Events) 
 def _put_together(
     config: ResolvedConfig,
     found: Location,
-    pictures: Pictures,
+    volumes: Volumes,
     folder: run_folder.RunFolder,
     accelerator: Accelerator,
     parallel: Parallel,
     events: Events,
 ) -> Run:
     """Load the model, encode the pictures, and record and say what is going to happen."""
-    steps = range(folder.step, config.max_train_steps)
+    pictures = volumes.first
+    steps = volumes.own_steps(0, range(folder.step, config.max_train_steps), config.global_batch)
     events.phase("loading", folder.step)
     model, encoded, trainer = assembled(
         config, found, pictures, accelerator.device, steps=steps, parallel=parallel, told=events.progress
     )
     samples = plan_samples(
-        config, latent=found.family.latent, captions=pictures.trained_captions, visits=encoded.epoch_visits
+        config, latent=found.family.latent, captions=pictures.trained_captions, visits=volumes.epoch_visits
     )
-    about = about_run(model.unet, digest(pictures), accelerator.device, parallel.world)
+    about = about_run(model.unet, identity(volumes), accelerator.device, parallel.world)
     earlier = json_lines(folder.path / tracking.VALIDATION) if folder.checkpoint else []
     validation = plan_validation(config, pictures, earlier)
     events.phase("forgetting", folder.step)
     asked = meter(config, model) if parallel.first else None
     comparable = samples.prompts and not model.inpainting  # whose pictures hold most of a training picture
     known = known_pictures(config, pictures) if parallel.first and comparable else None
-    parts = (model, pictures, encoded, trainer, samples, validation, asked, known)
+    entered = partial(note_volume, folder.path, config) if parallel.first else None
+    reading = Reading(config, model, volumes, encoded, trainer, entered)
+    parts = (model, volumes, encoded, reading, trainer, samples, validation, asked, known)
     run = Run(config, *parts, folder.path, accelerator, about, events)
     run.release()
     if parallel.first:
         if moved := compared(folder.about, about, config.allow_changed):
             print(f"{'note':>10}  {moved}: from here on the bits are this machine's")
-        run_folder.begin(folder, config, digest(pictures))
-        write_ledger(folder.path, pictures, sampler(config, pictures), steps=0)
+        run_folder.begin(folder, config, identity(volumes))
+        write_ledger(folder.path, config, volumes, folder.step)
         lay_out_pictures(run)
         print_summary(run)
         tracking.start_trackers(accelerator, folder.path, as_settings(config))
@@ -186,7 +190,7 @@ def _put_together(
 
 def _decide(
     config: TrainConfig, dataset: Rows | None, device: torch.device, parallel: Parallel
-) -> tuple[ResolvedConfig, Location, Pictures]:
+) -> tuple[ResolvedConfig, Location, Volumes]:
     """Everything that can be known before weights are loaded: each option's value, the model, the pictures."""
     if dataset is None:
         config = run_folder.with_newest(config)
@@ -196,9 +200,9 @@ def _decide(
     found = locate(config.model)
     check_resolution(found, config.resolution or found.resolution)
     draw_missing(config, found, device)
-    pictures = open_pictures(config, found, dataset)
-    resolved = resolve_for(config, found, pictures, device, processes=parallel.world)
-    return resolved, found, pictures
+    volumes = open_pictures(config, found, dataset)
+    resolved = resolve_for(config, found, volumes, device, processes=parallel.world)
+    return resolved, found, volumes
 
 
 def _begin(run: Run, resumed: Path | None) -> None:
@@ -221,9 +225,9 @@ def _train(run: Run, requests: Requests) -> None:
     """The loop: from the trainer's step to the last."""
     config, trainer = run.config, run.trainer
     total = config.max_train_steps
-    epoch = steps_per_epoch(run.encoded.epoch_visits, config.global_batch)
+    epoch = steps_per_epoch(run.volumes.epoch_visits, config.global_batch)
     every_epochs = config.save_model_epochs and config.save_model_epochs * epoch
-    with catch_signals() as stop, reports(run) as told, Saving() as saving, closing(run.encoded), _ahead(run) as steps:
+    with catch_signals() as stop, reports(run) as told, Saving() as saving, closing(run.reading), _ahead(run) as steps:
         wanted = told.due(trainer.steps_done)  # the last part may have stopped before
         if "validation" in wanted:
             validate(run)
@@ -314,7 +318,7 @@ def _asks(requests: Requests, stop: StopRequest, config: ResolvedConfig) -> int:
 def _follow(run: Run, requests: Requests) -> None:
     """The loop of the processes that are not the first: to compute their parts."""
     trainer, total = run.trainer, run.config.max_train_steps
-    with catch_signals() as stop, closing(run.encoded), _ahead(run) as steps:
+    with catch_signals() as stop, closing(run.reading), _ahead(run) as steps:
         for prepared_step in () if _is_over(run) else steps:
             trainer.take(prepared_step)
             asked = trainer.parallel.largest(_asks(requests, stop, run.config))
@@ -331,18 +335,8 @@ def _follow(run: Run, requests: Requests) -> None:
 
 def _ahead(run: Run) -> AbstractContextManager[Iterator[Prepared]]:
     """What the trainer takes, step by step, prepared by a thread as soon as visits need no encoder."""
-    config, trainer = run.config, run.trainer
-    planned = training_steps(
-        run.encoded,
-        batch_size=config.global_batch,
-        steps=config.max_train_steps,
-        seed=config.seed,
-        start=trainer.steps_done,
-        num_workers=config.dataloader_num_workers,
-        rank=trainer.parallel.rank,
-        world=trainer.parallel.world,
-    )
-    return ahead((trainer.prepare(*batches) for batches in planned), wanted=lambda: not run.encoded.live)
+    planned = run.reading.steps(run.trainer.steps_done)
+    return ahead((run.trainer.prepare(*batches) for batches in planned), wanted=lambda: not run.reading.live)
 
 
 def _finish(run: Run) -> None:
@@ -355,7 +349,7 @@ def _finish(run: Run) -> None:
     with run.trainer.in_full():
         difference = export(run.model, folder, lora_facts(run, final=True))
     lay_side_by_side(run)
-    write_ledger(folder, run.pictures, sampler(config, run.pictures), trained)
+    write_ledger(folder, config, run.volumes, trained)
     page = report(run, ended=True)
     run.accelerator.end_training()
     result = {"steps": run.trainer.steps_done, "trained": trained, "reloaded_output_difference": difference}

@@ -86,6 +86,10 @@ class DiskStore:
         except (OSError, sqlite3.Error) as error:
             raise UsageError(f"cache_dir {folder}: {error}; give another --cache_dir, or none") from error
 
+    def __del__(self) -> None:
+        for file in getattr(self, "_files", {}).values():
+            os.close(file)
+
     def missing(self, keys: Iterable[str]) -> list[str]:
         wanted = list(dict.fromkeys(keys))
         found = {row[0] for row in self._rows("SELECT key FROM items WHERE key IN", wanted)}

@@ -37,7 +37,7 @@ def run(options: Options, config: TrainConfig) -> None:
     config = with_absolute_paths(config)
     found = locate(config.model)
     check_resolution(found, config.resolution or found.resolution)
-    pictures = open_pictures(config, found, None)
+    volumes = open_pictures(config, found, None)
     frozen = load_frozen(
         found,
         max_token_length=config.max_token_length,
@@ -46,9 +46,11 @@ def run(options: Options, config: TrainConfig) -> None:
         vae=config.vae,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    frozen.encoder.to(device)
-    frozen.conditioner.to(device)
-    encoded = encode(pictures, frozen, seed=config.seed, cache_dir=config.cache_dir, precision=config.cache_precision)
-    print(encodings(encoded, config.cache_dir))
-    for line in pictures.notes():
-        print(f"note: {line}")
+    kept = {"seed": config.seed, "cache_dir": config.cache_dir, "precision": config.cache_precision}
+    for number in range(len(volumes)):
+        pictures = volumes.at(number)
+        frozen.encoder.to(device)
+        frozen.conditioner.to(device)
+        print(f"{encodings(encode(pictures, frozen, **kept), config.cache_dir)}{volumes.called(number)}", flush=True)
+        for line in pictures.notes():
+            print(f"note: {line}")

@@ -40,7 +40,7 @@ def run(options: Options) -> None:
     from finetune.results.contact_sheet import contact_sheet
     from finetune.run.assembly import assembled
     from finetune.run.folder import is_data_of
-    from finetune.run.sources import digest, open_pictures
+    from finetune.run.sources import identity, open_pictures
 
     folder = Path(options.run).expanduser()
     if not (folder / "config.toml").is_file():
@@ -51,12 +51,13 @@ def run(options: Options) -> None:
     if not config.data:
         raise UsageError(f"--run {folder}: it learned from a dataset of a program's own, which is not here")
     found, device = locate(config.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pictures = open_pictures(config, found, None)
-    if not is_data_of(folder, digest(pictures)):
+    volumes = open_pictures(config, found, None)
+    if not is_data_of(folder, identity(volumes)):
         print("note: the pictures, their names or captions are others than those of the run")
-    _, encoded, trainer = assembled(config, found, pictures, device, steps=range(options.step - 1, options.step))
+    ((volume, own),) = volumes.stretches(range(options.step - 1, options.step), config.global_batch)
+    _, encoded, trainer = assembled(config, found, volumes.at(volume), device, steps=own)
     (batches,) = training_steps(
-        encoded, batch_size=config.global_batch, steps=options.step, seed=config.seed, start=options.step - 1
+        encoded, batch_size=config.global_batch, steps=own.stop, seed=config.seed, start=own.start
     )
     losses = _losses(trainer, batches, folder, options.step, config.max_train_steps)
     timesteps = [int(t) for part in trainer.prepare(*batches).parts for t in part.drawn.t]

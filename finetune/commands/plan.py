@@ -12,7 +12,7 @@ from finetune.data.source import check_sources
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
-    from finetune.data.pictures import Pictures
+    from finetune.data.volumes import Volumes
 
 WITH_TRAINING_OPTIONS = True
 
@@ -48,12 +48,12 @@ def run(options: Options, config: TrainConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = locate(config.model)
     check_resolution(found, config.resolution or found.resolution)
-    pictures = open_pictures(config, found, None)
-    resolved = resolve_for(config, found, pictures, device)
+    volumes = open_pictures(config, found, None)
+    resolved = resolve_for(config, found, volumes, device)
     free = shutil.disk_usage(Path(config.output_dir or ".").absolute().anchor).free
     rows = {
         "model": f"{resolved.model}, {resolved.method}",
-        **_pictures(pictures),
+        **_pictures(volumes),
         "steps": f"{resolved.max_train_steps} of {resolved.global_batch}, learning rate {resolved.learning_rate:g}",
         "memory": check_memory(resolved, found, device),
         "time": _time(Path(options.runs), resolved),
@@ -69,15 +69,17 @@ def run(options: Options, config: TrainConfig) -> None:
     rows["decided"] = ", ".join(f"{name} {_said(value)}" for name, value in decided.items())
     for name, text in rows.items():
         print(f"{name:>11}  {text}")
-    for line in pictures.notes():
+    for line in volumes.first.notes():
         print(f"{'note':>11}  {line}")
 
 
-def _pictures(pictures: "Pictures") -> dict[str, str]:
-    from finetune.run.summary import sizes
+def _pictures(volumes: "Volumes") -> dict[str, str]:
+    from finetune.run.summary import sizes, volumes_row
 
+    pictures = volumes.first
     told = pictures.ledger()
-    return {
+    several = {"volumes": f"{sum(volumes.counts)} pictures in {volumes_row(volumes)}"} if len(volumes) > 1 else {}
+    return several | {
         "pictures": f"{told.trained} to train on, {told.held_out} held out, {told.quarantined} quarantined, "
         f"{told.captions} caption files; {sizes(pictures)}",
         "captions": ", ".join(f"{count} from {source}" for source, count in pictures.sources.items()),

@@ -49,7 +49,8 @@ def run(options: Options, config: TrainConfig) -> None:
             raise UsageError(f"{where}, which would be trained on; give one elsewhere")
     found = locate(config.model)
     check_resolution(found, config.resolution or found.resolution)
-    pictures = open_pictures(config, found, None)
+    volumes = open_pictures(config, found, None)
+    pictures = volumes.first
     counts, limit = [0] * len(pictures), 0
     if found.family.latent:
         tokenizer = open_source(found, config.tokenizer).tokenizer("tokenizer")
@@ -67,6 +68,8 @@ def run(options: Options, config: TrainConfig) -> None:
     except (OSError, ValueError) as error:
         raise UsageError(f"--output {path} cannot be written: {error}") from error
     print(f"{path}: {len(cells)} of {counted(len(pictures), 'picture')}, {sizes(pictures)}")
+    if len(volumes) > 1:
+        print(f"note: these are the first of {len(volumes)} volumes; the others are looked at when a run comes to them")
     for line in pictures.notes():
         print(f"note: {line}")
     for name, count in zip(pictures.ids, counts, strict=True):

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
-_DEPTH = 2
+DEPTH = 2
 """Items made ahead: one is enough where all take as long, two smooth what does not."""
 
 
@@ -27,7 +27,7 @@ def ahead(items: Iterator[Item], *, wanted: Callable[[], bool] = lambda: True) -
     def taken() -> Iterator[Item]:
         coming: deque[Future[Any]] = deque()
         while True:
-            while len(coming) <= _DEPTH and wanted():
+            while len(coming) <= DEPTH and wanted():
                 coming.append(thread.submit(next, items, end))
             item: Any = coming.popleft().result() if coming else next(items, end)
             if item is end:

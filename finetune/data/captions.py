@@ -77,6 +77,7 @@ def find_captions(
     prompt: str | None = None,
     subjects: Mapping[str, str] | None = None,
     by_line: bool = False,
+    metadata: Mapping[str, Texts] | None = None,
 ) -> FoundCaptions:
     """The caption of each picture.
 
@@ -92,6 +93,7 @@ def find_captions(
         prompt: caption of those that have none of their own.
         subjects: what the folders' names say of pictures.
         by_line: each line of a caption is one of its own.
+        metadata: what `read_metadata` has found; None: it is asked.
 
     Raises:
         DataError: a metadata file is not UTF-8 or is malformed, or it names a file that is no picture.
@@ -101,7 +103,7 @@ def find_captions(
         stem, suffix = os.path.splitext(file)
         if suffix.lower() in CAPTION_SUFFIXES:
             sidecars.setdefault(stem, {})[suffix.lower()] = file
-    metadata = _read_metadata(folder, files, pictures)
+    metadata = read_metadata(folder, files, pictures) if metadata is None else metadata
 
     captions, empty, unreadable, stems = list[Caption](), dict[str, None](), dict[str, str](), set[str]()
     for picture in pictures:
@@ -179,8 +181,12 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
-def _read_metadata(folder: Path, files: Sequence[str], pictures: Sequence[str]) -> dict[str, Texts]:
-    """Picture -> caption. What is read later wins: files further down, and by their names."""
+def read_metadata(folder: Path, files: Sequence[str], pictures: Sequence[str]) -> dict[str, Texts]:
+    """Picture -> what the metadata files say of it, in all folders: files further down win, and later names.
+
+    Raises:
+        DataError: a file is not UTF-8 or is malformed, or names what is no picture.
+    """
     tables = [folder / file for file in files if is_metadata(file)]
     by_place = {os.path.normpath(folder / picture): picture for picture in pictures} if tables else {}
     captions: dict[str, Texts] = {}

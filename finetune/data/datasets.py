@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from finetune.data import hub_rows
 from finetune.data.buckets import Buckets
 from finetune.data.captions import Texts, first_caption, is_metadata
-from finetune.data.image_folder import ImageFolder
+from finetune.data.image_folder import FolderPart, ImageFolder
 from finetune.data.images import PictureFile, Row
 from finetune.data.listing import PICTURE_SUFFIXES, ending, list_files
 from finetune.data.picture_memory import PictureMemory, Stamp
 from finetune.data.pictures import PictureFiles
 from finetune.data.shards import SUFFIX, TarShards, find_shards
-from finetune.data.source import check_source
+from finetune.data.source import check_source, is_pattern
 from finetune.data.streamed import CAPTION_COLUMN, IMAGE_COLUMN, kept
 from finetune.data.transforms import WHITE, Preprocess
 from finetune.errors import DataError, UsageError, first_line
@@ -41,6 +41,7 @@ class HuggingFaceDataset(PictureFiles):
         trigger: word put in place of every [trigger], or in front of each caption.
         resolution, resize_mode, center_crop, random_flip, buckets, background: see `Preprocess`.
         caption_lines, memory: as for `ImageFolder`.
+        part: the numbers of the rows to open; None: all.
         image_column: a column of pictures: `datasets.Image`, encoded bytes, or paths.
         caption_column: a column of strings, or of lists of them, of which each visit takes one. The default one may be
             absent.
@@ -68,22 +69,25 @@ class HuggingFaceDataset(PictureFiles):
         memory: PictureMemory | None = None,
         image_column: str = IMAGE_COLUMN,
         caption_column: str = CAPTION_COLUMN,
+        part: Sequence[int] | None = None,
     ) -> None:
         transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets, background)
         if not len(rows):
             raise DataError("the dataset has no rows")
-        self._pictures = _picture_column(rows, image_column)
-        self._origin = _origin(self._pictures)
+        self._numbers = range(len(rows)) if part is None else part
+        pictures = _picture_column(rows, image_column)
+        self._origin = _origin(pictures)
+        self._pictures = pictures if part is None else pictures.select(part)
         captions = [
             first_caption((("column", texts), ("prompt", prompt)), by_line=caption_lines == "chosen")
-            for texts in _caption_texts(rows, caption_column)
+            for texts in _caption_texts(rows, caption_column, self._numbers)
         ]
-        names = [f"row {number}" for number in range(len(rows))]
+        names = [f"row {number}" for number in self._numbers]
         super().__init__("the dataset", names, captions, trigger=trigger, transform=transform, memory=memory)
 
     def _file(self, place: int) -> PictureFile:
         if self._origin is not None:
-            return Row(self._origin / str(place), partial(self._bytes, place))
+            return Row(self._origin / str(self._numbers[place]), partial(self._bytes, place))
         picture = self._pictures[place]["picture"]
         if picture is not None and picture["bytes"] is not None:
             return io.BytesIO(picture["bytes"])
@@ -121,14 +125,15 @@ def _picture_column(rows: "datasets.Dataset", column: str) -> "datasets.Dataset"
         raise DataError(f"--image_column {column}: holds {plain}, not pictures") from error
 
 
-def _caption_texts(rows: "datasets.Dataset", column: str) -> list[Texts]:
-    """The captions of each row, without decoding its picture."""
+def _caption_texts(rows: "datasets.Dataset", column: str, numbers: Sequence[int]) -> list[Texts]:
+    """The captions of these rows, without decoding their pictures."""
     if column not in rows.column_names:
         if column == CAPTION_COLUMN:
-            return [None] * len(rows)
+            return [None] * len(numbers)
         raise DataError(f"--caption_column {column}: no such column; there are {', '.join(rows.column_names)}")
-    values = rows.with_format(None).select_columns([column])[:][column]
-    for number, value in enumerate(values):
+    texts = rows.with_format(None).select_columns([column])
+    values = (texts if len(numbers) == len(rows) else texts.select(numbers))[:][column]
+    for number, value in zip(numbers, values, strict=True):
         for text in value if isinstance(value, list) else [value]:
             if text is not None and not isinstance(text, str):
                 raise DataError(f"--caption_column {column}: row {number} holds {text!r}, allowed is text")
@@ -149,17 +154,16 @@ def open_dataset(
     masks: Literal["files", "files and alpha", "none"] = "files",
     stream_rows: int | None = None,
     kept_in: Path | None = None,
+    part: FolderPart | Sequence[int] | None = None,
     **options: Any,
 ) -> ImageFolder | TarShards | HuggingFaceDataset:
     """Open what --data names.
 
     Args:
-        source: a folder of pictures; a tar file, a folder with such, or a pattern (shards/*.tar); a folder written by
-            `Dataset.save_to_disk`; a folder of parquet or arrow files, or one such file; the id of a dataset on the
-            Hugging Face hub (its split "train"); or a Dataset or IterableDataset itself. Only a source that does not
-            exist on this machine is looked for on the hub.
-        stream_rows: of a dataset on the hub, or an IterableDataset: take so many rows as they come.
-        kept_in: the folder where rows of streams are kept; None: there is none.
+        source: a folder of pictures; a tar file, a folder with such, or a pattern (shards/*.tar); or rows, as
+            `open_rows` has them.
+        stream_rows, kept_in: as for `open_rows`.
+        part: of a folder of pictures, or the numbers of rows; None: all.
         prompt, image_column, caption_column, masks, options: as for `ImageFolder` and `HuggingFaceDataset`.
 
     Raises:
@@ -167,31 +171,86 @@ def open_dataset(
         DataError: there is nothing to train on, or the hub cannot be reached.
     """
     columns = {"image_column": image_column, "caption_column": caption_column}
-    if not isinstance(source, str):
-        return HuggingFaceDataset(_passed_once(source, stream_rows, **columns), prompt, **columns, **options)
-    check_source(source)
-    path = Path(os.path.expanduser(source))
-    files = list_files(path) if path.is_dir() else []
-    shards = find_shards(source, path, files)
-    if masks == "files and alpha" and not shards and not (path.is_dir() and not _holds_tables(path, files)):
-        raise UsageError(f"--masked_loss is for folders of pictures and shards; {source} holds rows, without masks")
-    on_hub = not shards and not os.path.exists(path)
-    if stream_rows is not None and not on_hub:
+    if not isinstance(part, FolderPart) and holds_rows(source):
+        if masks == "files and alpha":
+            raise no_masks(source)
+        rows = open_rows(source, stream_rows=stream_rows, kept_in=kept_in, **columns)
+        return HuggingFaceDataset(rows, prompt, part=part, **columns, **options)
+    assert isinstance(source, str)
+    if stream_rows is not None:
         raise UsageError(f"stream_rows is for datasets on the Hugging Face hub; {source} is on this machine")
-    if on_hub and stream_rows is not None:
-        if kept_in is None:
-            raise UsageError("stream_rows needs a folder where rows are kept; leave --cache_dir none out")
-        rows = hub_rows.streamed(source, stream_rows, kept_in, image_column, caption_column)
-        return HuggingFaceDataset(rows, prompt, **columns, **options)
-    if on_hub:
-        return HuggingFaceDataset(hub_rows.whole(source), prompt, **columns, **options)
-    if not shards and _holds_tables(path, files):
-        return HuggingFaceDataset(_load_tables(path), prompt, **columns, **options)
     if (image_column, caption_column) != (IMAGE_COLUMN, CAPTION_COLUMN):
         raise UsageError(f"--image_column and --caption_column are for Hugging Face datasets; {source} holds pictures")
-    if shards:
+    path = Path(os.path.expanduser(source))
+    if isinstance(part, FolderPart):
+        return ImageFolder(path, prompt, masks=masks, part=part, **options)
+    files = list_files(path) if path.is_dir() else []
+    if shards := find_shards(source, path, files):
         return TarShards(*shards, prompt, masks=masks, **options)
-    return ImageFolder(path, prompt, masks=masks, files=files, **options)
+    return ImageFolder(path, prompt, masks=masks, part=FolderPart(files), **options)
+
+
+def no_masks(source: "str | datasets.Dataset") -> UsageError:
+    """The error where masks are wanted of rows."""
+    what = source if isinstance(source, str) else "the dataset"
+    return UsageError(f"--masked_loss is for folders of pictures and shards; {what} holds rows, without masks")
+
+
+def holds_rows(source: "str | datasets.Dataset") -> bool:
+    """Whether it is a table or on the hub, and no pictures in files. Raises as `open_dataset`."""
+    if not isinstance(source, str):
+        return True
+    check_source(source)
+    path = Path(os.path.expanduser(source))
+    if not os.path.exists(path):
+        return not is_pattern(source)
+    files = list_files(path) if path.is_dir() else []
+    return not find_shards(source, path, files) and _holds_tables(path, files)
+
+
+def open_rows(
+    source: "str | datasets.Dataset",
+    *,
+    image_column: str = IMAGE_COLUMN,
+    caption_column: str = CAPTION_COLUMN,
+    stream_rows: int | None = None,
+    kept_in: Path | None = None,
+) -> "datasets.Dataset":
+    """The rows that --data names.
+
+    Args:
+        source: a folder written by `Dataset.save_to_disk`; a folder of parquet or arrow files, or one such file; the id
+            of a dataset on the Hugging Face hub (its split "train"); or a Dataset or IterableDataset itself. Only a
+            source that does not exist on this machine is looked for on the hub.
+        image_column, caption_column: what is kept of a stream.
+        stream_rows: of a dataset on the hub, or an IterableDataset: take so many rows as they come.
+        kept_in: the folder where rows of streams are kept; None: there is none.
+
+    Raises:
+        UsageError: `stream_rows` is given for what is no stream, or without a folder.
+        DataError: they cannot be read, or the hub cannot be reached.
+    """
+    if not isinstance(source, str):
+        return _passed_once(source, stream_rows, image_column, caption_column)
+    path = Path(os.path.expanduser(source))
+    if os.path.exists(path) and stream_rows is not None:
+        raise UsageError(f"stream_rows is for datasets on the Hugging Face hub; {source} is on this machine")
+    if os.path.exists(path):
+        return _load_tables(path)
+    if stream_rows is None:
+        return hub_rows.whole(source)
+    if kept_in is None:
+        raise UsageError("stream_rows needs a folder where rows are kept; leave --cache_dir none out")
+    return hub_rows.streamed(source, stream_rows, kept_in, image_column, caption_column)
+
+
+def picture_folder(source: str) -> list[str] | None:
+    """What lies in a folder of pictures; None: the source is something else. Raises DataError as `open_dataset`."""
+    path = Path(os.path.expanduser(source))
+    if not path.is_dir():
+        return None
+    files = list_files(path)
+    return None if find_shards(source, path, files) or _holds_tables(path, files) else files
 
 
 def _holds_tables(path: Path, files: Sequence[str]) -> bool:

@@ -2,12 +2,12 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from finetune.data.buckets import Buckets
-from finetune.data.captions import CAPTION_SUFFIXES, find_captions, is_metadata
+from finetune.data.captions import CAPTION_SUFFIXES, Texts, find_captions, is_metadata
 from finetune.data.images import PictureFile
 from finetune.data.listing import PICTURE_SUFFIXES, ending, is_picture, list_files
 from finetune.data.masks import checked_masks, is_mask, masks_of
@@ -19,6 +19,16 @@ from finetune.wording import listed
 
 _REPEATED = re.compile(r"(\d{1,3})_(.+)")
 """A folder's name in the layout of sd-scripts: repeats and subject. A year has four digits."""
+
+
+class FolderPart(NamedTuple):
+    """Some of a folder's files, and what only all of them tell."""
+
+    files: Sequence[str]
+    metadata: Mapping[str, Texts] | None = None
+    """What `read_metadata` has found; None: these are all, and it is asked."""
+    repeated: bool = True
+    """Whether the others also lie in folders called N_SUBJECT, if these do."""
 
 
 class ImageFolder(PictureFiles):
@@ -36,7 +46,7 @@ class ImageFolder(PictureFiles):
         masks: where an error counts (see `finetune/data/masks.py`): the files NAME.mask.png beside pictures; and the
             alpha channel of those without; or everywhere.
         memory: of earlier runs; without it, every picture is decoded once before anything else.
-        files: what `list_files` has found in the folder; None: it is asked.
+        part: what of the folder to open; None: all that `list_files` finds.
 
     An id is a path relative to the folder, with forward slashes.
 
@@ -60,24 +70,25 @@ class ImageFolder(PictureFiles):
         caption_lines: Literal["joined", "chosen"] = "joined",
         masks: Literal["files", "files and alpha", "none"] = "files",
         memory: PictureMemory | None = None,
-        files: Sequence[str] | None = None,
+        part: FolderPart | None = None,
     ) -> None:
         transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets, background)
         root = Path(folder)
         if not root.is_dir():
             raise UsageError(f"{folder}: {'not a folder' if root.exists() else 'no such folder'}")
         self._root = root
-        files = list_files(root) if files is None else files
-        self._names = [file for file in files if is_picture(file) and not is_mask(file)]
+        files, metadata, repeated = part or FolderPart(list_files(root))
+        self._names = pictures_among(files)
         if not self._names:
             raise DataError(f"{folder}: no picture found; allowed are {' '.join(PICTURE_SUFFIXES)}")
         beside, self._lonely_masks = masks_of(files, self._names)
         self._masks = {root / picture: root / mask for picture, mask in beside.items()}
         self._alpha, self.masked = masks == "files and alpha", masks != "none"
         self._mask_digests, unusable = checked_masks(self._masks if self.masked else {}, memory)
-        repeats, subjects = _repeated(self._names)
-        by_picture = dict(zip(self._names, subjects, strict=False))
-        found = find_captions(root, files, self._names, prompt, by_picture, by_line=caption_lines == "chosen")
+        repeats = repeats_of(self._names) if repeated else []
+        subjects = {name: name.split("/")[0].partition("_")[2] for name in self._names} if repeats else {}
+        by_line = caption_lines == "chosen"
+        found = find_captions(root, files, self._names, prompt, subjects, by_line, metadata)
         self._count, self._caption_files = len(files), found.files
         self._others = Counter(ending(file) or "without an ending" for file in files if _is_strange(file))
         super().__init__(
@@ -118,13 +129,16 @@ class ImageFolder(PictureFiles):
         return super().notes() + [line for line, found in lines.items() if found]
 
 
-def _repeated(names: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Repeats and subject of each picture by the name of the folder that it lies in; both empty in other layouts."""
-    found = [_REPEATED.fullmatch(name.split("/")[0]) if "/" in name else None for name in names]
-    numbers = [(int(match[1]), match[2]) for match in found if match and int(match[1])]
-    if len(numbers) < len(names):
-        return [], []
-    return [number for number, _ in numbers], [subject for _, subject in numbers]
+def pictures_among(files: Sequence[str]) -> list[str]:
+    """Those that are to be trained on."""
+    return [file for file in files if is_picture(file) and not is_mask(file)]
+
+
+def repeats_of(pictures: Sequence[str]) -> list[int]:
+    """Of each picture, by the name of the folder that it lies in; none where not all are in such folders."""
+    found = [_REPEATED.fullmatch(name.split("/")[0]) if "/" in name else None for name in pictures]
+    repeats = [int(match[1]) for match in found if match and int(match[1])]
+    return repeats if len(repeats) == len(pictures) else []
 
 
 def _is_strange(file: str) -> bool:

@@ -28,13 +28,18 @@ def is_mask(name: str) -> bool:
     return _SUFFIX.search(name) is not None
 
 
+def without_suffix(mask: str) -> str:
+    """What the name of a mask has before its ending: that of its picture, without one."""
+    return _SUFFIX.sub("", mask)
+
+
 Key = TypeVar("Key")
 
 
 def masks_of(files: Iterable[str], pictures: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Picture -> the mask beside it; and the masks that lie beside no picture."""
     masks = [file for file in files if is_mask(file)]
-    places = {_SUFFIX.sub("", file): file for file in masks}
+    places = {without_suffix(file): file for file in masks}
     stems = ((picture, os.path.splitext(picture)[0]) for picture in pictures) if masks else ()
     found = {picture: places[stem] for picture, stem in stems if stem in places}
     used = set(found.values())

@@ -78,8 +78,6 @@ class Pictures(Dataset[Example], ABC):
     """Numbers of pictures that are never trained on, but validated on."""
     masked: bool = False
     """Whether some may have a mask."""
-    shown_elsewhere: int = 0
-    """Pictures for validation that are not used: what they show is trained on."""
 
     def __init__(
         self,
@@ -92,6 +90,7 @@ class Pictures(Dataset[Example], ABC):
         repeats: Sequence[int] = (),
     ) -> None:
         self.repeats = list(repeats) or [1] * len(ids)
+        self._aside = dict[str, int]()
         self.subjects, self.weights = len(ids), [1.0] * len(ids)
         self.ids, self.contents, self.transform = list(ids), list(contents), transform
         self.captions = [with_trigger(caption.text, trigger) for caption in captions]
@@ -162,10 +161,17 @@ class Pictures(Dataset[Example], ABC):
         numbers = {size: number for number, size in enumerate(sorted(set(sizes)))}
         return [numbers[size] for size in sizes]
 
-    def hold_out(self, indices: Sequence[int], shown_elsewhere: Sequence[int] = ()) -> None:
-        """Train on neither of these pictures: the first are validated on, the others left aside."""
-        self.held_out, self.shown_elsewhere = list(indices), len(shown_elsewhere)
-        for index in (*indices, *shown_elsewhere):
+    def hold_out(self, indices: Sequence[int]) -> None:
+        """Train on none of these pictures, but validate on them."""
+        self.held_out = list(indices)
+        for index in indices:
+            self.repeats[index] = 0
+
+    def leave_aside(self, indices: Sequence[int], why: str) -> None:
+        """Neither train nor validate on these."""
+        if indices:
+            self._aside[why] = len(indices)
+        for index in indices:
             self.repeats[index] = 0
 
     @property
@@ -181,8 +187,7 @@ class Pictures(Dataset[Example], ABC):
     def ledger(self) -> Ledger:
         """What became of everything that was found."""
         found, trained, held = len(self) + len(self.quarantined), len(self.trained), len(self.held_out)
-        aside = {"held out, but trained on elsewhere": self.shown_elsewhere} if self.shown_elsewhere else {}
-        return Ledger(found, trained, len(self.quarantined), held_out=held, skipped=aside)
+        return Ledger(found, trained, len(self.quarantined), held_out=held, skipped=dict(self._aside))
 
     def notes(self) -> list[str]:
         """Lines for the user about what was found: what is left out, or looks wrong."""

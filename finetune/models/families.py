@@ -1,6 +1,6 @@
 """The table of model families: what each is made of, and the defaults that suit it. Free of torch, for `--help`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, sqrt
 from typing import Any
@@ -185,11 +185,16 @@ def _pixel_defaults(resolution: int) -> dict[str, Any]:
     }
 
 
-def total_steps(pictures: int, epoch_visits: int, global_batch: int, epochs: int | None, steps: int | None) -> int:
-    """Optimizer steps of a run: `steps` if given, else as many as `epochs` or `pictures_seen` need."""
+def total_steps(pictures: int, visits: Sequence[int], global_batch: int, epochs: int | None, steps: int | None) -> int:
+    """Optimizer steps of a run: `steps` if given, else as many as `epochs` or `pictures_seen` need.
+
+    `visits` are those of an epoch in each volume of the pictures, which has steps of its own.
+    """
     if steps is not None:
         return steps
-    return ceil((pictures_seen(pictures) if epochs is None else epochs * epoch_visits) / global_batch)
+    if epochs is None:
+        return ceil(pictures_seen(pictures) / global_batch)
+    return sum(ceil(epochs * some / global_batch) for some in visits)
 
 
 def bucket_sides(resolution: int, multiple: int) -> dict[str, int]:

@@ -48,7 +48,24 @@ def assembled(
     `told` hears how much is encoded: what, how many are, of how many.
     """
     model = _load(config, found, device)
-    encoded = encode(
+    encoded = encoded_for(config, model, pictures, steps, parallel, at_most=_FIRST_STEP_BY, told=told)
+    trainer = _trainer(config, model, parallel)
+    parallel.copy_from_first(list(trainer.parameters.values()))
+    return model, encoded, trainer
+
+
+def encoded_for(
+    config: ResolvedConfig,
+    model: DiffusionModel,
+    pictures: Pictures,
+    steps: range,
+    parallel: Parallel,
+    *,
+    at_most: float,
+    told: Callable[[str, int, int], None] | None = None,
+) -> Encoded:
+    """What these steps (from 0) need of the pictures, encoded; `at_most` seconds of it now, unless an option says."""
+    return encode(
         pictures,
         model,
         live=config.live_encoding,
@@ -56,13 +73,10 @@ def assembled(
         seed=config.seed,
         cache_dir=config.cache_dir,
         precision=config.cache_precision,
-        visited=_visits(config, pictures, steps, parallel, inpainting=found.family.inpainting),
-        at_most={"before": None, "ahead": 0, "auto": _FIRST_STEP_BY}[config.encode],
+        visited=_visits(config, pictures, steps, parallel, inpainting=model.inpainting),
+        at_most={"before": None, "ahead": 0, "auto": at_most}[config.encode],
         told=told,
     )
-    trainer = _trainer(config, model, parallel)
-    parallel.copy_from_first(list(trainer.parameters.values()))
-    return model, encoded, trainer
 
 
 def _visits(

@@ -15,12 +15,13 @@ def record_fault(run: Run, fault: Fault) -> None:
 
     All of it is a function of seed and step, so it is known here of what another process has computed, too.
     """
-    encoded = run.encoded
-    visits, _ = sampler(run.config, run.pictures).share(fault.step - 1)
-    keys = [example_key(run.config.seed, encoded.ids[visit.example], visit.number) for visit in visits]
+    (stretch,) = run.volumes.stretches(range(fault.step - 1, fault.step), run.config.global_batch)
+    pictures = run.volumes.at(stretch.volume)
+    visits, _ = sampler(run.config, pictures).share(stretch.own.start)
+    keys = [example_key(run.config.seed, pictures.ids[visit.example], visit.number) for visit in visits]
     times = timesteps(torch.tensor(keys), run.model.scheduler.config["num_train_timesteps"]).tolist()
     seen = []
     for visit, key, t in zip(visits, keys, times, strict=True):
-        caption = encoded.captioning.caption(encoded.pictures.texts(visit.example), key)
-        seen.append({"id": encoded.ids[visit.example], "timestep": t, "caption": caption})
+        caption = run.encoded.captioning.caption(pictures.texts(visit.example), key)
+        seen.append({"id": pictures.ids[visit.example], "timestep": t, "caption": caption})
     tracking.note_fault(run.folder, fault, seen)

@@ -44,6 +44,7 @@ _LEFT_BY_A_RUN = (
         "quarantine.jsonl",
         "pictures.jpg",
         "ledger.json",
+        "volumes.jsonl",
         "best.safetensors",
         "report.html",
         "samples/step-*.png",

@@ -8,11 +8,13 @@ from typing import Any
 from finetune.cache.encoded import Encoded
 from finetune.config import ResolvedConfig
 from finetune.data.pictures import Pictures
+from finetune.data.volumes import Volumes
 from finetune.models.loading import DiffusionModel
 from finetune.results.copies import Originals
 from finetune.results.events import Events
 from finetune.run.held_out import ValidationPlan
 from finetune.run.questions import Meter
+from finetune.run.reading import Reading
 from finetune.run.samples import SamplePlan
 from finetune.training.trainer import Trainer
 
@@ -23,8 +25,10 @@ class Run:
 
     config: ResolvedConfig
     model: DiffusionModel
-    pictures: Pictures
+    volumes: Volumes
     encoded: Encoded
+    """The first volume."""
+    reading: Reading
     trainer: Trainer
     samples: SamplePlan
     validation: ValidationPlan
@@ -39,8 +43,13 @@ class Run:
     """What its checkpoints say of it, for a resume to compare (`finetune/run/lineage.py`)."""
     events: Events
 
+    @property
+    def pictures(self) -> Pictures:
+        """The first volume: most often all."""
+        return self.volumes.first
+
     def release(self) -> None:
         """Send the frozen parts that no visit to come needs from the device."""
         for network in (self.model.conditioner, self.model.encoder):
-            if not self.encoded.needs(network):
+            if not self.reading.needs(network):
                 network.to("cpu")

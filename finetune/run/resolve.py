@@ -1,6 +1,6 @@
 """From what was given to a config with nothing left open, decided and checked before any weight is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,9 @@ import torch
 from finetune.cache.store import cache_folder
 from finetune.config import ResolvedConfig, TrainConfig, replace
 from finetune.data.buckets import Buckets
-from finetune.data.pictures import Pictures
 from finetune.data.source import is_pattern
 from finetune.data.split import default_fraction
+from finetune.data.volumes import Volumes
 from finetune.errors import UsageError
 from finetune.files import is_inside
 from finetune.models.families import FAMILIES, bucket_sides, default_method, defaults, total_steps, warmup_steps
@@ -62,14 +62,15 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def resolve_for(
-    config: TrainConfig, found: Location, pictures: Pictures, device: torch.device, *, processes: int = 1
+    config: TrainConfig, found: Location, volumes: Volumes, device: torch.device, *, processes: int = 1
 ) -> ResolvedConfig:
     """The config with every option decided for these pictures. Raises UsageError as `resolve` does."""
+    pictures = volumes.first
     return resolve(
         config,
         found,
-        pictures=len(pictures.trained),
-        epoch_visits=sum(pictures.repeats),
+        pictures=sum(volumes.counts),
+        visits=volumes.visits,
         varied_captions=len(set(pictures.captions[: pictures.subjects])) > 1,
         device=device,
         processes=processes,
@@ -86,7 +87,7 @@ def resolve(
     varied_captions: bool,
     device: torch.device,
     processes: int = 1,
-    epoch_visits: int | None = None,
+    visits: Sequence[int] = (),
     validation_fraction: float = 0.0,
     buckets: Buckets | None = None,
 ) -> ResolvedConfig:
@@ -99,7 +100,7 @@ def resolve(
         varied_captions: True when they do not all share one caption.
         device: where the UNet will run.
         processes: that train together.
-        epoch_visits: of an epoch, repeats counted; None: one for each picture.
+        visits: of an epoch in each volume, repeats counted; none: one for each picture.
         validation_fraction: share of the pictures that is held out, where it was not given.
         buckets: what they are trained in; None: squares.
 
@@ -114,9 +115,8 @@ def resolve(
     suited |= bucket_sides(resolution, found.multiple) if buckets else {}
     suited |= {"use_ema": False} if config.full_bf16 else {}
     derived = {name: value for name, value in suited.items() if getattr(config, name) is None}
-    visits = pictures if epoch_visits is None else epoch_visits
     processes = config.num_processes or processes
-    length = _length(config, found, suited | {"num_processes": processes}, pictures, visits)
+    length = _length(config, found, suited | {"num_processes": processes}, pictures, visits or [pictures])
     small = found.family.is_small(resolution)
     steps = length["max_train_steps"] or 0
     return ResolvedConfig(
@@ -149,9 +149,9 @@ def _precision(config: TrainConfig, device: torch.device, *, small: bool) -> str
 
 
 def _length(
-    config: TrainConfig, found: Location, suited: Mapping[str, Any], pictures: int, visits: int
+    config: TrainConfig, found: Location, suited: Mapping[str, Any], pictures: int, visits: Sequence[int]
 ) -> dict[str, int | None]:
-    """Epochs, steps and warm-up of the run; `visits` are those of an epoch."""
+    """Epochs, steps and warm-up of the run."""
     factors = ("train_batch_size", "gradient_accumulation_steps", "num_processes")
     batch = prod(getattr(config, name) or suited[name] for name in factors)
     epochs = config.num_train_epochs

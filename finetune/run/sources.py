@@ -3,18 +3,20 @@
 from collections.abc import Callable
 from functools import partial
 from math import ceil
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any, Literal
 
 from finetune.cache.store import cache_folder
 from finetune.config import TrainConfig
 from finetune.data.buckets import Buckets
-from finetune.data.datasets import is_table, open_dataset
+from finetune.data.datasets import holds_rows, is_table, no_masks, open_dataset, open_rows, picture_folder
 from finetune.data.joined import Joined, Part, names_of, with_class_pictures
 from finetune.data.own import OwnPictures, Rows
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Pictures
 from finetune.data.split import FEWEST, default_fraction, held_out, shown_elsewhere
 from finetune.data.transforms import Preprocess
+from finetune.data.volumes import Deal, Volumes, deal_folder, deal_rows
 from finetune.errors import DataError, UsageError
 from finetune.models.families import bucket_sides
 from finetune.models.locate import Location
@@ -30,8 +32,8 @@ _MASKS: dict[bool | None, Literal["files", "files and alpha", "none"]] = {
 """The masked_loss option -> what masks are."""
 
 
-def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) -> Pictures:
-    """What is to be trained on, at the resolution of the run.
+def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) -> Volumes:
+    """What is to be trained on, at the resolution of the run: of a large folder only the first volume is opened.
 
     Args:
         config: says where pictures and captions come from, and how they become squares.
@@ -48,7 +50,38 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
     memory = PictureMemory(folder, strict=config.cache_strict) if folder else None
     if dataset is None and len(config.repeats) not in (0, len(config.data)):
         raise UsageError(f"repeats: {counted(len(config.repeats), 'number')} for {len(config.data)} --data")
-    opened = partial(
+    opened = _opener(config, found, memory)
+    streamed = partial(opened, stream_rows=config.stream_rows, kept_in=folder)
+    dealt = _dealt(config, dataset, folder)
+    if dealt is not None:
+        pictures = opened(dealt.source, part=dealt.parts[0])
+    elif dataset is None:
+        pictures = _joined(config, streamed)
+    else:
+        pictures = _own_pictures(config, found, dataset, resolution)
+    if config.class_data:
+        pictures = _with_class_pictures(config, pictures, opened)
+    if config.validation_data:
+        pictures = _with_validation_data(config.validation_data, pictures, opened)
+    _refuse_unusable(pictures, config.max_bad_fraction, captioned=found.family.latent)
+    if not config.validation_data:
+        fraction = config.validation_fraction
+        fraction = default_fraction(pictures.subjects) if fraction is None else fraction
+        pictures.hold_out(held_out(pictures, fraction, config.seed, memory))
+    if config.early_stop and not pictures.held_out:
+        raise UsageError("early_stop needs pictures that are held out: give --validation_fraction or --validation_data")
+    if dealt is None or len(dealt.parts) == 1:
+        return Volumes.whole(pictures)
+    counts = [len(pictures.trained), *dealt.counts[1:]]
+    visits = [sum(pictures.repeats), *dealt.visits[1:]]
+    later = _later(opened, config, dealt, pictures, captioned=found.family.latent)
+    return Volumes(pictures, counts, visits, dealt.found, later, dealt.digest)
+
+
+def _opener(config: TrainConfig, found: Location, memory: PictureMemory | None) -> Callable[..., Pictures]:
+    """`open_dataset`, as the options say."""
+    resolution = config.resolution or found.resolution
+    return partial(
         open_dataset,
         prompt=config.prompt,
         trigger=config.trigger,
@@ -64,30 +97,39 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
         image_column=config.image_column,
         caption_column=config.caption_column,
     )
-    streamed = partial(opened, stream_rows=config.stream_rows, kept_in=folder)
-    if dataset is None:
-        pictures = _joined(config, streamed)
-    elif is_table(dataset):
-        pictures = streamed(cast(Any, dataset))
-    else:
-        pictures = _own_pictures(config, found, dataset, resolution)
-    if config.class_data:
-        pictures = _with_class_pictures(config, pictures, opened)
-    if config.validation_data:
-        pictures = _with_validation_data(config.validation_data, pictures, opened)
-    _refuse_too_many_bad(pictures, config.max_bad_fraction)
-    empty = pictures.captions.count("")
-    if found.family.latent and empty:
-        raise UsageError(
-            f"{empty} of {counted(len(pictures), 'picture')} without a caption: give --prompt, or captions beside them"
-        )
-    if not config.validation_data:
-        fraction = config.validation_fraction
-        fraction = default_fraction(pictures.subjects) if fraction is None else fraction
-        pictures.hold_out(held_out(pictures, fraction, config.seed, memory))
-    if config.early_stop and not pictures.held_out:
-        raise UsageError("early_stop needs pictures that are held out: give --validation_fraction or --validation_data")
-    return pictures
+
+
+def _later(
+    opened: Callable[..., Pictures], config: TrainConfig, dealt: Deal, first: Pictures, *, captioned: bool
+) -> Callable[[int], Pictures]:
+    """How a volume after the first is opened: without what is held out there."""
+    held = {first.checked(index).digest for index in first.held_out}
+
+    def later(number: int) -> Pictures:
+        volume = opened(dealt.source, part=dealt.parts[number])
+        _refuse_unusable(volume, config.max_bad_fraction, captioned=captioned)
+        copies = [index for index in range(len(volume)) if volume.checked(index).digest in held]
+        volume.leave_aside(copies, "copies of pictures that are held out")
+        return volume
+
+    return later
+
+
+def _dealt(config: TrainConfig, dataset: Any, folder: Path | None) -> Deal | None:
+    """A single folder of pictures or table, in volumes where it is large; None: something else."""
+    source = dataset if dataset is not None else config.data[0]
+    single = len(config.data) < 2 and config.repeats in ((), (1,)) and not config.class_data
+    if single and isinstance(source, str) and (files := picture_folder(source)) is not None:
+        return deal_folder(source, files, config.volume_size)
+    if single and (is_table(source) or (isinstance(source, str) and holds_rows(source))):
+        if config.masked_loss:
+            raise no_masks(source)  # before it is loaded
+        columns = {"image_column": config.image_column, "caption_column": config.caption_column}
+        rows = open_rows(source, stream_rows=config.stream_rows, kept_in=folder, **columns)
+        return deal_rows(rows, config.volume_size)
+    if config.volume_size:
+        raise UsageError("volume_size is for one folder of pictures, or table, without repeats and class_data")
+    return None
 
 
 def _joined(config: TrainConfig, opened: Callable[[str], Pictures]) -> Pictures:
@@ -116,16 +158,22 @@ def _with_validation_data(source: str, pictures: Pictures, opened: Callable[...,
     if (left := len(given) - len(shown)) < FEWEST:
         aside = f", and {len(shown)} that are trained on or near duplicates of such" if shown else ""
         raise UsageError(f"validation_data {source}: {counted(left, 'picture')}{aside}; at least {FEWEST} are needed")
-    joined.hold_out(sorted(set(given).difference(shown)), shown)
+    joined.hold_out(sorted(set(given).difference(shown)))
+    joined.leave_aside(shown, "held out, but trained on elsewhere")
     return joined
 
 
-def _refuse_too_many_bad(pictures: Pictures, most: float) -> None:
+def _refuse_unusable(pictures: Pictures, most: float, *, captioned: bool) -> None:
+    """Raise DataError where more than this share is bad, and UsageError where there are no captions for all."""
     bad, found = pictures.quarantined, len(pictures) + len(pictures.quarantined)
     if len(bad) > most * found:
         raise DataError(
             f"{len(bad)} of {counted(found, 'picture')} cannot be trained on: {listed(list(map(str, bad)), 10)}; "
             f"mend or remove them, or leave them out with --max_bad_fraction {ceil(100 * len(bad) / found) / 100:g}"
+        )
+    if captioned and (empty := pictures.captions.count("")):
+        raise UsageError(
+            f"{empty} of {counted(len(pictures), 'picture')} without a caption: give --prompt, or captions beside them"
         )
 
 
@@ -171,8 +219,14 @@ def _own_pictures(config: TrainConfig, found: Location, dataset: Rows, resolutio
     return OwnPictures(dataset, config.prompt, trigger=config.trigger, transform=how)
 
 
+def identity(volumes: Volumes) -> str:
+    """A digest of all that is trained on, as far as it is known before the first step: another one is another run."""
+    whole = digest(volumes.first)
+    return f"{fold(whole, volumes.digest):016x}" if volumes.digest else whole
+
+
 def digest(pictures: Pictures) -> str:
-    """A digest of the pictures, their names, captions and repeats: another one is another run."""
+    """A digest of the pictures, their names, captions and repeats."""
     captions = [text for index in range(len(pictures)) for text in pictures.texts(index)]
     parts = (*pictures.ids, *captions, *pictures.contents, *pictures.repeats, *pictures.mask_digests)
     return f"{fold(*parts):016x}"

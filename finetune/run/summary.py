@@ -8,6 +8,7 @@ from finetune.config import ResolvedConfig
 from finetune.data.inpainting import MASKS
 from finetune.data.pictures import Pictures
 from finetune.data.sampler import steps_per_epoch
+from finetune.data.volumes import Volumes
 from finetune.models.conditioners import spelt_words
 from finetune.models.lora import trainable
 from finetune.models.lora_kinds import NAMES
@@ -28,13 +29,14 @@ def print_summary(run: Run) -> None:
 def summary_rows(run: Run) -> dict[str, str]:
     """Model, pictures, captions, schedule, precision, samples and output: name -> text."""
     config, encoded, family = run.config, run.encoded, run.model.family
-    epochs = float(config.max_train_steps / steps_per_epoch(encoded.epoch_visits, config.global_batch))
+    epochs = float(config.max_train_steps / steps_per_epoch(run.volumes.epoch_visits, config.global_batch))
     rows = {
         "model": f"{config.model} ({family.description}), predicts {run.model.scheduler.config['prediction_type']}",
         "learns": f"{_learns(run)} parameters",
-        "pictures": f"{counted(len(run.pictures.trained), 'photo')}{_repeats(encoded)}: "
+        "pictures": f"{counted(sum(run.volumes.counts), 'photo')}{_repeats(encoded)}: "
         f"{counted(config.max_train_steps, 'step')} of {config.global_batch}, {epochs:.4g} epochs, "
         f"{sizes(run.pictures)}",
+        "volumes": volumes_row(run.volumes),
         "validation": _validation(run),
         "forgetting": _forgetting(run),
         "masks": _masks(run),
@@ -48,6 +50,16 @@ def summary_rows(run: Run) -> dict[str, str]:
         "output": str(run.folder),
     }
     return {name: text for name, text in rows.items() if text}
+
+
+def volumes_row(volumes: Volumes) -> str:
+    """How many there are, where not all pictures are looked at at once."""
+    if len(volumes) == 1:
+        return ""
+    return (
+        f"{len(volumes)}, each looked at when the run comes to it; sizes, captions and notes here are those of the "
+        f"first, of {counted(len(volumes.first), 'picture')}"
+    )
 
 
 def _precision(config: ResolvedConfig) -> str:

@@ -143,14 +143,14 @@ def test_a_run_writes_what_it_found_and_saw(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [100, 99])
 def test_one_bad_picture_in_a_hundred_is_left_out_and_more_are_an_error(tmp_path: Path, count: int) -> None:
-    from finetune.run.sources import _refuse_too_many_bad
+    from finetune.run.sources import _refuse_unusable
 
     for number in range(count - 1):
         save(tmp_path / f"{number}.png")
     (tmp_path / "bad.png").touch()
     images = ImageFolder(tmp_path, "x", resolution=64)
     if count == 100:
-        _refuse_too_many_bad(images, 0.01)
+        _refuse_unusable(images, 0.01, captioned=True)
     else:
         with pytest.raises(DataError, match=r"1 of 99 pictures cannot be trained on: bad\.png: the file is empty"):
-            _refuse_too_many_bad(images, 0.01)
+            _refuse_unusable(images, 0.01, captioned=True)

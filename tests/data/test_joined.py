@@ -9,7 +9,7 @@ from finetune.data.joined import Joined, Part, names_of
 from finetune.errors import UsageError
 from finetune.models.locate import locate
 from finetune.recipe import fine_tune
-from finetune.run.sources import digest, open_pictures
+from finetune.run.sources import identity, open_pictures
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def test_several_folders_are_one_dataset(folders: list[str]) -> None:
 def test_the_command_takes_several_folders_with_repeats(folders: list[str], tmp_path: Path) -> None:
     config = TrainConfig(data=folders, repeats=(3, 1), max_bad_fraction=0.5)
     pictures = open_pictures(config, locate("tiny"), None)
-    assert pictures.repeats == [3, 3, 1, 1]
-    assert digest(pictures) != digest(
+    assert pictures.first.repeats == [3, 3, 1, 1]
+    assert identity(pictures) != identity(
         open_pictures(TrainConfig(data=folders, max_bad_fraction=0.5), locate("tiny"), None)
     )
     run = fine_tune(
@@ -67,8 +67,8 @@ def test_the_command_takes_several_folders_with_repeats(folders: list[str], tmp_
 
 
 def test_one_folder_may_be_repeated_and_keeps_its_ids_otherwise(folders: list[str]) -> None:
-    assert open_pictures(TrainConfig(data=folders[0]), locate("tiny"), None).ids == ["0.png", "1.png"]
-    repeated = open_pictures(TrainConfig(data=folders[0], repeats=5), locate("tiny"), None)
+    assert open_pictures(TrainConfig(data=folders[0]), locate("tiny"), None).first.ids == ["0.png", "1.png"]
+    repeated = open_pictures(TrainConfig(data=folders[0], repeats=5), locate("tiny"), None).first
     assert (repeated.ids, repeated.repeats) == (["dogs/0.png", "dogs/1.png"], [5, 5])
 
 

@@ -96,7 +96,7 @@ def test_a_run_that_goes_on_for_longer_validates_on_the_same(pictures: Path, oth
     lines = validations(fine_tune(options(pictures, tmp_path / "out", validation_data=str(others), max_train_steps=1)))
     assert [len(lines[0]["losses"]), len(lines[0]["losses"][0])] == [2, 3]
     longer = replace(load_resolved(tmp_path / "out/config.toml"), max_train_steps=400)
-    found = open_pictures(longer, locate(longer.model), None)
+    found = open_pictures(longer, locate(longer.model), None).first
     anew, kept = plan_validation(longer, found), plan_validation(longer, found, lines)
     assert (len(anew.examples), anew.draws) == (3, 12)
     assert (len(kept.examples), kept.draws, kept.digest) == (2, 3, lines[0]["of"])

@@ -1,0 +1,196 @@
+"""Volumes: so many pictures that they are looked at part by part, each when the run comes to it."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from finetune.data.captions import read_metadata
+from finetune.data.image_folder import FolderPart, pictures_among, repeats_of
+from finetune.data.masks import is_mask, without_suffix
+from finetune.data.pictures import Pictures
+from finetune.seeding import fold, wide_fold
+
+VOLUME = 8192
+"""Pictures of a volume: a minute's look on two cores, and enough of each shape for steps of one."""
+
+AT_ONCE = 4 * VOLUME
+"""Pictures up to which a folder is opened as a whole."""
+
+
+class Stretch(NamedTuple):
+    """Steps of a run that visit one volume."""
+
+    volume: int
+    own: range
+    """The same steps, as the volume counts them."""
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """The pictures of a run, most often in one volume.
+
+    An epoch goes through the volumes in their order, and through each as `Sampler` has it, in as many steps as its
+    visits need; what is left of the last one is filled with the first of its next epoch. So which volume a step visits
+    is a formula, and nothing needs to be known of the pictures of another one. Where a picture turns out unreadable,
+    the others of its volume come the more often.
+    """
+
+    first: Pictures
+    """The first volume. What is held out is among it, and what is said of the pictures at the start is said of it."""
+    counts: Sequence[int]
+    """Pictures to train on in each, in the later ones as far as is known."""
+    visits: Sequence[int]
+    """Of an epoch, in each."""
+    found: Sequence[int] = ()
+    """Files or rows in each, where there are several."""
+    later: Callable[[int], Pictures] | None = None
+    """Number from 1 -> the volume, looked at anew."""
+    digest: str = ""
+    """Of the names of all files."""
+
+    @classmethod
+    def whole(cls, pictures: Pictures) -> "Volumes":
+        """All in one."""
+        return cls(pictures, [len(pictures.trained)], [sum(pictures.repeats)])
+
+    def __len__(self) -> int:
+        return len(self.visits)
+
+    def at(self, number: int) -> Pictures:
+        """A volume, opened. Raises DataError as opening a folder does."""
+        return self.first if self.later is None or number == 0 else self.later(number)
+
+    @property
+    def epoch_visits(self) -> int:
+        """Visits of an epoch."""
+        return sum(self.visits)
+
+    def called(self, number: int) -> str:
+        """Which of them it is, in brackets; nothing where there is one alone."""
+        return f" (volume {number + 1} of {len(self)})" if len(self) > 1 else ""
+
+    def stretches(self, steps: range, batch_size: int) -> Iterator[Stretch]:
+        """The steps from `steps.start` (0 for the first) to `steps.stop`, by volume.
+
+        Args:
+            steps: of the run.
+            batch_size: examples per step.
+        """
+        if len(self) == 1:
+            yield Stretch(0, steps)
+            return
+        epoch = steps.start * batch_size // self.epoch_visits
+        while self._steps_before(epoch, batch_size) > steps.start:
+            epoch -= 1
+        done = self._steps_before(epoch, batch_size)
+        while done < steps.stop:
+            for volume, visits in enumerate(self.visits):
+                start, stop = (-(-number * visits // batch_size) for number in (epoch, epoch + 1))
+                own = range(start + max(0, steps.start - done), min(stop, start + steps.stop - done))
+                done += stop - start
+                if own:
+                    yield Stretch(volume, own)
+            epoch += 1
+
+    def steps_of_each(self, steps: int, batch_size: int) -> list[int]:
+        """How many of the first steps of a run visit each volume."""
+        done = [0] * len(self)
+        for stretch in self.stretches(range(steps), batch_size):
+            done[stretch.volume] = stretch.own.stop
+        return done
+
+    def own_steps(self, volume: int, steps: range, batch_size: int) -> range:
+        """Those steps of a run that visit one volume, from the first of them to the last, as it counts them."""
+        own = [stretch.own for stretch in self.stretches(steps, batch_size) if stretch.volume == volume]
+        return range(own[0].start, own[-1].stop) if own else range(0)
+
+    def _steps_before(self, epoch: int, batch_size: int) -> int:
+        return sum(-(-epoch * visits // batch_size) for visits in self.visits)
+
+
+class Deal(NamedTuple):
+    """What a source holds, dealt into volumes."""
+
+    source: Any
+    """What `open_dataset` takes."""
+    parts: Sequence[FolderPart | Sequence[int] | None]
+    """Files of a folder, or numbers of rows; None: all."""
+    found: Sequence[int] = ()
+    """Files or rows in each, where there are several."""
+    counts: Sequence[int] = ()
+    """Pictures in each."""
+    visits: Sequence[int] = ()
+    """Of an epoch, in each."""
+    digest: str = ""
+    """Of all names."""
+
+
+def deal_folder(folder: str, files: Sequence[str], size: int | None = None) -> Deal:
+    """Deal the files of a folder of pictures into volumes that are as large as each other.
+
+    A file goes by the digest of its path without its endings: a picture with its caption and its mask, and otherwise
+    as if at random.
+
+    Args:
+        folder: what the names are relative to.
+        files: all that there are.
+        size: pictures of a volume, at most; 0: all in one; None: `VOLUME`, or up to `AT_ONCE` all in one.
+
+    Raises:
+        DataError: as `read_metadata`.
+    """
+    pictures = pictures_among(files)
+    if (number := _volumes(len(pictures), size)) == 1:
+        return Deal(folder, [FolderPart(files)])
+    volumes = _dealt(files, set(pictures), number)
+    metadata = read_metadata(Path(folder).expanduser(), files, pictures)
+    repeated = bool(repeats_of(pictures))
+    examples = [pictures_among(volume) for volume in volumes]
+    counts = [len(some) for some in examples]
+    visits = [sum(repeats_of(some)) for some in examples] if repeated else counts
+    parts = [FolderPart(volume, metadata, repeated) for volume in volumes]
+    return Deal(folder, parts, [len(volume) for volume in volumes], counts, visits, wide_fold(*files))
+
+
+def deal_rows(rows: Sized, size: int | None = None) -> Deal:
+    """Deal the rows of a table, at random; the arguments are the same."""
+    if (number := _volumes(len(rows), size)) == 1:
+        return Deal(rows, [None])
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(fold("volumes", len(rows)) & 0xFFFFFFFF))
+    parts = [sorted(some.tolist()) for some in drawn.tensor_split(number)]
+    counts = [len(part) for part in parts]
+    return Deal(rows, parts, counts, counts, counts, wide_fold(len(rows)))
+
+
+def _volumes(pictures: int, size: int | None) -> int:
+    if size is None:
+        size = VOLUME if pictures > AT_ONCE else 0
+    return max(1, ceil(pictures / size)) if size else 1
+
+
+def _dealt(files: Sequence[str], pictures: AbstractSet[str], number: int) -> list[list[str]]:
+    """The files of each volume, in order; those that are called alike in one."""
+    volumes = [list[str]() for _ in range(number)]
+    drawn = np.array([_drawn(file) for file in files], np.uint64)
+    order = np.argsort(drawn, kind="stable")
+    done, volume = 0, 0
+    for place, new in zip(order.tolist(), np.diff(drawn[order], prepend=drawn[order[:1]]).tolist(), strict=True):
+        if new:
+            volume = min(done * number // len(pictures), number - 1)
+        name = files[int(place)]
+        volumes[volume].append(name)
+        done += name in pictures
+    return [sorted(volume) for volume in volumes]
+
+
+def _drawn(file: str) -> int:
+    stem = without_suffix(file) if is_mask(file) else os.path.splitext(file)[0]
+    return int.from_bytes(hashlib.blake2b(os.fsencode(stem), digest_size=8).digest(), "little")
