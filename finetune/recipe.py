@@ -157,17 +157,23 @@ def _put_together(
 ) -> Run:
     """Load the model, encode the pictures, and record and say what is going to happen."""
     pictures = volumes.first
-    steps = volumes.own_steps(0, range(folder.step, config.max_train_steps), config.global_batch)
     events.phase("loading", folder.step)
+    earlier = json_lines(folder.path / tracking.VALIDATION) if folder.checkpoint else []
+    validation = plan_validation(config, pictures, earlier)
     model, encoded, trainer = assembled(
-        config, found, pictures, accelerator.device, steps=steps, parallel=parallel, told=events.progress
+        config,
+        found,
+        pictures,
+        accelerator.device,
+        steps=volumes.own_steps(0, range(folder.step, config.max_train_steps), config.global_batch),
+        validated=validation.examples,
+        parallel=parallel,
+        told=events.progress,
     )
     samples = plan_samples(
         config, latent=found.family.latent, captions=pictures.trained_captions, visits=volumes.epoch_visits
     )
     about = about_run(model.unet, identity(volumes), accelerator.device, parallel.world)
-    earlier = json_lines(folder.path / tracking.VALIDATION) if folder.checkpoint else []
-    validation = plan_validation(config, pictures, earlier)
     events.phase("forgetting", folder.step)
     asked = meter(config, model) if parallel.first else None
     comparable = samples.prompts and not model.inpainting  # whose pictures hold most of a training picture

@@ -263,9 +263,8 @@ def _holds_tables(path: Path, files: Sequence[str]) -> bool:
         )
     if _was_saved(path):
         return True
-    suffixes = {ending(file) for file in files if not is_metadata(file)}
-    tables = suffixes.intersection(_TABLE_SUFFIXES)
-    if tables and suffixes.intersection(PICTURE_SUFFIXES):
+    tables = {ending(file) for file in files if file.lower().endswith(_TABLE_SUFFIXES) and not is_metadata(file)}
+    if tables and any(file.lower().endswith(PICTURE_SUFFIXES) for file in files):
         raise DataError(f"--data {path}: holds pictures and {' '.join(sorted(tables))} files; name one of them")
     return bool(tables)
 

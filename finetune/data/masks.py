@@ -25,7 +25,7 @@ _SUFFIX = re.compile(rf"(?<=[^/])({'|'.join(map(re.escape, SUFFIXES))})\Z", re.I
 
 def is_mask(name: str) -> bool:
     """Whether its name says that it is one."""
-    return _SUFFIX.search(name) is not None
+    return name.lower().endswith(SUFFIXES) and _SUFFIX.search(name) is not None
 
 
 def without_suffix(mask: str) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 from finetune.data.buckets import Buckets
 from finetune.data.captions import Caption, Texts, first_caption
 from finetune.data.images import Member, PictureFile
-from finetune.data.listing import ending, is_picture
+from finetune.data.listing import is_picture
 from finetune.data.masks import checked_masks, masks_of
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Ledger, PictureFiles
@@ -128,7 +128,7 @@ def find_shards(source: str, path: Path, files: Sequence[str]) -> tuple[list[Pat
     if path.is_file():
         return ([path], path.parent) if path.suffix.lower() == SUFFIX else None
     if path.is_dir():
-        shards = [path / file for file in files if ending(file) == SUFFIX]
+        shards = [path / file for file in files if file.lower().endswith(SUFFIX)]
         return (shards, path) if shards and not any(map(is_picture, files)) else None
     if not is_pattern(source):
         return None

@@ -177,20 +177,19 @@ def _volumes(pictures: int, size: int | None) -> int:
 
 
 def _dealt(files: Sequence[str], pictures: AbstractSet[str], number: int) -> list[list[str]]:
-    """The files of each volume, in order; those that are called alike in one."""
-    volumes = [list[str]() for _ in range(number)]
+    """The files of each volume, in their order; those that are called alike in one."""
     drawn = np.array([_drawn(file) for file in files], np.uint64)
-    order = np.argsort(drawn, kind="stable")
-    done, volume = 0, 0
-    for place, new in zip(order.tolist(), np.diff(drawn[order], prepend=drawn[order[:1]]).tolist(), strict=True):
-        if new:
-            volume = min(done * number // len(pictures), number - 1)
-        name = files[int(place)]
-        volumes[volume].append(name)
-        done += name in pictures
-    return [sorted(volume) for volume in volumes]
+    order = np.argsort(drawn)
+    drawn, examples = drawn[order], np.array([file in pictures for file in files])[order]
+    before = (np.cumsum(examples) - examples)[np.searchsorted(drawn, drawn)]  # the first of those that are called alike
+    volume_of = np.empty(len(files), int)
+    volume_of[order] = np.minimum(before * number // len(pictures), number - 1)
+    volumes = [list[str]() for _ in range(number)]
+    for file, volume in zip(files, volume_of.tolist(), strict=True):
+        volumes[volume].append(file)
+    return volumes
 
 
 def _drawn(file: str) -> int:
-    stem = without_suffix(file) if is_mask(file) else os.path.splitext(file)[0]
+    stem = without_suffix(file) if is_mask(file) else file.rpartition(".")[0]
     return int.from_bytes(hashlib.blake2b(os.fsencode(stem), digest_size=8).digest(), "little")

@@ -1,7 +1,8 @@
 """The parts of a run as its config says: the model, the pictures encoded, the trainer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -40,15 +41,16 @@ def assembled(
     device: torch.device,
     *,
     steps: range,
+    validated: Sequence[int] = (),
     parallel: Parallel = Parallel(),  # noqa: B008 # frozen
     told: Callable[[str, int, int], None] | None = None,
 ) -> tuple[DiffusionModel, Encoded, Trainer]:
-    """The untrained model, what `steps` (from 0) need of the pictures, encoded, and the trainer.
+    """The untrained model, what `steps` (from 0) and validations need of the pictures, encoded, and the trainer.
 
     `told` hears how much is encoded: what, how many are, of how many.
     """
     model = _load(config, found, device)
-    encoded = encoded_for(config, model, pictures, steps, parallel, at_most=_FIRST_STEP_BY, told=told)
+    encoded = encoded_for(config, model, pictures, steps, validated, parallel, at_most=_FIRST_STEP_BY, told=told)
     trainer = _trainer(config, model, parallel)
     parallel.copy_from_first(list(trainer.parameters.values()))
     return model, encoded, trainer
@@ -59,12 +61,15 @@ def encoded_for(
     model: DiffusionModel,
     pictures: Pictures,
     steps: range,
+    validated: Sequence[int],
     parallel: Parallel,
     *,
     at_most: float,
     told: Callable[[str, int, int], None] | None = None,
 ) -> Encoded:
-    """What these steps (from 0) need of the pictures, encoded; `at_most` seconds of it now, unless an option says."""
+    """The pictures, with what these steps (from 0) need of them encoded, and all of those that are `validated`; so much
+    of it now as takes `at_most` seconds, unless an option says otherwise.
+    """
     return encode(
         pictures,
         model,
@@ -73,7 +78,10 @@ def encoded_for(
         seed=config.seed,
         cache_dir=config.cache_dir,
         precision=config.cache_precision,
-        visited=_visits(config, pictures, steps, parallel, inpainting=model.inpainting),
+        visited=chain(
+            ((index, None) for index in validated),
+            _visits(config, pictures, steps, parallel, inpainting=model.inpainting),
+        ),
         at_most={"before": None, "ahead": 0, "auto": at_most}[config.encode],
         told=told,
     )
@@ -83,7 +91,6 @@ def _visits(
     config: ResolvedConfig, pictures: Pictures, steps: range, parallel: Parallel, *, inpainting: bool
 ) -> Iterator[tuple[int, int | None]]:
     """Pictures, and with what key they are visited where that decides what is encoded of them."""
-    yield from ((index, None) for index in pictures.held_out)
     plan, own = sampler(config, pictures), (steps, parallel.rank, parallel.world)
     if inpainting:
         for index, number in plan.all_visits(*own):

@@ -64,7 +64,7 @@ def test_one_volume_is_visited_as_pictures_always_were() -> None:
 
 def test_what_is_called_alike_comes_into_one_volume_and_all_are_as_large() -> None:
     files = [f"{folder}/{n}{ending}" for folder in "ab" for n in range(50) for ending in (".jpg", ".txt", ".mask.png")]
-    files += ["a/7.png", "notes.md", "lonely.txt"]
+    files = sorted([*files, "a/7.png", "notes.md", "lonely.txt"])
     dealt = deal_folder("data", files, 30)
     assert sorted(file for part in dealt.parts for file in part.files) == sorted(files)
     assert sorted(dealt.counts) == sorted(dealt.visits) == [25, 25, 25, 26]
