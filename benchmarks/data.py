@@ -1,6 +1,6 @@
 """Measure the way from files to batches: decoding, encoding, the cache, the order, the loader.
 
-    python benchmarks/data.py                          # everything, on pictures that are drawn for it
+    python benchmarks/data.py                          # all but `million`, on pictures that are drawn for it
     python benchmarks/data.py decode loader            # some of it
     python benchmarks/data.py precision --data ./photos
 
@@ -43,6 +43,8 @@ from finetune.data.sampler import Sampler
 from finetune.models.conditioners import NoCondition
 from finetune.models.encoders import VaeEncoder
 from finetune.models.loading import Frozen
+from finetune.models.locate import locate
+from finetune.run.sources import open_pictures
 
 
 def say(what: str, figure: str, aim: str = "") -> None:
@@ -137,6 +139,28 @@ def opening(work: Path) -> None:
     for when in ("as new", "again"):
         took = seconds(lambda: ft.ImageFolder(folder, resolution=64, memory=PictureMemory(work / "memory")))
         say(f"{count} small pictures with captions, opened {when}", f"{took:.1f} s")
+
+
+def million(work: Path) -> None:
+    """A million small pictures with captions: what comes before the first step, and between volumes. Takes 9 GB."""
+    picture = draw_pictures(work / "one", 1, (80, 64)) / "00000.jpg"
+    content = picture.read_bytes()
+    for number in range(1_000_000):
+        place = work / "pictures" / f"{number // 5000:04d}" / f"{number:07d}"
+        if number % 5000 == 0:
+            place.parent.mkdir(parents=True)
+        place.with_suffix(".jpg").write_bytes(content + b"%d" % number)  # each of bytes of its own
+        place.with_suffix(".txt").write_text(f"picture {number}")
+    config = ft.TrainConfig(data=str(work / "pictures"), cache_dir=str(work / "cache"))
+    found, before = locate("tiny"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for when in ("as new", "again"):
+        took = seconds(lambda: open_pictures(config, found, None))
+        say(f"a million pictures with captions, the first volume opened {when}", f"{took:.1f} s", "under 60 s")
+    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    say("memory of it, beside the libraries", f"{more / 1e6:.0f} MB", "under 500 MB")
+    volumes = open_pictures(config, found, None)
+    for when in ("as new", "again"):
+        say(f"the next volume opened {when}, by a thread beside the steps", f"{seconds(lambda: volumes.at(1)):.1f} s")
 
 
 def index(work: Path) -> None:
@@ -254,13 +278,15 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, "precision", []], help="what to measure; default: all")
+    choices = [*PARTS, "precision", "million", []]
+    parser.add_argument("parts", nargs="*", choices=choices, help="what to measure; default: all but million")
     parser.add_argument("--data", type=Path, help="photographs for `precision`")
     parser.add_argument("--device", default="cpu", help="of the VAE in `encode`")
     options = parser.parse_args()
     measures = PARTS | {
         "encode": partial(encode, device=options.device),
         "precision": lambda work: precision(work, options.data),
+        "million": million,
     }
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     for part in options.parts or [*PARTS, "precision"]:

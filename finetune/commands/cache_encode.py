@@ -51,6 +51,7 @@ def run(options: Options, config: TrainConfig) -> None:
         pictures = volumes.at(number)
         frozen.encoder.to(device)
         frozen.conditioner.to(device)
-        print(f"{encodings(encode(pictures, frozen, **kept), config.cache_dir)}{volumes.called(number)}", flush=True)
+        told = encodings(encode(pictures, frozen, **kept), config.cache_dir)
+        print(told if len(volumes) == 1 else f"{told} (volume {number + 1} of {len(volumes)})", flush=True)
         for line in pictures.notes():
             print(f"note: {line}")

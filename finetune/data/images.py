@@ -200,17 +200,21 @@ def to_rgb(image: Image.Image, name: str | None = None, background: str = WHITE)
 def _in_srgb(image: Image.Image, profile: bytes | None, name: str | None) -> Image.Image:
     """RGB pixels that look the same without the profile as `image` with it."""
     if not profile:
-        return image.convert("RGB")
+        return _as_rgb(image)
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if ImageCms.getProfileDescription(source).startswith("sRGB"):
-            return image.convert("RGB")
+            return _as_rgb(image)
         converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError) as error:
         if name is not None:
             _log.warning("%s: its colour profile is ignored: %s", name, error)
-        return image.convert("RGB")
+        return _as_rgb(image)
     return converted or image
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -19,7 +19,7 @@ from finetune.data.pictures import Pictures
 from finetune.seeding import fold, wide_fold
 
 VOLUME = 8192
-"""Pictures of a volume: a minute's look on two cores, and enough of each shape for steps of one."""
+"""Pictures of a volume: looked at in seconds or a minute, and enough of each shape for steps of one."""
 
 AT_ONCE = 4 * VOLUME
 """Pictures up to which a folder is opened as a whole."""
@@ -72,10 +72,6 @@ class Volumes:
     def epoch_visits(self) -> int:
         """Visits of an epoch."""
         return sum(self.visits)
-
-    def called(self, number: int) -> str:
-        """Which of them it is, in brackets; nothing where there is one alone."""
-        return f" (volume {number + 1} of {len(self)})" if len(self) > 1 else ""
 
     def stretches(self, steps: range, batch_size: int) -> Iterator[Stretch]:
         """The steps from `steps.start` (0 for the first) to `steps.stop`, by volume.

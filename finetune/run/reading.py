@@ -17,8 +17,6 @@ from finetune.models.loading import DiffusionModel
 from finetune.run.assembly import encoded_for
 from finetune.training.trainer import Trainer
 
-Entered = Callable[[Stretch, Pictures], None]
-
 
 class Reading:
     """What the loop reads. While it reads one volume, a thread looks at the next.
@@ -39,7 +37,7 @@ class Reading:
         volumes: Volumes,
         first: Encoded,
         trainer: Trainer,
-        entered: Entered | None = None,
+        entered: Callable[[Stretch, Pictures], None] | None = None,
     ) -> None:
         self._config, self._model, self._volumes, self._first = config, model, volumes, first
         self._trainer, self._entered = trainer, entered
@@ -78,10 +76,10 @@ class Reading:
                 yield batches
 
     def close(self) -> None:
-        """Keep what was encoded last; nothing more is going to be read."""
+        """Keep what was encoded last; nothing more is going to be read. A look at the next volume is not waited for."""
         self._first.close()
         self._current.close()
-        self._opener.shutdown(cancel_futures=True)
+        self._opener.shutdown(wait=False, cancel_futures=True)
 
     def _enter(self, stretch: Stretch, pictures: Pictures) -> Encoded:
         if self._current is not self._first:
