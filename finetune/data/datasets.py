@@ -171,6 +171,8 @@ def open_dataset(
         DataError: there is nothing to train on, or the hub cannot be reached.
     """
     columns = {"image_column": image_column, "caption_column": caption_column}
+    if part is None and isinstance(source, str) and (files := picture_folder(source)) is not None:
+        part = FolderPart(files)
     if not isinstance(part, FolderPart) and holds_rows(source):
         if masks == "files and alpha":
             raise no_masks(source)
@@ -184,10 +186,9 @@ def open_dataset(
     path = Path(os.path.expanduser(source))
     if isinstance(part, FolderPart):
         return ImageFolder(path, prompt, masks=masks, part=part, **options)
-    files = list_files(path) if path.is_dir() else []
-    if shards := find_shards(source, path, files):
-        return TarShards(*shards, prompt, masks=masks, **options)
-    return ImageFolder(path, prompt, masks=masks, part=FolderPart(files), **options)
+    shards = find_shards(source, path, list_files(path) if path.is_dir() else [])
+    assert shards is not None
+    return TarShards(*shards, prompt, masks=masks, **options)
 
 
 def no_masks(source: "str | datasets.Dataset") -> UsageError:
@@ -246,6 +247,7 @@ def open_rows(
 
 def picture_folder(source: str) -> list[str] | None:
     """What lies in a folder of pictures; None: the source is something else. Raises DataError as `open_dataset`."""
+    check_source(source)
     path = Path(os.path.expanduser(source))
     if not path.is_dir():
         return None

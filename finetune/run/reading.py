@@ -61,7 +61,7 @@ class Reading:
         for stretch, following in pairwise(chain(stretches, [None])):
             assert stretch is not None
             encoded = self._enter(stretch, opening.result() if opening else self._volumes.at(stretch.volume))
-            opening = self._opener.submit(self._volumes.at, following.volume) if following else None
+            opening = None
             for batches in training_steps(
                 encoded,
                 batch_size=config.global_batch,
@@ -72,6 +72,8 @@ class Reading:
                 rank=parallel.rank,
                 world=parallel.world,
             ):
+                if opening is None and following:  # after workers were forked: they are to inherit no lock of a thread
+                    opening = self._opener.submit(self._volumes.at, following.volume)
                 self._left -= 1
                 yield batches
 

@@ -54,9 +54,11 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
     streamed = partial(opened, stream_rows=config.stream_rows, kept_in=folder)
     dealt = _dealt(config, dataset, folder)
     if dealt is not None:
-        pictures = opened(dealt.source, part=dealt.parts[0])
+        pictures = (streamed if isinstance(dealt.source, str) else opened)(dealt.source, part=dealt.parts[0])
     elif dataset is None:
         pictures = _joined(config, streamed)
+    elif is_table(dataset):
+        pictures = streamed(dataset)
     else:
         pictures = _own_pictures(config, found, dataset, resolution)
     if config.class_data:

@@ -2,12 +2,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import pytest
 from PIL import Image
 
+from finetune.config import TrainConfig
 from finetune.data.datasets import HuggingFaceDataset
 from finetune.data.image_folder import ImageFolder
 from finetune.data.own import OwnPictures
-from finetune.run.sources import digest
+from finetune.errors import UsageError
+from finetune.models.locate import locate
+from finetune.run.sources import digest, open_pictures
 
 
 def test_other_pixels_under_the_same_names_are_other_pictures(
@@ -32,3 +36,19 @@ def test_rows_that_were_filtered_are_other_pictures(pictures: Path) -> None:
 def test_a_dataset_of_ones_own_is_known_by_its_pixels() -> None:
     red, blue = (OwnPictures([(Image.new("RGB", (8, 8), colour), "a", "1")]) for colour in ("red", "blue"))
     assert digest(red) != digest(blue)
+
+
+def test_only_what_comes_as_a_stream_is_cut_short(pictures: Path) -> None:
+    config = TrainConfig(data=str(pictures), stream_rows=3)
+    with pytest.raises(UsageError, match=r"stream_rows is for datasets on the Hugging Face hub; .* on this machine"):
+        open_pictures(config, locate("tiny"), None)
+
+
+def test_a_table_of_ones_own_may_have_class_pictures(
+    pictures: Path, make_pictures: Callable[..., Path], tmp_path: Path
+):
+    rows = datasets.Dataset.from_dict({"image": [str(path) for path in sorted(pictures.glob("*.png"))]})
+    kind = make_pictures(tmp_path / "kind", count=2, captions=True)
+    config = TrainConfig(prompt="a disc", class_data=str(kind), validation_fraction=0.0)
+    found = open_pictures(config, locate("tiny"), rows.cast_column("image", datasets.Image())).first
+    assert (found.subjects, len(found)) == (6, 8)
