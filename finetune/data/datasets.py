@@ -163,7 +163,7 @@ def open_dataset(
         source: a folder of pictures; a tar file, a folder with such, or a pattern (shards/*.tar); or rows, as
             `open_rows` has them.
         stream_rows, kept_in: as for `open_rows`.
-        part: of a folder of pictures, or the numbers of rows; None: all.
+        part: of a folder of pictures; or the numbers of rows, or of pictures in shards; None: all.
         prompt, image_column, caption_column, masks, options: as for `ImageFolder` and `HuggingFaceDataset`.
 
     Raises:
@@ -186,9 +186,9 @@ def open_dataset(
     path = Path(os.path.expanduser(source))
     if isinstance(part, FolderPart):
         return ImageFolder(path, prompt, masks=masks, part=part, **options)
-    shards = find_shards(source, path, list_files(path) if path.is_dir() else [])
+    shards = shards_of(source)
     assert shards is not None
-    return TarShards(*shards, prompt, masks=masks, **options)
+    return TarShards(*shards, prompt, masks=masks, part=part, **options)
 
 
 def no_masks(source: "str | datasets.Dataset") -> UsageError:
@@ -253,6 +253,12 @@ def picture_folder(source: str) -> list[str] | None:
         return None
     files = list_files(path)
     return None if find_shards(source, path, files) or _holds_tables(path, files) else files
+
+
+def shards_of(source: str) -> tuple[list[Path], Path] | None:
+    """The tar files that are meant, and the folder that they are called relative to; None: something else."""
+    path = Path(os.path.expanduser(source))
+    return find_shards(source, path, list_files(path) if path.is_dir() else [])
 
 
 def _holds_tables(path: Path, files: Sequence[str]) -> bool:

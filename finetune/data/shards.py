@@ -33,6 +33,7 @@ class TarShards(PictureFiles):
         prompt: caption of the pictures that have none of their own.
         trigger, resolution, resize_mode, center_crop, random_flip, buckets, background, caption_lines, masks, memory:
             as for `ImageFolder`.
+        part: the numbers of the pictures to open; None: all.
 
     An id is the name of the shard and the name in it: "0001.tar/cat.jpg".
 
@@ -57,26 +58,28 @@ class TarShards(PictureFiles):
         caption_lines: Literal["joined", "chosen"] = "joined",
         masks: Literal["files", "files and alpha", "none"] = "files",
         memory: PictureMemory | None = None,
+        part: Sequence[int] | None = None,
     ) -> None:
         transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets, background)
         indices = {shard: index_of(shard, memory) for shard in shards}
-        self._members = [Member(shard, *place) for shard, index in indices.items() for place in index.pictures]
-        if not self._members:
+        members = [Member(shard, *place) for shard, index in indices.items() for place in index.pictures]
+        if not members:
             raise DataError(f"{root}: no picture found in {', '.join(shard.name for shard in shards[:3])}")
+        self._members = members if part is None else [members[number] for number in part]
         called = {shard: shard.relative_to(root).as_posix() for shard in shards}
-        self._skipped = sum((Counter(index.skipped) for index in indices.values()), Counter())
-        self._captions = sum(index.captions for index in indices.values())
-        captions, bad, orphans = [], {}, []
-        for shard, index in indices.items():
-            keys = [key_of(name) for name, _, _ in index.pictures]
-            captions += [_caption(index.texts.get(key, {}), prompt, caption_lines) for key in keys]
-            for (name, _, _), key in zip(index.pictures, keys, strict=True):
-                if key in index.unreadable:
-                    bad[f"{called[shard]}/{name}"] = index.unreadable[key]
-            lonely = index.texts.keys() - set(keys)
-            orphans += sorted(f"{called[shard]}/{key}{next(iter(index.texts[key]))}" for key in lonely)
+        captions, bad = [], {}
+        for member in self._members:
+            index, key = indices[member.shard], key_of(member.name)
+            captions.append(_caption(index.texts.get(key, {}), prompt, caption_lines))
+            if key in index.unreadable:
+                bad[f"{called[member.shard]}/{member.name}"] = index.unreadable[key]
         self._alpha, self.masked = masks == "files and alpha", masks != "none"
-        self._masks, self._lonely_masks = _masks(indices, self._members)
+        masks_there, lonely = _masks(indices, members)
+        self._masks = {member: masks_there[member] for member in self._members if member in masks_there}
+        others = indices if part is None or part[0] == 0 else {}  # what is no picture is accounted for with the first
+        self._lonely_masks = lonely if others else 0
+        self._skipped = sum((Counter(index.skipped) for index in others.values()), Counter[str]())
+        self._captions = sum(index.captions for index in others.values())
         self._mask_digests, unusable = checked_masks(self._masks if self.masked else {}, memory)
         bad |= {f"{called[member.shard]}/{member.name}": reason for member, reason in unusable.items()}
         super().__init__(
@@ -87,7 +90,7 @@ class TarShards(PictureFiles):
             transform=transform,
             memory=memory,
             bad=bad,
-            orphans=orphans,
+            orphans=_orphans(others, called),
         )
         self.masked = self.masked and bool(self._masks or self._alpha)
 
@@ -104,6 +107,15 @@ class TarShards(PictureFiles):
 
     def notes(self) -> list[str]:
         return [*super().notes(), *(f"in the shards, {why}: {count}" for why, count in sorted(self._skipped.items()))]
+
+
+def _orphans(indices: Mapping[Path, ShardIndex], called: Mapping[Path, str]) -> list[str]:
+    """Caption files without a picture."""
+    found = []
+    for shard, index in indices.items():
+        lonely = index.texts.keys() - {key_of(name) for name, _, _ in index.pictures}
+        found += sorted(f"{called[shard]}/{key}{next(iter(index.texts[key]))}" for key in lonely)
+    return found
 
 
 def _masks(indices: Mapping[Path, ShardIndex], pictures: Sequence[Member]) -> tuple[dict[Member, Member], int]:

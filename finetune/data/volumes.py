@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from math import ceil
@@ -50,7 +50,7 @@ class Volumes:
     visits: Sequence[int]
     """Of an epoch, in each."""
     found: Sequence[int] = ()
-    """Files or rows in each, where there are several."""
+    """Files, rows or pictures in each, where there are several."""
     later: Callable[[int], Pictures] | None = None
     """Number from 1 -> the volume, looked at anew."""
     digest: str = ""
@@ -118,9 +118,9 @@ class Deal(NamedTuple):
     source: Any
     """What `open_dataset` takes."""
     parts: Sequence[FolderPart | Sequence[int] | None]
-    """Files of a folder, or numbers of rows; None: all."""
+    """Files of a folder, or numbers of rows or pictures; None: all."""
     found: Sequence[int] = ()
-    """Files or rows in each, where there are several."""
+    """Files, rows or pictures in each, where there are several."""
     counts: Sequence[int] = ()
     """Pictures in each."""
     visits: Sequence[int] = ()
@@ -156,14 +156,14 @@ def deal_folder(folder: str, files: Sequence[str], size: int | None = None) -> D
     return Deal(folder, parts, [len(volume) for volume in volumes], counts, visits, wide_fold(*files))
 
 
-def deal_rows(rows: Sized, size: int | None = None) -> Deal:
-    """Deal the rows of a table, at random; the arguments are the same."""
-    if (number := _volumes(len(rows), size)) == 1:
-        return Deal(rows, [None])
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(fold("volumes", len(rows)) & 0xFFFFFFFF))
-    parts = [sorted(some.tolist()) for some in drawn.tensor_split(number)]
+def deal_numbers(source: Any, count: int, size: int | None = None) -> Deal:
+    """Deal the rows of a table or the pictures in shards, of which there are so many, at random; `size` as above."""
+    if (number := _volumes(count, size)) == 1:
+        return Deal(source, [None])
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(fold("volumes", count) & 0xFFFFFFFF))
+    parts = sorted(sorted(some.tolist()) for some in drawn.tensor_split(number))  # with 0 in the first
     counts = [len(part) for part in parts]
-    return Deal(rows, parts, counts, counts, counts, wide_fold(len(rows)))
+    return Deal(source, parts, counts, counts, counts, wide_fold(count))
 
 
 def _volumes(pictures: int, size: int | None) -> int:

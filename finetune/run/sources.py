@@ -9,14 +9,23 @@ from typing import Any, Literal
 from finetune.cache.store import cache_folder
 from finetune.config import TrainConfig
 from finetune.data.buckets import Buckets
-from finetune.data.datasets import holds_rows, is_table, no_masks, open_dataset, open_rows, picture_folder
+from finetune.data.datasets import (
+    holds_rows,
+    is_table,
+    no_masks,
+    open_dataset,
+    open_rows,
+    picture_folder,
+    shards_of,
+)
 from finetune.data.joined import Joined, Part, names_of, with_class_pictures
 from finetune.data.own import OwnPictures, Rows
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Pictures
+from finetune.data.shard_index import index_of
 from finetune.data.split import FEWEST, default_fraction, held_out, shown_elsewhere
 from finetune.data.transforms import Preprocess
-from finetune.data.volumes import Deal, Volumes, deal_folder, deal_rows
+from finetune.data.volumes import Deal, Volumes, deal_folder, deal_numbers
 from finetune.errors import DataError, UsageError
 from finetune.models.families import bucket_sides
 from finetune.models.locate import Location
@@ -52,7 +61,7 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
         raise UsageError(f"repeats: {counted(len(config.repeats), 'number')} for {len(config.data)} --data")
     opened = _opener(config, found, memory)
     streamed = partial(opened, stream_rows=config.stream_rows, kept_in=folder)
-    dealt = _dealt(config, dataset, folder)
+    dealt = _dealt(config, dataset, folder, memory)
     if dealt is not None:
         pictures = (streamed if isinstance(dealt.source, str) else opened)(dealt.source, part=dealt.parts[0])
     elif dataset is None:
@@ -117,8 +126,8 @@ def _later(
     return later
 
 
-def _dealt(config: TrainConfig, dataset: Any, folder: Path | None) -> Deal | None:
-    """A single folder of pictures or table, in volumes where it is large; None: something else."""
+def _dealt(config: TrainConfig, dataset: Any, folder: Path | None, memory: PictureMemory | None) -> Deal | None:
+    """A single folder of pictures, table or set of shards, in volumes where it is large; None: something else."""
     source = dataset if dataset is not None else config.data[0]
     single = len(config.data) < 2 and config.repeats in ((), (1,)) and not config.class_data
     if single and isinstance(source, str) and (files := picture_folder(source)) is not None:
@@ -128,9 +137,15 @@ def _dealt(config: TrainConfig, dataset: Any, folder: Path | None) -> Deal | Non
             raise no_masks(source)  # before it is loaded
         columns = {"image_column": config.image_column, "caption_column": config.caption_column}
         rows = open_rows(source, stream_rows=config.stream_rows, kept_in=folder, **columns)
-        return deal_rows(rows, config.volume_size)
+        return deal_numbers(rows, len(rows), config.volume_size)
+    if single and memory and isinstance(source, str) and (shards := shards_of(source)):
+        count = sum(len(index_of(shard, memory).pictures) for shard in shards[0])  # which are not read anew each time
+        return deal_numbers(source, count, config.volume_size)
     if config.volume_size:
-        raise UsageError("volume_size is for one folder of pictures, or table, without repeats and class_data")
+        raise UsageError(
+            "volume_size is for one folder of pictures or table, or, with a cache_dir, one set of shards; "
+            "and not for repeats or class_data"
+        )
     return None
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from finetune.data.image_folder import FolderPart, ImageFolder
 from finetune.data.listing import is_picture
 from finetune.data.sampler import Sampler
-from finetune.data.volumes import AT_ONCE, VOLUME, Volumes, deal_folder, deal_rows
+from finetune.data.volumes import AT_ONCE, VOLUME, Volumes, deal_folder, deal_numbers
 from finetune.errors import DataError
 from finetune.models.families import total_steps
 
@@ -86,13 +86,14 @@ def test_only_what_is_large_is_dealt_unless_asked() -> None:
     assert dealt.digest != deal_folder("data", [*many, "another.jpg"]).digest
 
 
-def test_rows_are_dealt_at_random_each_once() -> None:
-    dealt = deal_rows(range(103), 30)
+def test_numbers_are_dealt_at_random_each_once() -> None:
+    dealt = deal_numbers(None, 103, 30)
     parts = [list(part) for part in dealt.parts if not isinstance(part, FolderPart | None)]
     assert sorted(number for part in parts for number in part) == list(range(103))
     assert sorted(dealt.counts) == sorted(dealt.found) == [25, 26, 26, 26]
     assert all(part == sorted(part) and max(part) - min(part) > 50 for part in parts)
-    assert deal_rows(range(103)).parts == [None]
+    assert parts[0][0] == 0
+    assert deal_numbers(None, 103).parts == [None]
 
 
 def test_a_volume_is_a_folder_with_the_captions_and_repeats_that_it_has_in_the_whole(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -181,8 +182,25 @@ def test_a_table_comes_in_volumes_too(many: Path, tmp_path: Path) -> None:
     assert record(own)["visited"] == FOUND
 
 
-def test_volumes_are_for_one_folder_or_table(many: Path, tmp_path: Path) -> None:
+def test_shards_come_in_volumes_too(many: Path, tmp_path: Path) -> None:
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for number in range(12 * shard, 12 * shard + 12):
+                tar.add(many / f"{number:02d}.png", f"{number:02d}.png")
+                tar.add(many / f"{number:02d}.txt", f"{number:02d}.txt")
+    source, cache = tmp_path / "*.tar", str(tmp_path / "cache")
+    ledger = record(run(source, tmp_path / "out", cache_dir=cache))
+    assert (ledger["found"], ledger["trained"], ledger["captions"], ledger["visited"]) == (48, 24, 24, 24)
+    volumes = opened(source, cache_dir=cache)
+    seen = {name: text for n in range(3) for name, text in zip(volumes.at(n).ids, volumes.at(n).captions, strict=True)}
+    names = {f"{number // 12}.tar/{number:02d}.png": f"a red disc, number {number}" for number in range(FOUND)}
+    assert seen == names
+    with pytest.raises(UsageError, match="with a cache_dir, one set of shards"):
+        opened(source, cache_dir="none")
+
+
+def test_volumes_are_for_one_source(many: Path, tmp_path: Path) -> None:
     for other in ({"repeats": (2,)}, {"data": (str(many), str(tmp_path))}, {"class_data": str(tmp_path)}):
         config = TrainConfig(**options(many, tmp_path / "out") | other)
-        with pytest.raises(UsageError, match="volume_size is for one folder of pictures"):
+        with pytest.raises(UsageError, match="volume_size is for one folder of pictures or table"):
             open_pictures(config, locate("tiny"), None)
