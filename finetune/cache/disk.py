@@ -86,7 +86,7 @@ class DiskStore:
         except (OSError, sqlite3.Error) as error:
             raise UsageError(f"cache_dir {folder}: {error}; give another --cache_dir, or none") from error
 
-    def __del__(self) -> None:
+    def __del__(self) -> None:  # each volume of a large folder has a store, and a process may open few files
         for file in getattr(self, "_files", {}).values():
             os.close(file)
 

@@ -90,7 +90,8 @@ class Pictures(Dataset[Example], ABC):
         repeats: Sequence[int] = (),
     ) -> None:
         self.repeats = list(repeats) or [1] * len(ids)
-        self._aside = dict[str, int]()
+        self.aside = dict[str, int]()
+        """Why pictures are neither trained nor validated on -> how many."""
         self.subjects, self.weights = len(ids), [1.0] * len(ids)
         self.ids, self.contents, self.transform = list(ids), list(contents), transform
         self.captions = [with_trigger(caption.text, trigger) for caption in captions]
@@ -170,7 +171,7 @@ class Pictures(Dataset[Example], ABC):
     def leave_aside(self, indices: Sequence[int], why: str) -> None:
         """Neither train nor validate on these."""
         if indices:
-            self._aside[why] = len(indices)
+            self.aside[why] = len(indices)
         for index in indices:
             self.repeats[index] = 0
 
@@ -187,7 +188,7 @@ class Pictures(Dataset[Example], ABC):
     def ledger(self) -> Ledger:
         """What became of everything that was found."""
         found, trained, held = len(self) + len(self.quarantined), len(self.trained), len(self.held_out)
-        return Ledger(found, trained, len(self.quarantined), held_out=held, skipped=dict(self._aside))
+        return Ledger(found, trained, len(self.quarantined), held_out=held, skipped=dict(self.aside))
 
     def notes(self) -> list[str]:
         """Lines for the user about what was found: what is left out, or looks wrong."""

@@ -126,7 +126,7 @@ class Deal(NamedTuple):
     visits: Sequence[int] = ()
     """Of an epoch, in each."""
     digest: str = ""
-    """Of all names."""
+    """Of all names, or of how many there are."""
 
 
 def deal_folder(folder: str, files: Sequence[str], size: int | None = None) -> Deal:

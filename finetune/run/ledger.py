@@ -14,6 +14,7 @@ from finetune.errors import RunError
 from finetune.files import json_lines, write_whole
 from finetune.run.assembly import sampler
 from finetune.run.sources import digest
+from finetune.wording import counted
 
 LEDGER, QUARANTINE, VOLUMES = "ledger.json", "quarantine.jsonl", "volumes.jsonl"
 """The last has a line for each volume that the run has come to, where there are several."""
@@ -69,12 +70,13 @@ def note_volume(folder: Path, config: ResolvedConfig, stretch: Stretch, pictures
     lines[stretch.volume] = {"volume": stretch.volume, "data": now, "steps": stretch.own.stop}
     lines[stretch.volume] |= _Seen.of(pictures, config, stretch.own.stop).as_dict()
     _write_lines(folder / VOLUMES, [lines[number] for number in sorted(lines)])
-    if before is not None and before["data"] != now:
-        told = "other pictures or captions than when the run came to it before: from here on the bits are others"
-    else:
-        told = pictures.notes()[0] if pictures.quarantined and before is None else ""
-    if told:
-        print(f"{'note':>10}  volume {stretch.volume + 1}: {told}", flush=True)
+    told = pictures.notes()[:1] if pictures.quarantined else []
+    told += [f"{counted(number, 'picture')} left aside: {why}" for why, number in pictures.aside.items()]
+    if before is not None:  # all that was told then
+        other = "other pictures or captions than when the run came to it before: from here on the bits are others"
+        told = [other] if before["data"] != now else []
+    for line in told:
+        print(f"{'note':>10}  volume {stretch.volume + 1}: {line}", flush=True)
 
 
 def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

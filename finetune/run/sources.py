@@ -113,13 +113,19 @@ def _opener(config: TrainConfig, found: Location, memory: PictureMemory | None) 
 def _later(
     opened: Callable[..., Pictures], config: TrainConfig, dealt: Deal, first: Pictures, *, captioned: bool
 ) -> Callable[[int], Pictures]:
-    """How a volume after the first is opened: without what is held out there."""
+    """How a volume after the first is opened: without what is held out there.
+
+    Nor does it end a run that has gone on for hours where a few captions are absent: these pictures are left aside.
+    """
     held = {first.checked(index).digest for index in first.held_out}
 
     def later(number: int) -> Pictures:
         volume = opened(dealt.source, part=dealt.parts[number])
-        _refuse_unusable(volume, config.max_bad_fraction, captioned=captioned)
-        copies = [index for index in range(len(volume)) if volume.checked(index).digest in held]
+        without = [index for index, caption in enumerate(volume.captions) if captioned and not caption]
+        many = len(without) > config.max_bad_fraction * len(volume)
+        _refuse_unusable(volume, config.max_bad_fraction, captioned=many)
+        volume.leave_aside(without, "without a caption")
+        copies = [index for index in volume.trained if volume.checked(index).digest in held]
         volume.leave_aside(copies, "copies of pictures that are held out")
         return volume
 

@@ -117,6 +117,20 @@ def test_what_cannot_be_read_is_told_when_the_run_comes_to_it(
     assert json.loads((out / "quarantine.jsonl").read_text())["path"] == name
 
 
+def test_a_few_captions_that_are_absent_do_not_end_a_run_in_a_later_volume(
+    many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = opened(many).at(1).ids[0]
+    (many / name).with_suffix(".txt").unlink()
+    with pytest.raises(UsageError, match="1 of 8 pictures without a caption: give --prompt"):
+        opened(many).at(1)
+    out = run(many, tmp_path / "out", max_bad_fraction=0.2)
+    assert "note  volume 2: 1 picture left aside: without a caption" in capsys.readouterr().out
+    ledger = record(out)
+    assert (ledger["found"], ledger["trained"], ledger["visited"]) == (47, 23, 23)
+    assert ledger["skipped"] == {"without a caption": 1}
+
+
 def test_copies_of_what_is_held_out_are_trained_on_in_no_volume(many: Path, tmp_path: Path) -> None:
     how = {"validation_fraction": 0.3}
     held = opened(many, **how).first
