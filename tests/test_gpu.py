@@ -27,6 +27,7 @@ from finetune.recipe import fine_tune
 from finetune.training import saving
 from finetune.training.objective import NoisePrediction
 from finetune.training.optim import make_optimizer
+from finetune.training.recompute import recompute
 from finetune.training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -81,13 +82,16 @@ def test_losses_equal_those_of_a_cpu_run(pictures: Path, tmp_path: Path) -> None
     assert losses(cuda) == pytest.approx(losses(cpu), rel=1e-2)
 
 
-def trained(pictures: Path, method: str, *, cuda_graphs: bool) -> tuple[Trainer, Iterator[Batch]]:
+def trained(
+    pictures: Path, method: str, *, cuda_graphs: bool, recomputed: float = 0.0
+) -> tuple[Trainer, Iterator[Batch]]:
     """A trainer of `tiny` in bf16, and eight batches for it."""
     model = load_model("tiny")
     if method == "lora":
         add_lora(model.unet, rank=4)
     encoded = encode(ImageFolder(pictures, "a disc", resolution=64), model, cache_dir="none")
     model.unet.to("cuda")
+    recompute(model.unet, recomputed)
     learned = trainable(model.unet.requires_grad_(True) if method == "full" else model.unet)
     optimizer = make_optimizer("adamw", learned, learning_rate=1e-4)
     objective = NoisePrediction(model.scheduler)
@@ -97,10 +101,11 @@ def trained(pictures: Path, method: str, *, cuda_graphs: bool) -> tuple[Trainer,
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_graphs_change_nothing(pictures: Path, method: str) -> None:
+@pytest.mark.parametrize("recomputed", [0.0, 0.5, 1.0])
+def test_graphs_change_nothing(pictures: Path, method: str, recomputed: float) -> None:
     found = []
     for cuda_graphs in (True, False):
-        trainer, all_batches = trained(pictures, method, cuda_graphs=cuda_graphs)
+        trainer, all_batches = trained(pictures, method, cuda_graphs=cuda_graphs, recomputed=recomputed)
         made = [trainer.step(batch) for batch in all_batches]
         assert (trainer.graphs is not None) == cuda_graphs
         assert trainer.graphs is None or trainer.graphs._recorded
@@ -148,6 +153,13 @@ def test_a_picture_and_a_caption_encode_to_the_same_bits_among_any_others() -> N
     assert torch.equal(model.encoder.encode(pixels[4:5]), stored[4:5])
     shuffled = model.conditioner.encode([prompts[number] for number in order.tolist()])["encoder_hidden_states"]
     assert torch.equal(shuffled, states[order])
+
+
+def test_a_run_in_volumes_trains_on_all_of_them(pictures: Path, tmp_path: Path) -> None:
+    out = run(pictures, tmp_path / "out", volume_size=3, resolution=64, validation_fraction=0.0)
+    assert len(losses(out)) == 6
+    held = [json.loads(line) for line in (out / "volumes.jsonl").read_text().splitlines()]
+    assert [line["volume"] for line in held] == [1]  # the first is in ledger.json
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

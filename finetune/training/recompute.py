@@ -29,6 +29,14 @@ def recompute(unet: ModelMixin, share: float = 1.0) -> None:
         block.gradient_checkpointing = False
 
 
+def sets_generator(network: nn.Module) -> bool:
+    """Whether its backward pass sets a random generator back to what it was, as torch's gradient checkpointing does
+    unless told otherwise."""
+    blocks: list[Any] = [m for m in network.modules() if getattr(m, "gradient_checkpointing", False)]
+    functions = [getattr(block, "_gradient_checkpointing_func", None) for block in blocks]
+    return any(getattr(f, "keywords", {}).get("preserve_rng_state", True) for f in functions)
+
+
 def _channels(block: Any) -> int:
     """A transformer knows how many come in; other blocks have residual parts that know."""
     return block.resnets[0].out_channels if hasattr(block, "resnets") else block.in_channels

@@ -22,6 +22,7 @@ from finetune.training.metrics import Arriving, Fault, NotFinite, StepMetrics, V
 from finetune.training.parallel import Parallel
 from finetune.training.prepared import MicroBatch, Prepared
 from finetune.training.prior import Prior, with_prior
+from finetune.training.recompute import sets_generator
 from finetune.training.rounding import Rounding
 
 MAX_OVERFLOWS = 25
@@ -61,8 +62,8 @@ class Trainer:
         seed: of the dropout inside the network, anew for each step and micro-batch.
         parallel: the processes that train together, each of which is given its part of each step.
         cuda_graphs: on a GPU, launch a whole micro-batch at once (see `Graphs`), where that is possible: in half
-            precision beside masters, without dropout and gradient checkpointing. The objective's `loss` must not read a
-            value then.
+            precision beside masters, without dropout and with no gradient checkpointing but `recompute`'s. The
+            objective's `loss` must not read a value then.
         prior: what class pictures teach, in place of their noise (see `finetune/training/prior.py`); the objective is
             a `NoisePrediction` then.
     """
@@ -115,8 +116,7 @@ class Trainer:
         """In a row, as far as the host has been told."""
         self.gate = Gate(max_bad_steps, self.device)
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in unet.modules())
-        checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in unet.modules())
-        draws = self.has_dropout or checkpoints  # which saves and sets the generator's state
+        draws = self.has_dropout or sets_generator(unet)
         possible = self.device.type == "cuda" and precision not in (None, torch.float16) and masters and not draws
         self.graphs = Graphs(self._compute, self.masters.working, self.device) if cuda_graphs and possible else None
         self._before: StepMetrics | None = None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.models.loading import load_model
-from finetune.training.recompute import recompute
+from finetune.training.recompute import recompute, sets_generator
 
 
 def gradients(unet: nn.Module) -> list[Tensor]:
@@ -47,6 +47,19 @@ def test_the_blocks_that_see_the_most_positions_come_first() -> None:
         width = block.resnets[0].out_channels if hasattr(block, "resnets") else block.in_channels
         widths[block.gradient_checkpointing].add(width)
     assert max(widths[True]) <= min(widths[False])
+
+
+def test_the_generator_is_left_alone_unless_dropout_or_the_one_who_asks_wants_it_set_back() -> None:
+    unet = load_model("tiny").unet
+    assert not sets_generator(unet)
+    recompute(unet, 0.5)
+    assert not sets_generator(unet)
+    next(m for m in unet.modules() if isinstance(m, nn.Dropout)).p = 0.5
+    recompute(unet, 0.5)
+    assert sets_generator(unet)
+    plain = load_model("tiny").unet
+    plain.enable_gradient_checkpointing()  # diffusers' own way
+    assert sets_generator(plain)
 
 
 def test_dropout_draws_the_same_again() -> None:
