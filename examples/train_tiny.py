@@ -244,9 +244,10 @@ def train(
     clock = time.perf_counter()
     half = DTYPES[resolve_precision("auto", torch.device("cpu"), small=False)]
     autocast = torch.autocast("cpu", half, enabled=half is not None)  # what it trains stays in fp32
-    with catch_signals() as stop, (run / "log.txt").open("a", encoding="utf-8") as log, autocast:
+    with catch_signals() as stop, (run / "log.txt").open("a", encoding="utf-8") as log:
         for examples in ft.batches(source, batch_size=batch, steps=steps, seed=seed, start=trainer.steps_done):
-            metrics = trainer.step(examples)
+            with autocast:  # anew for each step: until it is left, it keeps the rounded weights of its first use
+                metrics = trainer.step(examples)
             losses.append(metrics.loss)
             if metrics.step % 200 == 0 or metrics.step == steps or stop.number:
                 seconds = time.perf_counter() - clock

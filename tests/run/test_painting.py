@@ -51,7 +51,7 @@ def config(model: Path, data: Path, out: Path, **options: object) -> TrainConfig
         "model": str(model), "data": str(data), "prompt": "a red disc", "output_dir": str(out), "max_train_steps": 4,
         "train_batch_size": 2, "learning_rate": 0.01, "num_inference_steps": 2, "eval_batch_size": 1,
         "sample_prompts": ("a red disc",), "forgetting_prompts": 4, "random_flip": True, "checkpointing_steps": 2,
-        "aspect_ratio_bucketing": False,
+        "aspect_ratio_bucketing": False, "mixed_precision": "no",
     }  # fmt: skip
     return TrainConfig(**(settings | options))  # pyright: ignore[reportArgumentType]
 
