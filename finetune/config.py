@@ -194,11 +194,20 @@ def fitted(hint: Any, value: Any) -> Any:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if kind is float and number and abs(value) <= sys.float_info.max:  # so neither inf nor nan
             return float(value)
-        if kind is str and isinstance(value, Path):
-            return str(value)
-        if kind in (bool, int, str) and type(value) is kind:
+        if kind is str and (isinstance(value, Path) or type(value) is str):
+            return _text(str(value))
+        if kind in (bool, int) and type(value) is kind:
             return value
     raise ValueError(f"allowed is {readable(hint)}{_suggest_value(hint, value)}")
+
+
+def _text(value: str) -> str:
+    """The value, if a config.toml can hold it: Python reads other bytes of a command line as lone surrogates."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("allowed is text in UTF-8; a file or folder of another name must be renamed") from error
+    return value
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:

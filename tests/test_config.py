@@ -111,6 +111,10 @@ def test_both_names_of_one_option(names: tuple[str, str]) -> None:
         ({"center_crop": "yes"}, "center_crop = 'yes': allowed is true or false"),
         ({"use_ema": 1}, "use_ema = 1: allowed is true or false"),
         ({"prompt": 7}, "prompt = 7: allowed is text"),
+        (
+            {"prompt": "caf\udce9"},  # as Python reads the Latin-1 of a terminal
+            "prompt = 'caf\\udce9': allowed is text in UTF-8; a file or folder of another name must be renamed",
+        ),
         ({"max_token_length": 78}, "max_token_length = 78: allowed is 77, 150, 225"),
         ({"max_token_length": 77.0}, "max_token_length = 77.0: allowed is 77, 150, 225; did you mean 77?"),
         ({"sample_prompts": 1.5}, "sample_prompts = 1.5: allowed is a list of: text"),
