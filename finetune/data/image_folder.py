@@ -86,6 +86,7 @@ class ImageFolder(PictureFiles):
         self._alpha, self.masked = masks == "files and alpha", masks != "none"
         self._mask_digests, unusable = checked_masks(self._masks if self.masked else {}, memory)
         repeats = repeats_of(self._names) if repeated else []
+        self._repeated = bool(repeats)
         subjects = {name: name.split("/")[0].partition("_")[2] for name in self._names} if repeats else {}
         by_line = caption_lines == "chosen"
         found = find_captions(root, files, self._names, prompt, subjects, by_line, metadata)
@@ -120,7 +121,7 @@ class ImageFolder(PictureFiles):
     def notes(self) -> list[str]:
         kinds = listed([f"{count} {suffix}" for suffix, count in sorted(self._others.items())])
         named = sorted({name.split("/")[0] for name in self.ids if _REPEATED.match(name)})
-        unused = named if set(self.repeats) <= {0, 1} else []
+        unused = [] if self._repeated else named
         lines = {
             f"masks without a picture, {len(self._lonely_masks)}: {listed(self._lonely_masks)}": self._lonely_masks,
             f"files that are neither pictures nor captions: {kinds}": kinds,

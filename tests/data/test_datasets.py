@@ -362,6 +362,9 @@ def test_folders_named_for_repeats_and_triggers_that_read_badly_are_noted(tmp_pa
     where = "the trigger is put in front of 2 captions; better say where it belongs: 'a photo of [trigger] dog'"
     assert where in notes
     assert not any("trigger is put" in note for note in ImageFolder(tmp_path, resolution=4).notes())
+    for old, new in (("10_dog", "1_dog"), ("cats", "1_cat")):
+        (tmp_path / old).rename(tmp_path / new)
+    assert not any("repeats" in note for note in ImageFolder(tmp_path, resolution=4).notes())
 
 
 def test_empty_caption_files_are_counted(tmp_path: Path):
