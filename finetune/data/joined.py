@@ -93,8 +93,8 @@ class Joined(Pictures):
         )
 
     def notes(self) -> list[str]:
-        lines = [(part.name, line) for part in self._parts for line in part.pictures.notes()]
-        return [f"{name}: {line}" if name else line for name, line in lines]
+        told = [("" if isinstance(part.pictures, Joined) else part.name, part.pictures.notes()) for part in self._parts]
+        return [f"{name}: {line}" if name else line for name, lines in told for line in lines]
 
     def _place(self, index: int) -> tuple[Part, int]:
         number = bisect_right(self._ends, index)

@@ -43,6 +43,7 @@ def test_several_folders_are_one_dataset(folders: list[str]) -> None:
     assert both.ledger()[:4] == (9, 4, 1, 4)
     assert both.ledger().adds_up()
     assert any(note.startswith("cats: 1 picture quarantined") for note in both.notes())
+    assert Joined([Part("dogs", both, 1)]).notes() == both.notes()  # each line has one name in front
 
 
 def test_the_command_takes_several_folders_with_repeats(folders: list[str], tmp_path: Path) -> None:
