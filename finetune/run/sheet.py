@@ -14,9 +14,11 @@ SHOWN = 20
 
 
 def lay_out_pictures(run: Run) -> None:
-    """Write it, unless an earlier part of the run has; the pictures are spread over all that are trained on."""
+    """Write it, unless an earlier part of the run has, on what may not have changed since; the pictures are spread over
+    all that are trained on.
+    """
     path, pictures, trained = run.folder / SHEET, run.pictures, run.pictures.trained
-    if path.exists():
+    if path.exists() and not run.config.allow_changed:
         return
     some = [trained[number * len(trained) // SHOWN] for number in range(SHOWN)] if len(trained) > SHOWN else trained
     names = [pictures.ids[index] for index in some]

@@ -2,11 +2,13 @@
 
 import importlib.metadata
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 from finetune.config import TrainConfig, load_resolved
 from finetune.errors import UsageError
@@ -82,15 +84,22 @@ def test_a_checkpoint_says_what_wrote_it_and_another_base_is_refused(
 def test_a_resume_of_other_pictures_and_seed_goes_on_where_that_is_allowed(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = {"data": str(pictures), "output_dir": str(tmp_path / "out"), "rank": 2, "train_batch_size": 1}
+    data = shutil.copytree(pictures, tmp_path / "data")
+    given = {"data": str(data), "output_dir": str(tmp_path / "out"), "rank": 2, "train_batch_size": 1}
     given |= {"max_train_steps": 2, "num_inference_steps": 0, "lr_scheduler": "constant", "lr_warmup_steps": 0}
     fine_tune(TrainConfig(**given))
+    shown = (tmp_path / "out/pictures.jpg").read_bytes()
     changed = given | {"max_train_steps": 3, "resume_from_checkpoint": "latest", "seed": 5, "prompt": "a disc"}
     with pytest.raises(UsageError, match=r"prompt: None -> a disc; seed: 0 -> 5; --allow_changed goes on"):
         fine_tune(TrainConfig(**changed))
     with pytest.raises(UsageError, match="other options: seed: 0 -> 5"):
         fine_tune(TrainConfig(**changed, allow_changed=["prompt"]))
-    fine_tune(TrainConfig(**changed, allow_changed=["prompt", "seed"]))
+    Image.new("RGB", (64, 64), "green").save(data / "another.png")
+    with pytest.raises(UsageError, match="--allow_changed goes on"):
+        fine_tune(TrainConfig(**changed, allow_changed=["prompt", "seed"]))
+    assert (tmp_path / "out/pictures.jpg").read_bytes() == shown
+    fine_tune(TrainConfig(**changed, allow_changed=["prompt", "seed", "data"]))
+    assert (tmp_path / "out/pictures.jpg").read_bytes() != shown
     assert checkpoint.record(tmp_path / "out/checkpoint-3")["step"] == 3
     recorded = load_resolved(tmp_path / "out/config.toml")
     assert (recorded.seed, recorded.allow_changed) == (5, ())
