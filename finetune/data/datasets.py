@@ -83,7 +83,8 @@ class HuggingFaceDataset(PictureFiles):
             for texts in _caption_texts(rows, caption_column, self._numbers)
         ]
         names = [f"row {number}" for number in self._numbers]
-        super().__init__("the dataset", names, captions, trigger=trigger, transform=transform, memory=memory)
+        more = part is not None
+        super().__init__("the dataset", names, captions, trigger=trigger, transform=transform, memory=memory, more=more)
 
     def _file(self, place: int) -> PictureFile:
         if self._origin is not None:

@@ -103,6 +103,7 @@ class ImageFolder(PictureFiles):
             repeats=repeats,
             orphans=found.orphans,
             empty=found.empty,
+            more=metadata is not None,
         )
         self.masked = self.masked and bool(self._masks or self._alpha)
 

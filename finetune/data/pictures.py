@@ -207,7 +207,8 @@ class PictureFiles(Pictures):
 
     `where`, for messages, is what they are in; `names`, `captions` and `_file` speak of all pictures found, the
     attributes of those that can be read; `memory` is that of `check_images`; `bad` are names of pictures that cannot
-    be trained on for another reason, `repeats` is empty or speaks of all found.
+    be trained on for another reason, `repeats` is empty or speaks of all found; `more` pictures of the same source are
+    elsewhere, so that none of these need be readable.
 
     Raises:
         DataError: there are no pictures, or none that can be read.
@@ -233,6 +234,7 @@ class PictureFiles(Pictures):
         repeats: Sequence[int] = (),
         orphans: Sequence[str] = (),
         empty: Sequence[str] = (),
+        more: bool = False,
     ) -> None:
         checked = check_images(names, self._file, memory)
         for place, name in enumerate(names):
@@ -240,7 +242,7 @@ class PictureFiles(Pictures):
                 checked[place] = Skipped(name, bad[name])
         good = {place: found for place, found in enumerate(checked) if not isinstance(found, Skipped)}
         self.quarantined = [problem for problem in checked if isinstance(problem, Skipped)]
-        if not good:
+        if not good and not more:
             raise DataError(
                 f"{where}: none of {counted(len(names), 'picture')} can be trained on; the first: {self.quarantined[0]}"
             )

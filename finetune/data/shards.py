@@ -91,6 +91,7 @@ class TarShards(PictureFiles):
             memory=memory,
             bad=bad,
             orphans=_orphans(others, called),
+            more=part is not None,
         )
         self.masked = self.masked and bool(self._masks or self._alpha)
 

@@ -112,6 +112,17 @@ class Volumes:
         return sum(-(-epoch * visits // batch_size) for visits in self.visits)
 
 
+class Holding(NamedTuple):
+    """What a source of pictures holds."""
+
+    source: Any
+    """What `open_dataset` takes."""
+    pictures: int
+    """How many."""
+    files: Sequence[str] | None = None
+    """In a folder, all that there are; None: the pictures have numbers."""
+
+
 class Deal(NamedTuple):
     """What a source holds, dealt into volumes."""
 
@@ -122,30 +133,61 @@ class Deal(NamedTuple):
     found: Sequence[int] = ()
     """Files, rows or pictures in each, where there are several."""
     counts: Sequence[int] = ()
-    """Pictures in each."""
+    """Pictures in each; of a small source beside a large one, none in some, but in the first."""
     visits: Sequence[int] = ()
     """Of an epoch, in each."""
     digest: str = ""
     """Of all names, or of how many there are."""
 
 
-def deal_folder(folder: str, files: Sequence[str], size: int | None = None) -> Deal:
-    """Deal the files of a folder of pictures into volumes that are as large as each other.
-
-    A file goes by the digest of its path without its endings: a picture with its caption and its mask, and otherwise
-    as if at random.
+def volumes_for(holdings: Sequence[Holding], size: int | None = None) -> int:
+    """How many volumes suit what these hold together: as many, at most, as one of them has pictures.
 
     Args:
-        folder: what the names are relative to.
-        files: all that there are.
+        holdings: of all sources.
         size: pictures of a volume, at most; 0: all in one; None: `VOLUME`, or up to `AT_ONCE` all in one.
+    """
+    counts = [holding.pictures for holding in holdings]
+    if size is None:
+        size = VOLUME if sum(counts) > AT_ONCE else 0
+    return max(1, min(ceil(sum(counts) / size), max(counts))) if size else 1
+
+
+def deal_out(holding: Holding, number: int) -> Deal:
+    """Deal what a source holds into so many volumes.
+
+    A file goes by the digest of its path without its endings: a picture with its caption and its mask, and otherwise
+    as if at random; what has numbers goes at random.
 
     Raises:
         DataError: as `read_metadata`.
     """
+    source, pictures, files = holding
+    if number == 1 or not pictures:  # opening it tells that there are none
+        return Deal(source, [None if files is None else FolderPart(files)] * number)
+    if files is not None:
+        return _deal_files(source, files, number)
+    drawn = torch.randperm(pictures, generator=torch.Generator().manual_seed(fold("volumes", pictures) & 0xFFFFFFFF))
+    parts = [sorted(some.tolist()) for some in drawn.tensor_split(number)]
+    parts.sort(key=lambda part: (not part, part))  # with 0 in the first
+    counts = [len(part) for part in parts]
+    return Deal(source, parts, counts, counts, counts, wide_fold(pictures))
+
+
+def together(deals: Sequence[Deal], times: Sequence[int]) -> Deal:
+    """Several sources as one, each so many times in an epoch; without the source and its parts."""
+    visits = [[n * visits for visits in deal.visits] for n, deal in zip(times, deals, strict=True)]
+    digest = deals[0].digest if tuple(times) == (1,) else wide_fold(*[deal.digest for deal in deals], *times)
+    found, counts = [deal.found for deal in deals], [deal.counts for deal in deals]
+    return Deal(None, [], _added_up(found), _added_up(counts), _added_up(visits), digest)
+
+
+def _added_up(rows: Sequence[Sequence[int]]) -> list[int]:
+    return [sum(column) for column in zip(*rows, strict=True)]
+
+
+def _deal_files(folder: str, files: Sequence[str], number: int) -> Deal:
     pictures = pictures_among(files)
-    if (number := _volumes(len(pictures), size)) == 1:
-        return Deal(folder, [FolderPart(files)])
     volumes = _dealt(files, set(pictures), number)
     metadata = read_metadata(Path(folder).expanduser(), files, pictures)
     repeated = bool(repeats_of(pictures))
@@ -156,22 +198,6 @@ def deal_folder(folder: str, files: Sequence[str], size: int | None = None) -> D
     return Deal(folder, parts, [len(volume) for volume in volumes], counts, visits, wide_fold(*files))
 
 
-def deal_numbers(source: Any, count: int, size: int | None = None) -> Deal:
-    """Deal the rows of a table or the pictures in shards, of which there are so many, at random; `size` as above."""
-    if (number := _volumes(count, size)) == 1:
-        return Deal(source, [None])
-    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(fold("volumes", count) & 0xFFFFFFFF))
-    parts = sorted(sorted(some.tolist()) for some in drawn.tensor_split(number))  # with 0 in the first
-    counts = [len(part) for part in parts]
-    return Deal(source, parts, counts, counts, counts, wide_fold(count))
-
-
-def _volumes(pictures: int, size: int | None) -> int:
-    if size is None:
-        size = VOLUME if pictures > AT_ONCE else 0
-    return max(1, ceil(pictures / size)) if size else 1
-
-
 def _dealt(files: Sequence[str], pictures: AbstractSet[str], number: int) -> list[list[str]]:
     """The files of each volume, in their order; those that are called alike in one."""
     drawn = np.array([_drawn(file) for file in files], np.uint64)
@@ -179,7 +205,7 @@ def _dealt(files: Sequence[str], pictures: AbstractSet[str], number: int) -> lis
     drawn, examples = drawn[order], np.array([file in pictures for file in files])[order]
     before = (np.cumsum(examples) - examples)[np.searchsorted(drawn, drawn)]  # the first of those that are called alike
     volume_of = np.empty(len(files), int)
-    volume_of[order] = np.minimum(before * number // len(pictures), number - 1)
+    volume_of[order] = np.minimum(before, len(pictures) - 1) * number // len(pictures)  # each has pictures, then
     volumes = [list[str]() for _ in range(number)]
     for file, volume in zip(files, volume_of.tolist(), strict=True):
         volumes[volume].append(file)

@@ -14,7 +14,7 @@ from finetune.errors import RunError
 from finetune.files import json_lines, write_whole
 from finetune.run.assembly import sampler
 from finetune.run.sources import digest
-from finetune.wording import counted
+from finetune.wording import counted, listed
 
 LEDGER, QUARANTINE, VOLUMES = "ledger.json", "quarantine.jsonl", "volumes.jsonl"
 """The last has a line for each volume that the run has come to, where there are several."""
@@ -70,7 +70,8 @@ def note_volume(folder: Path, config: ResolvedConfig, stretch: Stretch, pictures
     lines[stretch.volume] = {"volume": stretch.volume, "data": now, "steps": stretch.own.stop}
     lines[stretch.volume] |= _Seen.of(pictures, config, stretch.own.stop).as_dict()
     _write_lines(folder / VOLUMES, [lines[number] for number in sorted(lines)])
-    told = pictures.notes()[:1] if pictures.quarantined else []
+    bad = [f"{found.path} ({found.reason})" for found in pictures.quarantined]
+    told = [f"{counted(len(bad), 'picture')} quarantined: {listed(bad)}"] if bad else []
     told += [f"{counted(number, 'picture')} left aside: {why}" for why, number in pictures.aside.items()]
     if before is not None:  # all that was told then
         other = "other pictures or captions than when the run came to it before: from here on the bits are others"

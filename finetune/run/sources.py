@@ -1,6 +1,6 @@
 """The pictures of a run: what `--data` names, or a dataset of the user's own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -18,6 +18,7 @@ from finetune.data.datasets import (
     picture_folder,
     shards_of,
 )
+from finetune.data.image_folder import pictures_among
 from finetune.data.joined import Joined, Part, names_of, with_class_pictures
 from finetune.data.own import OwnPictures, Rows
 from finetune.data.picture_memory import PictureMemory
@@ -25,7 +26,7 @@ from finetune.data.pictures import Pictures
 from finetune.data.shard_index import index_of
 from finetune.data.split import FEWEST, default_fraction, held_out, shown_elsewhere
 from finetune.data.transforms import Preprocess
-from finetune.data.volumes import Deal, Volumes, deal_folder, deal_numbers
+from finetune.data.volumes import Deal, Holding, Volumes, deal_out, together, volumes_for
 from finetune.errors import DataError, UsageError
 from finetune.models.families import bucket_sides
 from finetune.models.locate import Location
@@ -54,22 +55,15 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
         DataError: there is nothing to train on, too much that cannot be, or a latent model would get pictures without
             a caption.
     """
-    resolution = config.resolution or found.resolution
     folder = cache_folder(config.cache_dir)
     memory = PictureMemory(folder, strict=config.cache_strict) if folder else None
-    if dataset is None and len(config.repeats) not in (0, len(config.data)):
-        raise UsageError(f"repeats: {counted(len(config.repeats), 'number')} for {len(config.data)} --data")
+    deals = _dealt(config, dataset, folder, memory)
+    times = config.repeats or (1,) * len(deals)
+    if len(times) != len(deals):
+        raise UsageError(f"repeats: {counted(len(times), 'number')} for {len(deals)} --data")
     opened = _opener(config, found, memory)
-    streamed = partial(opened, stream_rows=config.stream_rows, kept_in=folder)
-    dealt = _dealt(config, dataset, folder, memory)
-    if dealt is not None:
-        pictures = (streamed if isinstance(dealt.source, str) else opened)(dealt.source, part=dealt.parts[0])
-    elif dataset is None:
-        pictures = _joined(config, streamed)
-    elif is_table(dataset):
-        pictures = streamed(dataset)
-    else:
-        pictures = _own_pictures(config, found, dataset, resolution)
+    volume = partial(_volume, partial(_source, config, found, opened, folder), names_of(config.data), deals, times)
+    pictures = volume(0)
     if config.class_data:
         pictures = _with_class_pictures(config, pictures, opened)
     if config.validation_data:
@@ -81,12 +75,37 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
         pictures.hold_out(held_out(pictures, fraction, config.seed, memory))
     if config.early_stop and not pictures.held_out:
         raise UsageError("early_stop needs pictures that are held out: give --validation_fraction or --validation_data")
-    if dealt is None or len(dealt.parts) == 1:
+    if len(deals[0].parts) == 1:
         return Volumes.whole(pictures)
-    counts = [len(pictures.trained), *dealt.counts[1:]]
-    visits = [sum(pictures.repeats), *dealt.visits[1:]]
-    later = _later(opened, config, dealt, pictures, captioned=found.family.latent)
-    return Volumes(pictures, counts, visits, dealt.found, later, dealt.digest)
+    whole = together(deals, times)
+    counts = [len(pictures.trained), *whole.counts[1:]]
+    visits = [sum(pictures.repeats), *whole.visits[1:]]
+    later = _later(volume, config, pictures, captioned=found.family.latent)
+    return Volumes(pictures, counts, visits, whole.found, later, whole.digest)
+
+
+def _volume(
+    opened: Callable[[Deal, int], Pictures],
+    names: Sequence[str],
+    deals: Sequence[Deal],
+    times: Sequence[int],
+    number: int,
+) -> Pictures:
+    """One volume of all sources, as one dataset; what is not repeated, and alone, keeps its ids."""
+    if tuple(times) == (1,):
+        return opened(deals[0], number)
+    parts = zip(names or ["data"], deals, times, strict=True)
+    return Joined([Part(name, opened(deal, number), n) for name, deal, n in parts if not number or deal.counts[number]])
+
+
+def _source(
+    config: TrainConfig, found: Location, opened: Callable[..., Pictures], folder: Path | None, deal: Deal, number: int
+) -> Pictures:
+    """What one volume has of one source."""
+    if not isinstance(deal.source, str) and not is_table(deal.source):
+        return _own_pictures(config, found, deal.source)
+    streams = {"stream_rows": config.stream_rows, "kept_in": folder} if isinstance(deal.source, str) else {}
+    return opened(deal.source, part=deal.parts[number], **streams)
 
 
 def _opener(config: TrainConfig, found: Location, memory: PictureMemory | None) -> Callable[..., Pictures]:
@@ -111,7 +130,7 @@ def _opener(config: TrainConfig, found: Location, memory: PictureMemory | None) 
 
 
 def _later(
-    opened: Callable[..., Pictures], config: TrainConfig, dealt: Deal, first: Pictures, *, captioned: bool
+    opened: Callable[[int], Pictures], config: TrainConfig, first: Pictures, *, captioned: bool
 ) -> Callable[[int], Pictures]:
     """How a volume after the first is opened: without what is held out there.
 
@@ -120,7 +139,7 @@ def _later(
     held = {first.checked(index).digest for index in first.held_out}
 
     def later(number: int) -> Pictures:
-        volume = opened(dealt.source, part=dealt.parts[number])
+        volume = opened(number)
         without = [index for index, caption in enumerate(volume.captions) if captioned and not caption]
         many = len(without) > config.max_bad_fraction * len(volume)
         _refuse_unusable(volume, config.max_bad_fraction, captioned=many)
@@ -132,36 +151,38 @@ def _later(
     return later
 
 
-def _dealt(config: TrainConfig, dataset: Any, folder: Path | None, memory: PictureMemory | None) -> Deal | None:
-    """A single folder of pictures, table or set of shards, in volumes where it is large; None: something else."""
-    source = dataset if dataset is not None else config.data[0]
-    single = len(config.data) < 2 and config.repeats in ((), (1,)) and not config.class_data
-    if single and isinstance(source, str) and (files := picture_folder(source)) is not None:
-        return deal_folder(source, files, config.volume_size)
-    if single and (is_table(source) or (isinstance(source, str) and holds_rows(source))):
+def _dealt(config: TrainConfig, dataset: Any, folder: Path | None, memory: PictureMemory | None) -> list[Deal]:
+    """All sources, in volumes where they are large together."""
+    if dataset is not None and not is_table(dataset):
+        return [Deal(dataset, [None])]
+    sources = config.data if dataset is None else [dataset]
+    holdings = [_holding(source, config, folder, memory) for source in sources]
+    known = [holding for holding in holdings if holding is not None]
+    divisible = len(known) == len(holdings) and not config.class_data
+    if config.volume_size and not divisible:
+        raise UsageError(
+            "volume_size is for folders of pictures, tables and, with a cache_dir, shards; and not for class_data"
+        )
+    number = volumes_for(known, config.volume_size) if divisible else 1
+    return [
+        Deal(source, [None]) if holding is None else deal_out(holding, number)
+        for source, holding in zip(sources, holdings, strict=True)
+    ]
+
+
+def _holding(source: Any, config: TrainConfig, folder: Path | None, memory: PictureMemory | None) -> Holding | None:
+    """What a source holds; None: that is not known before it is opened."""
+    if isinstance(source, str) and (files := picture_folder(source)) is not None:
+        return Holding(source, len(pictures_among(files)), files)
+    if is_table(source) or holds_rows(source):
         if config.masked_loss:
             raise no_masks(source)  # before it is loaded
         columns = {"image_column": config.image_column, "caption_column": config.caption_column}
         rows = open_rows(source, stream_rows=config.stream_rows, kept_in=folder, **columns)
-        return deal_numbers(rows, len(rows), config.volume_size)
-    if single and memory and isinstance(source, str) and (shards := shards_of(source)):
-        count = sum(len(index_of(shard, memory).pictures) for shard in shards[0])  # which are not read anew each time
-        return deal_numbers(source, count, config.volume_size)
-    if config.volume_size:
-        raise UsageError(
-            "volume_size is for one folder of pictures or table, or, with a cache_dir, one set of shards; "
-            "and not for repeats or class_data"
-        )
-    return None
-
-
-def _joined(config: TrainConfig, opened: Callable[[str], Pictures]) -> Pictures:
-    """All that `--data` names, as one; a single source keeps its ids."""
-    repeats = config.repeats or (1,) * len(config.data)
-    if len(config.data) == 1 and repeats == (1,):
-        return opened(config.data[0])
-    names = names_of(config.data)
-    return Joined([Part(name, opened(source), n) for name, source, n in zip(names, config.data, repeats, strict=True)])
+        return Holding(rows, len(rows))
+    if memory and (shards := shards_of(source)):
+        return Holding(source, sum(len(index_of(shard, memory).pictures) for shard in shards[0]))
+    return None  # shards, which would be read anew each time
 
 
 def _with_class_pictures(config: TrainConfig, subject: Pictures, opened: Callable[..., Pictures]) -> Pictures:
@@ -217,8 +238,9 @@ def _buckets(config: TrainConfig, found: Location, resolution: int) -> Buckets |
     return Buckets(resolution, smallest, largest, step, bool(config.bucket_upscale))
 
 
-def _own_pictures(config: TrainConfig, found: Location, dataset: Rows, resolution: int) -> Pictures:
+def _own_pictures(config: TrainConfig, found: Location, dataset: Rows) -> Pictures:
     """A dataset of the user's: with our captions and preprocessing, or as it is where it has a `transform`."""
+    resolution = config.resolution or found.resolution
     own = getattr(dataset, "transform", None)
     if own is not None and not isinstance(own, Preprocess):
         raise UsageError(

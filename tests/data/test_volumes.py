@@ -7,12 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.image_folder import FolderPart, ImageFolder
+from finetune.data.image_folder import FolderPart, ImageFolder, pictures_among
 from finetune.data.listing import is_picture
 from finetune.data.sampler import Sampler
-from finetune.data.volumes import AT_ONCE, VOLUME, Volumes, deal_folder, deal_numbers
+from finetune.data.volumes import AT_ONCE, VOLUME, Deal, Holding, Volumes, deal_out, together, volumes_for
 from finetune.errors import DataError
 from finetune.models.families import total_steps
+
+
+def dealt_folder(folder: Path | str, files: list[str], size: int | None = None) -> Deal:
+    """Alone."""
+    holding = Holding(str(folder), len(pictures_among(files)), files)
+    return deal_out(holding, volumes_for([holding], size))
+
 
 VISITS = st.lists(st.integers(1, 40), min_size=2, max_size=6)
 
@@ -65,7 +72,7 @@ def test_one_volume_is_visited_as_pictures_always_were() -> None:
 def test_what_is_called_alike_comes_into_one_volume_and_all_are_as_large() -> None:
     files = [f"{folder}/{n}{ending}" for folder in "ab" for n in range(50) for ending in (".jpg", ".txt", ".mask.png")]
     files = sorted([*files, "a/7.png", "notes.md", "lonely.txt"])
-    dealt = deal_folder("data", files, 30)
+    dealt = dealt_folder("data", files, 30)
     assert sorted(file for part in dealt.parts for file in part.files) == sorted(files)
     assert sorted(dealt.counts) == sorted(dealt.visits) == [25, 25, 25, 26]
     for part, count in zip(dealt.parts, dealt.counts, strict=True):
@@ -78,22 +85,40 @@ def test_what_is_called_alike_comes_into_one_volume_and_all_are_as_large() -> No
 
 def test_only_what_is_large_is_dealt_unless_asked() -> None:
     few, many = ([f"{number}.jpg" for number in range(count)] for count in (AT_ONCE, AT_ONCE + 1))
-    assert [part.files for part in deal_folder("data", few).parts] == [few]
-    assert [part.files for part in deal_folder("data", many, 0).parts] == [many]
-    dealt = deal_folder("data", many)
+    assert [part.files for part in dealt_folder("data", few).parts] == [few]
+    assert [part.files for part in dealt_folder("data", many, 0).parts] == [many]
+    dealt = dealt_folder("data", many)
     assert max(dealt.counts) <= VOLUME
     assert len(dealt.parts) == 5
-    assert dealt.digest != deal_folder("data", [*many, "another.jpg"]).digest
+    assert dealt.digest != dealt_folder("data", [*many, "another.jpg"]).digest
 
 
 def test_numbers_are_dealt_at_random_each_once() -> None:
-    dealt = deal_numbers(None, 103, 30)
+    table = Holding(None, 103)
+    dealt = deal_out(table, volumes_for([table], 30))
     parts = [list(part) for part in dealt.parts if not isinstance(part, FolderPart | None)]
     assert sorted(number for part in parts for number in part) == list(range(103))
     assert sorted(dealt.counts) == sorted(dealt.found) == [25, 26, 26, 26]
     assert all(part == sorted(part) and max(part) - min(part) > 50 for part in parts)
     assert parts[0][0] == 0
-    assert deal_numbers(None, 103).parts == [None]
+    assert deal_out(table, volumes_for([table])).parts == [None]
+
+
+def test_a_small_source_beside_a_large_one_is_in_the_first_volume_and_lies_in_no_empty_one() -> None:
+    files = [f"{name}{ending}" for name in ("a", "b") for ending in (".jpg", ".txt")] + ["notes.md", "z.txt"]
+    holdings = [Holding("few", 2, files), Holding(None, 100), Holding(None, 3)]
+    number = volumes_for(holdings, 10)
+    assert number == 11  # of 105 pictures
+    deals = [deal_out(holding, number) for holding in holdings]
+    for deal in deals:
+        assert deal.counts[0] > 0
+        assert all(bool(found) == bool(count) for found, count in zip(deal.found, deal.counts, strict=True))
+    assert sum(deals[0].found) == len(files)
+    whole = together(deals, (3, 1, 1))
+    assert (sum(whole.found), sum(whole.counts), sum(whole.visits)) == (6 + 103, 105, 6 + 103)
+    assert min(whole.counts) > 0
+    assert whole.digest != together(deals, (2, 1, 1)).digest
+    assert volumes_for([Holding(None, 2)] * 3, 1) == 2  # so that none is empty
 
 
 def test_a_volume_is_a_folder_with_the_captions_and_repeats_that_it_has_in_the_whole(
@@ -103,7 +128,7 @@ def test_a_volume_is_a_folder_with_the_captions_and_repeats_that_it_has_in_the_w
     make_pictures(tmp_path / "2_disc", count=5, captions=True)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "3_red disc/02.png", "text": "the second"}\n')
     whole = ImageFolder(tmp_path)
-    dealt = deal_folder(str(tmp_path), [*whole.ids, *(f"2_disc/0{n}.txt" for n in range(5)), "metadata.jsonl"], 4)
+    dealt = dealt_folder(tmp_path, [*whole.ids, *(f"2_disc/0{n}.txt" for n in range(5)), "metadata.jsonl"], 4)
     volumes = [ImageFolder(tmp_path, part=part) for part in dealt.parts]
     told = {
         name: (text, n) for some in volumes for name, text, n in zip(some.ids, some.captions, some.repeats, strict=True)
@@ -118,7 +143,7 @@ def test_a_volume_takes_no_folder_names_for_repeats_where_the_whole_does_not(
 ) -> None:
     make_pictures(tmp_path / "3_discs", count=7)
     make_pictures(tmp_path, count=1)
-    dealt = deal_folder(str(tmp_path), ImageFolder(tmp_path).ids, 2)
+    dealt = dealt_folder(tmp_path, ImageFolder(tmp_path).ids, 2)
     assert {n for part in dealt.parts for n in ImageFolder(tmp_path, part=part).repeats} == {1}
 
 
@@ -128,4 +153,4 @@ def test_metadata_that_names_no_picture_of_any_volume_is_told(
     make_pictures(tmp_path, count=4)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "99.png", "text": "none"}\n')
     with pytest.raises(DataError, match=r"99\.png does not exist"):
-        deal_folder(str(tmp_path), [f"0{n}.png" for n in range(4)] + ["metadata.jsonl"], 2)
+        dealt_folder(tmp_path, [f"0{n}.png" for n in range(4)] + ["metadata.jsonl"], 2)

@@ -209,12 +209,42 @@ def test_shards_come_in_volumes_too(many: Path, tmp_path: Path) -> None:
     seen = {name: text for n in range(3) for name, text in zip(volumes.at(n).ids, volumes.at(n).captions, strict=True)}
     names = {f"{number // 12}.tar/{number:02d}.png": f"a red disc, number {number}" for number in range(FOUND)}
     assert seen == names
-    with pytest.raises(UsageError, match="with a cache_dir, one set of shards"):
+    with pytest.raises(UsageError, match="with a cache_dir, shards"):
         opened(source, cache_dir="none")
 
 
-def test_volumes_are_for_one_source(many: Path, tmp_path: Path) -> None:
-    for other in ({"repeats": (2,)}, {"data": (str(many), str(tmp_path))}, {"class_data": str(tmp_path)}):
-        config = TrainConfig(**options(many, tmp_path / "out") | other)
-        with pytest.raises(UsageError, match="volume_size is for one folder of pictures or table"):
-            open_pictures(config, locate("tiny"), None)
+def test_several_sources_come_in_volumes_together(
+    many: Path, make_pictures: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = make_pictures(tmp_path / "few", count=2, captions=True)
+    names = [f"many/{number:02d}.png" for number in range(FOUND)] + ["few/00.png", "few/01.png"]
+    config = TrainConfig(
+        **options(many, tmp_path / "out", repeats=(1, 3), max_bad_fraction=0.5)
+        | {"data": (str(many), str(few)), "volume_size": 9}
+    )
+    volumes = open_pictures(config, locate("tiny"), None)
+    of_each = [volumes.at(number) for number in range(3)]
+    assert sorted(name for some in of_each for name in some.ids) == sorted(names)
+    assert [sum(some.repeats) for some in of_each] == list(volumes.visits)
+    assert sorted(Counter(name.split("/")[0] for name in some.ids)["few"] for some in of_each) == [0, 1, 1]
+    (few / "01.png").write_bytes(b"none")
+    ledger = record(fine_tune(config))
+    assert (ledger["found"], ledger["trained"], ledger["quarantined"], ledger["captions"]) == (52, 25, 1, 26)
+    assert (ledger["visited"], ledger["visits"]) == (25, 4 * sum(-(-visits // 4) for visits in volumes.visits))
+    told = [line for line in capsys.readouterr().out.splitlines() if "few/01.png" in line]
+    assert told == [
+        "      note  volume 2: 1 picture quarantined: few/01.png (not a picture of a kind that can be read)"
+    ]
+
+
+def test_one_folder_may_be_repeated_in_volumes(many: Path) -> None:
+    volumes = opened(many, repeats=2)
+    assert [set(volumes.at(number).repeats) for number in range(3)] == [{2}, {2}, {2}]
+    assert sum(volumes.visits) == 2 * FOUND
+    assert volumes.digest != opened(many).digest
+
+
+def test_class_pictures_are_not_dealt(many: Path, tmp_path: Path) -> None:
+    config = TrainConfig(**options(many, tmp_path / "out", class_data=str(tmp_path)))
+    with pytest.raises(UsageError, match=r"volume_size is for folders of pictures, .* and not for class_data"):
+        open_pictures(config, locate("tiny"), None)
