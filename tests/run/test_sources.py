@@ -52,3 +52,11 @@ def test_a_table_of_ones_own_may_have_class_pictures(
     config = TrainConfig(prompt="a disc", class_data=str(kind), validation_fraction=0.0)
     found = open_pictures(config, locate("tiny"), rows.cast_column("image", datasets.Image())).first
     assert (found.subjects, len(found)) == (6, 8)
+
+
+def test_a_dataset_of_ones_own_may_be_repeated() -> None:
+    own = [(Image.new("RGB", (64, 64), (red, 0, 0)), "a disc", f"red {red}") for red in (0, 99)]
+    found = open_pictures(TrainConfig(repeats=3), locate("tiny"), own).first
+    assert (found.ids, found.repeats) == (["data/red 0", "data/red 99"], [3, 3])
+    with pytest.raises(UsageError, match="repeats: 2 numbers for 1 --data"):
+        open_pictures(TrainConfig(repeats=(3, 1)), locate("tiny"), own)
