@@ -55,12 +55,13 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
         DataError: there is nothing to train on, too much that cannot be, or a latent model would get pictures without
             a caption.
     """
+    sources = config.data if dataset is None else (dataset,)
+    times = config.repeats or (1,) * len(sources)
+    if len(times) != len(sources):
+        raise UsageError(f"repeats: {counted(len(times), 'number')} for {len(sources)} --data")
     folder = cache_folder(config.cache_dir)
     memory = PictureMemory(folder, strict=config.cache_strict) if folder else None
-    deals = _dealt(config, dataset, folder, memory)
-    times = config.repeats or (1,) * len(deals)
-    if len(times) != len(deals):
-        raise UsageError(f"repeats: {counted(len(times), 'number')} for {len(deals)} --data")
+    deals = _dealt(config, sources, folder, memory)
     opened = _opener(config, found, memory)
     volume = partial(_volume, partial(_source, config, found, opened, folder), names_of(config.data), deals, times)
     pictures = volume(0)
@@ -151,11 +152,10 @@ def _later(
     return later
 
 
-def _dealt(config: TrainConfig, dataset: Any, folder: Path | None, memory: PictureMemory | None) -> list[Deal]:
+def _dealt(
+    config: TrainConfig, sources: Sequence[Any], folder: Path | None, memory: PictureMemory | None
+) -> list[Deal]:
     """All sources, in volumes where they are large together."""
-    if dataset is not None and not is_table(dataset):
-        return [Deal(dataset, [None])]
-    sources = config.data if dataset is None else [dataset]
     holdings = [_holding(source, config, folder, memory) for source in sources]
     known = [holding for holding in holdings if holding is not None]
     divisible = len(known) == len(holdings) and not config.class_data
@@ -172,6 +172,8 @@ def _dealt(config: TrainConfig, dataset: Any, folder: Path | None, memory: Pictu
 
 def _holding(source: Any, config: TrainConfig, folder: Path | None, memory: PictureMemory | None) -> Holding | None:
     """What a source holds; None: that is not known before it is opened."""
+    if not isinstance(source, str) and not is_table(source):
+        return None
     if isinstance(source, str) and (files := picture_folder(source)) is not None:
         return Holding(source, len(pictures_among(files)), files)
     if is_table(source) or holds_rows(source):
