@@ -145,8 +145,9 @@ def sizes(pictures: Pictures, most: int = 4) -> str:
 
 def encodings(encoded: Encoded, cache_dir: str | None) -> str:
     """How many were found and how many were made, and where they are kept."""
+    mirrored = " (mirrored ones too)" * encoded.pictures.flips
     told = [
-        f"{counted(made.items, made.kind)}, {made.new} of them new"
+        f"{counted(made.items, made.kind)}{mirrored * (made.kind == 'picture')}, {made.new} of them new"
         + (f", {made.left} to be encoded when the run comes to them" if made.left else "")
         for made in encoded.made
     ]
