@@ -21,12 +21,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.about import about_field
 from finetune.config import TrainConfig, alternatives, fitted, read_options, readable, suggest
 from finetune.data.source import check_sources
 from finetune.errors import Elsewhere, FinetuneError, Interrupted, UsageError
 from finetune.models.families import FAMILIES
 from finetune.models.locate import check_name
-from finetune.options import SECTIONS, about_field, meanings
+from finetune.options import SECTIONS, meanings
 
 PROGRAM = "finetune-unet"
 

@@ -53,6 +53,7 @@ ELSEWHERE = {
     "output_name": "the export lies in --output_dir under the name that diffusers looks for",
     "scale_lr": "the learning rate is taken as it is given",
     "use_8bit_adam": "give --optimizer adamw8bit",
+    "fused_back_pass": "give --full_bf16 --fused_backward_pass",
     "with_prior_preservation": "class pictures are learned wherever --class_data names some",
     "dataset_config": "give the file as --data",
 }
@@ -108,6 +109,7 @@ class ResolvedConfig(TrainConfig):
     lr_warmup_steps: int
     validation_fraction: float
     adam_beta1: float
+    max_grad_norm: float
     use_ema: bool
     eval_batch_size: int
     num_inference_steps: int

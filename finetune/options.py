@@ -2,59 +2,29 @@
 
 The sections group the options for `--help` and for the TOML file. An option whose default depends on the model, the
 pictures or the machine is None here until the run decides it (`finetune/run/resolve.py`). What the rest of the package
-asks about options (is it only for LoRA? may a resume change it?) is answered by `About`, never by a list of names.
+asks about options (is it only for LoRA? may a resume change it?) is answered by `finetune/about.py`'s `About`, never by
+a list of names.
 """
 
 import ast
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
-Change = Literal["another run", "on resume", "length", "machine", "free"]
-
-
-@dataclass(frozen=True)
-class Range:
-    """Which numbers an option may be."""
-
-    allowed: str
-    holds: Callable[[float], bool]
-
-
-AT_LEAST_ONE = Range("1 or more", lambda value: value >= 1)
-POSITIVE = Range("above 0", lambda value: 0 < value < float("inf"))
-NOT_NEGATIVE = Range("0 or more", lambda value: 0 <= value < float("inf"))
-SHARE = Range("from 0 to 1, or true or false", lambda value: 0 <= value <= 1)
-BELOW_ONE = Range("from 0 up to (not including) 1", lambda value: 0 <= value < 1)
-
-
-@dataclass(frozen=True)
-class About:
-    """What an option means, beside its type, its default and the docstring below it."""
-
-    range: Range | None = None
-    needs: str | None = None
-    """What must be there for the option to do anything, as `finetune/run/resolve.py` checks it."""
-    change: Change = "another run"
-    """What another value makes of a run: another run; the same, if it is resumed by name ("length": and its learning
-    rate does not depend on the length); the same, if the machine and not the user chose it; or always the same
-    ("free": says nothing about the result)."""
-    names: tuple[str, ...] = ()
-    """Other names under which it is accepted: those of the Hugging Face tutorial and scripts."""
-    called: tuple[str, ...] = ()
-    """What other tools call it: suggested, not accepted."""
-    decided_by: Literal["dataset", "transform"] | None = None
-    """Decided already by any dataset of the user's own, or by one that has a transform."""
-
-
-def option(default: Any, range: Range | None = None, **about: Any) -> Any:
-    """A field of a section with what is known `About` it."""
-    return dataclasses.field(default=default, metadata={"about": About(range, **about)})
+from finetune.about import (
+    AT_LEAST_ONE,
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    About,
+    about_field,
+    option,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +68,9 @@ class ModelOptions:
     GPU and no on a CPU."""
     full_bf16: bool | None = option(None, needs="method full, no use_ema, and an optimizer other than prodigy")
     """Keep what learns in bf16 alone, rounded at random: 4 to 8 bytes less a weight; best with adamw8bit, adafactor."""
+    fused_backward_pass: bool | None = option(None, needs="full_bf16")
+    """Update weights in the middle of the backward pass, and never keep all of the gradient: 2 bytes less a weight. In
+    steps of one forward pass (with buckets, of one picture), without clipping, in one process."""
     compile: bool | None = option(None, change="machine", called=("torch_compile", "compile_unet"))
     """torch.compile the UNet's blocks. Default: on a GPU, where the run is long enough to win the time back."""
     cuda_graphs: bool = option(True, change="machine")
@@ -240,7 +213,7 @@ class TrainingOptions:
     adam_epsilon: float = option(1e-8, POSITIVE, needs="an optimizer of the Adam family")
     """AdamW's epsilon."""
     max_grad_norm: float = option(1.0, NOT_NEGATIVE)
-    """Clip the gradient to this norm; 0 turns clipping off."""
+    """Clip the gradient to this norm; 0 turns clipping off, as fused_backward_pass does."""
     max_bad_steps: int = option(1, AT_LEAST_ONE, change="on resume")
     """So many steps in a row whose loss or gradient is not finite end the run; faults.jsonl says what they were made
     of. No weight changes by them."""
@@ -377,11 +350,6 @@ def about() -> dict[str, About]:
     """Option name -> what is known about it, in the order of the sections."""
     fields = [field for section in SECTIONS.values() for field in dataclasses.fields(section)]
     return {field.name: about_field(field) for field in fields}
-
-
-def about_field(field: dataclasses.Field[Any]) -> About:
-    """What is known about one option, of a section or of a command."""
-    return field.metadata.get("about", About())
 
 
 def meanings(section: type) -> dict[str, str]:

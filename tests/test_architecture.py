@@ -29,6 +29,7 @@ LAYERS = [
     {"data", "models"},
     {"batch", "seeding", "config", "files"},
     {"options"},
+    {"about"},
     {"errors", "wording"},
 ]
 """From the top down; a part imports only from layers below it, or from itself."""

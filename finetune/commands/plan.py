@@ -88,7 +88,8 @@ def _pictures(volumes: "Volumes") -> dict[str, str]:
 
 def _time(runs: Path, config: ResolvedConfig) -> str:
     """By the speed of the newest run of the same model, method, size and batch; its first steps do not count."""
-    like = ("model", "method", "resolution", "global_batch", "mixed_precision", "gradient_checkpointing", "full_bf16")
+    like = ("model", "method", "resolution", "global_batch", "mixed_precision", "gradient_checkpointing")
+    like += ("full_bf16", "fused_backward_pass")
     for folder in sorted(runs.glob("*/config.toml"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             earlier = load_resolved(folder)

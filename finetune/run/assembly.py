@@ -157,6 +157,7 @@ def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) 
         max_grad_norm=config.max_grad_norm,
         precision=DTYPES[config.mixed_precision],
         masters=masters,
+        in_backward=bool(config.fused_backward_pass),
         max_bad_steps=config.max_bad_steps,
         ema=ema,
         seed=config.seed,

@@ -13,11 +13,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.about import about_field
 from finetune.config import ResolvedConfig, TrainConfig, as_dict, config_text, load_resolved, replace, suggest
 from finetune.data.source import called
 from finetune.errors import UsageError
 from finetune.files import is_inside, remove, write_whole
-from finetune.options import SECTIONS, about, about_field
+from finetune.options import SECTIONS, about
 from finetune.results.export import INDEX, kohya_files, names_of_exports
 from finetune.training.checkpoint import checkpoints, latest, newest_whole, record, verify
 

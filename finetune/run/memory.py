@@ -89,10 +89,13 @@ def bytes_of(config: ResolvedConfig, weights: int, kept: float) -> float:
     if config.method == "full":
         # The weights that are computed with are copies of masters, as a rule.
         masters = 4 if bytes_each == 2 and not config.full_bf16 else 0
-        beside = bytes_each + masters + 4 * (_MOMENTS[config.optimizer] + config.use_ema)  # with a gradient
-        # When activations are gone, half precision's gradients are gathered in fp32; without masters, piece by piece.
+        kept_beside = masters + 4 * (_MOMENTS[config.optimizer] + config.use_ema)
         piece = _IN_A_PIECE * min(PIECE, weights) if config.full_bf16 else 0
-        total = max(total + weights * beside, weights * (bytes_each + beside + masters) + piece)
+        if config.fused_backward_pass:  # from the first piece on, when few activations are gone
+            total += weights * kept_beside + piece
+        else:  # with a gradient; later, without activations, half precision's is gathered in fp32, or piece by piece
+            beside = bytes_each + kept_beside
+            total = max(total + weights * beside, weights * (bytes_each + beside + masters) + piece)
         total += weights * bytes_each * bool(config.prior_prediction)  # as it was
     return total
 

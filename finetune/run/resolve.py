@@ -114,7 +114,9 @@ def resolve(
     suited = defaults(found.family, method, config.optimizer, **few)
     suited |= bucket_sides(resolution, found.multiple) if buckets else {}
     suited |= {"use_ema": False} if config.full_bf16 else {}
-    derived = {name: value for name, value in suited.items() if getattr(config, name) is None}
+    suited |= _one_pass(config, processes, buckets) if config.fused_backward_pass else {}
+    open_ones = [name for name in suited if name not in config.given or getattr(config, name) is None]
+    derived = {name: suited[name] for name in open_ones}
     processes = config.num_processes or processes
     length = _length(config, found, suited | {"num_processes": processes}, pictures, visits or [pictures])
     small = found.family.is_small(resolution)
@@ -146,6 +148,19 @@ def _precision(config: TrainConfig, device: torch.device, *, small: bool) -> str
     if device.type == "cuda" and resolve_precision("auto", device, small=small) != "bf16":
         raise UsageError("full_bf16: this GPU cannot compute in bf16; leave it out")
     return "bf16"
+
+
+def _one_pass(config: TrainConfig, processes: int, buckets: Buckets | None) -> dict[str, int]:
+    """What `fused_backward_pass` leaves no choice in. Raises UsageError for what was given otherwise."""
+    only = {"gradient_accumulation_steps": 1, "max_grad_norm": 0, "max_bad_steps": 1, "num_processes": 1}
+    if buckets is not None:  # a step may hold pictures of several sizes
+        only["train_batch_size"] = 1
+    given = {name: value for name in only if (value := getattr(config, name)) is not None and name in config.given}
+    for name, value in (given | ({"num_processes": processes} if processes > 1 else {})).items():
+        if value != only[name]:
+            or_else = ", or --no-aspect_ratio_bucketing" if name == "train_batch_size" else ""
+            raise UsageError(f"fused_backward_pass with {name} = {value}: allowed is {only[name]}{or_else}")
+    return only
 
 
 def _length(
@@ -182,6 +197,7 @@ def _refuse_unusable(config: TrainConfig, found: Location, method: str, buckets:
         and config.lora_type in ("lora", "rslora", "dora")
         and config.optimizer != "prodigy",
         "aspect_ratio_bucketing": buckets is not None,
+        "full_bf16": config.full_bf16,
         "shuffle_caption": config.shuffle_caption,
         "class_data": config.class_data is not None,
         "validation_data left out": config.validation_data is None,

@@ -64,7 +64,7 @@ def volumes_row(volumes: Volumes) -> str:
 
 def _precision(config: ResolvedConfig) -> str:
     if config.full_bf16:
-        return "bf16 alone"
+        return f"bf16 alone{', updates in the backward pass' if config.fused_backward_pass else ''}"
     return "fp32" if config.mixed_precision == "no" else config.mixed_precision
 
 

@@ -5,11 +5,13 @@ random to one of the two neighbours, the nearer the likelier, it arrives on aver
 with Limited Numerical Precision", eq. 2).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from finetune.seeding import fold
 
 PIECE = 2**25
 """Weights, at most, that are in fp32 at once, unless a single parameter has more."""
@@ -40,7 +42,8 @@ class Rounding:
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(torch.bfloat16)
         self.working = self.parameters
-        self._pieces = _pieces({name: p.numel() for name, p in self.parameters.items()})
+        self.pieces = _pieces({name: p.numel() for name, p in self.parameters.items()})
+        """Names of the parameters that are updated together."""
 
     def collect(self) -> None:
         """Gradients of micro-batches are added up where they are, in bf16."""
@@ -50,7 +53,6 @@ class Rounding:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    @torch.no_grad()
     def update(self, step: Callable[[], object], key: int) -> None:
         """`step` of the optimizer, for a piece of the weights at a time.
 
@@ -58,22 +60,23 @@ class Rounding:
             step: updates those of the parameters it holds that have a gradient.
             key: of what is drawn for the rounding.
         """
-        device = next(iter(self.parameters.values())).device
-        generator = torch.Generator(device).manual_seed(key)
-        for piece in self._pieces:
-            self._update_piece(piece, step, generator)
+        for number in range(len(self.pieces)):
+            self.update_piece(number, step, key)
 
-    def _update_piece(self, piece: Sequence[str], step: Callable[[], object], generator: torch.Generator) -> None:
-        learned = [(self.parameters[name], self.held[name]) for name in piece]
+    @torch.no_grad()
+    def update_piece(self, number: int, step: Callable[[], object], key: int) -> None:
+        """The same for one of `pieces`, in any order; what is drawn for it follows from `key` and `number`."""
+        learned = [(self.parameters[name], self.held[name]) for name in self.pieces[number]]
         learned = [(parameter, held) for parameter, held in learned if parameter.grad is not None]
         if not learned:
             return
+        generator = torch.Generator(learned[0][0].device).manual_seed(fold(key, number))
         rounded = [parameter.data for parameter, _ in learned]
         whole, gradients = (
             [torch.empty(t.shape, dtype=torch.float32, device=t.device) for t in rounded] for _ in range(2)
         )
         torch._foreach_copy_(whole, rounded)
-        torch._foreach_copy_(gradients, [parameter.grad for parameter, _ in learned])
+        torch._foreach_copy_(gradients, [parameter.grad for parameter, _ in learned if parameter.grad is not None])
         for (parameter, held), weight, gradient in zip(learned, whole, gradients, strict=True):
             parameter.grad = None
             held.data, held.grad = _as_matrix(weight), _as_matrix(gradient)

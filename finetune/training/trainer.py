@@ -17,6 +17,7 @@ from finetune.seeding import fold
 from finetune.training.ema import Ema
 from finetune.training.gate import Gate
 from finetune.training.graphs import Graphs
+from finetune.training.in_backward import InBackward
 from finetune.training.masters import Masters
 from finetune.training.metrics import Arriving, Fault, NotFinite, StepMetrics, Values
 from finetune.training.parallel import Parallel
@@ -57,6 +58,9 @@ class Trainer:
             dynamically.
         masters: keep what learns in fp32 beside. False: in bf16 alone, which `precision` is then (see `Rounding`);
             without `ema`, and with an optimizer that treats each parameter for itself.
+        in_backward: update in the middle of the backward pass (see `InBackward`): without `masters` and clipping, in
+            one process, and in steps of one micro-batch. A step whose loss is not finite changes no weight; one whose
+            gradient is not, changes some of them, and ends training.
         max_bad_steps: in a row, that are not finite and so leave the weights as they are, until that is an error.
         ema: follows each update.
         seed: of the dropout inside the network, anew for each step and micro-batch.
@@ -80,6 +84,7 @@ class Trainer:
         max_grad_norm: float = 1.0,
         precision: torch.dtype | None = None,
         masters: bool = True,
+        in_backward: bool = False,
         max_bad_steps: int = 1,
         ema: Ema | None = None,
         seed: int = 0,
@@ -108,8 +113,14 @@ class Trainer:
         self.updates = 0
         """Steps that changed the weights: all but those that fp16 skipped. Learning rate and EMA count these."""
         self.overflows = 0
+        self.in_backward = None
+        if in_backward:
+            if max_grad_norm or max_bad_steps > 1 or parallel.world > 1 or not isinstance(self.masters, Rounding):
+                raise ValueError("in_backward: masters=False, max_grad_norm=0, max_bad_steps=1, and one process alone")
+            self.in_backward = InBackward(self.masters, optimizer.step)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self.waits = self.scaler.is_enabled() or not getattr(optimizer, "_step_supports_amp_scaling", False)
+        gated = getattr(optimizer, "_step_supports_amp_scaling", False) and not in_backward
+        self.waits = self.scaler.is_enabled() or not gated
         """Each step waits for the device before the update: the optimizer cannot be told there whether to make it."""
         self.max_bad_steps = max_bad_steps
         self.bad_steps = 0
@@ -157,8 +168,7 @@ class Trainer:
         step, own = self._gradient(step)
         losses, loss = self._added_up(step, own)
         self.scaler.unscale_(self.optimizer)
-        limit = self.max_grad_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), limit, foreach=True)
+        norm = self._clipped()
         number, arriving = self.steps_done + 1, Arriving(loss, norm)
         read = partial(self._told, number, step.ids, losses, arriving)
         good = True
@@ -186,6 +196,13 @@ class Trainer:
         self.parallel.add_up([*gradients, told])
         return told[:-1], told[-1]
 
+    def _clipped(self) -> Tensor:
+        """The gradient's norm, 0-dimensional, before it is clipped."""
+        if self.in_backward is not None:
+            return self.in_backward.norm
+        limit = self.max_grad_norm or float("inf")
+        return nn.utils.clip_grad_norm_(list(self.parameters.values()), limit, foreach=True)
+
     def settle(self) -> None:
         """Wait for the step before, and raise NotFinite if it was one bad step too many."""
         before, self._before = self._before, None
@@ -200,6 +217,8 @@ class Trainer:
             try:
                 own = self.backward(step)
             except torch.OutOfMemoryError:
+                if self.in_backward is not None:  # which takes steps of one part alone, and may have begun to update
+                    raise
                 short = max(map(len, step.parts))  # no more here: the error keeps what is to be freed
             short = self.parallel.largest(short)
             if own is not None and not short:
@@ -216,6 +235,8 @@ class Trainer:
         """Accumulate the gradient of sum(w l) / sum(w) over all parts; answers the examples' losses, (B,) fp32."""
         if not self.unet.training:
             self.unet.train()
+        if self.in_backward is not None and len(step.parts) > 1:
+            raise ValueError(f"in_backward: step {self.steps_done + 1} is of {len(step.parts)} micro-batches")
         losses = []
         for number, drawn in enumerate(step.parts):
             part = with_prior(drawn, self.prior)
@@ -226,14 +247,15 @@ class Trainer:
 
     def _compute(self, part: MicroBatch) -> Tensor:
         loss = self.objective.loss(self.unet, part.drawn, part.cond, part.extra)
-        self.scaler.scale((part.share * loss).sum()).backward()
+        total = self.scaler.scale((part.share * loss).sum())
+        with self.in_backward.updates(total, self._rounding_key()) if self.in_backward else nullcontext():
+            total.backward()
         return loss.detach()
 
     def _update(self, good: bool) -> None:
         """The optimizer's step on the masters, unless host, device or scaler says no; then what follows them."""
-        if good:
-            key = fold(self.seed, "rounding", self.steps_done)
-            self.masters.update(partial(self.scaler.step, self.optimizer), key)
+        if good and self.in_backward is None:
+            self.masters.update(partial(self.scaler.step, self.optimizer), self._rounding_key())
         self.scaler.update()
         self._drop_gradients()
         if self.overflows:
@@ -242,6 +264,9 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.updates)
         self.updates += 1
+
+    def _rounding_key(self) -> int:
+        return fold(self.seed, "rounding", self.steps_done)
 
     def _drop_gradients(self) -> None:
         self.masters.discard()
@@ -273,7 +298,9 @@ class Trainer:
         self.gate.open()  # who catches the error may go on
         in_a_row = f" after {self.max_bad_steps} bad steps in a row" if self.max_bad_steps > 1 else ""
         advice = "A lower learning_rate or mixed_precision no may help"
-        raise NotFinite(f"{fault}; no weight was changed{in_a_row}. {advice}", fault)
+        late = self.in_backward is not None and self.in_backward.changed
+        changed = "later layers were changed already, the last checkpoint is whole" if late else "no weight was changed"
+        raise NotFinite(f"{fault}; {changed}{in_a_row}. {advice}", fault)
 
     @contextmanager
     def _dropout_seeded(self, micro_batch: int) -> Iterator[None]:

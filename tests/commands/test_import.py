@@ -98,6 +98,9 @@ def test_bf16_alone_is_for_full_fine_tuning(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "config.toml").unlink()
     assert "full_bf16" not in imported(tmp_path, "lora.sh", f"accelerate launch train_network.py {words}")
     assert "left: full_bf16 = True: a LoRA keeps its few weights in fp32 here" in capsys.readouterr().out
+    (tmp_path / "config.toml").unlink()
+    imported(tmp_path, "fused.sh", f"accelerate launch sdxl_train.py {words} --fused_backward_pass")
+    assert "left: fused_backward_pass = True: here with --full_bf16, without clipping" in capsys.readouterr().out
 
 
 def test_class_pictures(tmp_path: Path) -> None:

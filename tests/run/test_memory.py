@@ -62,6 +62,9 @@ def test_what_learns_and_how_it_computes_counts() -> None:
     masters = {"method": "full", "mixed_precision": "bf16", "use_ema": False, "optimizer": "adafactor"}
     many = {"train_batch_size": 64}  # whose activations are more than what an update takes
     assert needed(**masters, **many) - needed(**masters, **many, full_bf16=True) == 4 * weights
+    alone = {**masters, "model": "tiny", "data": "x", "full_bf16": True, "aspect_ratio_bucketing": False}
+    plain, fused = (bytes_of(resolved(**alone, fused_backward_pass=on), weights, kept=0) for on in (None, True))
+    assert plain - fused == 2 * weights
     assert needed(train_batch_size=16) > lora > needed(gradient_checkpointing=0.25)
     assert (
         needed(gradient_checkpointing=0.25) > needed(gradient_checkpointing=0.6) > needed(gradient_checkpointing=True)

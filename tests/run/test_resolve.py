@@ -1,9 +1,11 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from finetune.config import TrainConfig
+from finetune.data.buckets import Buckets
 from finetune.errors import UsageError
 from finetune.models.families import FAMILIES, pictures_seen
 from finetune.models.locate import Location
@@ -161,3 +163,22 @@ def test_bf16_alone_decides_what_follows_from_it() -> None:
     for more in ({"optimizer": "prodigy"}, {"use_ema": True}, {"method": "lora"}):
         with pytest.raises(UsageError, match="full_bf16 cannot be used here: it needs method full, no use_ema, and an"):
             resolve(TrainConfig(**(given | more)), SD15, **few)
+
+
+def test_updates_in_the_backward_pass_take_steps_of_one_pass() -> None:
+    given = {"model": "sdxl", "method": "full", "full_bf16": True, "fused_backward_pass": True}
+    few: dict[str, Any] = {"pictures": 50, "varied_captions": False, "device": CPU}
+    squares = resolve(TrainConfig(**given), SD15, **few)
+    assert (squares.max_grad_norm, squares.gradient_accumulation_steps, squares.train_batch_size) == (0, 1, 4)
+    buckets = Buckets(512, 256, 1024, 64)
+    assert resolve(TrainConfig(**given), SD15, buckets=buckets, **few).train_batch_size == 1
+    for name, value in {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0, "max_bad_steps": 3}.items():
+        with pytest.raises(UsageError, match=f"fused_backward_pass with {name} = {value}: allowed is "):
+            resolve(TrainConfig(**given, **{name: value}), SD15, **few)
+    with pytest.raises(UsageError, match="train_batch_size = 2: allowed is 1, or --no-aspect_ratio_bucketing"):
+        resolve(TrainConfig(**given, train_batch_size=2), SD15, buckets=buckets, **few)
+    with pytest.raises(UsageError, match="fused_backward_pass with num_processes = 2: allowed is 1"):
+        resolve(TrainConfig(**given), SD15, processes=2, **few)
+    with pytest.raises(UsageError, match="fused_backward_pass cannot be used here: it needs full_bf16"):
+        resolve(TrainConfig(method="full", fused_backward_pass=True), SD15, **few)
+    assert resolve(TrainConfig(method="full"), SD15, **few).max_grad_norm == 1

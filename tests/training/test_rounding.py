@@ -107,7 +107,7 @@ def test_pieces_change_nothing_but_what_is_drawn(monkeypatch: pytest.MonkeyPatch
     whole = trainer("adamw")
     monkeypatch.setattr(rounding, "PIECE", 12)
     pieces = trainer("adamw")
-    assert [len(t.masters._pieces) for t in (whole, pieces)] == [1, 2]
+    assert [len(t.masters.pieces) for t in (whole, pieces)] == [1, 2]
     a, b = whole.step(batch()), pieces.step(batch())
     assert a.loss == b.loss
     assert a.grad_norm == b.grad_norm

@@ -92,6 +92,11 @@ def _full_bf16(taken: Taken, value: Any) -> None:
         taken.put("full_bf16", True, "full_bf16")
 
 
+def _fused_backward_pass(taken: Taken, value: Any) -> None:
+    if value:
+        taken.leave("fused_backward_pass", value, "here with --full_bf16, without clipping, and one picture at a time")
+
+
 def _random_crop(taken: Taken, value: Any) -> None:
     taken.put("center_crop", not value, "random_crop")
 
@@ -166,7 +171,8 @@ _RENAMED: Renamed = {
     "train_batch_size": "train_batch_size", "max_train_steps": "max_train_steps",
     "max_train_epochs": "num_train_epochs", "seed": "seed",
     "gradient_accumulation_steps": "gradient_accumulation_steps", "gradient_checkpointing": "gradient_checkpointing",
-    "mixed_precision": "mixed_precision", "full_bf16": _full_bf16, "learning_rate": "learning_rate",
+    "mixed_precision": "mixed_precision", "full_bf16": _full_bf16,
+    "fused_backward_pass": _fused_backward_pass, "learning_rate": "learning_rate",
     "network_dim": "rank", "network_alpha": "lora_alpha", "network_dropout": dropout, "network_weights": "init_lora",
     "min_snr_gamma": "snr_gamma", "noise_offset": "noise_offset", "ip_noise_gamma": "input_perturbation",
     "max_grad_norm": "max_grad_norm", "clip_skip": "clip_skip", "alpha_mask": "masked_loss", "flip_aug": "random_flip",
