@@ -17,7 +17,7 @@ from finetune.data.own import Rows
 from finetune.data.sampler import steps_per_epoch
 from finetune.data.source import check_sources
 from finetune.data.volumes import Volumes
-from finetune.errors import Interrupted, RunError, UsageError
+from finetune.errors import Interrupted, RunError, UsageError, means_out_of_memory
 from finetune.files import json_lines
 from finetune.models.families import Family
 from finetune.models.loading import check_resolution
@@ -35,7 +35,7 @@ from finetune.run.held_out import plan_validation
 from finetune.run.ledger import note_volume, write_ledger
 from finetune.run.lineage import about_run, compared, threads, threads_then
 from finetune.run.memorised import known_pictures
-from finetune.run.memory import check_memory
+from finetune.run.memory import check_memory, out_of_memory
 from finetune.run.pace import due
 from finetune.run.parts import Run
 from finetune.run.precision import gpu_algorithms, tuning_pays
@@ -55,9 +55,6 @@ from finetune.training import checkpoint
 from finetune.training.parallel import PATIENCE, Parallel, launched
 from finetune.training.prepared import Prepared
 from finetune.training.saving import Saving, copied
-
-_LESS_MEMORY = "a smaller --train_batch_size (and more --gradient_accumulation_steps), --gradient_checkpointing, "
-_LESS_MEMORY += "a lower --resolution or a LoRA take less"
 
 
 def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
@@ -126,9 +123,9 @@ def _run(
                 write_exports(config, folder.path, anew=True)
             else:
                 _follow(run, requests)
-        except torch.OutOfMemoryError as error:
-            raise RunError(f"out of memory: {_LESS_MEMORY}") from error
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            if means_out_of_memory(error):
+                raise RunError(out_of_memory(config, found, accelerator.device)) from error
             if "DataLoader worker" not in str(error):  # as torch says, wherever we are, when one of them has died
                 raise
             why = f"a process that prepares pictures has died ({str(error).strip()})"

@@ -1,13 +1,13 @@
 """How much memory training takes, roughly, and whether the machine has it: known before anything is loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
 
-from finetune.config import ResolvedConfig
+from finetune.config import ResolvedConfig, replace
 from finetune.errors import UsageError
 from finetune.models.loading import scratch_unet
 from finetune.models.locate import Location
@@ -101,7 +101,7 @@ def bytes_of(config: ResolvedConfig, weights: int, kept: float) -> float:
 
 
 def check_memory(config: ResolvedConfig, found: Location, device: torch.device) -> str:
-    """What training will take and what there is, as a line for the user.
+    """What training will take and what there is, as a line for the user; where that is too little, what would fit.
 
     Raises:
         UsageError: it takes more than twice of what the machine has. The estimate is rough; below that, let it try.
@@ -111,9 +111,62 @@ def check_memory(config: ResolvedConfig, found: Location, device: torch.device) 
         total = torch.cuda.get_device_properties(device).total_memory
     needed = needed_bytes(config, found, device)
     told = f"about {needed / 1e9:.1f} GB of the {total / 1e9:.1f} GB here"
-    if needed > 2 * total:
-        raise UsageError(
-            f"training {config.train_batch_size} x {config.resolution} px at once would take {told}; "
-            "a smaller --resolution or --train_batch_size, or --gradient_checkpointing, takes less"
-        )
-    return told
+    if needed <= total:
+        return told
+    less = takes_less(config, found, device, total)
+    if needed <= 2 * total:
+        return f"{told}, which may not suffice; {less}"
+    pictures = f"{config.train_batch_size} x {config.resolution} px"
+    raise UsageError(f"training {pictures} at once would take {told}; {less}")
+
+
+def out_of_memory(config: ResolvedConfig, found: Location, device: torch.device) -> str:
+    """What to say when it did not suffice."""
+    foretold = needed_bytes(config, found, device)
+    less = takes_less(config, found, device, 0.9 * foretold)
+    return f"out of memory, of which training was thought to take about {foretold / 1e9:.1f} GB; {less}"
+
+
+def takes_less(config: ResolvedConfig, found: Location, device: torch.device, at_most: float) -> str:
+    """The options that take at most so many bytes and cost the least time, in words; or those that take the least."""
+    foretold, needed = needed_bytes(config, found, device), {}
+    for changes in _lighter(config, latent=found.family.latent):
+        new = {name: value for name, value in changes.items() if getattr(config, name) != value}
+        takes = needed_bytes(replace(config, **new), found, device)
+        if takes < foretold:
+            needed[_said(new)] = takes
+    fitting = [words for words, takes in needed.items() if takes <= at_most] or sorted(needed, key=needed.__getitem__)
+    if not fitting:
+        return "a lower --resolution takes less"
+    lower = "" if needed[fitting[0]] <= at_most else ", and a lower --resolution less"
+    return f"{fitting[0]} would take about {needed[fitting[0]] / 1e9:.1f} GB{lower}"
+
+
+def _lighter(config: ResolvedConfig, *, latent: bool) -> Iterator[dict[str, Any]]:
+    """Changes that take less memory, or as much, as a rule the more time the later."""
+    batch, passes = config.train_batch_size, config.gradient_accumulation_steps
+    again, fewer = {"gradient_checkpointing": True}, {}
+    while batch > 1:
+        batch, passes = (batch // 2, passes * 2) if batch % 2 == 0 else (1, passes * batch)
+        fewer = {"train_batch_size": batch, "gradient_accumulation_steps": passes}
+        yield fewer
+    yield again
+    yield again | fewer
+    if config.method != "full":
+        return
+    if config.mixed_precision == "bf16" and not config.prior_prediction:
+        alone = {"full_bf16": True, "optimizer": "adafactor", "use_ema": False} | again
+        yield alone | fewer
+        one = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
+        yield alone | one | {"fused_backward_pass": True}
+    if latent:
+        yield {"method": "lora"} | again | fewer
+
+
+def _said(changes: Mapping[str, Any]) -> str:
+    """As they are typed; what follows from another of them is left out."""
+    follows = ("use_ema", "max_grad_norm")
+    if "fused_backward_pass" in changes:
+        follows += ("gradient_accumulation_steps",)
+    shown = {name: value for name, value in changes.items() if name not in follows}
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in shown.items())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.batch import Batch, as_input, moved
-from finetune.errors import RunError
+from finetune.errors import RunError, means_out_of_memory
 from finetune.models.encoders import Encoder
 from finetune.seeding import fold
 from finetune.training.ema import Ema
@@ -216,8 +216,9 @@ class Trainer:
             short, own = 0, None
             try:
                 own = self.backward(step)
-            except torch.OutOfMemoryError:
-                if self.in_backward is not None:  # which takes steps of one part alone, and may have begun to update
+            except RuntimeError as error:
+                # Updates in the backward pass take steps of one part alone, and may have begun.
+                if not means_out_of_memory(error) or self.in_backward is not None:
                     raise
                 short = max(map(len, step.parts))  # no more here: the error keeps what is to be freed
             short = self.parallel.largest(short)

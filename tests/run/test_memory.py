@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from finetune.errors import UsageError
 from finetune.models.loading import load_model
 from finetune.models.locate import locate
 from finetune.recipe import fine_tune
-from finetune.run.memory import LIBRARIES, bytes_of, check_memory, kept_numbers, needed_bytes
+from finetune.run.memory import LIBRARIES, bytes_of, check_memory, kept_numbers, needed_bytes, out_of_memory, takes_less
 from finetune.run.resolve import resolve
 
 CPU = torch.device("cpu")
@@ -92,3 +93,38 @@ def test_sizes_that_cannot_work_are_refused_before_anything_is_made(pictures: Pa
         fine_tune(config)
     assert not (tmp_path / "out").exists()
     assert check_memory(resolved(data="x"), locate("tiny"), CPU).startswith("about 0.")
+
+
+def test_what_would_fit_is_what_costs_the_least_time() -> None:
+    many: dict[str, Any] = {"model": "tiny", "data": "x", "resolution": 512, "train_batch_size": 24}
+    config, found = resolved(**many), locate("tiny")
+
+    def less(at_most: float) -> str:
+        return takes_less(config, found, CPU, at_most * 1e9)
+
+    assert needed_bytes(config, found, CPU) > 4e9
+    assert less(8).startswith("--train_batch_size 12 --gradient_accumulation_steps 2 would take about ")
+    assert less(1.5).startswith("--train_batch_size 1 --gradient_accumulation_steps 24 would take about 1.")
+    assert re.fullmatch(
+        r"--gradient_checkpointing --train_batch_size 1 --gradient_accumulation_steps 24 would take about \d\.\d GB, "
+        r"and a lower --resolution less",
+        less(0.1),
+    )
+    out = out_of_memory(config, found, CPU)
+    assert re.match(
+        r"out of memory, of which training was thought to take about [\d.]+ GB; --train_batch_size 12 ", out
+    )
+
+
+def test_of_full_fine_tuning_bf16_alone_takes_less_and_updates_in_the_backward_pass_the_least() -> None:
+    options: dict[str, Any] = {"resolution": 128, "mixed_precision": "bf16", "train_batch_size": 1}
+    config, found = resolved(model="ddpm", data="x", gradient_checkpointing=True, **options), locate("ddpm")
+    needed = needed_bytes(config, found, CPU)
+    told = takes_less(config, found, CPU, needed - 1e5)
+    assert told.startswith("--full_bf16 --optimizer adafactor would take about ")
+    told = takes_less(config, found, CPU, needed - 1e9)
+    assert told.startswith("--full_bf16 --optimizer adafactor --fused_backward_pass would take about ")
+    tiny = resolved(model="tiny", data="x", method="full", train_batch_size=1, gradient_checkpointing=True)
+    assert takes_less(tiny, locate("tiny"), CPU, 1).startswith("--method lora would take about 0.8 GB, and a lower ")
+    lora = resolved(model="tiny", data="x", train_batch_size=1, gradient_checkpointing=True)
+    assert takes_less(lora, locate("tiny"), CPU, 1) == "a lower --resolution takes less"

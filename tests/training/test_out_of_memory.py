@@ -20,10 +20,13 @@ class Scarce(NoisePrediction):
 
     room = 8
     passes = 0
+    on_cpu = False
 
     def loss(self, unet: Any, noised: Any, cond: Any, extra: Tensor | None = None) -> Tensor:
         self.passes += 1
         if self.passes >= 3 and len(noised.t) > self.room:
+            if self.on_cpu:
+                torch.empty(2**60, dtype=torch.uint8)  # raises what it raises
             raise torch.OutOfMemoryError("not enough")
         return super().loss(unet, noised, cond, extra)
 
@@ -64,6 +67,20 @@ def test_the_step_is_begun_anew_in_smaller_parts_to_the_same_gradient(
     passes = scarce.objective.passes
     scarce.step(eight())
     assert scarce.objective.passes == passes + 8 // fits  # without trying what is known not to fit
+
+
+def test_memory_of_a_cpu_that_does_not_suffice_is_understood_and_another_error_is_not() -> None:
+    scarce = small_trainer("lora", objective=Scarce)
+    scarce.objective.room, scarce.objective.on_cpu = 4, True
+    for _ in range(3):
+        scarce.step(eight())
+    assert scarce.fits == 4
+    scarce.objective.room, scarce.objective.passes = 0, 3
+    with pytest.raises(torch.OutOfMemoryError, match="step 4, one example at a time"):
+        scarce.step(eight())
+    wrong = small_trainer("lora")
+    with pytest.raises(RuntimeError, match=r"expected input.* to have 4 channels"):
+        wrong.step(replace(eight(), stored=torch.zeros(8, 5, 7, 7, dtype=torch.uint8)))
 
 
 def test_what_was_found_to_fit_is_kept_in_the_state() -> None:
