@@ -136,9 +136,11 @@ def latent_sampler() -> Any:
 
 
 def our_trainer(
-    unet: Any, encoder: Any, objective: ft.NoisePrediction, precision: torch.dtype | None, *, masters: bool = True
+    unet: Any, encoder: Any, objective: ft.NoisePrediction, precision: torch.dtype | None, method: str = "lora"
 ) -> ft.Trainer:
-    """The Trainer as `fine_tune` makes it, with Adafactor where there are no masters."""
+    """The Trainer as `fine_tune` makes it for lora or full; bf16: with --full_bf16 and Adafactor, fused: updates in the
+    backward pass, too."""
+    masters, fused = method in ("lora", "full"), method == "fused"
     return ft.Trainer(
         unet,
         encoder,
@@ -146,7 +148,9 @@ def our_trainer(
         make_optimizer("adamw" if masters else "adafactor", ft.trainable(unet), learning_rate=LEARNING_RATE),
         learning_rate=lambda step: LEARNING_RATE,
         precision=precision,
+        max_grad_norm=0.0 if fused else 1.0,
         masters=masters,
+        in_backward=fused,
         cuda_graphs=True,
     )
 

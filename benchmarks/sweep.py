@@ -3,6 +3,7 @@
     python benchmarks/sweep.py                                       # all: about half an hour on an H100
     python benchmarks/sweep.py sd15:lora:16 sd15:full:32:blocks      # some, as MODEL:METHOD:BATCH[:blocks|:whole]
     python benchmarks/sweep.py sdxl:bf16:1:checkpointed              # --full_bf16 with Adafactor, for small GPUs
+    python benchmarks/sweep.py --no_bare sdxl:fused:1:checkpointed   # and --fused_backward_pass
     python benchmarks/sweep.py --json result.json
 
 SD 1.5 is trained at 512 px, SDXL at 1024, both with random weights, in bf16, rank 16. `bare` is the loop of
@@ -119,7 +120,7 @@ def trainer_of(model: str, method: str, how: list[str], device: torch.device) ->
         ft.add_lora(unet, RANK)
     make_ready(unet, how)
     objective = ft.NoisePrediction(schedule())
-    return our_trainer(unet, latent_sampler(), objective, torch.bfloat16, masters=method != "bf16")
+    return our_trainer(unet, latent_sampler(), objective, torch.bfloat16, method)
 
 
 def bare_of(model: str, batch: int, rank: int | None, how: list[str], device: torch.device) -> Step:
