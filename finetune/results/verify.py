@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
@@ -85,8 +86,9 @@ def _distance_of_updates(adapter: Adapter, path: Path) -> float:
 
 def verify_pipeline(model: DiffusionModel, folder: Path, dtype: torch.dtype | None = None) -> float:
     """The same for a pipeline folder, written in this dtype (None: the UNet's own), and the frozen parts to the bit."""
+    formats = _as_in_file({"unet": dtype or model.unet.dtype, "default": torch.float32})
     with without_library_bars():
-        reloaded: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+        reloaded: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **formats)
     parts = {name: part for name, part in reloaded.components.items() if isinstance(part, nn.Module) and name != "unet"}
     if differing := _differing_around(model, parts, dtype or torch.float32):
         _refuse(folder, differing, 0.0, dtype or torch.float32)
@@ -95,7 +97,8 @@ def verify_pipeline(model: DiffusionModel, folder: Path, dtype: torch.dtype | No
 
 def verify_unet(model: DiffusionModel, folder: Path, dtype: torch.dtype | None = None) -> float:
     """The same for the folder of a UNet alone."""
-    reloaded = type(model.unet).from_pretrained(folder, local_files_only=True)
+    formats = _as_in_file(dtype or model.unet.dtype)
+    reloaded = type(model.unet).from_pretrained(folder, local_files_only=True, **formats)
     return _prove_unet(model, folder, reloaded, dtype)
 
 
@@ -107,12 +110,13 @@ def verify_single_file(model: DiffusionModel, path: Path, dtype: torch.dtype) ->
     source = FileSource(inspect(path), None)
     theirs = convert_ldm_unet_checkpoint(load_file(path), {"class_embed_type": None, **model.unet.config})
     differing = _differing(rounded(model.unet.state_dict(), dtype), theirs)
+    del theirs
     parts: dict[str, nn.Module] = {"vae": source.vae()}
     with without_library_bars():
         parts |= {part: source.text_encoder(part) for part in model.family.parts if part.startswith("text_encoder")}
     if differing := differing + _differing_around(model, parts, dtype):
         _refuse(path, differing, 0.0, dtype)
-    return _prove_unet(model, path, source.unet(torch.float32), dtype)
+    return _prove_unet(model, path, source.unet(dtype), dtype)
 
 
 def _differing_around(model: DiffusionModel, parts: Mapping[str, nn.Module], dtype: torch.dtype) -> list[str]:
@@ -123,6 +127,12 @@ def _differing_around(model: DiffusionModel, parts: Mapping[str, nn.Module], dty
         ours = rounded(rounded(getattr(pipeline, name).state_dict(), dtype))
         wrong += [f"{name}.{key}" for key in _differing(ours, rounded(part.state_dict()))]
     return wrong
+
+
+def _as_in_file(formats: object) -> dict[str, Any]:
+    """What tells diffusers the number formats to load weights in: those of the files, for others take more memory."""
+    renamed = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) >= (0, 40)
+    return {"dtype" if renamed else "torch_dtype": formats}
 
 
 def _adapter(model: DiffusionModel) -> Adapter:
@@ -151,20 +161,26 @@ def _prove(
 
 
 def _prove_unet(model: DiffusionModel, place: Path, reloaded: Any, dtype: torch.dtype | None) -> float:
-    """Compare every weight, after rounding to `dtype`, and the output, with those of a UNet that was read back."""
+    """Compare every weight, after rounding to `dtype`, and the output, with those of a UNet that was read back.
+
+    For its output it takes over the weights that they were found equal to, to the bit: for two sets of them there may
+    be no room where one was trained.
+    """
     dtype = dtype or model.unet.dtype
-    model.unet.eval()
-    # Not diffusers' own `to`, which warns of a dtype.
-    unet: Any = nn.Module.to(reloaded, model.unet.device, model.unet.dtype).eval()
-    expected = rounded(rounded(model.unet.state_dict(), dtype), model.unet.dtype)
-    differing = _differing(expected, unet.state_dict())
+    live = model.unet.eval()
+    expected = rounded(rounded(live.state_dict(), dtype), live.dtype)
+    differing = _differing(expected, reloaded.state_dict(), live.dtype)
+    if differing:
+        _refuse(place, differing, float("inf"), dtype)
+    reloaded.load_state_dict(expected, assign=True)
     trained = _answer(model)
-    live, model.unet = model.unet, unet
+    nn.Module.to(reloaded, live.device, live.dtype)  # diffusers' own `to` warns of a dtype
+    model.unet = reloaded.eval()
     try:
         difference = _distance(trained, _answer(model))
     finally:
         model.unet = live
-    _refuse(place, differing, difference, dtype)
+    _refuse(place, [], difference, dtype)
     return difference
 
 
@@ -175,11 +191,16 @@ def _refuse(place: Path, differing: list[str], difference: float, dtype: torch.d
     raise RunError(f"the export in {place} does not load back to the trained model: {what}")
 
 
-def _differing(trained: Mapping[str, Tensor], reloaded: Mapping[str, Tensor]) -> list[str]:
-    """The names that only one has, or whose values differ, wherever each of the two is."""
+def _differing(
+    trained: Mapping[str, Tensor], reloaded: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> list[str]:
+    """The names that only one has, or whose values differ, wherever each of the two is.
+
+    `dtype`: what those that were reloaded are converted to before, one by one.
+    """
     wrong = trained.keys() ^ reloaded.keys()
     for name in trained.keys() & reloaded.keys():
-        if not torch.equal(trained[name], reloaded[name].to(trained[name].device)):
+        if not torch.equal(trained[name], reloaded[name].to(trained[name].device, dtype)):
             wrong.add(name)
     return sorted(wrong)
 
