@@ -120,6 +120,35 @@ def test_the_proof_finds_a_planted_fault(tmp_path: Path, fault: str) -> None:
         verify_export(model, tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("weight", "1 weights differ: conv_in.weight"),
+        ("text encoder", r"1 weights differ: text_encoder\..*embed"),
+        ("config", "outputs differ by"),
+    ],
+)
+def test_the_proof_finds_a_fault_planted_in_a_pipeline(
+    tmp_path: Path, dtype: torch.dtype, fault: str, said: str
+) -> None:
+    model = load_model("tiny", dtype=dtype)
+    assert export(model, tmp_path) < ROUNDING
+    config = tmp_path / "unet/config.json"
+    if fault == "config":
+        config.write_text(config.read_text().replace('"silu"', '"mish"'))
+    else:
+        (file,) = (tmp_path / fault.replace(" ", "_").replace("weight", "unet")).glob("*.safetensors")
+        weights = load_file(file)
+        name = next(name for name in sorted(weights) if name.startswith("conv_in.w") or "embed" in name)
+        weights[name].view(-1)[7] += 1
+        save_file(weights, file, {"format": "pt"})
+    before = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
+    with pytest.raises(RunError, match=said):
+        verify_export(model, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.unet.state_dict().items())
+
+
 def test_the_proof_finds_a_dropped_alpha(tmp_path: Path) -> None:
     model = trained()
     export(model, tmp_path)
