@@ -237,7 +237,7 @@ class Trainer:
         if not self.unet.training:
             self.unet.train()
         if self.in_backward is not None and len(step.parts) > 1:
-            raise ValueError(f"in_backward: step {self.steps_done + 1} is of {len(step.parts)} micro-batches")
+            raise RunError(f"in_backward: step {self.steps_done + 1} is of {len(step.parts)} micro-batches, not one")
         losses = []
         for number, drawn in enumerate(step.parts):
             part = with_prior(drawn, self.prior)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.batch import Batch
+from finetune.errors import RunError
 from finetune.models.encoders import PixelEncoder
 from finetune.training import rounding
 from finetune.training.metrics import NotFinite
@@ -130,7 +131,7 @@ def test_what_cannot_be_done_on_the_way_is_refused() -> None:
         with pytest.raises(ValueError, match="in_backward: masters=False, max_grad_norm=0"):
             trainer("adamw", in_backward=True, **more)
     parts = trainer("adamw", in_backward=True, micro_batch_size=2)
-    with pytest.raises(ValueError, match="step 1 is of 2 micro-batches"):
+    with pytest.raises(RunError, match="step 1 is of 2 micro-batches"):
         parts.step(batch())
 
 
