@@ -10,6 +10,7 @@ from finetune.config import ResolvedConfig, TrainConfig
 from finetune.errors import UsageError
 from finetune.models.loading import load_model
 from finetune.models.locate import locate
+from finetune.models.source import open_source
 from finetune.recipe import fine_tune
 from finetune.run.memory import LIBRARIES, bytes_of, check_memory, kept_numbers, needed_bytes, out_of_memory, takes_less
 from finetune.run.resolve import resolve
@@ -52,11 +53,14 @@ def test_stable_diffusion_at_512_pixels_keeps_what_was_counted() -> None:
 
 def test_what_learns_and_how_it_computes_counts() -> None:
     def needed(**options: object) -> float:
-        return needed_bytes(resolved(model="tiny", data="x", **options), locate("tiny"), CPU)
+        return needed_bytes(resolved(model="tiny", data="x", **options), locate("tiny"), torch.device("cuda"))
 
     lora, full = needed(), needed(method="full", use_ema=False)
     weights = 4_707_556  # of its UNet
-    assert lora > LIBRARIES + 4 * weights
+    assert lora > 4 * weights
+    frozen = 4 * sum(open_source(locate("tiny")).numbers(part) for part in ("vae", "text_encoder"))
+    in_main_memory = needed_bytes(resolved(model="tiny", data="x"), locate("tiny"), CPU)
+    assert in_main_memory == pytest.approx(1.1 * (lora + frozen) + LIBRARIES)
     assert full - lora == 4 * 3 * weights  # gradients and two moments
     assert needed(method="full", use_ema=True) - full == 4 * weights
     assert needed(method="full", use_ema=False, optimizer="sgd") == full - 4 * 2 * weights
