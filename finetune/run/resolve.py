@@ -114,9 +114,9 @@ def resolve(
     suited = defaults(found.family, method, config.optimizer, **few)
     suited |= bucket_sides(resolution, found.multiple) if buckets else {}
     suited |= {"use_ema": False} if config.full_bf16 else {}
-    suited |= _one_pass(config, processes, buckets) if config.fused_backward_pass else {}
-    open_ones = [name for name in suited if name not in config.given or getattr(config, name) is None]
-    derived = {name: suited[name] for name in open_ones}
+    one_pass = _one_pass(config, processes, buckets) if config.fused_backward_pass else {}
+    suited |= one_pass
+    derived = {name: value for name, value in suited.items() if getattr(config, name) is None} | one_pass
     processes = config.num_processes or processes
     length = _length(config, found, suited | {"num_processes": processes}, pictures, visits or [pictures])
     small = found.family.is_small(resolution)
