@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
+from diffusers import DDPMPipeline
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
@@ -62,7 +62,8 @@ def draw_pictures(
         prompts: ignored in pixel mode but for their number, which is then 1.
         seeds: one picture each.
         resolution: pixels per side.
-        num_inference_steps: sampler steps; pixel mode uses DDIM.
+        num_inference_steps: steps of the model's own sampler; in pixel mode as a rule DDPM's (Ho et al. 2020, algorithm
+            2), which shows far earlier than a deterministic one what a model has learned.
         guidance_scale: classifier-free guidance, 1 is none; latent mode only.
         negative_prompt: what guidance leads away from.
         at_once: pictures of a prompt that are drawn as one batch: quicker, but rounded otherwise than one by one.
@@ -74,7 +75,9 @@ def draw_pictures(
     pipeline.set_progress_bar_config(disable=True)
     if isinstance(pipeline, DDPMPipeline):
         with _spoken_to_in_full(model.unet), _progress(model.unet, num_inference_steps):
-            return [_draw_unconditional(pipeline, seeds, num_inference_steps)]
+            sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+            drawn = pipeline(batch_size=len(seeds), generator=sources, num_inference_steps=num_inference_steps)
+            return [drawn.images]
     draw, size = cast(Any, pipeline), {"height": resolution, "width": resolution}
     if model.inpainting:
         size = _repainting(hole or Hole(*(Image.new(mode, (resolution, resolution), "white") for mode in ("RGB", "L"))))
@@ -134,13 +137,6 @@ def _spoken_to_in_full(unet: Any) -> Iterator[None]:
         yield
     finally:
         del unet.forward
-
-
-def _draw_unconditional(pipeline: DDPMPipeline, seeds: Sequence[int], steps: int) -> list[Image.Image]:
-    quick = DDIMPipeline(unet=pipeline.unet, scheduler=DDIMScheduler.from_config(pipeline.scheduler.config))
-    quick.set_progress_bar_config(disable=True)
-    sources = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return quick(batch_size=len(seeds), generator=sources, num_inference_steps=steps).images
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str], title: str = "") -> Image.Image:

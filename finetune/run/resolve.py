@@ -111,7 +111,7 @@ def resolve(
     _refuse_unusable(config, found, method, buckets)
     resolution = config.resolution or found.resolution
     few = {"pictures": pictures, "resolution": resolution, "varied_captions": varied_captions}
-    suited = defaults(found.family, method, config.optimizer, **few)
+    suited = defaults(found.family, method, config.optimizer, **few, scratch=found.scratch)
     suited |= bucket_sides(resolution, found.multiple) if buckets else {}
     suited |= {"use_ema": False} if config.full_bf16 else {}
     one_pass = _one_pass(config, processes, buckets) if config.fused_backward_pass else {}

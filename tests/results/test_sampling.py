@@ -48,10 +48,13 @@ def test_the_unet_alone_draws_in_half_precision() -> None:
     assert 0 < difference.max() < 64
 
 
-def test_pixel_models_draw_with_few_ddim_steps_one_picture_a_seed() -> None:
+def test_pixel_models_draw_what_their_pipeline_does_one_picture_a_seed() -> None:
     model = load_model("ddpm", resolution=32)
     (row,) = draw_pictures(model, [""], [0, 1], resolution=32, num_inference_steps=2)
     assert [picture.size for picture in row] == [(32, 32)] * 2
+    seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    theirs = model.pipeline()(batch_size=2, generator=seeds, num_inference_steps=2).images
+    assert all(np.array_equal(ours, other) for ours, other in zip(row, theirs, strict=True))
     (alone,) = draw_pictures(model, [""], [1], resolution=32, num_inference_steps=2)
     difference = np.asarray(row[1]).astype(int) - np.asarray(alone[0])
     assert abs(difference).max() <= 1  # a batch of two rounds differently

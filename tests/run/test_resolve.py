@@ -20,7 +20,7 @@ def location(family: str, resolution: int) -> Location:
 
 
 CPU = torch.device("cpu")
-SD15, DDPM = location("sd15", 512), location("ddpm", 64)
+SD15, DDPM = location("sd15", 512), Location("ddpm", FAMILIES["ddpm"], None, 64, 8)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,14 @@ def test_ddpm_takes_the_tutorials_numbers_at_128_and_ema_below() -> None:
     assert (large.lr_scheduler, large.lr_warmup_steps, large.use_ema) == ("cosine", 500, False)
     assert large.max_train_steps == 50 * 1000 // 16
     small = resolve(TrainConfig(model="ddpm"), DDPM, pictures=48, varied_captions=False, device=CPU)
-    assert (small.num_train_epochs, small.adam_beta1, small.use_ema, small.max_train_steps) == (100, 0.95, True, 300)
+    assert (small.adam_beta1, small.use_ema) == (0.95, True)
+    assert (small.num_train_epochs, small.max_train_steps, small.learning_rate) == (334, 1002, 4e-4)
+    longer = resolve(TrainConfig(model="ddpm"), location("ddpm", 64), pictures=48, varied_captions=False, device=CPU)
+    assert (longer.max_train_steps, longer.learning_rate) == (300, 1e-4)
+    many = resolve(TrainConfig(model="ddpm"), DDPM, pictures=1000, varied_captions=False, device=CPU)
+    assert many.num_train_epochs == 100
+    few = resolve(TrainConfig(model="ddpm", resolution=128), DDPM, pictures=48, varied_captions=False, device=CPU)
+    assert few.max_train_steps == 3126  # the tutorial's 3125, in whole epochs
 
 
 def test_every_picture_count_sees_what_the_formula_promises() -> None:
@@ -65,7 +72,9 @@ def test_every_picture_count_sees_what_the_formula_promises() -> None:
 
 
 def test_a_short_large_ddpm_run_does_not_warm_up_for_ever() -> None:
-    short = resolve(TrainConfig(model="ddpm", resolution=128), DDPM, pictures=48, varied_captions=False, device=CPU)
+    short = resolve(
+        TrainConfig(model="ddpm", resolution=128, num_epochs=50), DDPM, pictures=48, varied_captions=False, device=CPU
+    )
     assert (short.max_train_steps, short.lr_warmup_steps) == (150, 25)
     with pytest.raises(UsageError, match="lr_warmup_steps = 10: the whole run has only 5 steps"):
         resolve(TrainConfig(lr_warmup_steps=10, max_train_steps=5), SD15, pictures=9, varied_captions=False, device=CPU)
