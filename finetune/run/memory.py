@@ -125,10 +125,14 @@ def check_memory(config: ResolvedConfig, found: Location, device: torch.device) 
 
 
 def out_of_memory(config: ResolvedConfig, found: Location, device: torch.device) -> str:
-    """What to say when it did not suffice."""
+    """What to say when it did not suffice, for smaller parts of a step either, which the trainer tries by itself."""
+    if not config.fused_backward_pass:
+        passes = config.train_batch_size * config.gradient_accumulation_steps
+        config = replace(config, train_batch_size=1, gradient_accumulation_steps=passes)
     foretold = needed_bytes(config, found, device)
     less = takes_less(config, found, device, 0.9 * foretold)
-    return f"out of memory, of which training was thought to take about {foretold / 1e9:.1f} GB; {less}"
+    pictures = f"{config.train_batch_size} x {config.resolution} px"
+    return f"out of memory, of which training {pictures} was thought to take about {foretold / 1e9:.1f} GB; {less}"
 
 
 def takes_less(config: ResolvedConfig, found: Location, device: torch.device, at_most: float) -> str:

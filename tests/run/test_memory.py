@@ -114,9 +114,10 @@ def test_what_would_fit_is_what_costs_the_least_time() -> None:
         r"and a lower --resolution less",
         less(0.1),
     )
-    out = out_of_memory(config, found, CPU)
-    assert re.match(
-        r"out of memory, of which training was thought to take about [\d.]+ GB; --train_batch_size 12 ", out
+    assert re.fullmatch(
+        r"out of memory, of which training 1 x 512 px was thought to take about 1\.\d GB; "
+        r"--gradient_checkpointing would take about \d\.\d GB",
+        out_of_memory(config, found, CPU),
     )
 
 
