@@ -15,16 +15,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
-from finetune.about import (
-    AT_LEAST_ONE,
-    BELOW_ONE,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    About,
-    about_field,
-    option,
-)
+from finetune.about import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, About, about_field, option
 
 
 @dataclass(frozen=True, kw_only=True)

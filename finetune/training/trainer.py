@@ -70,6 +70,9 @@ class Trainer:
             objective's `loss` must not read a value then.
         prior: what class pictures teach, in place of their noise (see `finetune/training/prior.py`); the objective is
             a `NoisePrediction` then.
+
+    Raises:
+        ValueError: `in_backward` beside what it goes without.
     """
 
     def __init__(
