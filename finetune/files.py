@@ -63,13 +63,28 @@ def flush_tree(folder: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a file or a folder; a folder is renamed first, so that a crash leaves no half of it under its name."""
-    doomed = path.with_name(f".{path.name}.old")
-    shutil.rmtree(doomed, ignore_errors=True)  # what an earlier crash has left
-    if path.is_dir() and not path.is_symlink():
-        path.rename(doomed)
+    if doomed := _renamed_to_delete(path):
         shutil.rmtree(doomed)
     else:
         path.unlink(missing_ok=True)
+
+
+def move_over(source: Path, target: Path) -> None:
+    """Rename `source` to `target` and delete the file or folder that is there; both lie on one file system."""
+    doomed = _renamed_to_delete(target)
+    os.replace(source, target)
+    if doomed:
+        shutil.rmtree(doomed)
+
+
+def _renamed_to_delete(path: Path) -> Path | None:
+    """Rename a folder to a hidden name and return that name; None where `path` is no folder."""
+    doomed = path.with_name(f".{path.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)  # what an earlier crash has left
+    if not path.is_dir() or path.is_symlink():
+        return None
+    path.rename(doomed)
+    return doomed
 
 
 def new_file(option: str, place: str) -> Path:

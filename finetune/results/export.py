@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import RunError, UsageError
-from finetune.files import flush_to_disk, flush_tree, remove
+from finetune.files import flush_to_disk, flush_tree, move_over, write_whole
 from finetune.models.families import FAMILIES
 from finetune.models.loading import DiffusionModel
 from finetune.models.lora import LORA_FILE, Adapter
@@ -19,6 +19,8 @@ EXPORTS = "exports"
 """The folder, in that of a run, for the forms that the run was asked for beside its own."""
 INDEX = "model_index.json"
 """What makes a folder a diffusers pipeline."""
+MOVING = ".export.moving"
+"""A file that is there while an export is moved in."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +103,28 @@ def export(model: DiffusionModel, folder: str | Path, told: Mapping[str, str] | 
         write_pipeline(model, scratch)
         difference = verify_export(model, scratch)
     flush_tree(scratch)
-    index = folder / INDEX
-    index.unlink(missing_ok=True)  # while parts are exchanged the folder is no pipeline; the index comes back last
-    for entry in sorted(scratch.iterdir(), key=lambda path: path.name == index.name):
-        if (folder / entry.name).is_dir():
-            remove(folder / entry.name)
-        entry.rename(folder / entry.name)
-    scratch.rmdir()
-    flush_to_disk(folder)
+    _move_in(scratch, folder)
     return difference
+
+
+def _move_in(scratch: Path, folder: Path) -> None:
+    """Move an export's files and folders from `scratch` to `folder`, over those of an earlier export.
+
+    While they are exchanged the folder is no pipeline: the index goes first and comes back last. A marker says for this
+    time that what is named like a pipeline's part is an export's, so that one that was cut off can be replaced.
+    """
+    write_whole(folder / MOVING, "An export is being moved in.\n")
+    (folder / INDEX).unlink(missing_ok=True)
+    for entry in sorted(scratch.iterdir(), key=lambda path: path.name == INDEX):
+        move_over(entry, folder / entry.name)
+    flush_to_disk(folder)
+    (folder / MOVING).unlink()
+    scratch.rmdir()
+
+
+def has_own_parts(folder: Path) -> bool:
+    """Whether the folders here that are named like a pipeline's parts belong to an export, whole or cut off."""
+    return (folder / INDEX).exists() or (folder / MOVING).exists()
 
 
 def step_export(model: DiffusionModel, folder: Path, step: int, told: Mapping[str, str]) -> Callable[[], None]:
@@ -142,5 +157,5 @@ def _refuse_foreign_parts(model: DiffusionModel, folder: Path) -> None:
     """A pipeline is replaced by a pipeline, but folders that only happen to be named like its parts are not."""
     parts = () if Adapter.of(model.unet) else model.family.parts
     found = [name for name in parts if (folder / name).exists()]
-    if found and not (folder / INDEX).exists():
+    if found and not has_own_parts(folder):
         raise UsageError(f"{folder / found[0]} is in the way of the export, and {folder} is no diffusers pipeline")

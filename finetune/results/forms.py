@@ -63,17 +63,23 @@ def write_form(
     family = model.family.layout
     if family is None:
         raise UsageError(f"--format {form}: {model.family.description} has no such form; allowed is diffusers or unet")
-    settings = yaml_beside(model.scheduler.config, family, inpainting=model.inpainting)
-    beside = to.with_suffix(".yaml")
-    if settings and beside.exists():
-        raise UsageError(f"{beside} exists already, and is to say what the checkpoint predicts; give another name")
+    settings = _settings(model, family)
     tensors = {name: tensor.to(dtype) for name, tensor in checkpoint_tensors(model.pipeline(), family).items()}
     rest = {} if base is None else dict(read_tensors(base.path, rest_of(base, tensors, family)))
     facts = _checkpoint_facts(model, family, to.stem)
     write_tensors(to, tensors | rest | marks(model.scheduler.config, family), facts)
     if settings:
-        write_whole(beside, settings)
+        write_whole(to.with_suffix(".yaml"), settings)
     return verify_single_file(model, to, dtype)
+
+
+def has_yaml(model: DiffusionModel) -> bool:
+    """Whether a checkpoint in one file of this model needs a YAML file beside it."""
+    return model.family.layout is not None and _settings(model, model.family.layout) is not None
+
+
+def _settings(model: DiffusionModel, family: str) -> str | None:
+    return yaml_beside(model.scheduler.config, family, inpainting=model.inpainting)
 
 
 def _checkpoint_facts(model: DiffusionModel, family: str, title: str) -> dict[str, str]:

@@ -7,13 +7,13 @@ import torch
 
 from finetune.config import ResolvedConfig
 from finetune.errors import ModelError, RunError, UsageError
-from finetune.files import remove
+from finetune.files import flush_to_disk, flush_tree, move_over, remove
 from finetune.models.loading import DiffusionModel
 from finetune.models.locate import locate
 from finetune.models.lora import Adapter
 from finetune.models.single_file import Checkpoint, inspect
 from finetune.results.export import EXPORTS, kohya_file
-from finetune.results.forms import write_form
+from finetune.results.forms import has_yaml, write_form
 from finetune.run.base import load_base
 from finetune.run.early_stop import best_of_ended
 from finetune.training import checkpoint
@@ -61,13 +61,30 @@ def write_proved(
     told: dict[str, str],
     base: Checkpoint | None = None,
 ) -> None:
-    """`write_form`, which is told when it is proved, and renamed `.rejected` when it is not."""
+    """Write the model in one form, prove it, and only then put it where it belongs.
+
+    It is written in a hidden folder of its own, so a crash leaves nothing at `to`. What does not load back to the same
+    model is kept as `<name>.rejected`.
+    """
+    beside = to.with_suffix(".yaml")
+    if form == "single-file" and has_yaml(model) and beside.exists():
+        raise UsageError(f"{beside} exists already, and is to say what the checkpoint predicts; give another name")
+    scratch = to.with_name(f".{to.name}.export.part")
+    remove(scratch)
+    scratch.mkdir()
     try:
-        difference = write_form(model, to, form, precision, told, base)
+        difference = write_form(model, scratch / to.name, form, precision, told, base)
     except (RunError, ModelError):
-        if to.exists():
-            to.rename(to.with_name(f"{to.name}.rejected"))
+        if (scratch / to.name).exists():
+            move_over(scratch / to.name, to.with_name(f"{to.name}.rejected"))
         raise
+    else:
+        flush_tree(scratch)
+        for entry in sorted(scratch.iterdir(), key=lambda path: path.name == to.name):  # what lies beside it first
+            move_over(entry, to.with_name(entry.name))
+        flush_to_disk(to.parent)
+    finally:
+        remove(scratch)
     print(f"{to}: loaded back and compared (largest difference {difference:.0e})")
 
 
@@ -77,20 +94,25 @@ def left_out(config: ResolvedConfig, to: Path) -> list[str]:
     return [] if base is None else sorted(base.shapes.keys() - inspect(to).shapes.keys())
 
 
-def write_exports(config: ResolvedConfig, folder: Path, *, anew: bool) -> None:
-    """Write the forms of `export_formats` to `exports/` of the run folder.
-
-    Args:
-        config: of the run, which has ended.
-        folder: of the run.
-        anew: also those that are there already.
-    """
+def write_exports(config: ResolvedConfig, folder: Path) -> None:
+    """Write the forms of `export_formats` that are missing in `exports/` of the folder of an ended run."""
+    for left_over in (folder / EXPORTS).glob(".*"):  # of a process that was killed
+        remove(left_over)
     for form in config.export_formats:
-        to = folder / EXPORTS / (f"{folder.resolve().name}.safetensors" if form == "single-file" else form)
-        if to.exists() and not anew:
+        to = _place(folder, form)
+        if to.exists():
             continue
         to.parent.mkdir(exist_ok=True)
-        remove(to)
-        remove(to.with_suffix(".yaml"))
+        remove(to.with_suffix(".yaml"))  # of an export that was cut off
         model, told = load_trained(config, folder)  # for each: a LoRA is merged for good
         write_proved(model, to, form, config.export_precision, told)
+
+
+def discard_exports(config: ResolvedConfig, folder: Path) -> None:
+    """Delete the forms in `exports/` that a shorter run has left, before its continuation is marked as ended."""
+    for form in config.export_formats:
+        remove(_place(folder, form))
+
+
+def _place(folder: Path, form: str) -> Path:
+    return folder / EXPORTS / (f"{folder.resolve().name}.safetensors" if form == "single-file" else form)

@@ -1,6 +1,7 @@
 """What goes wrong inside the command's process, as functions that are called there before it begins."""
 
 import os
+import re
 import resource
 import signal
 import sys
@@ -11,7 +12,7 @@ _OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.tru
 
 
 def at_operation(part: str, number: int, deed: Callable[[], None]) -> None:
-    """Do something before the `number`th file operation (from 0) on a path that contains `part`.
+    """Do something before the `number`th file operation (from 0) on a path in which the pattern `part` is found.
 
     fsync is one of them, since the file is opened for it.
     """
@@ -20,7 +21,7 @@ def at_operation(part: str, number: int, deed: Callable[[], None]) -> None:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event not in _OPERATIONS or not isinstance(arguments[0], (str, bytes, os.PathLike)):
             return
-        if part in os.fsdecode(arguments[0]):
+        if re.search(part, os.fsdecode(arguments[0])):
             seen[0] += 1
             if seen[0] == number + 1:
                 deed()

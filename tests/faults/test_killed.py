@@ -32,7 +32,7 @@ def killed_everywhere(
     """Kill a run before each of its file operations on what `part` says, and see what becomes of it.
 
     Args:
-        part: of the paths.
+        part: a pattern, found in the paths.
         share: the points from this one on, each `shares`th.
         earlier: what is in its output folder before; None: nothing.
     """

@@ -22,6 +22,7 @@ from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
 from finetune.results.export import kohya_file
 from finetune.results.forms import write_form
+from finetune.run.trained import write_proved
 from finetune.training import checkpoint
 from tests.small_models import write_single_file
 
@@ -261,7 +262,7 @@ def test_stable_diffusion_1_that_predicts_velocity_has_a_file_beside_it_that_say
         assert settings["parameterization"] == "v"
         assert settings["unet_config"]["params"]["context_dim"] == 768
         with pytest.raises(UsageError, match=r"dog\.yaml exists already"):
-            write_form(model, tmp_path / "dog.ckpt", "single-file", "fp32", {})
+            write_proved(model, tmp_path / "dog.ckpt", "single-file", "fp32", {})
         assert not (tmp_path / "dog.ckpt").exists()
 
 
