@@ -66,12 +66,13 @@ def as_input(cond: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Whole:
-    """An optimizer step of which several processes compute a part each."""
+    """An optimizer step of which several processes compute a part each, or whose examples weigh differently."""
 
     ids: tuple[str, ...]
     """Of all its examples; those of one process follow each other."""
     weight: float
-    """Their loss weights together."""
+    """What the sum of their weighted losses is divided by: their number times the mean weight of an epoch's visits. The
+    weights of this step would cancel where all of its examples weigh the same."""
     start: int
     """Where this process's begin."""
 

@@ -43,7 +43,7 @@ def make_pictures() -> Callable[..., Path]:
         for number in range(count):
             width, height = ((80, 64), (64, 96), (72, 72))[number % 3]
             picture = Image.new("RGB", (width, height), (40 * number % 256, 90, 255 - 30 * number % 256))
-            ImageDraw.Draw(picture).ellipse((8 + number, 8, 50, 50), fill=(255, 20 * number % 256, 0))
+            ImageDraw.Draw(picture).ellipse((8 + number % 42, 8, 50, 50), fill=(255, 20 * number % 256, 0))
             picture.save(folder / f"{number:02d}.png")
             if captions:
                 (folder / f"{number:02d}.txt").write_text(f"a red disc, number {number}")

@@ -104,9 +104,9 @@ class Joined(Pictures):
 def with_class_pictures(name: str, subject: Pictures, kind: Pictures, weight: float) -> Joined:
     """The pictures of a subject, and after them those of its kind, so that the kind is not forgotten.
 
-    In an epoch the kind is seen about as often as the subject, and counts `weight` times as much. The loss of a step is
-    the mean over its pictures, so in expectation (subject + weight kind) / (1 + weight), where diffusers' script adds
-    without dividing.
+    In an epoch the kind is seen as often as the subject, its pictures in turn, and counts `weight` times as much. The
+    loss of a step is in expectation (subject + weight kind) / (1 + weight), where diffusers' script adds without
+    dividing.
 
     Args:
         name: of the subject's dataset.
@@ -114,10 +114,7 @@ def with_class_pictures(name: str, subject: Pictures, kind: Pictures, weight: fl
         kind: what is to be remembered.
         weight: of the prior loss (Ruiz et al. 2022, "DreamBooth", eq. 2).
     """
-    visits, others = sum(subject.repeats), sum(kind.repeats)
-    repeats = max(1, round(visits / others))
-    each = weight * visits / (repeats * others)
-    return Joined([Part(name, subject, 1), Part("class", kind, repeats, each, remembered=True)])
+    return Joined([Part(name, subject, 1), Part("class", kind, 1, weight, remembered=True)])
 
 
 def names_of(sources: Sequence[str]) -> list[str]:

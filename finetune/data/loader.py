@@ -32,6 +32,11 @@ class Examples(Protocol):
         ...
 
     @property
+    def class_examples(self) -> Sequence[int]:
+        """Those that take turns in being visited as often as all others together."""
+        ...
+
+    @property
     def weights(self) -> Sequence[float]:
         """How much each counts in the loss of a step, beside the others."""
         ...
@@ -114,7 +119,15 @@ def training_steps(
     """
     if batch_size < 1 or not source.ids:
         raise UsageError(f"batches: batch_size {batch_size} and {len(source.ids)} examples; at least 1 of each needed")
-    sampler = Sampler(source.shapes, batch_size=batch_size, seed=seed, repeats=source.repeats)
+    sampler = Sampler(
+        source.shapes,
+        batch_size=batch_size,
+        seed=seed,
+        repeats=source.repeats,
+        class_examples=source.class_examples,
+    )
+    weight = batch_size * sampler.mean_weight(source.weights)
+    shared = world > 1 or len(set(source.weights)) > 1
     loader = DataLoader(
         _Loads(source.visits),
         batch_sampler=_Plan(_plan(source, sampler, seed, range(start, steps), rank, world)),
@@ -124,7 +137,7 @@ def training_steps(
         generator=torch.Generator(),  # DataLoader draws a seed for its workers; not from the global one
     )
     for step, items in enumerate(_received(loader), start):
-        whole = _whole(source, *sampler.share(step, rank, world)) if world > 1 else None
+        whole = _whole(source, weight, *sampler.share(step, rank, world)) if shared else None
         alike: dict[int, list[tuple[int, int, Any]]] = {}
         for item in items:
             alike.setdefault(source.shapes[item[0]], []).append(item)
@@ -179,9 +192,8 @@ def _plan(
         yield keyed
 
 
-def _whole(source: Examples, visits: list[Visit], own: slice) -> Whole:
-    ids = tuple(source.ids[visit.example] for visit in visits)
-    return Whole(ids, sum(source.weights[visit.example] for visit in visits), own.start)
+def _whole(source: Examples, weight: float, visits: list[Visit], own: slice) -> Whole:
+    return Whole(tuple(source.ids[visit.example] for visit in visits), weight, own.start)
 
 
 class _Plan:

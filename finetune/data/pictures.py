@@ -181,6 +181,16 @@ class Pictures(Dataset[Example], ABC):
         return [index for index, times in enumerate(self.repeats) if times]
 
     @property
+    def class_pictures(self) -> list[int]:
+        """Numbers of the pictures of the kind, which take turns in being seen as often as those of the subject."""
+        return [index for index in range(self.subjects, len(self)) if self.repeats[index]]
+
+    @property
+    def epoch_visits(self) -> int:
+        """Visits of an epoch."""
+        return 2 * sum(self.repeats[: self.subjects]) if self.class_pictures else sum(self.repeats)
+
+    @property
     def trained_captions(self) -> list[str]:
         """The first of each of these."""
         return [self.captions[index] for index in self.trained]

@@ -33,21 +33,37 @@ class Sampler:
     these goes into the first step of the next epoch. So no step is short, and none teaches few examples at the full
     rate. With one shape for all, this comes to one permutation after the other, cut into steps.
 
+    Class pictures (`class_examples`) get as many visits in an epoch as all others together, however many there are:
+    they take turns, in one permutation of them after the other, across epochs.
+
     Args:
         shapes: of each example, a number; what has the same one can be computed together.
         batch_size: examples per optimizer step.
         seed: of the permutations.
         repeats: how many times each example comes in an epoch, 0: never; none: once.
+        class_examples: examples that take turns; their repeats are not used.
     """
 
-    def __init__(self, shapes: Sequence[int], *, batch_size: int, seed: int, repeats: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[int],
+        *,
+        batch_size: int,
+        seed: int,
+        repeats: Sequence[int] = (),
+        class_examples: Sequence[int] = (),
+    ) -> None:
         self.batch_size, self.seed = batch_size, seed
         self._shape_of = shapes
-        self._repeats = np.asarray(repeats or [1] * len(shapes))
-        self._examples = np.repeat(np.arange(len(shapes)), self._repeats)  # of the visits of an epoch
+        self._repeats = np.array(repeats or [1] * len(shapes))
+        self._trained = np.count_nonzero(self._repeats)
+        self._class_examples = np.asarray(class_examples, int)
+        self._repeats[self._class_examples] = 0
+        self._examples = np.repeat(np.arange(len(shapes)), self._repeats)  # of the visits of an epoch, but class ones
         self._times = np.arange(len(self._examples)) - np.repeat(self._repeats.cumsum() - self._repeats, self._repeats)
-        self._size = len(self._examples)
-        self._shapes = np.unique(np.asarray(shapes)[self._examples], return_inverse=True)[1]
+        self._size = len(self._examples) * (2 if class_examples else 1)
+        self._turns: dict[int, np.ndarray] = {}
+        self._shapes = np.unique(np.asarray(shapes), return_inverse=True)[1]
         self._epochs = -(-batch_size // self._size)  # in a round, which is to be no shorter than a step
         self._round = self._size * self._epochs  # visits in it
         self._kept: dict[int, np.ndarray] = {}
@@ -58,9 +74,40 @@ class Sampler:
         if number not in self._kept:
             self._kept = {number: self._steps(number)}
         row = self._kept[number][step - number * self._round // self.batch_size]
-        examples, times = self._examples[row % self._size], self._times[row % self._size]
-        numbers = row // self._size * self._repeats[examples] + times
-        return [Visit(*visit) for visit in zip(examples.tolist(), numbers.tolist(), strict=True)]
+        return [Visit(*visit) for visit in zip(*(each.tolist() for each in self._visited(row)), strict=True)]
+
+    def mean_weight(self, weights: Sequence[float]) -> float:
+        """The mean over the visits of an epoch of what each example weighs."""
+        own = sum(weights[example] for example in self._examples.tolist())
+        turns = self._size - len(self._examples)
+        theirs = sum(weights[example] for example in self._class_examples.tolist())
+        return (own + (turns * theirs / len(self._class_examples) if turns else 0.0)) / self._size
+
+    def _visited(self, visits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The example of each visit, and how many times it was visited before."""
+        epochs, places = np.divmod(visits, self._size)
+        plain = places < len(self._examples)
+        examples, numbers = np.empty_like(visits), np.empty_like(visits)
+        examples[plain] = self._examples[places[plain]]
+        numbers[plain] = epochs[plain] * self._repeats[examples[plain]] + self._times[places[plain]]
+        if not plain.all():
+            turns = epochs[~plain] * (self._size - len(self._examples)) + places[~plain] - len(self._examples)
+            rounds, at = np.divmod(turns, len(self._class_examples))
+            order = {number: self._turn(number) for number in np.unique(rounds).tolist()}
+            drawn = [order[number][place] for number, place in zip(rounds.tolist(), at.tolist(), strict=True)]
+            examples[~plain], numbers[~plain] = drawn, rounds
+        return examples, numbers
+
+    def _turn(self, number: int) -> np.ndarray:
+        """The class examples in the order in which they come for the `number`th time."""
+        if number not in self._turns:
+            source = torch.Generator().manual_seed(fold(self.seed, "class order", number) & 0xFFFFFFFF)
+            order = torch.randperm(len(self._class_examples), generator=source).numpy()
+            self._turns = dict(list(self._turns.items())[-1:]) | {number: self._class_examples[order]}
+        return self._turns[number]
+
+    def _shapes_of(self, visits: np.ndarray) -> np.ndarray:
+        return self._shapes[self._visited(visits)[0]]
 
     def share(self, step: int, rank: int = 0, world: int = 1) -> tuple[list[Visit], slice]:
         """The visits of a step, those of one shape after each other, and which of them one process computes.
@@ -83,10 +130,10 @@ class Sampler:
 
     def visited(self, steps: range, rank: int = 0, world: int = 1) -> list[int]:
         """The examples that one process visits in these steps, in the order of their first visits."""
-        found, all_of_them = dict[int, None](), np.count_nonzero(self._repeats)
+        found = dict[int, None]()
         for visit in self.all_visits(steps, rank, world):
             found[visit.example] = None
-            if len(found) == all_of_them:
+            if len(found) == self._trained:
                 break
         return list(found)
 
@@ -100,8 +147,9 @@ class Sampler:
         """The steps of a round, a row each of visits as `_order` has them."""
         own, _ = self._order(number)
         early = self._order(number - 1)[1] if number else own[:0]
-        by_shape = np.argsort(self._shapes[own % self._size], kind="stable")
-        alike = np.split(by_shape, np.flatnonzero(np.diff(self._shapes[own[by_shape] % self._size])) + 1)
+        shapes = self._shapes_of(own)
+        by_shape = np.argsort(shapes, kind="stable")
+        alike = np.split(by_shape, np.flatnonzero(np.diff(shapes[by_shape])) + 1)
         alike.sort(key=len)  # places in the order, of one shape each; the most frequent last
         begun = early.tolist()
         if begun:
@@ -126,8 +174,8 @@ class Sampler:
         epochs = range(number * self._epochs, (number + 1) * self._epochs)
         order = np.concatenate([self._permutation(epoch) + epoch * self._size for epoch in epochs])
         later = (number + 1) * self._round % self.batch_size
-        counts = np.bincount(self._shapes)
-        frequent = np.argsort(counts[self._shapes[order % self._size]], kind="stable")[len(order) - later :]
+        shapes = self._shapes_of(order)
+        frequent = np.argsort(np.bincount(shapes)[shapes], kind="stable")[len(order) - later :]
         return np.delete(order, frequent), order[frequent]
 
     def _permutation(self, epoch: int) -> np.ndarray:

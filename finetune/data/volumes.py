@@ -59,7 +59,7 @@ class Volumes:
     @classmethod
     def whole(cls, pictures: Pictures) -> "Volumes":
         """All in one."""
-        return cls(pictures, [len(pictures.trained)], [sum(pictures.repeats)])
+        return cls(pictures, [len(pictures.trained)], [pictures.epoch_visits])
 
     def __len__(self) -> int:
         return len(self.visits)

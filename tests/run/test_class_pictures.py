@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from finetune.cache.encode import encode
 from finetune.config import TrainConfig
+from finetune.data.buckets import Buckets
 from finetune.data.image_folder import ImageFolder
 from finetune.data.joined import with_class_pictures
 from finetune.data.loader import training_steps
@@ -27,19 +29,54 @@ def folders(make_pictures: MakePictures, tmp_path: Path, subjects: int, others: 
     return make_pictures(tmp_path / "dog", count=subjects), make_pictures(tmp_path / "dogs", count=others)
 
 
-@pytest.mark.parametrize(("subjects", "others"), [(6, 2), (4, 4), (2, 5)])
-def test_in_an_epoch_the_kind_weighs_what_was_asked_however_many_there_are(
-    make_pictures: MakePictures, tmp_path: Path, subjects: int, others: int
-) -> None:
-    dog, dogs = folders(make_pictures, tmp_path, subjects, others)
+def test_a_joined_dataset_tells_the_kind_from_the_subject(make_pictures: MakePictures, tmp_path: Path) -> None:
+    dog, dogs = folders(make_pictures, tmp_path, 2, 5)
     both = with_class_pictures("dog", ImageFolder(dog, "sks dog"), ImageFolder(dogs, "a dog"), 0.5)
-    assert both.subjects == subjects
-    weight = [times * each for times, each in zip(both.repeats, both.weights, strict=True)]
-    assert sum(weight[:subjects]) == subjects
-    assert sum(weight[subjects:]) == pytest.approx(0.5 * subjects)
-    assert both.ids[0] == "dog/00.png"
-    assert both.ids[subjects] == "class/00.png"
-    assert both.sources == {"prompt": subjects, "class_prompt": others}
+    assert (both.subjects, both.class_pictures, both.epoch_visits) == (2, [2, 3, 4, 5, 6], 4)
+    assert both.weights == [1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5]
+    assert (both.ids[0], both.ids[2]) == ("dog/00.png", "class/00.png")
+    assert both.sources == {"prompt": 2, "class_prompt": 5}
+
+
+@pytest.mark.parametrize("others", [100, 5, 3])
+@pytest.mark.parametrize("weight", [1.0, 0.1])
+@pytest.mark.parametrize(("batch_size", "buckets"), [(1, False), (4, False), (4, True)])
+def test_the_subjects_share_of_the_gradient_is_what_was_asked_for(
+    make_pictures: MakePictures, tmp_path: Path, others: int, weight: float, batch_size: int, buckets: bool
+) -> None:
+    """The coefficient of each picture's loss, summed over four epochs of a subject of five pictures."""
+    dog, dogs = folders(make_pictures, tmp_path, 5, others)
+    how = {"resolution": 64, "buckets": Buckets(64, 32, 128, 32)} if buckets else {"resolution": 32}
+    subject, kind = ImageFolder(dog, "sks dog", **how), ImageFolder(dogs, "a dog", **how)
+    both = with_class_pictures("dog", subject, kind, weight)
+    encoded = encode(both, load_model("tiny"), cache_dir="none")
+    steps = 4 * encoded.epoch_visits // batch_size
+    shares = {"dog": 0.0, "class": 0.0}
+    seen: set[str] = set()
+    for batches in training_steps(encoded, batch_size=batch_size, steps=steps):
+        for batch in batches:
+            whole = batch.whole.weight if batch.whole else float(batch_size)
+            for name, each in zip(batch.ids, batch.weight.tolist(), strict=True):
+                shares[name.split("/")[0]] += each / whole
+                seen.add(name)
+    assert shares["dog"] / sum(shares.values()) == pytest.approx(1 / (1 + weight))
+    assert sum(shares.values()) == pytest.approx(steps)
+    assert len(seen) == 5 + min(others, 20)  # the kind's pictures take turns
+
+
+def test_the_weight_counts_where_a_step_is_of_one_picture(make_pictures: MakePictures, tmp_path: Path) -> None:
+    """At batch 1 the weight of the only picture must not cancel."""
+    dog, dogs = folders(make_pictures, tmp_path, 2, 4)
+    learned = []
+    for weight in (1.0, 0.1):
+        config = TrainConfig(
+            data=str(dog), prompt="sks dog", class_data=str(dogs), class_prompt="a dog", prior_loss_weight=weight,
+            output_dir=str(tmp_path / str(weight)), max_train_steps=8, train_batch_size=1, rank=2,
+            num_inference_steps=0, forgetting_prompts=0, lora_target_modules=["attn2.to_q"], optimizer="sgd",
+            learning_rate=0.1, max_grad_norm=0,
+        )  # fmt: skip
+        learned.append(load_file(fine_tune(config) / "pytorch_lora_weights.safetensors"))
+    assert any(not torch.equal(learned[0][name], learned[1][name]) for name in learned[0])
 
 
 def test_batches_carry_the_weights(make_pictures: MakePictures, tmp_path: Path) -> None:
