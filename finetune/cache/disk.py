@@ -4,6 +4,7 @@ import json
 import os
 import sqlite3
 import time
+import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ class DiskStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[int, int] = {}
+        self._files: dict[int, _ShardFile] = {}
         self._writer: Writer | None = None
         try:
             if not (folder / INDEX).exists():
@@ -85,10 +86,6 @@ class DiskStore:
                 raise UsageError(f"cache_dir {folder}: written by another version (format {version}, not {FORMAT})")
         except (OSError, sqlite3.Error) as error:
             raise UsageError(f"cache_dir {folder}: {error}; give another --cache_dir, or none") from error
-
-    def __del__(self) -> None:  # each volume of a large folder has a store, and a process may open few files
-        for file in getattr(self, "_files", {}).values():
-            os.close(file)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         wanted = list(dict.fromkeys(keys))
@@ -219,16 +216,25 @@ class DiskStore:
 
     def _bytes(self, shard: int, begin: int, end: int) -> bytearray:
         """Bytes of a shard; fewer, if it was cut short; none, if it is gone."""
-        if shard not in self._files:
-            if len(self._files) == _MOST_OPEN:
-                os.close(self._files.pop(next(iter(self._files))))
+        file = self._files.get(shard)
+        if file is None:
             ((name,),) = self.base.execute("SELECT name FROM shards WHERE id = ?", (shard,)).fetchall()
             try:
-                self._files[shard] = os.open(self.folder / SHARDS / name, os.O_RDONLY)
+                file = self._files[shard] = _ShardFile(self.folder / SHARDS / name)
             except FileNotFoundError:
                 return bytearray()
+            for oldest in list(self._files)[:-_MOST_OPEN]:
+                self._files.pop(oldest, None)  # another thread that still reads from it has a reference
         buffer = bytearray(end - begin)
-        return buffer[: os.preadv(self._files[shard], [buffer], begin)]
+        return buffer[: os.preadv(file.descriptor, [buffer], begin)]
+
+
+class _ShardFile:
+    """A shard that is open for reading, until nobody refers to it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
 
 
 def open_store(cache_dir: str | Path | None) -> Store:

@@ -1,8 +1,10 @@
 import os
+import random
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -240,3 +242,45 @@ def test_a_folder_that_cannot_be_written_is_read_from(tmp_path: Path) -> None:
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert told.stdout.splitlines()[0] == "[0.0, 1.0, 2.0] ['b']", told.stderr
     assert ["cannot be written" in line for line in told.stdout.splitlines()[1:]] == [True, True]
+
+
+def test_two_threads_read_more_shards_than_are_kept_open(tmp_path: Path) -> None:
+    store, numbers = DiskStore(tmp_path), range(150)
+    for number in numbers:
+        store.put("picture", {str(number): item(number)})
+    wrong: list[str] = []
+
+    def read(seed: int) -> None:
+        source = random.Random(seed)
+        for number in source.choices(numbers, k=3000):
+            try:
+                (found,) = store.load([str(number)])
+            except DataError as error:
+                wrong.append(str(error))
+                continue
+            if not torch.equal(found["stored"], item(number)["stored"]):
+                wrong.append(f"{number} is another item")
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    assert len(store._files) <= 64
+
+
+def test_a_store_closes_its_shards_when_it_is_dropped(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    store.put("picture", {"a": item(1)})
+    store.load(["a"])
+    (file,) = store._files.values()
+    descriptor = file.descriptor
+    del store, file
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
