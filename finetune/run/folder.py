@@ -19,7 +19,7 @@ from finetune.data.source import called
 from finetune.errors import UsageError
 from finetune.files import is_inside, remove, write_whole
 from finetune.options import SECTIONS, about
-from finetune.results.export import INDEX, kohya_files, names_of_exports
+from finetune.results.export import MOVING, has_own_parts, kohya_files, names_of_exports
 from finetune.training.checkpoint import checkpoints, latest, newest_whole, record, verify
 
 State = Literal["new", "unfinished", "finished", "another run", "taken"]
@@ -190,6 +190,9 @@ def _state_to_resume(path: Path, checkpoint: Path | None, config: ResolvedConfig
     if changed := _changes(path, config, data, resumed=True):
         other = f"{checkpoint} belongs to a run with other options: {'; '.join(changed)}"
         return "another run", f"{other}; --allow_changed goes on all the same with those that it names"
+    if earlier.optimizer != config.optimizer:
+        other = f"optimizer: {earlier.optimizer} -> {config.optimizer}"
+        return "another run", f"{other}: no optimizer can take over another one's moments; begin with --init_lora"
     number = checkpoint.name.rpartition("-")[2]
     if config.max_train_steps < (done := int(number) if number.isdigit() else 0):
         return "another run", f"max_train_steps = {config.max_train_steps}: {checkpoint} has done {done} already"
@@ -375,8 +378,8 @@ def _digest(path: Path) -> str | None:
 
 def _clear(path: Path) -> None:
     """Delete what a run writes, by name, and leave all else; last what tells it from a stranger's folder."""
-    exports = names_of_exports()[::-1]  # the index last: without it what is named like a part of one is the user's own
-    for name in exports if (path / INDEX).exists() else exports[-1:]:
+    exports = names_of_exports()[::-1]  # the marks last: without them what is named like a part is the user's own
+    for name in (*exports, MOVING) if has_own_parts(path) else exports[-1:]:
         remove(path / name)
     for _, written in (*checkpoints(path), *kohya_files(path)):
         remove(written)

@@ -199,7 +199,8 @@ def _flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dic
         inner = {f"{n}/{i}": v for n, value in slots.items() if isinstance(value, Mapping) for i, v in value.items()}
         for name, value in ({n: v for n, v in slots.items() if not isinstance(v, Mapping)} | inner).items():
             (tensors if isinstance(value, Tensor) else values)[f"{index}.{name}"] = value
-    return tensors, {"values": values, "param_groups": state["param_groups"]}
+    plain = {name: state[name] for name in ("param_groups", "kind", "names") if name in state}
+    return tensors, {"values": values, **plain}
 
 
 def _unflatten_optimizer(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,4 +216,4 @@ def _unflatten_optimizer(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]
         {name: tuple(v) if isinstance(v, list) and name != "params" else v for name, v in group.items()}
         for group in plain["param_groups"]  # JSON made lists of the tuples (betas, eps)
     ]
-    return {"state": state, "param_groups": groups}
+    return {"state": state, "param_groups": groups, "kind": plain.get("kind"), "names": plain.get("names")}

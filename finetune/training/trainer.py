@@ -20,6 +20,7 @@ from finetune.training.graphs import Graphs
 from finetune.training.in_backward import InBackward
 from finetune.training.masters import Masters
 from finetune.training.metrics import Arriving, Fault, NotFinite, StepMetrics, Values
+from finetune.training.optimizer_state import load_optimizer, optimizer_state
 from finetune.training.parallel import Parallel
 from finetune.training.prepared import MicroBatch, Prepared
 from finetune.training.prior import Prior, with_prior
@@ -277,11 +278,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _set_learning_rate(self) -> float:
-        if self.learning_rate is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(self.updates) * group.get("factor", 1.0)
-        first = self.optimizer.param_groups[0]
-        return first["lr"] / first.get("factor", 1.0)
+        if self.learning_rate is None:
+            return self.optimizer.param_groups[0]["lr"]
+        lr = self.learning_rate(self.updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("factor", 1.0)
+        return lr
 
     def _told(self, step: int, ids: tuple[str, ...], losses: Tensor, arriving: Arriving) -> Values:
         """Loss and norm of a step, and what is wrong with them. Raises NotFinite after one bad step too many."""
@@ -358,7 +360,7 @@ class Trainer:
         self.settle()
         return {
             "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer, self.masters.held),
             "ema": {} if self.ema is None else self.ema.shadow,
             "scaler": self.scaler.state_dict(),
             "step": self.steps_done,
@@ -371,24 +373,25 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a `state_dict` of a trainer with the same parameters.
 
+        Moments and step counts come from the state, by parameter name; hyperparameters stay those of this trainer's
+        optimizer. An EMA that the state lacks starts from its weights.
+
         Raises:
-            RunError: the saved parameters are not this trainer's.
+            RunError: the saved parameters are not this trainer's, or its optimizer's state is of another kind.
         """
         self._before = None
-        if state["weights"].keys() != self.parameters.keys():
+        shapes = {name: weight.shape for name, weight in state["weights"].items()}
+        if shapes != {name: parameter.shape for name, parameter in self.parameters.items()}:
             raise RunError("the checkpoint holds other parameters than this run trains (model, method or rank differ)")
         for name, parameter in self.parameters.items():
             parameter.copy_(state["weights"][name])
         self.masters.write_back()
-        self.optimizer.load_state_dict(dict(state["optimizer"]))
-        for name, parameter in self.parameters.items():
-            slots = self.optimizer.state.get(self.masters.held[name], {})
-            for slot, value in slots.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:  # files forget channels_last
-                    slots[slot] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        kept = () if self.learning_rate is not None else ("lr",)
+        load_optimizer(self.optimizer, state["optimizer"], self.masters.held, self.parameters, kept)
         if self.ema is not None:
-            self.ema.load(state["ema"])
-        self.scaler.load_state_dict(dict(state["scaler"]))
+            self.ema.load(state["ema"] or state["weights"])
+        if state["scaler"]:  # none of a run that was not in fp16
+            self.scaler.load_state_dict(dict(state["scaler"]))
         self.steps_done, self.updates = state["step"], state["updates"]
         self.bad_steps = state.get("bad_steps", 0)  # versions without these wrote neither
         self.gate.open(self.bad_steps)

@@ -1,3 +1,5 @@
+import gc
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +17,10 @@ from finetune.data.loader import batches
 from finetune.errors import RunError
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.lora import add_lora, trainable
+from finetune.training import checkpoint
 from finetune.training.ema import Ema
 from finetune.training.objective import NoisePrediction
+from finetune.training.optim import make_optimizer, parameter_groups
 from finetune.training.trainer import Trainer
 from tests.small_trainer import small_batch, small_trainer
 
@@ -235,3 +239,85 @@ def test_a_state_of_other_parameters_is_refused() -> None:
     _, lora = make("lora")
     with pytest.raises(RunError, match="other parameters"):
         lora.load_state_dict(full.state_dict())
+
+
+def lora_trainer(optimizer: str = "adamw", *, ema: bool = False, b_factor: float = 1.0, **options: Any) -> Trainer:
+    model = load_model("tiny")
+    add_lora(model.unet, rank=2, target_modules=["attn2.to_q"])
+    learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
+    made = make_optimizer(optimizer, parameter_groups(learned, {}, b_factor), learning_rate=1e-3, **options)
+    return Trainer(model.unet, model.encoder, NoisePrediction(model.scheduler), made, ema=Ema(learned) if ema else None)
+
+
+def moments(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: trainer.optimizer.state[p]["exp_avg"] for name, p in trainer.parameters.items()}
+
+
+def test_hyperparameters_of_a_resumed_run_are_its_own_and_moments_the_checkpoints(
+    encoded: Encoded, tmp_path: Path
+) -> None:
+    """LoRA+ cuts the parameters into other groups, so that the optimizer counts them in another order."""
+    first = lora_trainer(weight_decay=0.01)
+    for batch in steps(encoded, 2):
+        first.step(batch)
+    saved = checkpoint.load(checkpoint.save(tmp_path, first.state_dict()))
+    second = lora_trainer(weight_decay=5.0, b_factor=16.0)
+    second.load_state_dict(saved)
+    assert [group["weight_decay"] for group in second.optimizer.param_groups] == [5.0, 5.0]
+    assert [group["factor"] for group in second.optimizer.param_groups] == [1.0, 16.0]
+    before, after = moments(first), moments(second)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    second.step(next(steps(encoded, 1)))
+
+
+def test_an_ema_that_the_checkpoint_lacks_starts_from_its_weights(encoded: Encoded) -> None:
+    first, second = lora_trainer(), lora_trainer(ema=True)
+    first.step(next(steps(encoded, 1)))
+    second.load_state_dict(first.state_dict())
+    assert second.ema is not None
+    assert all(torch.equal(second.ema.shadow[name], weight) for name, weight in first.parameters.items())
+
+
+def test_the_state_of_another_optimizer_is_refused(encoded: Encoded) -> None:
+    first = lora_trainer("sgd")
+    first.step(next(steps(encoded, 1)))
+    with pytest.raises(RunError, match=r"optimizer is SGD, whose state AdamW cannot take over: .*--init_lora"):
+        lora_trainer("adamw").load_state_dict(first.state_dict())
+
+
+def test_prodigys_estimate_is_state_and_its_weight_decay_is_not(encoded: Encoded) -> None:
+    first, second = lora_trainer("prodigy"), lora_trainer("prodigy", weight_decay=0.5)
+    for batch in steps(encoded, 2):
+        first.step(batch)
+    second.load_state_dict(first.state_dict())
+    (before,), (after,) = first.optimizer.param_groups, second.optimizer.param_groups
+    assert [after[name] for name in ("d", "k", "d_numerator")] == [before[name] for name in ("d", "k", "d_numerator")]
+    assert (before["weight_decay"], after["weight_decay"]) == (0.01, 0.5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_nothing_of_a_loaded_checkpoint_stays_mapped(optimizer: str, encoded: Encoded, tmp_path: Path) -> None:
+    first, second = lora_trainer(optimizer), lora_trainer(optimizer, ema=True)
+    first.step(next(steps(encoded, 1)))
+    folder = checkpoint.save(tmp_path, first.state_dict())
+    second.load_state_dict(checkpoint.load(folder))
+    gc.collect()
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_block_that_learns_at_rate_zero_stays_as_it_is(encoded: Encoded) -> None:
+    model = load_model("tiny")
+    add_lora(model.unet, rank=2, target_modules=["attn2.to_q"])
+    learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
+    optimizer = make_optimizer("adamw", parameter_groups(learned, {"down_blocks": 0.0}), learning_rate=1e-3)
+    trainer = Trainer(
+        model.unet, model.encoder, NoisePrediction(model.scheduler), optimizer, learning_rate=lambda step: 0.5
+    )
+    before = {name: weight.detach().clone() for name, weight in trainer.parameters.items()}
+    assert trainer.step(next(steps(encoded, 1))).lr == 0.5
+    changed = {
+        name.split(".")[0] for name, weight in trainer.parameters.items() if not torch.equal(weight, before[name])
+    }
+    assert changed == {"mid_block", "up_blocks"}
