@@ -152,6 +152,9 @@ class DataOptions:
     user's cache folder."""
     cache_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Number format in which encodings are kept; fp16 takes half of the room (benchmarks/RESULTS.md has its error)."""
+    cache_any_environment: bool = option(False, change="free")
+    """Also use encodings that another device, number of threads or library version has computed. The last bits of a run
+    then depend on what the cache folder holds."""
     cache_strict: bool = option(False, change="free")
     """Hash every picture at the start, also where size, time and inode say that its file is unchanged."""
     dataloader_num_workers: int = option(0, NOT_NEGATIVE, change="free", called=("max_data_loader_n_workers",))

@@ -49,7 +49,7 @@ from finetune.run.signals import PAUSE, SAVE, TIME_UP, Requests, StopRequest, ca
 from finetune.run.sources import identity, open_pictures
 from finetune.run.summary import print_summary
 from finetune.run.telling import lora_facts, report
-from finetune.run.trained import write_exports
+from finetune.run.trained import discard_exports, write_exports
 from finetune.run.validating import best_step, validate
 from finetune.training import checkpoint
 from finetune.training.parallel import PATIENCE, Parallel, launched
@@ -103,7 +103,7 @@ def _run(
         print(folder.note)
     if folder.finished:
         if parallel.first:
-            write_exports(config, folder.path, anew=False)
+            write_exports(config, folder.path)
             _push(config, folder.path, found.family)
         return folder.path
     print(f"{'memory':>10}  {check_memory(config, found, accelerator.device)}")
@@ -120,7 +120,7 @@ def _run(
                 _train(run, requests)
                 _finish(run)
                 del run  # what it holds is loaded again
-                write_exports(config, folder.path, anew=True)
+                write_exports(config, folder.path)
             else:
                 _follow(run, requests)
         except (RuntimeError, MemoryError) as error:
@@ -170,7 +170,7 @@ def _put_together(
     samples = plan_samples(
         config, latent=found.family.latent, captions=pictures.trained_captions, visits=volumes.epoch_visits
     )
-    about = about_run(model.unet, identity(volumes), accelerator.device, parallel.world)
+    about = about_run(model, identity(volumes), accelerator.device, parallel.world)
     events.phase("forgetting", folder.step)
     asked = meter(config, model) if parallel.first else None
     comparable = samples.prompts and not model.inpainting  # whose pictures hold most of a training picture
@@ -356,6 +356,7 @@ def _finish(run: Run) -> None:
     page = report(run, ended=True)
     run.accelerator.end_training()
     result = {"steps": run.trainer.steps_done, "trained": trained, "reloaded_output_difference": difference}
+    discard_exports(config, folder)
     run_folder.finish(folder, result)
     what = exported(folder)
     assert what is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 from finetune.cache.demand import Demand
 from finetune.cache.disk import open_store
 from finetune.cache.encoded import Conditions, Encoded, LiveConditions
-from finetune.cache.fill import Work, fill
+from finetune.cache.fill import Made, Work, fill
 from finetune.cache.gathered import Gathered
 from finetune.cache.store import Item
 from finetune.cache.visits import Kept, Live
@@ -19,6 +19,7 @@ from finetune.data.inpainting import shown, small
 from finetune.data.own import Rows, as_pictures
 from finetune.data.pictures import Pictures
 from finetune.errors import DataError
+from finetune.models.conditioners import Conditioner
 from finetune.models.encoders import Encoder
 from finetune.models.loading import DiffusionModel, Frozen
 from finetune.models.tensor_file import DTYPES
@@ -33,6 +34,7 @@ def encode(
     seed: int = 0,
     cache_dir: str | Path | None = None,
     precision: str = "fp32",
+    any_environment: bool = False,
     visited: Iterable[tuple[int, int | None]] | None = None,
     at_most: float | None = None,
     told: Callable[[str, int, int], None] | None = None,
@@ -40,7 +42,8 @@ def encode(
     """Make a dataset ready for training: what is not encoded yet, by an earlier run or another process, is encoded.
 
     Encodings are known by their content: by the picture's bytes, the part of it that is trained, the VAE and the number
-    format; by the caption and the text encoders. Flips keep two encodings; a random crop is drawn once per picture.
+    format; by the caption and the text encoders; and by the device, threads and libraries that computed them. Flips
+    keep two encodings; a random crop is drawn once per picture.
     With `live`, pictures are encoded at each visit instead, with crop and flip drawn anew; so are captions that are
     shuffled. What is no longer needed leaves the device.
 
@@ -52,6 +55,8 @@ def encode(
         seed: of the crops that are drawn once.
         cache_dir: where encodings are kept. None: `finetune-unet` in the user's cache folder; "none": in memory alone.
         precision: number format in which encodings are kept: "fp32", "fp16" or "bf16".
+        any_environment: also use what other devices, numbers of threads or library versions have computed; the bits
+            then depend on what the folder holds.
         visited: the visits to come, in order: number of the picture, and key or None, for any. None: any, to all.
         at_most: seconds that pictures may take, and captions. What would take longer is encoded when a visit comes to
             it, for which the encoder stays on its device. None: everything is encoded now.
@@ -67,22 +72,36 @@ def encode(
     store = Gathered(open_store(cache_dir))
     works, conditions = list[Work](), LiveConditions(model.conditioner)
     if not captioning.shuffle:
-        conditions = Conditions(store, model.conditioner, precision)
+        conditions = Conditions(store, model.conditioner, precision, _maker(model.conditioner, any_environment))
         works.append(_captions(pictures, conditions, [index for index, _ in wanted]))
     visits: Kept | Live = Live(pictures, model.inpainting)
     if not live:
-        visits = Kept(store, pictures, model.encoder.fingerprint, precision, seed, model.inpainting)
+        maker = _maker(model.encoder, any_environment)
+        visits = Kept(store, pictures, maker, precision, seed, model.inpainting)
         works.append(_pictures(visits, model.encoder, wanted))
-    made = []
+    made = _filled(store, works, at_most, told)
+    demands = [Demand(store, work) for work, done in zip(works, made, strict=True) if done.left]
+    encoder, inpainting = model.encoder if live else None, model.encoder if model.inpainting else None
+    parts = visits, encoder, model.conditioner, conditions, captioning, made, store, demands, inpainting
+    return Encoded(pictures, pictures.shapes(), *parts)
+
+
+def _filled(
+    store: Gathered, works: Sequence[Work], at_most: float | None, told: Callable[[str, int, int], None] | None
+) -> list[Made]:
+    made = list[Made]()
     with closing(store):  # or what was claimed would stay so
         for work in works:
             made.append(fill(store, work, at_most, told))
             if not made[-1].left:
                 work.network.to("cpu")
-    demands = [Demand(store, work) for work, done in zip(works, made, strict=True) if done.left]
-    encoder, inpainting = model.encoder if live else None, model.encoder if model.inpainting else None
-    parts = visits, encoder, model.conditioner, conditions, captioning, made, store, demands, inpainting
-    return Encoded(pictures, pictures.shapes(), *parts)
+    return made
+
+
+def _maker(network: Encoder | Conditioner, any_environment: bool) -> str:
+    """What made an encoding: the network, and where it ran unless that is of no interest."""
+    exact = any_environment or not network.environment
+    return network.fingerprint if exact else f"{network.fingerprint} on {network.environment}"
 
 
 def _captions(pictures: Pictures, conditions: Conditions, indices: Iterable[int]) -> Work:

@@ -34,18 +34,19 @@ class Conditions:
         store: where it is.
         conditioner: what made it.
         precision: number format that is kept.
+        maker: the conditioner in its keys: fingerprint and environment.
     """
 
     MOST = 64
     """Captions at hand: with one prompt for all pictures, nothing is read twice."""
 
-    def __init__(self, store: Store, conditioner: Conditioner, precision: str) -> None:
-        self.store, self.precision, self.conditioner = store, precision, conditioner
+    def __init__(self, store: Store, conditioner: Conditioner, precision: str, maker: str) -> None:
+        self.store, self.precision, self.conditioner, self.maker = store, precision, conditioner, maker
         self._at_hand: OrderedDict[str, Item] = OrderedDict()
 
     def key(self, caption: str) -> str:
         """Of what is stored for a caption."""
-        return caption_key(caption, self.conditioner.fingerprint, self.precision)
+        return caption_key(caption, self.maker, self.precision)
 
     def of(self, captions: Sequence[str]) -> Item:
         """Tensors of first size B, floats as fp32."""
@@ -144,6 +145,11 @@ class Encoded:
         return self.pictures.repeats
 
     @property
+    def class_examples(self) -> Sequence[int]:
+        """Those that take turns in being visited as often as all others together."""
+        return self.pictures.class_pictures
+
+    @property
     def weights(self) -> Sequence[float]:
         """How much each counts in the loss of a step, beside the others."""
         return self.pictures.weights
@@ -151,7 +157,7 @@ class Encoded:
     @property
     def epoch_visits(self) -> int:
         """Visits of an epoch."""
-        return sum(self.repeats)
+        return self.pictures.epoch_visits
 
     def assemble(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[tuple[Tensor, Sequence[int]]]) -> Batch:
         """Loaded visits -> Batch on the CPU. Raises DataError when the pictures differ in size."""

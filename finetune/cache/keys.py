@@ -19,7 +19,7 @@ def picture_key(
         digest: of the picture.
         placement: the part, and its size.
         flip: mirrored.
-        encoder: the encoder's fingerprint.
+        encoder: the encoder's fingerprint and environment.
         precision: number format that is kept.
         background: the colour behind it.
         covered: what hides some of it.
@@ -31,5 +31,5 @@ def picture_key(
 
 
 def caption_key(caption: str, conditioner: str, precision: str) -> str:
-    """Of what the conditioner with this fingerprint made of a caption."""
+    """Of what the conditioner with this fingerprint and environment made of a caption."""
     return wide_fold("caption", caption, conditioner, precision)

@@ -38,7 +38,7 @@ class Kept:
     store: Store
     pictures: Pictures
     encoder: str
-    """Its fingerprint."""
+    """Its fingerprint, and the environment that it runs in."""
     precision: str
     seed: int
     inpainting: bool = False

@@ -26,6 +26,7 @@ def run(options: Options, config: TrainConfig) -> None:
     from finetune.cache.encode import encode
     from finetune.models.loading import check_resolution, load_frozen
     from finetune.models.locate import locate
+    from finetune.run.precision import gpu_algorithms
     from finetune.run.resolve import with_absolute_paths
     from finetune.run.sources import open_pictures
     from finetune.run.summary import encodings
@@ -46,12 +47,20 @@ def run(options: Options, config: TrainConfig) -> None:
         vae=config.vae,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kept = {"seed": config.seed, "cache_dir": config.cache_dir, "precision": config.cache_precision}
     for number in range(len(volumes)):
         pictures = volumes.at(number)
         frozen.encoder.to(device)
         frozen.conditioner.to(device)
-        told = encodings(encode(pictures, frozen, **kept), config.cache_dir)
+        with gpu_algorithms(deterministic=config.deterministic, tuned=False):  # as training does
+            encoded = encode(
+                pictures,
+                frozen,
+                seed=config.seed,
+                cache_dir=config.cache_dir,
+                precision=config.cache_precision,
+                any_environment=config.cache_any_environment,
+            )
+        told = encodings(encoded, config.cache_dir)
         print(told if len(volumes) == 1 else f"{told} (volume {number + 1} of {len(volumes)})", flush=True)
         for line in pictures.notes():
             print(f"note: {line}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from finetune.models.environment import numeric_environment
 from finetune.models.together import captions_at_once, in_parts
 from finetune.models.weights import fingerprint
 
@@ -24,7 +25,12 @@ class Conditioner(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all that decides what `encode` answers."""
+        """A digest of the weights and settings that decide what `encode` answers."""
+        ...
+
+    @property
+    def environment(self) -> str:
+        """What decides the bits of `encode` besides (see `numeric_environment`); "" where it is exact everywhere."""
         ...
 
     def encode(self, prompts: Sequence[str]) -> Mapping[str, Any]:
@@ -63,6 +69,7 @@ class NoCondition:
     token_limit = 0
     at_once = 1
     fingerprint = "none"
+    environment = ""
 
     def to(self, device: torch.device | str) -> Self:
         return self
@@ -153,6 +160,10 @@ class ClipConditioner:
         return fingerprint(self.text_encoder, how, self.chunks, self.clip_skip or 1)
 
     @property
+    def environment(self) -> str:
+        return numeric_environment(self.text_encoder.device)
+
+    @property
     def token_limit(self) -> int:
         return self.chunks * (self.tokenizer.model_max_length - 2)
 
@@ -230,6 +241,10 @@ class SdxlConditioner:
     def fingerprint(self) -> str:
         how = [_settings(*pair) for pair in zip(self.tokenizers, self.text_encoders, strict=True)]
         return fingerprint(nn.ModuleList(self.text_encoders), how, self.chunks, self.clip_skip)
+
+    @property
+    def environment(self) -> str:
+        return numeric_environment(self.text_encoders[0].device)
 
     @property
     def token_limit(self) -> int:

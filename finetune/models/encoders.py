@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from finetune import seeding
+from finetune.models.environment import numeric_environment
 from finetune.models.together import in_parts, pictures_at_once
 from finetune.models.weights import fingerprint
 
@@ -20,7 +21,12 @@ class Encoder(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all that decides what `encode` answers."""
+        """A digest of the weights and settings that decide what `encode` answers."""
+        ...
+
+    @property
+    def environment(self) -> str:
+        """What decides the bits of `encode` besides (see `numeric_environment`); "" where it is exact everywhere."""
         ...
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -57,6 +63,10 @@ class VaeEncoder:
     @cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.vae, *[self.vae.config[name] for name in ("act_fn", "norm_num_groups")])
+
+    @property
+    def environment(self) -> str:
+        return numeric_environment(self.vae.device)
 
     def to(self, device: torch.device | str) -> Self:
         self.vae.to(device)
@@ -95,6 +105,7 @@ class PixelEncoder:
     """x0 is the picture itself; stored as bytes, (B, 3, H, W) uint8."""
 
     fingerprint = "pixels"
+    environment = ""
 
     def to(self, device: torch.device | str) -> Self:
         return self

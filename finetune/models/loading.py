@@ -21,7 +21,7 @@ from finetune.models.conditioners import ClipConditioner, Conditioner, NoConditi
 from finetune.models.encoders import Encoder, PixelEncoder, VaeEncoder
 from finetune.models.families import Family
 from finetune.models.locate import Location, locate, scratch_multiple
-from finetune.models.source import ModelSource, open_source
+from finetune.models.source import ModelSource, open_source, vae_from
 
 
 @dataclass
@@ -213,7 +213,7 @@ def _vae_folder(folder: Path) -> Path:
 
 def _other_vae(folder: Path, source: ModelSource) -> AutoencoderKL:
     """The VAE in another folder. Raises ModelError for one with other latents."""
-    vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True).float()
+    vae = vae_from(folder)
     own = source.config("vae")
     for name, ours, theirs in (
         ("latent channels", own["latent_channels"], vae.config["latent_channels"]),

@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.errors import ModelError, UsageError, hub_errors
 from finetune.models.families import FAMILIES, Family
+from finetune.models.known_parts import refuse_unknown_parts
 from finetune.models.single_file import Checkpoint, inspect
 from finetune.models.tiny import tiny_folder
 
@@ -31,6 +32,8 @@ HUB_FILES = [
     "text_encoder_2/model.safetensors",
 ]
 """What a download takes of a repository: the parts that are used, in full precision, safetensors only."""
+
+HUB_CONFIGS = ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json", "text_encoder*/config.json"]
 
 _FILES = {
     "unet": ("config.json",),
@@ -106,7 +109,9 @@ def scratch_multiple(resolution: int) -> int:
 
 
 def _from_hub(name: str, hub_id: str) -> Location:
-    _kind(name, _download(hub_id, ["unet/config.json"]))  # before gigabytes are fetched in vain
+    configs = _download(hub_id, HUB_CONFIGS)  # before gigabytes are fetched in vain
+    _kind(name, configs)
+    refuse_unknown_parts(name, configs)
     return _inspect(name, _download(hub_id, HUB_FILES))
 
 
@@ -184,6 +189,7 @@ def _inspect(name: str, folder: Path) -> Location:
     unet = _kind(name, folder)
     family = _family(name, unet)
     _refuse_other_classes(name, folder, family)
+    refuse_unknown_parts(name, folder)
     for file in _needed(folder, family):
         if not (folder / file).is_file():
             raise ModelError(f"--model {name}: part missing: {file}")

@@ -88,7 +88,7 @@ class FolderSource:
     def unet(self, dtype: torch.dtype) -> UNet2DConditionModel | UNet2DModel:
         folder = self.place / "unet"
         if self.config("unet")["_class_name"] == "UNet2DModel":
-            unet = UNet2DModel.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+            unet = strictly_loaded(UNet2DModel, folder)
             return nn.Module.to(unet, dtype)  # `from_pretrained` has another name for it in each generation
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
@@ -96,12 +96,10 @@ class FolderSource:
         return unet.eval()
 
     def vae(self) -> AutoencoderKL:
-        return AutoencoderKL.from_pretrained(self.place / "vae", local_files_only=True, use_safetensors=True).float()
+        return vae_from(self.place / "vae")
 
     def text_encoder(self, part: str) -> CLIPTextModel | CLIPTextModelWithProjection:
-        return _text_model(part).from_pretrained(
-            self.place / part, dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
+        return strictly_loaded(_text_model(part), self.place / part, dtype=torch.float32)
 
     def tokenizer(self, part: str) -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(self.place / part, local_files_only=True)
@@ -150,7 +148,7 @@ class FileSource:
         prefix = OPENCLIP_XL if part == "text_encoder_2" else CLIP[self.checkpoint.family]
         openclip = part == "text_encoder_2" or self.checkpoint.family == "sd21"
         state = self._openclip(prefix, config) if openclip else self._clip(prefix)
-        return _text_model(part).from_pretrained(None, config=config, state_dict=state).float()
+        return strictly_loaded(_text_model(part), None, config=config, state_dict=state).float()
 
     def tokenizer(self, part: str) -> CLIPTokenizer:
         openclip = part == "tokenizer_2" or self.checkpoint.family == "sd21"
@@ -184,6 +182,29 @@ class FileSource:
             raise ModelError(f"--model {self.place}: {len(missing)} tensors are missing, such as {missing[0]}")
         for ours, (_, tensor) in zip(keys, read_tensors(self.place, keys.values()), strict=True):
             yield ours, convert(ours, tensor)
+
+
+def strictly_loaded(kind: Any, folder: Path | None, **options: Any) -> Any:
+    """A part of diffusers or transformers. Raises ModelError where the library would fill tensors at random.
+
+    Args:
+        kind: the class.
+        folder: where its files are; None: the options hold its tensors.
+        options: of `from_pretrained`.
+    """
+    local = {} if folder is None else {"local_files_only": True, "use_safetensors": True}
+    model, loading = kind.from_pretrained(folder, **local, **options, output_loading_info=True)
+    place = folder or kind.__name__
+    if missing := sorted(loading["missing_keys"]):
+        raise ModelError(f"{place}: {len(missing)} tensors are missing, such as {missing[0]}")
+    if mismatched := sorted(map(str, loading["mismatched_keys"])):
+        raise ModelError(f"{place}: weights do not fit the config: {mismatched[0]} ({len(mismatched)} such)")
+    return model
+
+
+def vae_from(folder: Path) -> AutoencoderKL:
+    """The VAE in a folder of its own, in fp32. Raises ModelError where tensors are missing."""
+    return strictly_loaded(AutoencoderKL, folder).float()
 
 
 def _text_model(part: str) -> Any:

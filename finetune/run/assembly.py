@@ -78,6 +78,7 @@ def encoded_for(
         seed=config.seed,
         cache_dir=config.cache_dir,
         precision=config.cache_precision,
+        any_environment=config.cache_any_environment,
         visited=chain(
             ((index, None) for index in validated),
             _visits(config, pictures, steps, parallel, inpainting=model.inpainting),
@@ -101,7 +102,13 @@ def _visits(
 
 def sampler(config: ResolvedConfig, pictures: Pictures) -> Sampler:
     """What each step of a run visits."""
-    return Sampler(pictures.shapes(), batch_size=config.global_batch, seed=config.seed, repeats=pictures.repeats)
+    return Sampler(
+        pictures.shapes(),
+        batch_size=config.global_batch,
+        seed=config.seed,
+        repeats=pictures.repeats,
+        class_examples=pictures.class_pictures,
+    )
 
 
 def _load(config: ResolvedConfig, found: Location, device: torch.device) -> DiffusionModel:

@@ -1,6 +1,5 @@
 """What a checkpoint says of the run that wrote it, beside its options, and what a resume makes of a difference."""
 
-import platform
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -10,32 +9,34 @@ import torch
 from torch import nn
 
 from finetune.errors import UsageError
+from finetune.models.environment import device_name
+from finetune.models.loading import DiffusionModel
 from finetune.models.weights import likeness
 
+_FROZEN = {"vae": ("vae",), "text_encoder": ("tokenizer", "clip_skip", "max_token_length")}
+"""Frozen part -> options that change its fingerprint."""
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
-def about_run(unet: nn.Module, data: str, device: torch.device, processes: int) -> dict[str, Any]:
+def about_run(model: DiffusionModel, data: str, device: torch.device, processes: int) -> dict[str, Any]:
     """What this run is made of, fit for JSON.
 
     Args:
-        unet: untrained, as it was loaded.
+        model: untrained, as it was loaded.
         data: digest of the pictures, their names and captions.
         device: on which it learns.
         processes: that train together.
     """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{device.type} ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+    unet: nn.Module = model.unet
     weights = dict(unet.named_parameters())
     frozen = {name: weight for name, weight in weights.items() if not weight.requires_grad}  # what a LoRA is put on
     return {
         "data": data,
         "base_model": {"dtype": str(next(unet.parameters()).dtype), "digest": likeness(frozen or weights)},
+        "frozen": {"vae": model.encoder.fingerprint, "text_encoder": model.conditioner.fingerprint},
         "processes": processes,
         "threads": torch.get_num_threads(),
-        "machine": {"device": name} | {library: version(library) for library in _LIBRARIES},
+        "machine": {"device": device_name(device)} | {library: version(library) for library in _LIBRARIES},
     }
 
 
@@ -45,14 +46,18 @@ def compared(then: Mapping[str, Any], now: Mapping[str, Any], allowed: Collectio
     Args:
         then: of a checkpoint; {} where there is none, or an older version wrote it.
         now: of this run.
-        allowed: "data" and "model" may be others.
+        allowed: options that may be others, "data" and "model" among them.
 
     Raises:
-        UsageError: the base model or the pictures are others.
+        UsageError: the base model, a frozen part of it or the pictures are others.
     """
     base, ours = then.get("base_model", now["base_model"]), now["base_model"]
     if base != ours and base["dtype"] == ours["dtype"] and "model" not in allowed:
         raise UsageError("model: its weights are not those that the checkpoint began with; --allow_changed model")
+    frozen = then.get("frozen", now["frozen"])
+    for part, options in _FROZEN.items():
+        if frozen[part] != now["frozen"][part] and not {"model", *options} & set(allowed):
+            raise UsageError(f"{part}: its weights are not those that the checkpoint began with; --allow_changed model")
     if then.get("data", now["data"]) != now["data"] and "data" not in allowed:
         raise UsageError("data: the pictures are not those that the checkpoint learned from; --allow_changed data")
     machine = then.get("machine", now["machine"])

@@ -80,7 +80,7 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
         return Volumes.whole(pictures)
     whole = together(deals, times)
     counts = [len(pictures.trained), *whole.counts[1:]]
-    visits = [sum(pictures.repeats), *whole.visits[1:]]
+    visits = [pictures.epoch_visits, *whole.visits[1:]]
     later = _later(volume, config, pictures, captioned=found.family.latent)
     return Volumes(pictures, counts, visits, whole.found, later, whole.digest)
 
@@ -276,4 +276,6 @@ def digest(pictures: Pictures) -> str:
     """A digest of the pictures, their names, captions and repeats."""
     captions = [text for index in range(len(pictures)) for text in pictures.texts(index)]
     parts = (*pictures.ids, *captions, *pictures.contents, *pictures.repeats, *pictures.mask_digests)
+    if pictures.class_pictures:  # version 0.1.0 visited them in another order
+        parts += ("in turn",)
     return f"{fold(*parts):016x}"

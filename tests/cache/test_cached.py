@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -14,6 +15,7 @@ from finetune.cache.care import contents, verify
 from finetune.cache.disk import SHARDS, DiskStore, existing_store
 from finetune.cache.encode import encode
 from finetune.cache.encoded import Encoded
+from finetune.cache.visits import Version
 from finetune.data.datasets import open_dataset
 from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import batches
@@ -192,3 +194,29 @@ def test_pictures_of_ones_own_are_known_by_their_pixels(encoded: Count) -> None:
     assert encoded(Own(50))["picture"] == (2, 2)
     assert encoded(Own(50))["picture"] == (2, 0)
     assert encoded(Own(60))["picture"] == (2, 1)
+
+
+def test_what_a_cache_holds_of_another_environment_changes_no_bit(
+    folder: Path, tiny: DiffusionModel, tmp_path: Path
+) -> None:
+    """Two threads add up in another order than one, and a run of two takes no encoding that one has made."""
+
+    def encodings(threads: int, cache: str, **options: Any) -> tuple[int, list[dict[str, Tensor]]]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            found = encode(ImageFolder(folder, resolution=64), tiny, cache_dir=tmp_path / cache, **options)
+            keys = [found.visits.key(index, Version(flip=False)) for index in range(len(found))]
+            return sum(made.new for made in found.made), [dict(item) for item in found.visits.store.load(keys)]
+        finally:
+            torch.set_num_threads(before)
+
+    encodings(1, "shared")
+    new, after_one = encodings(2, "shared")
+    _, alone = encodings(2, "alone")
+    assert new > 0
+    assert all(torch.equal(a["stored"], b["stored"]) for a, b in zip(after_one, alone, strict=True))
+    assert encodings(2, "shared")[0] == encodings(1, "shared")[0] == 0
+
+    assert encodings(1, "any", any_environment=True)[0] > 0
+    assert encodings(2, "any", any_environment=True)[0] == 0

@@ -138,7 +138,9 @@ def test_a_scheduler_class_of_ones_own_is_refused_and_not_imported(tmp_path: Pat
     copy_tiny(tmp_path)
     path = tmp_path / "scheduler/scheduler_config.json"
     path.write_text(path.read_text().replace("DDIMScheduler", "MyScheduler"))
-    with pytest.raises(ModelError, match="'MyScheduler' is no scheduler of diffusers"):
+    with pytest.raises(
+        ModelError, match="MyScheduler may be another noise process than is trained here; known schedulers are DDPM, "
+    ):
         load_model(tmp_path)
 
 
@@ -193,3 +195,57 @@ def test_tensors_that_lie_where_they_cannot_are_not_read(
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
     with pytest.raises(ModelError, match=r"a\.safetensors is damaged"):
         dict(read_tensors(path))
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("vae", "encoder.mid_block.attentions.0.to_q.weight"),
+        ("text_encoder", "embeddings.token_embedding.weight"),
+    ],
+)
+def test_a_frozen_part_that_lacks_a_tensor_is_refused(part: str, name: str, tmp_path: Path) -> None:
+    """Libraries fill it with random numbers, others at each start."""
+    copy_tiny(tmp_path)
+    (path,) = (tmp_path / part).glob("*.safetensors")
+    tensors = {key: tensor for key, tensor in load_file(path).items() if not key.endswith(name)}
+    save_file(tensors, path, {"format": "pt"})
+    missing = rf"{part}: 1 tensors are missing, such as {name}"
+    with torch.random.fork_rng(devices=[]), pytest.raises(ModelError, match=missing):  # transformers draws before
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "FlowMatchEuler.* known",
+        ),
+        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler may be another"),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "EDMDPMSolverMultistepScheduler"},
+            "EDMDPM.* may be another",
+        ),
+        (
+            "scheduler/scheduler_config.json",
+            {"prediction_type": "flow_prediction"},
+            "prediction_type is flow_prediction",
+        ),
+        ("scheduler/scheduler_config.json", {"use_flow_sigmas": True}, "use_flow_sigmas is true"),
+        ("vae/config.json", {"latents_mean": [0.0] * 4}, "latents_mean is set"),
+        ("vae/config.json", {"latents_std": [1.0] * 4}, "latents_std is set"),
+        ("vae/config.json", {"_class_name": "AsymmetricAutoencoderKL"}, "AsymmetricAutoencoderKL is not known"),
+        ("text_encoder/config.json", {"model_type": "chatglm"}, "chatglm is not known"),
+    ],
+)
+def test_a_model_of_another_noise_process_or_kind_is_refused_by_name(
+    tmp_path: Path, file: str, change: dict[str, object], message: str
+) -> None:
+    copy_tiny(tmp_path)
+    path = tmp_path / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelError, match=rf"^--model .*: {file}: .*{message}"):
+        load_model(tmp_path)

@@ -9,9 +9,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from finetune.config import TrainConfig, load_resolved
 from finetune.errors import UsageError
+from finetune.models.loading import load_model
 from finetune.models.weights import likeness
 from finetune.recipe import fine_tune
 from finetune.run.lineage import about_run, compared, threads, threads_then
@@ -33,8 +35,7 @@ def test_another_weight_anywhere_is_another_likeness() -> None:
 
 
 def test_only_what_gives_other_bits_is_told() -> None:
-    conv = torch.nn.utils.skip_init(torch.nn.Conv2d, 1, 1, 1)
-    then = about_run(conv, "digest", torch.device("cpu"), 2)
+    then = about_run(load_model("tiny"), "digest", torch.device("cpu"), 2)
     now = json.loads(json.dumps(then))
     assert compared(then, now, ()) == compared({}, now, ()) == ""
     now["machine"]["torch"] = "99"
@@ -103,3 +104,37 @@ def test_a_resume_of_other_pictures_and_seed_goes_on_where_that_is_allowed(
     assert checkpoint.record(tmp_path / "out/checkpoint-3")["step"] == 3
     recorded = load_resolved(tmp_path / "out/config.toml")
     assert (recorded.seed, recorded.allow_changed) == (5, ())
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_resume_with_another_frozen_part_is_refused(part: str, pictures: Path, tmp_path: Path) -> None:
+    copy_tiny(tmp_path / "base")
+    given = {"model": str(tmp_path / "base"), "data": str(pictures), "output_dir": str(tmp_path / "out"), "rank": 2}
+    given |= {"max_train_steps": 1, "num_inference_steps": 0, "lr_scheduler": "constant", "train_batch_size": 1}
+    fine_tune(TrainConfig(**given))
+    (weights,) = (tmp_path / "base" / part).glob("*.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    longer = given | {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    with pytest.raises(UsageError, match=f"{part}: its weights are not those that the checkpoint began with"):
+        fine_tune(TrainConfig(**longer))
+    fine_tune(TrainConfig(**longer, allow_changed=["model"]))
+
+
+def test_options_of_the_optimizer_that_are_allowed_to_change_do(pictures: Path, tmp_path: Path) -> None:
+    """Weight decay, LoRA+, a block's rate and an EMA change what a resumed run learns; another optimizer is refused."""
+    given = {"data": str(pictures), "rank": 2, "max_train_steps": 1, "train_batch_size": 1, "num_inference_steps": 0}
+    given |= {"lr_scheduler": "constant", "lr_warmup_steps": 0, "lora_target_modules": ["attn2.to_q"], "use_ema": False}
+    fine_tune(TrainConfig(**given, output_dir=str(tmp_path / "out")))
+    learned = []
+    changes: list[dict[str, object]] = [{}, {"adam_weight_decay": 5.0}, {"loraplus_lr_ratio": 16.0}]
+    changes += [{"block_learning_rate": ["up=0"]}, {"use_ema": True}]
+    for number, change in enumerate(changes):
+        folder = shutil.copytree(tmp_path / "out", tmp_path / str(number))
+        longer = {**given, **change, "max_train_steps": 2, "resume_from_checkpoint": "latest"}
+        allowed = {"allow_changed": list(change)} if change else {}
+        fine_tune(TrainConfig(**longer, **allowed, output_dir=str(folder)))
+        learned.append((folder / "pytorch_lora_weights.safetensors").read_bytes())
+    assert len(set(learned)) == len(learned)
+    longer = given | {"max_train_steps": 2, "resume_from_checkpoint": "latest", "allow_changed": ["optimizer"]}
+    with pytest.raises(UsageError, match=r"optimizer: adamw -> sgd: no optimizer can take over .* --init_lora"):
+        fine_tune(TrainConfig(**longer, optimizer="sgd", output_dir=str(tmp_path / "out")))
