@@ -123,12 +123,12 @@ def serious(page: Page, axe: Path) -> list[str]:
     return [f"{each['id']}: {each['nodes'][0]['html'][:110]} ({len(each['nodes'])})" for each in bad]
 
 
-def look(browser: Any, work: Path, axe: Path | None) -> None:
+def look(browser: Any, address: str, work: Path, axe: Path | None) -> None:
     """Each tab, light and dark, wide and narrow."""
     for scheme in ("light", "dark"):
         for width in (1280, 390):
             page = browser.new_page(viewport={"width": width, "height": 1000}, color_scheme=scheme)
-            page.goto(f"http://127.0.0.1:{PORT}/")
+            page.goto(address)
             for tab in ("Start", "Watch", "Draw"):
                 page.get_by_role("tab", name=tab).click()
                 page.wait_for_timeout(2500)
@@ -156,17 +156,17 @@ def main() -> None:
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
-        print(server.stdout.readline().strip())
+        address = server.stdout.readline().split()[-1]
         with sync_playwright() as play:
             browser = play.chromium.launch(executable_path=options.chromium, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1280, "height": 1000})
-            page.goto(f"http://127.0.0.1:{PORT}/")
+            page.goto(address)
             page.get_by_role("button", name="Start", exact=True).wait_for()
             paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
             say("first paint", f"{paint / 1000:.2f} s", "2 s")
             measure_runs(page, work)
             measure_many(page, work)
-            look(browser, work, options.axe)
+            look(browser, address, work, options.axe)
             browser.close()
     finally:
         server.terminate()

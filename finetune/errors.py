@@ -42,6 +42,10 @@ class Interrupted(FinetuneError):
         self.exit_code = exit_code
 
 
+INTERRUPTED = "interrupted"
+"""What the command says when a signal ends it at once."""
+
+
 def first_line(error: Exception) -> str:
     """What a library says, as far as it fits into a line."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,7 +1,6 @@
 """finetune-unet ui: a page to start, watch and compare runs in a browser."""
 
 import importlib.util
-import ipaddress
 import os
 import secrets
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ class Options:
     work: str = "."
     """Where runs are started: they lie in its runs/."""
     host: str = "127.0.0.1"
-    """Address to listen at. Any but this machine's own asks visitors for a token."""
+    """Address to listen at. Visitors need the token that is part of the printed address."""
     port: int = 7860
     """Port to listen at."""
     open: bool = False
@@ -42,12 +41,5 @@ def run(options: Options) -> None:
     from finetune.page.app import Page, build
     from finetune.page.serving import serve
 
-    token = None if _is_loopback(options.host) else secrets.token_urlsafe(16)
+    token = secrets.token_urlsafe(16)
     serve(build(Page(places)), host=options.host, port=options.port, token=token, open_browser=options.open)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

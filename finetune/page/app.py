@@ -12,11 +12,12 @@ from typing import Any
 import gradio as gr
 
 from finetune.errors import UsageError
+from finetune.files import is_inside
 from finetune.models.families import FAMILIES
 from finetune.page import views
 from finetune.page.form import Form
 from finetune.page.places import Places
-from finetune.page.processes import Queue, ask, command_line, stop
+from finetune.page.processes import Queue, ask, command_line
 from finetune.results.following import Follower
 from finetune.results.sections import of_copies
 
@@ -64,8 +65,11 @@ class Page:
         return views.of_text("It is in the queue; see Watch.")
 
     def stop(self, name: str | None) -> str:
-        stop(self.places.run(name))
-        return views.of_text(f"{name}: it ends with a checkpoint after this step.")
+        self.places.run(name)
+        run = self.follower(name)
+        assert run is not None
+        run.stop()
+        return views.of_text(f"{name}: it is stopping, and ends with a checkpoint after this step.")
 
     def resume(self, name: str | None) -> str:
         run = self.places.run(name)
@@ -89,7 +93,10 @@ class Page:
             return ""
         step = steps[min(int(number), len(steps) - 1)]
         below = f"Step {step}: {of_copies(run.copies[step])}" if step in run.copies else f"Step {step}"
-        return views.of_picture(run.folder / run.pictures[step], f"{name}: pictures at step {step}", below)
+        path = run.folder / run.pictures[step]
+        if not is_inside(path, run.folder):
+            return ""
+        return views.of_picture(path, f"{name}: pictures at step {step}", below)
 
     def tick(self, name: str | None, other: str | None, seen: dict[str, Any]) -> list[Any]:
         """What has changed since this page was told last: both runs, pictures, the queue, names of runs."""

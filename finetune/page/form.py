@@ -1,5 +1,6 @@
 """What is filled in on the page, as the words of a command line."""
 
+import dataclasses
 import re
 import shlex
 import types
@@ -10,8 +11,23 @@ from typing import Any
 
 from finetune.errors import UsageError
 from finetune.models.families import FAMILIES
-from finetune.options import about, option_types
+from finetune.options import (
+    DataOptions,
+    ModelOptions,
+    SampleOptions,
+    TrainingOptions,
+    ValidationOptions,
+    about,
+    option_types,
+)
 from finetune.page.places import Places
+
+_OPEN = {
+    field.name
+    for section in (ModelOptions, DataOptions, TrainingOptions, ValidationOptions, SampleOptions)
+    for field in dataclasses.fields(section)
+} - {"follow_links"}
+"""Options that the page takes, unless they take text: none says where to write, what to delete or to publish."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -43,6 +59,7 @@ class Form:
             "max_train_steps": str(int(self.steps)) if self.steps else "",
         }
         words = [word for name, value in given.items() if value for word in _option(name, value)]
+        words.append("--no_follow_links")  # which could lead out of what is open
         return words + ["--early_stop"] * self.early_stop + _more(self.more)
 
 
@@ -63,7 +80,9 @@ def _model(given: str, places: Places) -> str:
 
 
 def _more(text: str) -> list[str]:
-    """The words of further options. Raises UsageError for those that take text, which could be a path."""
+    """The words of further options. Raises UsageError for those that take text, which could be a path, and for those
+    that delete, publish or resume.
+    """
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -78,6 +97,8 @@ def _more(text: str) -> list[str]:
         name = next((ours for ours, known in about().items() if name in known.names), name)
         if name not in kinds:
             raise UsageError(f"more options: there is no option {word}")
+        if name not in _OPEN:
+            raise UsageError(f"more options: {word} is for the command line")
         if _takes_text(kinds[name]):
             raise UsageError(f"more options: {word} takes text, and is for the command line")
     return words

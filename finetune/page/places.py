@@ -6,6 +6,7 @@ from pathlib import Path
 from finetune.data.listing import is_picture
 from finetune.data.shards import SUFFIX
 from finetune.errors import UsageError
+from finetune.files import is_inside
 
 _DEPTH, _MOST = 3, 200
 """How deep picture folders are looked for, and how many are offered."""
@@ -61,7 +62,8 @@ class Places:
     def run_names(self) -> list[str]:
         """Names of the run folders, the newest first."""
         try:
-            folders = [entry for entry in self.runs.iterdir() if (entry / "samples").is_dir()]
+            entries = [entry for entry in self.runs.iterdir() if is_inside(entry / "samples", self.runs)]
+            folders = [entry for entry in entries if (entry / "samples").is_dir()]
             return [folder.name for folder in sorted(folders, key=lambda path: -path.stat().st_mtime)]
         except OSError:  # not made yet, or one was deleted in between
             return []

@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune.errors import UsageError
-from finetune.results.following import Follower
+from finetune.errors import INTERRUPTED, UsageError
 
 _TERMINAL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _LOOK = 0.5
@@ -51,14 +50,11 @@ def complaint(stderr: str) -> str:
     return lines[-1] if lines else "it ended without a word"
 
 
-def stop(run: Path) -> None:
-    """Ask a run to stop with a checkpoint. Raises UsageError where none runs here."""
-    follower = Follower(run)
-    follower.read()
-    process = follower.process()
-    if process is None or follower.end is not None:
-        raise UsageError(f"{run.name}: it is not running on this machine")
-    process.send_signal(signal.SIGINT)
+def failure(code: int, stderr: str) -> str:
+    """Why a run has failed, by its exit code and what it has complained; "" where it has ended or kept a checkpoint."""
+    said = complaint(stderr)
+    kept = code == 128 + signal.SIGINT and said != f"finetune-unet: {INTERRUPTED}"
+    return said if code and not kept else ""
 
 
 class Queue:
@@ -121,8 +117,7 @@ class Queue:
                 errors.seek(0)
                 text = errors.read()
             with self._lock:
-                if process.returncode not in (0, 128 + signal.SIGINT):
-                    self._failed = complaint(text)
+                self._failed = failure(process.returncode, text) or self._failed
 
 
 def _argv(words: Sequence[str]) -> list[str]:

@@ -1,50 +1,54 @@
-"""Serving the page: to this machine, or to others with a token."""
+"""Serving the page to whoever has its token."""
 
 import socket
-import time
+import threading
+import webbrowser
 
 import gradio as gr
+import uvicorn
+from starlette.applications import Starlette
 
 from finetune.errors import UsageError
+from finetune.page.guard import App, Guard
 from finetune.page.views import STYLE
 
-USER = "finetune"
+
+def guarded(blocks: gr.Blocks, *, host: str, token: str) -> App:
+    """The page as an ASGI application behind its `Guard`."""
+    page = gr.mount_gradio_app(
+        Starlette(),  # pyright: ignore[reportArgumentType] # a FastAPI is one, and nothing more is used of it
+        blocks,
+        path="/",
+        ssr_mode=False,
+        footer_links=[],
+        theme=_theme(),
+        css=STYLE,
+        max_file_size=0,
+    )
+    return Guard(page, token=token, host=host)
 
 
-def serve(blocks: gr.Blocks, *, host: str, port: int, token: str | None, open_browser: bool = False) -> None:
+def serve(blocks: gr.Blocks, *, host: str, port: int, token: str, open_browser: bool = False) -> None:
     """Serve until Ctrl-C.
 
     Args:
         blocks: the page.
         host, port: to listen at.
-        token: that visitors have to give; None: they need none.
+        token: that visitors have to give, in the address that is printed.
         open_browser: show it at once.
 
     Raises:
         UsageError: nothing can listen there.
     """
     _check_free(host, port)
-    blocks.launch(
-        server_name=host,
-        server_port=port,
-        auth=(USER, token) if token else None,
-        inbrowser=open_browser,
-        prevent_thread_lock=True,
-        quiet=True,
-        share=False,
-        ssr_mode=False,
-        footer_links=[],
-        theme=_theme(),
-        css=STYLE,
-    )
-    print(f"the page is at http://{'localhost' if host.startswith('127.') else host}:{port}", flush=True)
-    if token:
-        print(f"user {USER}, token {token}", flush=True)
-    try:
-        while True:
-            time.sleep(3600)
-    finally:
-        blocks.close(verbose=False)
+    name = "localhost" if host.startswith("127.") else socket.gethostname() if host == "0.0.0.0" else host
+    address = f"http://{name}:{port}/?token={token}"
+    print(f"the page is at {address}", flush=True)
+    if open_browser:
+        threading.Timer(1.0, webbrowser.open, [address]).start()
+    page = guarded(blocks, host=host, token=token)
+    # A browser that watches a run keeps a connection open, for which Ctrl-C would wait.
+    uvicorn.run(page, host=host, port=port, log_level="warning", timeout_graceful_shutdown=1)  # pyright: ignore[reportArgumentType]
 
 
 def _theme() -> gr.themes.Base:

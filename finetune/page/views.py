@@ -41,17 +41,18 @@ def of_run(run: Follower | None) -> str:
 
 
 def _where(run: Follower) -> str:
-    state = run.state
+    state = "stopping" if run.stopping and run.state == "running" else run.state
     total, done = run.begun.get("total", 0), run.step.get("step", run.begun.get("step", 0))
     if run.phase == "encoding" and state == "running" and run.progress:
         what, done, total = run.progress["name"], run.progress["done"], run.progress["total"]
     else:
         what = run.phase if state == "running" else state
     facts = [what, f"{done} of {total}"]
-    if state == "running" and run.phase == "training" and run.step:
-        facts.append(f"{timedelta(seconds=run.step['left'])} left")
-    if run.step:
-        facts += [f"{run.step['images_per_second']:.3g} images/s", f"{run.step['peak_memory_gb']:.1f} GB"]
+    left, speed, memory = (run.step.get(name) for name in ("left", "images_per_second", "peak_memory_gb"))
+    if state == "running" and run.phase == "training" and left is not None:
+        facts.append(f"{timedelta(seconds=min(left, 1e9))} left")
+    if speed is not None and memory is not None:
+        facts += [f"{speed:.3g} images/s", f"{memory:.1f} GB"]
     bar = f'<progress value="{done}" max="{total or 1}" aria-label="{escape(what)}"></progress>'
     why = escape(run.end["text"]) if run.end else ""
     if state == "cut off":

@@ -4,20 +4,30 @@ Nothing is written or locked, so any number of readers can follow a run, whereve
 """
 
 import json
+import math
 import os
 import platform
+import re
+import signal
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
+from finetune.errors import UsageError
 from finetune.results.curves import Point, follow_up
 from finetune.results.events import EVENTS
 
 State = Literal["unknown", "running", "done", "stopped", "failed", "cut off"]
+
+_TEXT = frozenset({"event", "name", "text", "state", "host", "path"})
+"""Entries of an event that are text; all others are numbers, or lists of them."""
+
+_GRID = re.compile(r"samples/step-\d+\.png")
 
 _SILENT = 120.0
 """Seconds without an event after which a run on another machine is taken for dead."""
@@ -36,6 +46,8 @@ class Follower:
 
     def _forget(self) -> None:
         self._offset, self._file = 0, -1
+        self.stopping = False
+        """Whether it was asked to stop, see `stop`."""
         self.begun: dict[str, Any] = {}
         self.end: dict[str, Any] | None = None
         self.phase = ""
@@ -75,8 +87,9 @@ class Follower:
                 event = json.loads(line)
             except ValueError:  # the rest of a line that a full disk has cut
                 continue
-            if isinstance(event, dict):
-                self._take(event)
+            if isinstance(event, dict) and all(_is_plain(name, value) for name, value in event.items()):
+                with suppress(KeyError):  # an event of another version may lack what this one reads
+                    self._take(event)
         return changed or bool(whole)
 
     def _take(self, event: Mapping[str, Any]) -> None:
@@ -100,7 +113,8 @@ class Follower:
             case "copies":
                 self.copies[event["step"]] = dict(event)
             case "picture":
-                self.pictures[event["step"]] = event["path"]
+                if _GRID.fullmatch(event["path"]):
+                    self.pictures[event["step"]] = event["path"]
             case "said":
                 self.said.append(event["text"])
             case "end":
@@ -112,6 +126,7 @@ class Follower:
         """A part of the run goes on from a checkpoint: what came after that is done again."""
         done = event["step"]
         self.begun, self.end, self.phase, self.progress, self.step = event, None, "starting", {}, {}
+        self.stopping = False
         for points in (self.loss, self.smoothed):
             while points and points[-1][0] > done:
                 points.pop()
@@ -120,9 +135,9 @@ class Follower:
                 del of_steps[step]
 
     @property
-    def version(self) -> tuple[int, int, str]:
+    def version(self) -> tuple[int, int, str, bool]:
         """Changes whenever there is more to tell."""
-        return self._file, self._offset, self.state
+        return self._file, self._offset, self.state, self.stopping
 
     @property
     def state(self) -> State:
@@ -144,3 +159,24 @@ class Follower:
         except psutil.Error:
             return None
         return process if alive else None
+
+    def stop(self) -> None:
+        """Ask the run to stop with a checkpoint: once, for a second signal would end it without.
+
+        Raises:
+            UsageError: it does not run on this machine.
+        """
+        process = self.process()
+        if process is None or self.end is not None:
+            raise UsageError(f"{self.folder.name}: it is not running on this machine")
+        if not self.stopping:
+            self.stopping = True
+            process.send_signal(signal.SIGINT)
+
+
+def _is_plain(name: str, value: object) -> bool:
+    """Whether an entry of an event is what the readers of it take it for."""
+    if name in _TEXT:
+        return isinstance(value, str)
+    values = value if isinstance(value, list) else [value]
+    return all(each is None or (isinstance(each, (int, float)) and math.isfinite(each)) for each in values)

@@ -1,18 +1,21 @@
 """What the page's buttons do, through the functions that they call and the real commands."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from finetune.errors import UsageError
 from finetune.page import views
 from finetune.page.app import Page, build, told
 from finetune.page.places import Places
-from finetune.page.processes import complaint
+from finetune.page.processes import complaint, failure
 from finetune.page.serving import serve
+from finetune.training.checkpoint import checkpoints
 
 NASTY = "</script><script>alert(1)</script>\u202e"
 
@@ -103,4 +106,55 @@ def test_the_layout_can_be_built_and_a_port_in_use_is_told(page: Page) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match=rf"--port {port} at 127.0.0.1: .*; give another"):
-            serve(blocks, host="127.0.0.1", port=port, token=None)
+            serve(blocks, host="127.0.0.1", port=port, token="secret")
+
+
+def test_stop_pressed_twice_sends_one_signal(page: Page) -> None:
+    """A second one would end the run without a checkpoint."""
+    page.start(*form(page, steps=5000))
+    until(lambda: (run := page.follower("pics-tiny")) and run.step)
+    for _ in range(3):
+        assert "it is stopping" in page.stop("pics-tiny")
+    assert "stopping" in page.tick("pics-tiny", None, {})[0]
+    until(lambda: page.follower("pics-tiny").state == "stopped" and page.queue.told()[0] is None)
+    assert page.queue.told()[2] == ""
+    assert checkpoints(page.places.runs / "pics-tiny")
+
+
+def test_an_interrupt_without_a_checkpoint_is_a_failure() -> None:
+    assert failure(0, "") == ""
+    assert failure(130, "finetune-unet: stopped at step 3 of 9: out/checkpoint-3 is kept\n") == ""
+    assert failure(130, "finetune-unet: interrupted\n") == "finetune-unet: interrupted"
+    assert failure(1, " 50%|##\rfinetune-unet: no luck\n") == "finetune-unet: no luck"
+
+
+def test_events_of_another_hand_are_neither_markup_nor_a_way_out(page: Page, tmp_path: Path) -> None:
+    run = page.places.runs / "nasty"
+    (run / "samples").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (run / "samples/step-7.png").symlink_to(tmp_path / "secret.png")
+    events: list[dict[str, Any]] = [
+        {"event": "begin", "pid": 1, "started": 0, "host": "", "step": 0, "total": 3},
+        {"event": "validation", "step": "<script>1</script>", "loss": 1, "change": [1, 1, 1]},
+        {"event": "validation", "step": 1, "loss": 1, "change": ["<script>", 1, 1]},
+        {"event": "copies", "step": 7, "copies": "<script>2</script>", "pictures": 3},
+        {"event": "step", "step": 1, "loss": 0.5, "left": 1e300, "images_per_second": 1, "peak_memory_gb": 1},
+        {"event": "picture", "step": 5, "path": "../../secret.png"},
+        {"event": "picture", "step": 6, "path": str(tmp_path / "secret.png")},
+        {"event": "picture", "step": 7, "path": "samples/step-7.png"},
+        {"event": "validation"},
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    follower = page.follower("nasty")
+    assert (follower.validations, follower.copies, follower.pictures) == ({}, {}, {7: "samples/step-7.png"})
+    assert "script" not in views.of_run(follower)
+    assert page.picture("nasty", 0) == ""
+
+
+def test_a_link_among_the_pictures_leads_nowhere(page: Page, tmp_path_factory: pytest.TempPathFactory) -> None:
+    secret = tmp_path_factory.mktemp("secret") / "a.png"
+    Image.new("RGB", (64, 64)).save(secret)
+    (page.places.work / "pics/leak.png").symlink_to(secret)
+    shown = page.look(*form(page))
+    assert "1 link out of the folder" in shown
+    assert "data:image" not in shown

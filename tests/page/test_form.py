@@ -29,7 +29,7 @@ def test_it_is_what_the_command_line_understands(places: Places, tmp_path: Path)
     assert (config.data, config.prompt, config.trigger, config.rank) == ((cats,), "--odd, 'cat'", "sks", 8)
     assert (config.max_train_steps, config.learning_rate, config.early_stop) == (5, 1e-3, True)
     fields = {"model", "data", "method", "prompt", "trigger", "max_train_steps", "early_stop"}
-    assert config.given == fields | {"rank", "random_flip", "learning_rate"}
+    assert config.given == fields | {"follow_links", "rank", "random_flip", "learning_rate"}
 
 
 @pytest.mark.parametrize("data", ["", "/", "closed", "open/../closed", "open/link"])
@@ -48,7 +48,13 @@ def test_nothing_outside_of_what_was_named_is_opened(places: Places, tmp_path: P
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ("--output_dir /etc", "takes text"),
+        ("--output_dir /etc", "is for the command line"),
+        ("--overwrite_output_dir", "is for the command line"),
+        ("--push_to_hub", "is for the command line"),
+        ("--report_to wandb", "is for the command line"),
+        ("--export_formats unet", "is for the command line"),
+        ("--follow_links", "is for the command line"),
+        ("--resume_from_checkpoint latest", "is for the command line"),
         ("--config=/etc/passwd", "there is no option"),
         ("--cache-dir x", "takes text"),
         ("--validation_prompts x", "takes text"),

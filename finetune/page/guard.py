@@ -1,0 +1,122 @@
+"""Who may talk to the page: a browser that was given the token, and that shows nothing around the page."""
+
+import ipaddress
+import re
+import secrets
+import socket
+from collections.abc import Awaitable, Callable, MutableMapping
+from http.cookies import SimpleCookie
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+Scope = MutableMapping[str, Any]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_CLOSED = re.compile(
+    r"/(upload|upload_progress|file=|file/|proxy=|stream/|component_server|process_recording|deep_link)"
+)
+"""Routes of gradio that store or read files, or ask the network; the page uses none of them."""
+
+_HEADERS = {
+    "x-frame-options": "DENY",
+    "content-security-policy": "frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+
+class Guard:
+    """ASGI middleware that lets through what comes from the page's own browser.
+
+    A request needs the token: in the query of the first one (`/?token=...`), which answers with a cookie, and in that
+    cookie from then on. Its Host must be this machine's (or a site could resolve its own name to it), and its Origin,
+    if it has one, the page itself (or another page could press the buttons). No answer may be shown in a frame.
+
+    Args:
+        app: the page.
+        token: that visitors have to give.
+        host: the address that is listened at; a name of it is allowed as Host.
+    """
+
+    def __init__(self, app: App, *, token: str, host: str) -> None:
+        self._app, self._token = app, token
+        self._hosts = {"localhost", host, socket.gethostname(), socket.getfqdn()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        refused = self._refused(scope["path"], headers)
+        given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("token", [""])[0]
+        if refused is None and scope["type"] == "http" and self._is_token(given):
+            await _answer(send, 303, "", {"location": scope["path"], "set-cookie": self._cookie(headers["host"])})
+        elif refused is None and not self._is_token(_cookies(headers).get(_name(headers["host"]), "")):
+            await self._refuse(scope, send, 401, "open the address that finetune-unet ui has printed, with its token")
+        elif refused is not None:
+            await self._refuse(scope, send, 403, refused)
+        else:
+            await self._app(scope, receive, _with_headers(send))
+
+    def _refused(self, path: str, headers: dict[str, str]) -> str | None:
+        """Why a request is not for the page, whoever sends it; None: it may be."""
+        host = headers.get("host", "")
+        if not self._is_ours(host):
+            return f"host {host!r} is not this machine"
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return f"origin {origin!r} is another page"
+        if headers.get("sec-fetch-site") in ("cross-site", "same-site") and headers.get("sec-fetch-mode") != "navigate":
+            return "another page asks"
+        return f"{path} is closed" if _CLOSED.search(path) else None
+
+    def _is_ours(self, host: str) -> bool:
+        """Whether a Host header names this machine: by a name of it, or by an address, which nobody can redirect."""
+        name = urlsplit(f"//{host}").hostname or ""
+        if name in self._hosts:
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+    def _is_token(self, given: str) -> bool:
+        return secrets.compare_digest(given.encode(), self._token.encode())
+
+    def _cookie(self, host: str) -> str:
+        return f"{_name(host)}={self._token}; HttpOnly; SameSite=Strict; Path=/"
+
+    async def _refuse(self, scope: Scope, send: Send, status: int, why: str) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await _answer(send, status, f"finetune-unet: {why}\n", {})
+
+
+def _name(host: str) -> str:
+    """Of the cookie: browsers send those of one port to every other."""
+    return f"finetune_token_{urlsplit(f'//{host}').port or 80}"
+
+
+def _cookies(headers: dict[str, str]) -> dict[str, str]:
+    return {name: morsel.value for name, morsel in SimpleCookie(headers.get("cookie", "")).items()}
+
+
+def _with_headers(send: Send) -> Send:
+    async def sending(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            added = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
+            message["headers"] = [*message.get("headers", []), *added]
+        await send(message)
+
+    return sending
+
+
+async def _answer(send: Send, status: int, text: str, headers: dict[str, str]) -> None:
+    said = {"content-type": "text/plain; charset=utf-8", **_HEADERS, **headers}
+    encoded = [(name.encode(), value.encode("latin-1")) for name, value in said.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+    await send({"type": "http.response.body", "body": text.encode()})
