@@ -140,6 +140,8 @@ class DataOptions:
     """Picture column of a Hugging Face dataset."""
     caption_column: str = option("text", decided_by="dataset")
     """Caption column of a Hugging Face dataset."""
+    follow_links: bool = option(True, change="free")
+    """Read files through links that lead out of the folder of --data; with --no_follow_links they are an error."""
     stream_rows: int | None = option(None, AT_LEAST_ONE, decided_by="dataset")
     """Of a dataset on the hub: take this many rows as they come and keep these, instead of downloading all of it."""
     live_encoding: bool = False

@@ -24,6 +24,7 @@ from finetune.data.source import check_source, is_pattern
 from finetune.data.streamed import CAPTION_COLUMN, IMAGE_COLUMN, kept
 from finetune.data.transforms import WHITE, Preprocess
 from finetune.errors import DataError, UsageError, first_line
+from finetune.files import is_inside
 from finetune.seeding import wide_fold
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class HuggingFaceDataset(PictureFiles):
         resolution, resize_mode, center_crop, random_flip, buckets, background: see `Preprocess`.
         caption_lines, memory: as for `ImageFolder`.
         part: the numbers of the rows to open; None: all.
+        inside: folders in which files must lie that rows name, relative to the first one; None: anywhere, as in a
+            dataset of your own making.
         image_column: a column of pictures: `datasets.Image`, encoded bytes, or paths.
         caption_column: a column of strings, or of lists of them, of which each visit takes one. The default one may be
             absent.
@@ -70,7 +73,9 @@ class HuggingFaceDataset(PictureFiles):
         image_column: str = IMAGE_COLUMN,
         caption_column: str = CAPTION_COLUMN,
         part: Sequence[int] | None = None,
+        inside: Sequence[Path] | None = None,
     ) -> None:
+        self._inside = inside
         transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets, background)
         if not len(rows):
             raise DataError("the dataset has no rows")
@@ -93,11 +98,32 @@ class HuggingFaceDataset(PictureFiles):
         if picture is not None and picture["bytes"] is not None:
             return io.BytesIO(picture["bytes"])
         if picture is not None and picture["path"]:
-            return Path(picture["path"])
+            return Path(picture["path"]) if self._inside is None else _inside(picture["path"], self._inside)
         raise ValueError("no picture in this row")
 
     def _bytes(self, place: int) -> bytes:
         return self._pictures[place]["picture"]["bytes"]
+
+
+def _inside(path: str, folders: Sequence[Path]) -> Path:
+    """The file that a row names. Raises ValueError where it lies in none of the folders, links followed."""
+    found = folders[0] / path
+    if not any(is_inside(found, folder) for folder in folders):
+        raise ValueError(f"the row names a file outside of the dataset: {path}")
+    return found
+
+
+def _may_name_files_in(source: "str | datasets.Dataset") -> list[Path] | None:
+    """The folders in which files must lie that the rows of a source name: its own, or the caches of the hub."""
+    if not isinstance(source, str):
+        return None
+    path = Path(os.path.expanduser(source)).absolute()
+    if path.exists():
+        return [path if path.is_dir() else path.parent]
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return [Path(str(folder)) for folder in (HF_DATASETS_CACHE, HF_HUB_CACHE)]
 
 
 def _origin(pictures: "datasets.Dataset") -> Path | None:
@@ -178,7 +204,7 @@ def open_dataset(
         if masks == "files and alpha":
             raise no_masks(source)
         rows = open_rows(source, stream_rows=stream_rows, kept_in=kept_in, **columns)
-        return HuggingFaceDataset(rows, prompt, part=part, **columns, **options)
+        return HuggingFaceDataset(rows, prompt, part=part, inside=_may_name_files_in(source), **columns, **options)
     assert isinstance(source, str)
     if stream_rows is not None:
         raise UsageError(f"stream_rows is for datasets on the Hugging Face hub; {source} is on this machine")

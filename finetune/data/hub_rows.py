@@ -44,7 +44,7 @@ def streamed(name: str, count: int, folder: Path, image_column: str, caption_col
             )
         return rows
     opened = partial(_loaded, name, streaming=True)
-    return kept(opened, of_dataset / revision, image_column, caption_column, count)
+    return kept(opened, of_dataset / revision, image_column, caption_column, count, from_hub=True)
 
 
 def _revision(name: str) -> str | None:

@@ -43,6 +43,30 @@ def _walk(folder: str, called: str, above: frozenset[str]) -> Iterator[str]:
             yield called + entry.name
 
 
+def links_out(folder: Path) -> list[str]:
+    """The links below a folder that lead out of it, as `list_files` names files; those below such a link are left out.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    root = os.path.realpath(folder)
+    found: list[str] = []
+    for place, folders, files in os.walk(folder, onerror=_refuse):
+        for name in (*folders, *files):
+            path = os.path.join(place, name)
+            if os.path.islink(path) and not _is_below(os.path.realpath(path), root):
+                found.append(os.path.relpath(path, folder))
+    return sorted(found)
+
+
+def _is_below(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename}: {error.strerror}") from error
+
+
 def ending(name: str) -> str:
     """Of a file's name, in small letters, with its dot."""
     return os.path.splitext(name)[1].lower()

@@ -35,6 +35,8 @@ def kept(
     image_column: str,
     caption_column: str,
     count: int | None,
+    *,
+    from_hub: bool = False,
 ) -> "datasets.Dataset":
     """The rows of a stream, or the first of them, as a table on the disk: pictures as they came, and captions.
 
@@ -46,6 +48,7 @@ def kept(
         image_column: its pictures.
         caption_column: its captions.
         count: how many rows are wanted; None: all.
+        from_hub: whoever wrote the rows may name files on the hub, and none elsewhere.
 
     Raises:
         DataError: a row holds something else, or the stream has broken off.
@@ -60,7 +63,7 @@ def kept(
             rows = _undecoded(opened(), image_column)
             if chunks:
                 rows.load_state_dict(json.loads((chunks[-1] / _STATE).read_text(encoding="utf-8")))
-            _fill(rows, folder, image_column, caption_column, there, count)
+            _fill(rows, folder, image_column, caption_column, there, count, from_hub=from_hub)
             chunks = sorted(folder.glob("chunk-*"))
     if not chunks:
         raise DataError("the dataset has no rows")
@@ -89,12 +92,14 @@ def _fill(
     caption_column: str,
     there: int,
     count: int | None,
+    *,
+    from_hub: bool,
 ) -> None:
     """Write chunks of the rows to come, `there` of which were written before."""
     chunk, size, number = list[dict[str, Any]](), 0, there
     wanted = islice(_arriving(rows, there), None if count is None else count - there)  # which asks for none in vain
     for row in tqdm(wanted, "keeping rows", count, initial=there, unit="", delay=3, leave=False, disable=None):
-        picture = _picture(row, number, image_column)
+        picture = _picture(row, number, image_column, from_hub=from_hub)
         chunk.append({image_column: picture, caption_column: _caption(row, number, caption_column)})
         size += len(picture["bytes"]) if picture and picture["bytes"] else 0
         number += 1
@@ -129,7 +134,10 @@ def _arriving(rows: "datasets.IterableDataset", number: int) -> Iterator[Mapping
         ) from error
 
 
-def _picture(row: Mapping[str, Any], number: int, column: str) -> dict[str, Any] | None:
+_ON_THE_HUB = ("hf://", "https://huggingface.co/")
+
+
+def _picture(row: Mapping[str, Any], number: int, column: str, *, from_hub: bool) -> dict[str, Any] | None:
     """Encoded bytes, whatever the row holds of a picture."""
     import datasets
     import fsspec
@@ -145,6 +153,8 @@ def _picture(row: Mapping[str, Any], number: int, column: str) -> dict[str, Any]
         raise DataError(f"--image_column {column}: row {number} holds {type(value).__name__}, no picture") from error
     content, path = picture.get("bytes"), picture.get("path")
     if content is None and path:
+        if from_hub and not path.rpartition("::")[2].startswith(_ON_THE_HUB):
+            raise DataError(f"--image_column {column}: row {number} names a file outside of the hub: {path}")
         try:
             with fsspec.open(path, "rb") as file:  # on the hub, or inside of an archive there
                 content = file.read()  # pyright: ignore[reportAttributeAccessIssue]

@@ -20,6 +20,7 @@ from finetune.data.datasets import (
 )
 from finetune.data.image_folder import pictures_among
 from finetune.data.joined import Joined, Part, names_of, with_class_pictures
+from finetune.data.listing import links_out
 from finetune.data.own import OwnPictures, Rows
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Pictures
@@ -56,6 +57,8 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
             a caption.
     """
     sources = config.data if dataset is None else (dataset,)
+    if not config.follow_links:
+        _refuse_links(sources)
     times = config.repeats or (1,) * len(sources)
     if len(times) != len(sources):
         raise UsageError(f"repeats: {counted(len(times), 'number')} for {len(sources)} --data")
@@ -83,6 +86,16 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
     visits = [pictures.epoch_visits, *whole.visits[1:]]
     later = _later(volume, config, pictures, captioned=found.family.latent)
     return Volumes(pictures, counts, visits, whole.found, later, whole.digest)
+
+
+def _refuse_links(sources: Sequence[Any]) -> None:
+    """Raise DataError for a link that leads out of a folder of pictures."""
+    for source in sources:
+        if isinstance(source, str) and (folder := Path(source).expanduser()).is_dir() and (found := links_out(folder)):
+            raise DataError(
+                f"--data {source}: {counted(len(found), 'link')} out of the folder, which --no_follow_links refuses: "
+                f"{listed(found)}"
+            )
 
 
 def _volume(

@@ -11,6 +11,8 @@ from PIL import Image
 
 from finetune.data.datasets import HuggingFaceDataset, open_dataset
 from finetune.data.picture_memory import PictureMemory
+from finetune.data.streamed import _picture
+from finetune.errors import DataError
 from tests.data.test_datasets import png, save
 
 
@@ -76,3 +78,34 @@ def test_rows_that_name_files_are_known_by_those_files(tmp_path: Path) -> None:
     assert first() == before
     save(paths[0], color=(9, 9, 9))
     assert first() != before
+
+
+def table_of_paths(folder: Path, *paths: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    table = pa.table({"image": [{"bytes": None, "path": path} for path in paths]})
+    with pa.ipc.new_stream(folder / "rows.arrow", table.schema) as file:
+        file.write_table(table)
+    return folder / "rows.arrow"
+
+
+def test_a_row_names_no_file_outside_of_its_dataset(tmp_path: Path) -> None:
+    """What somebody has published must not read what lies on this machine."""
+    secret = save(tmp_path / "secret/a.png")
+    save(tmp_path / "data/own.png")
+    (tmp_path / "data/link.png").symlink_to(secret)
+    rows = table_of_paths(tmp_path / "data", "own.png", str(secret), "../secret/a.png", "link.png", "/etc/passwd")
+    opened = open_dataset(str(rows), "a thing", resolution=8)
+    assert opened.ids == ["row 0"]
+    reasons = [bad.reason for bad in opened.quarantined]
+    assert len(reasons) == 4
+    assert all("the row names a file outside of the dataset" in reason for reason in reasons)
+
+
+def test_a_row_of_a_stream_names_files_on_the_hub_alone(tmp_path: Path) -> None:
+    secret = save(tmp_path / "a.png")
+    for path in (str(secret), f"zip://a.png::file://{secret}", f"file://{secret}"):
+        row = {"image": {"bytes": None, "path": path}}
+        with pytest.raises(DataError, match="row 3 names a file outside of the hub"):
+            _picture(row, 3, "image", from_hub=True)
+    own = _picture({"image": {"bytes": None, "path": str(secret)}}, 3, "image", from_hub=False)
+    assert own == {"bytes": secret.read_bytes(), "path": None}

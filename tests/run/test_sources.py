@@ -9,7 +9,7 @@ from finetune.config import TrainConfig
 from finetune.data.datasets import HuggingFaceDataset
 from finetune.data.image_folder import ImageFolder
 from finetune.data.own import OwnPictures
-from finetune.errors import UsageError
+from finetune.errors import DataError, UsageError
 from finetune.models.locate import locate
 from finetune.run.sources import digest, open_pictures
 
@@ -60,3 +60,18 @@ def test_a_dataset_of_ones_own_may_be_repeated() -> None:
     assert (found.ids, found.repeats) == (["data/red 0", "data/red 99"], [3, 3])
     with pytest.raises(UsageError, match="repeats: 2 numbers for 1 --data"):
         open_pictures(TrainConfig(repeats=(3, 1)), locate("tiny"), own)
+
+
+def test_a_link_out_of_the_folder_is_refused_where_that_is_asked_for(
+    tmp_path: Path, make_pictures: Callable[..., Path]
+) -> None:
+    data, other = make_pictures(tmp_path / "data", count=3), make_pictures(tmp_path / "other", count=1)
+    (data / "within.png").symlink_to(data / "00.png")
+    given = {"data": str(data), "prompt": "a disc", "validation_fraction": 0.0}
+    found = locate("tiny")
+    assert len(open_pictures(TrainConfig(**given, follow_links=False), found, None).first) == 4
+    (data / "out.png").symlink_to(other / "00.png")
+    (data / "more").symlink_to(other)
+    assert len(open_pictures(TrainConfig(**given), found, None).first) == 6
+    with pytest.raises(DataError, match=r"2 links out of the folder, which --no_follow_links refuses: more, out.png"):
+        open_pictures(TrainConfig(**given, follow_links=False), found, None)
