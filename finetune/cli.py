@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import io
+import logging
 import os
 import re
 import select
@@ -24,10 +25,10 @@ from typing import Any, Literal
 from finetune.about import about_field
 from finetune.config import TrainConfig, alternatives, fitted, read_options, readable, suggest
 from finetune.data.source import check_sources
-from finetune.errors import Elsewhere, FinetuneError, Interrupted, UsageError
+from finetune.errors import INTERRUPTED, Elsewhere, FinetuneError, Interrupted, UsageError
 from finetune.models.families import FAMILIES
 from finetune.models.locate import check_name
-from finetune.options import SECTIONS, meanings
+from finetune.options import SECTIONS, about, meanings
 
 PROGRAM = "finetune-unet"
 
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return error.exit_code
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+        return _complain(INTERRUPTED, 130)
     except BrokenPipeError:
         if not _stdout_is_gone():
             raise
@@ -101,6 +102,8 @@ def _prepare_environment() -> None:
     """Settings that libraries read when they are first imported; what the user has set stays."""
     # With another busy process on the machine, OpenMP threads that spin while they wait make a step 10 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # peft imports bitsandbytes where it is installed, which warns of kernels that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Tokenizing is over before workers are forked; without this the tokenizer warns about each of them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if _rank() > 0:  # one process tells
@@ -203,7 +206,7 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
 def _config(given: dict[str, Any]) -> TrainConfig:
     """The config of what was given as flags, over what is in the file that they name."""
     file = given.pop("config", None)
-    options = read_options(Path(file)) | given if file else given
+    options = _over(given, read_options(Path(file))) if file else given
     sources = options.get("data", ())
     if len(sources) == 1 and sources[0].endswith(".toml"):
         from finetune.commands.foreign.sd_scripts import read_dataset
@@ -213,6 +216,13 @@ def _config(given: dict[str, Any]) -> TrainConfig:
             print(f"{sources[0]}: {line}")
         options = taken.ours | {name: value for name, value in options.items() if name != "data"}
     return TrainConfig(**options)
+
+
+def _over(flags: dict[str, Any], of_file: dict[str, Any]) -> dict[str, Any]:
+    """The options of a file under those that are given as flags. A length as a flag replaces both kinds of the file."""
+    lengths = {name for name, known in about().items() if known.change == "length"}
+    replaced = lengths if lengths & flags.keys() else set[str]()
+    return {name: value for name, value in of_file.items() if name not in replaced} | flags
 
 
 def parse(sections: Mapping[str, type], argv: Sequence[str]) -> dict[str, Any]:

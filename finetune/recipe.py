@@ -50,7 +50,7 @@ from finetune.run.sources import identity, open_pictures
 from finetune.run.summary import print_summary
 from finetune.run.telling import lora_facts, report
 from finetune.run.trained import discard_exports, write_exports
-from finetune.run.validating import best_step, validate
+from finetune.run.validating import least_step, validate
 from finetune.training import checkpoint
 from finetune.training.parallel import PATIENCE, Parallel, launched
 from finetune.training.prepared import Prepared
@@ -255,6 +255,7 @@ def _train(run: Run, requests: Requests) -> None:
                 if asked > SAVE and not last:
                     why = f" after max_train_minutes = {config.max_train_minutes}" if asked == TIME_UP else ""
                     kept = f"{saved} is kept, and the same command goes on from there"
+                    trainer.parallel.largest(0)  # the others wait, see `_follow`
                     raise Interrupted(f"stopped at step {step} of {total}{why}; {kept}", asked)
             if "validation" in wanted:
                 validate(run)
@@ -330,6 +331,8 @@ def _follow(run: Run, requests: Requests) -> None:
             if asked >= SAVE:
                 requests.saved()
             if asked > SAVE and trainer.steps_done < total:
+                # A launcher takes the first process that ends for a failure, and kills the one that still writes.
+                trainer.parallel.largest(0)
                 raise Interrupted(f"stopped at step {trainer.steps_done} of {total}", asked)
             if asked and _is_over(run):
                 break
@@ -362,8 +365,9 @@ def _finish(run: Run) -> None:
     assert what is not None
     load = what.load.format(folder).replace("\n", "; ")
     print(f"done: {load}, loaded back and compared (largest difference {difference:.0e})")
-    if (best := best_step(run)) is not None:
-        print(f"validation: the loss was least at step {best} of {trained}")
+    if (least := least_step(run)) is not None:
+        untrained = ", before anything was learned" if least == 0 else ""
+        print(f"validation: the loss was least at step {least} of {trained}{untrained}")
     if run.samples.prompts:
         print(f"pictures: {folder / 'samples'}")
     if config.lr_scheduler == "constant" and config.data:  # any other schedule has ended

@@ -75,13 +75,23 @@ def test_imports_go_down_only(path: Path) -> None:
             assert mine in SEE_THE_CONFIG, f"{relative} takes plain values, not the run's config"
 
 
+def lines_of_docstrings(tree: ast.AST) -> int:
+    """How many lines of a file or a function say what it is for."""
+    texts = [
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    ]
+    return sum((text.end_lineno or 0) - text.lineno + 1 for text in texts if isinstance(text.value, str))
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_functions_stay_under_60_lines_and_files_under_400(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) < 400
-    for node in ast.walk(ast.parse(text)):
+    tree = ast.parse(text)
+    assert len(text.splitlines()) - lines_of_docstrings(tree) < 400
+    for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert (node.end_lineno or 0) - node.lineno + 1 < 60, f"{node.name} is too long"
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines - lines_of_docstrings(node) < 60, f"{node.name} is too long"
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))

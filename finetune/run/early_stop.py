@@ -1,6 +1,8 @@
 """Early stopping: the weights of the best validation are kept, and a loss that has risen since ends the run."""
 
 import json
+from collections.abc import Mapping
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -9,13 +11,16 @@ from safetensors.torch import load_file, save
 
 from finetune.files import write_whole
 from finetune.run.parts import Run
-from finetune.run.validating import best_step, measured
-from finetune.training.validation import paired
+from finetune.run.validating import best_step, measured, steps_between_validations
+from finetune.training.validation import chance_of_rise
 
 BEST = "best.safetensors"
 
 _RUNNING = 2
 """Validations in a row that must show a rise."""
+
+_LEVEL = 0.025
+"""Of the one-sided test that the loss has risen, for all validations of a run together."""
 
 
 def keep_if_best(run: Run) -> None:
@@ -29,12 +34,30 @@ def keep_if_best(run: Run) -> None:
 
 
 def has_risen(run: Run) -> bool:
-    """Whether the last validations lie above the best by more than their paired 95 % interval."""
+    """Whether the last validations lie above the best, which is what the run has learned since it was there.
+
+    The best of many lies low by chance too. So each of the last is tested against it at 2.5 % divided by the number of
+    validations that the run plans (Bonferroni's correction for having chosen the best among them).
+    """
     found, best = measured(run), best_step(run)
-    last = sorted(found)[-_RUNNING:]
-    if best is None or len(last) < _RUNNING or last[0] <= best:
+    every = steps_between_validations(run)
+    if best is None or every is None:
         return False
-    return all(paired(found[best], found[step]).low > 0 for step in last)
+    return rises(found, best, planned=ceil(run.config.max_train_steps / every))
+
+
+def rises(losses: Mapping[int, torch.Tensor], best: int, *, planned: int) -> bool:
+    """Whether the loss at each of the last steps is significantly above that at the best one.
+
+    Args:
+        losses: step -> (examples, draws), the same ones each time.
+        best: the step with the least mean loss.
+        planned: how many validations the whole run has; the level is 2.5 % divided by it.
+    """
+    last = sorted(losses)[-_RUNNING:]
+    if len(last) < _RUNNING or last[0] <= best:
+        return False
+    return all(chance_of_rise(losses[best], losses[step]) < _LEVEL / planned for step in last)
 
 
 @torch.no_grad()

@@ -2,8 +2,11 @@
 
 Ctrl-C and SIGTERM: finish the step, keep a checkpoint, stop. A second signal leaves at once. SIGUSR1: keep a
 checkpoint and go on.
+
+Under torchrun and `accelerate launch` a Ctrl-C comes twice: from the terminal, and from the launcher.
 """
 
+import os
 import signal
 import threading
 import time
@@ -14,6 +17,10 @@ from dataclasses import dataclass
 PAUSE, SAVE, TIME_UP = 1, 2, 124
 """What is asked of a run, the greater before the less: to draw, to save, and to stop with an exit code, of which that
 after `max_train_minutes` is timeout(1)'s."""
+
+
+_SAME = 5.0
+"""Seconds in which a launcher passes on a signal that the process has got already."""
 
 
 class Requests:
@@ -74,12 +81,14 @@ class StopRequest:
 
 
 @contextmanager
-def catch_signals() -> Iterator[StopRequest]:
-    """Inside, the first SIGINT or SIGTERM only sets the request; the handlers are put back after it and at the end.
+def catch_signals(now: Callable[[], float] = time.monotonic) -> Iterator[StopRequest]:
+    """Inside, the first SIGINT or SIGTERM only sets the request, and the next one does what it did before.
 
-    Outside the main thread signals cannot be caught, and the request stays empty.
+    Where a launcher has started the process, signals in the `_SAME` seconds after the first are the same one. Outside
+    the main thread signals cannot be caught, and the request stays empty.
     """
-    request = StopRequest()
+    request, first = StopRequest(), 0.0
+    launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_USE_MULTI_CPU"))
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -90,8 +99,14 @@ def catch_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
     def on_signal(number: int, frame: object) -> None:
-        request.number = number
-        restore()
+        nonlocal first
+        if request.number is None:
+            request.number, first = number, now()
+            if not launched:
+                restore()
+        elif now() - first >= _SAME:
+            restore()
+            signal.raise_signal(number)
 
     for number in before:
         signal.signal(number, on_signal)

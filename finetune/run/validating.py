@@ -78,6 +78,12 @@ def best_step(run: Run) -> int | None:
     return min(found, key=found.__getitem__, default=None)
 
 
+def least_step(run: Run) -> int | None:
+    """The step with the least loss on what is held out, the untrained model's among them."""
+    found = {step: losses.mean().nan_to_num(nan=inf).item() for step, losses in measured(run).items()}
+    return min(found, key=found.__getitem__, default=None)
+
+
 def steps_between_validations(run: Run) -> int | Fraction | None:
     """As asked for; else what the first validation and the first steps leave room for, None while that is not known."""
     config, total = run.config, run.config.max_train_steps

@@ -6,7 +6,7 @@ either of them.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import pi, sqrt, tan
+from math import atan, cos, pi, sin, sqrt, tan
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -108,9 +108,32 @@ def paired(before: Tensor, after: Tensor) -> Difference:
     return Difference(mean, mean - half, mean + half)
 
 
+def chance_of_rise(before: Tensor, after: Tensor) -> float:
+    """How probable a rise of the mean loss as large as this one is where nothing has changed: Student's paired test,
+    one-sided, over the examples' mean changes, (examples, draws) both.
+    """
+    changes = (after.double() - before.double()).mean(dim=1)
+    mean, error = changes.mean().item(), changes.std().item() / sqrt(len(changes))
+    if mean <= 0 or not error > 0:
+        return 0.0 if mean > 0 and error == 0 else 1.0
+    return student_t_tail(mean / error, len(changes) - 1)
+
+
 def band(losses: Tensor, name: str) -> Tensor:
     """The part of (examples, draws) that is of low, middle or high noise."""
     return losses.chunk(len(BANDS), dim=1)[BANDS.index(name)]
+
+
+def student_t_tail(t: float, freedom: int) -> float:
+    """The probability of Student's t above `t` (0 or more). Exact: Abramowitz & Stegun 1964, 26.7.3 and 26.7.4."""
+    angle = atan(t / sqrt(freedom))
+    odd = freedom % 2 == 1
+    total = term = 0.0 if freedom == 1 else cos(angle) if odd else 1.0
+    for power in range(3 if odd else 2, freedom - 1, 2):
+        term *= cos(angle) ** 2 * (power - 1) / power
+        total += term
+    inside = 2 / pi * (angle + sin(angle) * total) if odd else sin(angle) * total
+    return (1 - inside) / 2
 
 
 def student_t(freedom: int, confidence: float = 0.95) -> float:

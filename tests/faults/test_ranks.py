@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from finetune.config import TrainConfig
+from finetune.errors import Interrupted
 from finetune.recipe import fine_tune
 from finetune.training import checkpoint
 from finetune.training.metrics import NotFinite
@@ -86,3 +87,29 @@ def test_one_that_is_killed_ends_the_other_and_the_run_resumes(pictures: Path, t
     more = {"output_dir": str(out), "resume_from_checkpoint": "latest", "max_train_steps": done + 4}
     assert together(resumed, more) == [out] * 2
     assert [one["step"] for one in steps(out)] == list(range(1, done + 5))
+
+
+def stopped_while_saving(given: dict[str, Any], seconds: float) -> tuple[int, float, float]:
+    """A run of two that stops at once; the first takes its time to write. Exit code, when it was written, the end."""
+    save, written = checkpoint.save, [0.0]
+
+    def slowly(*arguments: Any, **options: Any) -> Path:
+        time.sleep(seconds)
+        folder = save(*arguments, **options)
+        written[0] = time.monotonic()
+        return folder
+
+    checkpoint.save = slowly
+    with pytest.raises(Interrupted) as error:
+        resumed(given)
+    return error.value.exit_code, written[0], time.monotonic()
+
+
+def test_none_ends_before_the_first_has_written_the_checkpoint(pictures: Path, tmp_path: Path) -> None:
+    """A launcher kills the others 30 seconds after one has ended."""
+    given = {"data": str(pictures), "output_dir": str(tmp_path / "out"), "rank": 2, "num_inference_steps": 0}
+    given |= {"train_batch_size": 1, "max_train_steps": 6, "max_train_minutes": 1e-6, "forgetting_prompts": 0}
+    (code, written, _), (other_code, _, other_ended) = together(stopped_while_saving, given, 2.0)
+    assert code == other_code == 124
+    assert other_ended >= written > 0
+    assert checkpoint.latest(tmp_path / "out") == tmp_path / "out/checkpoint-1"

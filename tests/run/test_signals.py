@@ -8,7 +8,7 @@ import pytest
 from finetune.config import TrainConfig
 from finetune.errors import Interrupted
 from finetune.recipe import fine_tune
-from finetune.run.signals import SAVE, TIME_UP, Requests
+from finetune.run.signals import SAVE, TIME_UP, Requests, catch_signals
 from finetune.training import checkpoint
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -87,3 +87,26 @@ def test_a_run_that_stops_in_time_is_ended_by_the_same_command_to_the_same_bits(
     out = fine_tune(limited)
     assert (out / LORA).read_bytes() == (straight / LORA).read_bytes()
     assert (out / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+def test_a_launcher_passes_on_a_signal_that_was_heard_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    seconds = [100.0]
+    try:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+        with catch_signals(lambda: seconds[0]) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            seconds[0] += 1
+            os.kill(os.getpid(), signal.SIGINT)
+            assert (stop.number, heard) == (signal.SIGINT, [])
+            seconds[0] += 10
+            os.kill(os.getpid(), signal.SIGINT)
+            assert heard == [signal.SIGINT]
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        with catch_signals(lambda: seconds[0]):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        assert heard == [signal.SIGINT] * 2
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -14,7 +14,15 @@ from finetune.data.buckets import Buckets
 from finetune.data.image_folder import ImageFolder
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.training.objective import NoisePrediction
-from finetune.training.validation import BANDS, band, paired, student_t, validation_losses
+from finetune.training.validation import (
+    BANDS,
+    band,
+    chance_of_rise,
+    paired,
+    student_t,
+    student_t_tail,
+    validation_losses,
+)
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +96,17 @@ def test_the_interval_holds_what_it_says() -> None:
 
 def test_bands_are_thirds_of_the_noise() -> None:
     assert [band(torch.arange(6).view(1, 6), name).tolist() for name in BANDS] == [[[0, 1]], [[2, 3]], [[4, 5]]]
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 30, 199])
+def test_the_tail_of_students_t_is_that_of_its_table(freedom: int) -> None:
+    assert student_t_tail(student_t(freedom), freedom) == pytest.approx(0.025, abs=1e-4)
+    assert student_t_tail(0.0, freedom) == pytest.approx(0.5)
+
+
+def test_the_chance_of_a_rise_is_small_for_a_sure_one_and_large_for_none() -> None:
+    before = torch.tensor([[1.0], [2.0], [3.0]])
+    risen = before + torch.tensor([[1.0], [2.0], [3.0]])  # t is 2 / (1 / sqrt(3)), with 2 degrees of freedom
+    assert chance_of_rise(before, risen) == pytest.approx(0.0371, abs=1e-4)
+    assert chance_of_rise(risen, before) == 1.0
+    assert chance_of_rise(before, before + 1) == 0.0
