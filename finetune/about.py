@@ -38,6 +38,8 @@ class About:
     """Other names under which it is accepted: those of the Hugging Face tutorial and scripts."""
     called: tuple[str, ...] = ()
     """What other tools call it: suggested, not accepted."""
+    path: bool = False
+    """It may name a file or a folder of this machine, which is nobody else's business."""
     decided_by: Literal["dataset", "transform"] | None = None
     """Decided already by any dataset of the user's own, or by one that has a transform."""
 

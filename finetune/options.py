@@ -22,10 +22,10 @@ from finetune.about import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHAR
 class ModelOptions:
     """What learns."""
 
-    model: str = option("tiny", names=("pretrained_model_name_or_path",))
+    model: str = option("tiny", names=("pretrained_model_name_or_path",), path=True)
     """sd15, sd21, sd21-base, sdxl, ddpm, tiny, sd15-inpainting (sd21-, sdxl-), a hub id (owner/name), a folder of
     diffusers, or a .safetensors file."""
-    tokenizer: str | None = option(None, needs="a checkpoint in one file")
+    tokenizer: str | None = option(None, needs="a checkpoint in one file", path=True)
     """For a checkpoint in one file: a tokenizer's folder, or bpe_simple_vocab_16e6.txt.gz. Default: from the package
     open_clip, or the hub's cache."""
     method: Literal["lora", "full"] | None = None
@@ -47,9 +47,9 @@ class ModelOptions:
     """Layer names (their endings) that get an adapter. Default: attention and feed-forward."""
     block_rank: tuple[str, ...] | None = option(None, needs="method lora", called=("rank_pattern", "block_dims"))
     """Ranks of their own, by the beginning of layer names: up_blocks.1=32 mid=8. Alpha is the same for all."""
-    init_lora: str | None = option(None, needs="method lora", called=("network_weights",))
+    init_lora: str | None = option(None, needs="method lora", called=("network_weights",), path=True)
     """A LoRA file to go on from, in kohya's or peft's layout, of the same layers and rank."""
-    vae: str | None = option(None, needs="text", called=("pretrained_vae_model_name_or_path", "vae_name"))
+    vae: str | None = option(None, needs="text", called=("pretrained_vae_model_name_or_path", "vae_name"), path=True)
     """A diffusers folder whose VAE takes the place of the model's own."""
     gradient_checkpointing: bool | float = option(False, SHARE)
     """Recompute activations in the backward pass: less memory for a third more arithmetic. A number: in this share of
@@ -72,12 +72,14 @@ class ModelOptions:
 class DataOptions:
     """Pictures and captions."""
 
-    data: tuple[str, ...] = option((), names=("train_data_dir", "instance_data_dir"), called=("dataset_name",))
+    data: tuple[str, ...] = option(
+        (), names=("train_data_dir", "instance_data_dir"), called=("dataset_name",), path=True
+    )
     """A folder of pictures, tar shards (shards/*.tar), a folder of parquet/arrow files, or a Hugging Face dataset id;
     or several. Or the dataset file of sd-scripts (.toml), whose settings hold where no others are given."""
     repeats: tuple[int, ...] = option((), AT_LEAST_ONE, called=("num_repeats",))
     """How many times the pictures of each --data come in an epoch, in the same order. Default: once."""
-    class_data: str | None = option(None, needs="text", names=("class_data_dir",), called=("reg_data_dir",))
+    class_data: str | None = option(None, needs="text", names=("class_data_dir",), called=("reg_data_dir",), path=True)
     """A folder of pictures of the kind that the subject is of, learned beside it so that the kind is not forgotten
     (DreamBooth). What is missing there is drawn by the model."""
     class_prompt: str | None = option(None, needs="class_data")
@@ -240,7 +242,7 @@ class ValidationOptions:
     validation_fraction: float | None = option(None, BELOW_ONE, needs="validation_data left out")
     """Share of the pictures that is held out, near duplicates on one side; 0: none. Default: a tenth, at most 200
     pictures, and none of fewer than 20."""
-    validation_data: str | None = option(None, called=("validation_data_dir", "val_data"))
+    validation_data: str | None = option(None, called=("validation_data_dir", "val_data"), path=True)
     """Hold out these pictures instead, which lie elsewhere; as --data."""
     validate_every: int | None = option(None, AT_LEAST_ONE, change="on resume")
     """Steps between validations, beside the first and the last. Default: what 5 % of the time allows, and with
@@ -257,7 +259,7 @@ class SampleOptions:
     """Pictures drawn while training."""
 
     sample_prompts: tuple[str, ...] | None = option(
-        None, needs="text", change="on resume", names=("validation_prompts",), called=("validation_prompt",)
+        None, needs="text", change="on resume", names=("validation_prompts",), called=("validation_prompt",), path=True
     )
     """Prompts of the sample grids, or a file with one a line (sd-scripts' --n --s --l --d at its end hold).
     Default: a training caption, the subject in a new place, the class alone."""
@@ -285,6 +287,8 @@ class OutputOptions:
 
     output_dir: str | None = option(None, change="free", called=("output",))
     """Run folder. Default: runs/<data>-<model>; the same command resumes it, another config takes a new number."""
+    lock_output_dir: bool = option(True, change="free")
+    """Let no second run into the folder. --no_lock_output_dir is for file systems that cannot lock files."""
     overwrite_output_dir: bool = option(False, change="free")
     """Delete what an earlier run left in output_dir."""
     resume_from_checkpoint: str | None = option(None, change="free", called=("resume",))
@@ -314,9 +318,9 @@ class OutputOptions:
     push_to_hub: bool = option(False, change="free")
     """Upload the result and a model card to the Hugging Face hub."""
     hub_model_id: str | None = option(None, needs="push_to_hub", change="free")
-    """Repository to push to. Default: the run folder's name under your account."""
+    """Repository to push to. Default: one of the run folder's name under your account, if it is new."""
     hub_private_repo: bool | None = option(None, needs="push_to_hub", change="free")
-    """Create the repository as private."""
+    """Create the repository as private. Default: yes; --no_hub_private_repo publishes it."""
 
 
 ATTENTION_AND_FEED_FORWARD = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")

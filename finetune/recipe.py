@@ -139,7 +139,10 @@ def _run(
 def _held(folder: run_folder.RunFolder, config: ResolvedConfig, events: Events) -> Iterator[None]:
     """Inside, no other process can run in the folder, and what happens is written to it."""
     steps = {"step": folder.step, "total": config.max_train_steps}
-    with run_folder.occupied(folder), events.written_to(folder.path, **steps, anew=folder.overwrite):
+    with (
+        run_folder.occupied(folder, lock=config.lock_output_dir),
+        events.written_to(folder.path, **steps, anew=folder.overwrite),
+    ):
         yield
 
 
@@ -379,5 +382,5 @@ def _finish(run: Run) -> None:
 
 def _push(config: ResolvedConfig, folder: Path, family: Family) -> None:
     if config.push_to_hub:
-        how = {"private": bool(config.hub_private_repo), "inpainting": family.inpainting}
+        how = {"private": config.hub_private_repo, "inpainting": family.inpainting}
         print("pushed:", hub.push(folder, config.hub_model_id, settings=as_settings(config), **how))

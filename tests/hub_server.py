@@ -109,7 +109,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_tree(repository, f"{found[1]}/".lstrip("/"))
         else:
             siblings = [{"rfilename": path} for path in repository.files]
-            self._send({"id": match[1], "sha": COMMIT, "private": repository.private, "siblings": siblings})
+            tags = re.findall(r"^- (.+)$", repository.files.get("README.md", b"").decode(), re.MULTILINE)
+            self._send(
+                {"id": match[1], "sha": COMMIT, "private": repository.private, "siblings": siblings, "tags": tags}
+            )
 
     do_HEAD = do_GET
 

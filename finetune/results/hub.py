@@ -1,6 +1,7 @@
 """Model card and upload to the Hugging Face hub."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +14,15 @@ from huggingface_hub.utils import validate_repo_id
 
 from finetune.data.captions import with_trigger
 from finetune.errors import RunError, UsageError, hub_errors
+from finetune.files import write_whole
 from finetune.models.families import FAMILIES
 from finetune.options import about
 from finetune.results.export import Exported, exported
+
+TAG = "finetune-unet"
+"""Of the model card: the repository was pushed from here."""
+PUSHED = "pushed.json"
+"""In a run folder, once it was pushed: where to."""
 
 _GRID = re.compile(r"step-(\d+)\.png")
 
@@ -40,14 +47,22 @@ def check_login(repository: str | None = None) -> None:
 
 
 def push(
-    folder: Path, repository: str | None, *, private: bool, settings: Mapping[str, Any], inpainting: bool = False
+    folder: Path,
+    repository: str | None,
+    *,
+    private: bool | None,
+    settings: Mapping[str, Any],
+    inpainting: bool = False,
 ) -> str:
     """Upload a run's export, sample grids and metrics with a model card; nothing else that lies in the folder.
 
     Args:
         folder: a run folder with an export.
-        repository: "owner/name" or "name"; None: the folder's name under the logged-in account.
-        private: create the repository as private; one that exists and is public is refused.
+        repository: "owner/name" or "name"; None: the folder's name under the logged-in account. One that exists and
+            was not pushed by finetune is refused; where it goes by the folder's name, also one that another folder has
+            pushed.
+        private: create the repository as private, and refuse one that is public; False: create it as public; None:
+            create it as private, and take one that is public as it is.
         settings: option -> value, for the card.
         inpainting: it paints into pictures.
 
@@ -60,10 +75,14 @@ def push(
     try:
         check_login(repository)
         api = HfApi(token=_token())
-        # None, unlike False, leaves it to an organization whose repositories are private by default.
-        address = api.create_repo(repository or repository_name(folder), private=private or None, exist_ok=True)
-        if private and not api.model_info(address.repo_id).private:
-            raise UsageError(f"{address} exists and is public; make it private, or give another --hub_model_id")
+        name = repository or repository_name(folder)
+        address = _new_repository(api, name, private=private is not False)
+        if address is None:
+            address = api.create_repo(name, exist_ok=True)
+            _refuse_other_repository(api, address, folder, named=repository is not None)
+            if private and not api.model_info(address.repo_id).private:
+                raise UsageError(f"{address} exists and is public; make it private, or give another --hub_model_id")
+        write_whole(folder / PUSHED, json.dumps({"repository": address.repo_id}) + "\n")
         files = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in pushed_files(folder)]
         card = model_card(folder, address.repo_id, settings, inpainting=inpainting).encode(errors="replace")
         files.append(CommitOperationAdd("README.md", card))
@@ -78,6 +97,30 @@ def push(
 _UNCONDITIONAL = "unconditional-image-generation"
 _HOLE = ', image=Image.open("room.png"), mask_image=Image.open("hole.png")'
 """What an inpainting pipeline is given beside the prompt."""
+
+
+def _new_repository(api: HfApi, name: str, *, private: bool) -> Any:
+    """The address of a repository that is made now; None: there is one of that name."""
+    try:
+        return api.create_repo(name, private=private)
+    except hub_errors() as error:
+        if getattr(getattr(error, "response", None), "status_code", None) == 409:
+            return None
+        raise
+
+
+def _refuse_other_repository(api: HfApi, address: Any, folder: Path, *, named: bool) -> None:
+    """Raise UsageError where pushing would write over what somebody else, or another run, has pushed."""
+    record = folder / PUSHED
+    if record.exists() and json.loads(record.read_text(encoding="utf-8")).get("repository") == address.repo_id:
+        return
+    info = api.model_info(address.repo_id)
+    if [file for file in info.siblings or [] if file.rfilename != ".gitattributes"] == []:
+        return
+    if not named:
+        raise UsageError(f"{address} exists already, of another run; give another name with --hub_model_id")
+    if TAG not in (info.tags or []):
+        raise UsageError(f"{address} exists already and was not pushed by finetune; give another --hub_model_id")
 
 
 def _token() -> str:
@@ -142,14 +185,12 @@ def model_card(folder: Path, repository: str, settings: Mapping[str, Any], *, in
     """
     found = _exported(folder)
     known = about()
-    told = {name: value for name, value in settings.items() if name not in known or known[name].change != "free"}
+    told = {
+        name: _without_folders(value) if name in known and known[name].path else value
+        for name, value in settings.items()
+        if name not in known or known[name].change != "free"
+    }
     sources = settings.get("data", ())
-    told |= {"model": _without_folders(told["model"])} if "model" in told else {}
-    told |= {"data": [_without_folders(source) for source in sources]} if sources else {}
-    if "sample_prompts" in told:
-        told["sample_prompts"] = [
-            Path(given).name if Path(given).is_absolute() else given for given in told["sample_prompts"]
-        ]
     model = str(settings.get("model", "tiny"))
     base = FAMILIES[model].hub_id if model in FAMILIES else _hub_id(model)
     front = ModelCardData(
@@ -157,7 +198,7 @@ def model_card(folder: Path, repository: str, settings: Mapping[str, Any], *, in
         datasets=[source for source in sources if _hub_id(source)] or None,
         library_name="diffusers",
         pipeline_tag="image-to-image" if inpainting else "text-to-image" if found.takes_text else _UNCONDITIONAL,
-        tags=["finetune-unet", *(["lora"] if found.adapter else [])],
+        tags=[TAG, *(["lora"] if found.adapter else [])],
     )
     kind = "A LoRA" if found.adapter else "A diffusion model"
     grid = "".join(f"![samples](samples/{path.name})\n\n" for path in _grids(folder)[-1:])
@@ -196,5 +237,9 @@ def _hub_id(name: str) -> str | None:
     return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) and not Path(name).exists() else None
 
 
-def _without_folders(name: str) -> str:
-    return name if _hub_id(name) else Path(name).name
+def _without_folders(value: Any) -> Any:
+    """A text, or each of several, by its last part where it is a path; a repository's name or a prompt as it is."""
+    if not isinstance(value, str):
+        return [_without_folders(each) for each in value]
+    local = value.startswith(("/", "./", "../", "~")) or os.path.exists(value)
+    return Path(value).name if local else value

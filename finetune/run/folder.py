@@ -1,7 +1,6 @@
 """Run folders: what is in one, and what a command does with it, by one table."""
 
 import dataclasses
-import fcntl
 import itertools
 import json
 import os
@@ -11,12 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
+
+import portalocker
 
 from finetune.about import about_field
 from finetune.config import ResolvedConfig, TrainConfig, as_dict, config_text, load_resolved, replace, suggest
 from finetune.data.source import called
-from finetune.errors import UsageError
+from finetune.errors import UsageError, first_line
 from finetune.files import is_inside, remove, write_whole
 from finetune.options import SECTIONS, about
 from finetune.results.export import MOVING, has_own_parts, kohya_files, names_of_exports
@@ -51,7 +52,7 @@ _LEFT_BY_A_RUN = (
         "samples/step-*.png",
     ),
     *("samples/before-after.png", ".checkpoint-*.part", "logs/**/events.out.tfevents.*", "logs/**/hparams.yml"),
-    *("exports/*.safetensors", "exports/*.yaml", "exports/diffusers", "exports/unet"),
+    *("pushed.json", "exports/*.safetensors", "exports/*.yaml", "exports/diffusers", "exports/unet"),
 )
 
 
@@ -264,42 +265,55 @@ def _resume_folder(config: TrainConfig) -> Path:
 
 
 @contextmanager
-def occupied(folder: RunFolder) -> Iterator[None]:
+def occupied(folder: RunFolder, *, lock: bool = True) -> Iterator[None]:
     """Make the folder, show that it can be written, and hold it: inside, no other process can run in it.
 
     The system drops the lock when the process ends, however it ends.
 
+    Args:
+        folder: of the run.
+        lock: False: hold nothing, where a file system has no locks.
+
     Raises:
-        UsageError: it cannot be written, or another process holds it.
+        UsageError: it cannot be written or locked, or another process holds it.
     """
     try:
         (folder.path / "samples").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder.path):
             pass
+        file = (folder.path / LOCK).open("a") if lock else None  # NFS locks only what is open for writing
     except OSError as error:
         raise UsageError(f"output_dir {folder.path} cannot be written: {error.strerror}") from error
-    descriptor = os.open(folder.path, os.O_RDONLY)
-    _held.add(descriptor)
+    if file is None:
+        yield
+        return
+    _held.add(file)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
+        except portalocker.AlreadyLocked as error:
             raise UsageError(f"output_dir {folder.path}: another process is training in it") from error
-        except OSError as error:
-            print(f"output_dir {folder.path} cannot be locked ({error.strerror}): start no second run in it")
+        except (portalocker.LockException, OSError) as error:
+            raise UsageError(
+                f"output_dir {folder.path} cannot be locked ({first_line(error)}): choose one on another file system, "
+                "or give --no_lock_output_dir and start no second run in it"
+            ) from error
         yield
     finally:
-        _held.discard(descriptor)
-        os.close(descriptor)
+        _held.discard(file)
+        file.close()
 
 
-_held: set[int] = set()
+LOCK = ".lock"
+"""A file in a run folder, which the process that trains there holds locked."""
+
+_held: set[TextIO] = set()
 
 
 def _let_go() -> None:
     """A forked worker outlives a process that is killed, for some seconds, and would hold its folder so long."""
-    for descriptor in _held:
-        os.close(descriptor)
+    for file in _held:
+        file.close()
     _held.clear()
 
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -21,6 +22,7 @@ from finetune.errors import RunError, UsageError
 from finetune.models.families import FAMILIES
 from finetune.models.loading import load_model
 from finetune.models.lora import add_lora
+from finetune.options import about, option_types
 from finetune.results.export import export
 from finetune.results.hub import check_login, model_card, push, repository_name
 from tests.hub_server import TOKEN, Hub, Repository, hub_environment
@@ -147,6 +149,50 @@ def test_what_shall_be_private_is_not_pushed_to_a_public_repository(hub: Hub, ru
 def test_the_default_repository_is_named_after_the_folder(hub: Hub, run_folder: Path):
     push(run_folder, None, private=False, settings={})
     assert list(hub.repositories) == ["someone/my-cats-v1-5-sd15"]
+
+
+def test_a_repository_of_another_run_is_not_written_over(hub: Hub, run_folder: Path, tmp_path: Path):
+    """Two projects, each with ./images, have run folders of the same name."""
+    other = tmp_path / "another project" / run_folder.name
+    shutil.copytree(run_folder, other)
+    push(run_folder, None, private=None, settings={})
+    files = dict(hub.repositories["someone/my-cats-v1-5-sd15"].files)
+    assert "exists already, of another run; give another name with --hub_model_id" in push_fails(other, None)
+    assert hub.repositories["someone/my-cats-v1-5-sd15"].files == files
+    push(run_folder, None, private=None, settings={})  # what it has pushed itself
+
+
+def test_a_repository_that_was_not_pushed_from_here_is_not_written_over(hub: Hub, run_folder: Path):
+    hub.repositories["someone/cats"] = Repository(files={"README.md": b"---\ntags:\n- mine\n---\n", "a.bin": b"a"})
+    assert "exists already and was not pushed by finetune; give another --hub_model_id" in push_fails(run_folder)
+    assert hub.repositories["someone/cats"].files.keys() == {"README.md", "a.bin"}
+    hub.repositories["someone/cats"].files["README.md"] = b"---\ntags:\n- finetune-unet\n---\n"
+    push(run_folder, "cats", private=None, settings={})
+    assert LORA in hub.repositories["someone/cats"].files
+
+
+def test_a_repository_is_private_unless_asked(hub: Hub, run_folder: Path):
+    push(run_folder, "cats", private=None, settings={})
+    push(run_folder, "dogs", private=False, settings={})
+    assert (hub.repositories["someone/cats"].private, hub.repositories["someone/dogs"].private) == (True, False)
+
+
+def test_every_option_that_may_be_a_path_is_shortened_in_the_card(run_folder: Path):
+    paths = {name: f"/home/someone/{name}.x" for name, known in about().items() if known.path}
+    assert paths.keys() >= {"model", "data", "class_data", "validation_data", "init_lora", "vae", "tokenizer"}
+    several = {name: (path, "~/more.x", "../y.x") if name == "data" else path for name, path in paths.items()}
+    several["sample_prompts"] = ("/home/someone/prompts.txt", "a cat and/or a dog")
+    _, body = card(run_folder, **several)
+    assert "/home" not in body
+    said = tomllib.loads(block(body, "toml"))
+    assert said["vae"] == "vae.x"
+    assert said["data"] == ["data.x", "more.x", "y.x"]
+    assert said["sample_prompts"] == ["prompts.txt", "a cat and/or a dog"]
+    texts = {name for name, kind in option_types().items() if "str" in str(kind)}
+    no_paths = {"lora_target_modules", "block_rank", "block_learning_rate", "prompt", "trigger", "class_prompt"}
+    no_paths |= {"background", "image_column", "caption_column", "hub_model_id", "allow_changed"}
+    of_this_machine = {"cache_dir", "output_dir", "resume_from_checkpoint"}  # are not in the card at all
+    assert texts == paths.keys() | no_paths | of_this_machine, "mark a new option as a path, or name it here"
 
 
 @pytest.mark.parametrize("name", ["Käse", "-.-", "a--b..c", "x" * 300, "a.git", "$(rm)", "写真", "_", f"{'x' * 95}-y"])
