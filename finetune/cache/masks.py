@@ -11,8 +11,8 @@ from finetune.data.masks import weights
 from finetune.data.pictures import Pictures
 from finetune.data.transforms import Placement
 
-MOST = 10_000
-"""Masks at hand, of 16 KB each at 512 px."""
+MOST = 256 * 2**20
+"""Bytes of masks at hand: 16,000 of latents at 512 px, 256 of pixels."""
 
 
 class Masks:
@@ -26,6 +26,7 @@ class Masks:
     def __init__(self, pictures: Pictures, visits: Kept | Live) -> None:
         self._pictures, self._visits = pictures, visits
         self._at_hand: OrderedDict[tuple[int, Placement, bool], Tensor | None] = OrderedDict()
+        self._bytes = 0
 
     def of(self, indices: Sequence[int], keys: Tensor, size: tuple[int, int]) -> Tensor | None:
         """(B, 1, h, w) for visits with these keys and latents of this size; None where no picture has a mask."""
@@ -41,7 +42,13 @@ class Masks:
         name = (index, placement, flip)
         if name not in self._at_hand:
             mask = self._pictures.mask(index)
-            self._at_hand[name] = None if mask is None else weights(mask, placement, flip, size)
-            if len(self._at_hand) > MOST:
-                self._at_hand.popitem(last=False)
+            made = self._at_hand[name] = None if mask is None else weights(mask, placement, flip, size)
+            self._bytes += _size(made)
+            while self._bytes > MOST and len(self._at_hand) > 1:
+                self._bytes -= _size(self._at_hand.popitem(last=False)[1])
         return self._at_hand[name]
+
+
+def _size(mask: Tensor | None) -> int:
+    """Bytes that a mask takes at hand; without one, those of its entry."""
+    return 200 if mask is None else mask.nbytes

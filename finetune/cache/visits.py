@@ -89,7 +89,8 @@ class Kept:
         digest, background, covered = self.pictures.checked(index).digest, self.pictures.background, ""
         if version.mask is not None:
             file = self.pictures.mask_digest(index)
-            covered = f"mask {file or self._drawn_from(index, version.mask)} {inpainting.DRAWING}"
+            mask = self._drawn_from(index, version.mask) if file is None else f"{file} over black"
+            covered = f"mask {mask} {inpainting.DRAWING}"
         return picture_key(digest, placement, version.flip, self.encoder, self.precision, background, covered)
 
     def _drawn_from(self, index: int, number: int) -> int:

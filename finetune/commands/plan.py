@@ -50,14 +50,14 @@ def run(options: Options, config: TrainConfig) -> None:
     check_resolution(found, config.resolution or found.resolution)
     volumes = open_pictures(config, found, None)
     resolved = resolve_for(config, found, volumes, device)
-    free = shutil.disk_usage(Path(config.output_dir or ".").absolute().anchor).free
     rows = {
         "model": f"{resolved.model}, {resolved.method}",
         **_pictures(volumes),
         "steps": f"{resolved.max_train_steps} of {resolved.global_batch}, learning rate {resolved.learning_rate:g}",
         "memory": check_memory(resolved, found, device),
         "time": _time(Path(options.runs), resolved),
-        "disk": f"{free / 1e9:.0f} GB free",
+        "check": _check(resolved, volumes),
+        "disk": f"{_free_bytes(Path(config.output_dir or '.')) / 1e9:.0f} GB free",
     }
     open_ones = {name: value for name, value in as_dict(resolved).items() if name not in config.given}
     useless = "lora_" if resolved.method == "full" else " "
@@ -68,9 +68,29 @@ def run(options: Options, config: TrainConfig) -> None:
     }
     rows["decided"] = ", ".join(f"{name} {_said(value)}" for name, value in decided.items())
     for name, text in rows.items():
-        print(f"{name:>11}  {text}")
+        if text:
+            print(f"{name:>11}  {text}")
     for line in volumes.first.notes():
         print(f"{'note':>11}  {line}")
+
+
+def _check(config: ResolvedConfig, volumes: "Volumes") -> str:
+    """What it costs to compare half precision with fp32."""
+    from finetune.training.half_precision import check_share
+    from finetune.wording import counted
+
+    if config.mixed_precision == "no":
+        return ""
+    sizes = len(set(volumes.first.shapes()))
+    share = check_share(sizes=sizes, steps=config.max_train_steps, batch_size=config.global_batch)
+    where = f"on {counted(sizes, 'size')} before its first step"
+    return f"each layer in {config.mixed_precision} against fp32, {where}: about {100 * share:.1g} % of the run"
+
+
+def _free_bytes(folder: Path) -> int:
+    """On the disk where a folder is, or would be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
 
 
 def _pictures(volumes: "Volumes") -> dict[str, str]:

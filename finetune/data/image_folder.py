@@ -84,7 +84,7 @@ class ImageFolder(PictureFiles):
         beside, self._lonely_masks = masks_of(files, self._names)
         self._masks = {root / picture: root / mask for picture, mask in beside.items()}
         self._alpha, self.masked = masks == "files and alpha", masks != "none"
-        self._mask_digests, unusable = checked_masks(self._masks if self.masked else {}, memory)
+        self._mask_infos, unusable = checked_masks(self._masks if self.masked else {}, memory)
         repeats = repeats_of(self._names) if repeated else []
         self._repeated = bool(repeats)
         subjects = {name: name.split("/")[0].partition("_")[2] for name in self._names} if repeats else {}

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -46,50 +46,67 @@ def masks_of(files: Iterable[str], pictures: Iterable[str]) -> tuple[dict[str, s
     return found, [file for file in masks if file not in used]
 
 
+class MaskInfo(NamedTuple):
+    """What is known of a mask that was opened."""
+
+    digest: str
+    """Of its file."""
+    size: tuple[int, int]
+    """Width and height, upright."""
+    white: bool
+    """All over, so that it changes nothing."""
+
+    def fits(self, size: tuple[int, int]) -> bool:
+        """Whether it has the aspect of a picture of this width and height, to 2 %: it may be larger or smaller."""
+        return abs(self.size[0] * size[1] - self.size[1] * size[0]) <= 0.02 * self.size[1] * size[0]
+
+
 def checked_masks(
     masks: Mapping[Key, PictureFile], memory: PictureMemory | None = None
-) -> tuple[dict[Key, str], dict[Key, str]]:
-    """Picture -> digest of its mask, and picture -> why its mask cannot be used.
+) -> tuple[dict[Key, MaskInfo], dict[Key, str]]:
+    """Picture -> what is known of its mask, and picture -> why its mask cannot be used.
 
     `memory`, of earlier runs, spares the reading of masks that are unchanged, and takes up what is new.
     """
-    digests, bad = {}, {}
+    infos, bad = {}, {}
     files, sizes = list[tuple[Path, Stamp, str]](), list[tuple[str, tuple[int, int]]]()
 
-    def check(file: PictureFile) -> str:
+    def check(file: PictureFile) -> MaskInfo:
         place = stamped(file)
         known = memory.digest(*place) if memory is not None and place else None
-        if memory is not None and known and memory.size(_as_mask(known)):
-            return known
+        if memory is not None and known:
+            for white in (True, False):
+                if size := memory.size(_as_mask(known, white=white)):
+                    return MaskInfo(known, size, white)
         mask = open_mask(file)
         if not mask.getbbox():
             raise DataError("it is black all over")
-        digest = digest_of(read_file(file))
+        info = MaskInfo(digest_of(read_file(file)), mask.size, mask.getextrema()[0] == 255)
         if place:
-            files.append((*place, digest))
-            sizes.append((_as_mask(digest), mask.size))
-        return digest
+            files.append((*place, info.digest))
+            sizes.append((_as_mask(info.digest, white=info.white), mask.size))
+        return info
 
     with ThreadPoolExecutor() as pool:
         checks = {picture: pool.submit(check, mask) for picture, mask in masks.items()}
         for picture, made in checks.items():
             try:
-                digests[picture] = made.result()
+                infos[picture] = made.result()
             except DataError as error:
                 bad[picture] = f"its mask: {error}"
     if memory is not None and files:
         memory.note(files, sizes)
-    return digests, bad
+    return infos, bad
 
 
-def _as_mask(digest: str) -> str:
+def _as_mask(digest: str, *, white: bool) -> str:
     """What remembers that these bytes are a mask that can be used: a picture may be black all over."""
-    return f"mask {digest}"
+    return f"{'white' if white else 'grey'} mask {digest}"
 
 
 def open_mask(file: PictureFile, digest: str | None = None) -> Image.Image:
-    """8 bit grey. Raises DataError for what is no picture, or not of these bytes."""
-    return open_image(file, digest=digest).convert("L")
+    """8 bit grey, black where it is transparent. Raises DataError for what is no picture, or not of these bytes."""
+    return open_image(file, digest=digest, background="black").convert("L")
 
 
 def weights(mask: Image.Image, placement: Placement, flip: bool, size: tuple[int, int]) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from finetune.data.captions import TRIGGER, Caption, placed_trigger, with_trigger
 from finetune.data.checks import Checked, Skipped, check_images
 from finetune.data.images import PictureFile, open_alpha, open_image
-from finetune.data.masks import open_mask
+from finetune.data.masks import MaskInfo, open_mask
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.transforms import WHITE, Placement, Preprocess, whole
 from finetune.errors import DataError
@@ -226,8 +226,8 @@ class PictureFiles(Pictures):
 
     _masks: Mapping[Any, PictureFile] = MappingProxyType({})
     """What `_file` answers for a picture -> its mask."""
-    _mask_digests: Mapping[Any, str] = MappingProxyType({})
-    """The same -> digest of its mask, where masks are heeded."""
+    _mask_infos: Mapping[Any, MaskInfo] = MappingProxyType({})
+    """The same -> what is known of its mask, where masks are heeded."""
     _alpha = False
     """Whether the alpha channel is the mask of the others."""
 
@@ -248,8 +248,11 @@ class PictureFiles(Pictures):
     ) -> None:
         checked = check_images(names, self._file, memory)
         for place, name in enumerate(names):
+            found = checked[place]
             if bad and name in bad:
                 checked[place] = Skipped(name, bad[name])
+            elif not isinstance(found, Skipped) and (why := self._unfit_mask(place, found.size)):
+                checked[place] = Skipped(name, why)
         good = {place: found for place, found in enumerate(checked) if not isinstance(found, Skipped)}
         self.quarantined = [problem for problem in checked if isinstance(problem, Skipped)]
         if not good and not more:
@@ -281,15 +284,24 @@ class PictureFiles(Pictures):
             return None
         file = self._file(self._places[index])
         if file in self._masks:
-            return open_mask(self._masks[file], self._mask_digests.get(file))
+            return open_mask(self._masks[file], self.mask_digest(index))
         return open_alpha(file) if self._alpha else None
 
+    def _unfit_mask(self, place: int, size: tuple[int, int]) -> str | None:
+        """Why the mask at this place of `names` is not for a picture of this size; None: it is, or there is none."""
+        info = self._mask_infos.get(self._file(place)) if self._mask_infos else None
+        if info is None or info.fits(size):
+            return None
+        (width, height), (across, down) = info.size, size
+        return f"its mask has another shape: {width}x{height} for a picture of {across}x{down}"
+
     def mask_digest(self, index: int) -> str | None:
-        return self._mask_digests.get(self._file(self._places[index])) if self._mask_digests else None
+        info = self._mask_infos.get(self._file(self._places[index])) if self._mask_infos else None
+        return None if info is None else info.digest
 
     @property
     def mask_digests(self) -> Sequence[str]:
-        return list(self._mask_digests.values())
+        return [info.digest for info in self._mask_infos.values()]
 
     def __getitem__(self, index: int) -> Example:
         digest = self._checked[index].digest
@@ -301,11 +313,13 @@ class PictureFiles(Pictures):
 
     def notes(self) -> list[str]:
         reasons = [f"{bad.path} ({bad.reason})" for bad in self.quarantined]
+        white = sum(info.white for info in self._mask_infos.values())
         lines = {
             f"{counted(len(reasons), 'picture')} quarantined: {listed(reasons)}": reasons,
             f"caption files without a picture, {len(self.orphans)}: {listed(self.orphans)}": self.orphans,
             f"empty caption files, {len(self.empty)}: {listed(self.empty)}": self.empty,
             f"smaller than they are trained, and enlarged: {counted(self.small, 'picture')}": self.small,
+            f"masks that are white all over, and so change nothing: {white}": white,
         }
         return [line for line, found in lines.items() if found] + super().notes()
 

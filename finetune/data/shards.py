@@ -80,7 +80,7 @@ class TarShards(PictureFiles):
         self._lonely_masks = lonely if others else 0
         self._skipped = sum((Counter(index.skipped) for index in others.values()), Counter[str]())
         self._captions = sum(index.captions for index in others.values())
-        self._mask_digests, unusable = checked_masks(self._masks if self.masked else {}, memory)
+        self._mask_infos, unusable = checked_masks(self._masks if self.masked else {}, memory)
         bad |= {f"{called[member.shard]}/{member.name}": reason for member, reason in unusable.items()}
         super().__init__(
             str(root),

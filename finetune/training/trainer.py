@@ -10,13 +10,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from finetune.batch import Batch, as_input, moved
+from finetune.batch import Batch, as_input, moved, tensors_of
 from finetune.errors import RunError, means_out_of_memory
 from finetune.models.encoders import Encoder
 from finetune.seeding import fold
 from finetune.training.ema import Ema
 from finetune.training.gate import Gate
 from finetune.training.graphs import Graphs
+from finetune.training.half_precision import TOLERANCES, check_half_precision
 from finetune.training.in_backward import InBackward
 from finetune.training.masters import Masters
 from finetune.training.metrics import Arriving, Fault, NotFinite, StepMetrics, Values
@@ -135,6 +136,8 @@ class Trainer:
         possible = self.device.type == "cuda" and precision not in (None, torch.float16) and masters and not draws
         self.graphs = Graphs(self._compute, self.masters.working, self.device) if cuda_graphs and possible else None
         self._before: StepMetrics | None = None
+        self._trusted = set[torch.Size]()
+        """Heights and widths on which half precision was checked."""
 
     def step(self, *batches: Batch) -> StepMetrics:
         """One optimizer step on all examples of the batches, whatever the micro-batch size.
@@ -245,10 +248,22 @@ class Trainer:
         losses = []
         for number, drawn in enumerate(step.parts):
             part = with_prior(drawn, self.prior)
+            self._check_half_precision(part)
             with self._dropout_seeded(number):
                 losses.append(self._compute(part) if self.graphs is None else self.graphs(part))
             self.masters.collect()
         return torch.cat(losses)
+
+    def _check_half_precision(self, part: MicroBatch) -> None:
+        """Once for each height and width, on one example. Raises RunError where a layer errs."""
+        if self.dtype not in TOLERANCES:
+            return
+        shape = next(tensor.shape[-2:] for tensor in tensors_of(part.drawn) if tensor.dim() == 4)
+        if shape in self._trusted:
+            return
+        one = part.split(1)[0]
+        check_half_precision(self.unet, lambda: self.objective.loss(self.unet, one.drawn, one.cond, one.extra))
+        self._trusted.add(shape)
 
     def _compute(self, part: MicroBatch) -> Tensor:
         loss = self.objective.loss(self.unet, part.drawn, part.cond, part.extra)

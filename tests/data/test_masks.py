@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
+from finetune.cache import masks as at_hand
 from finetune.cache.encode import encode
 from finetune.cache.visits import Live
 from finetune.config import TrainConfig
@@ -67,7 +68,7 @@ def test_masks_are_no_pictures_and_all_files_are_accounted_for(folder: Path) -> 
     Image.new("L", (64, 64)).save(folder / "black.mask.png")
     Image.new("RGB", (64, 64)).save(folder / "broken.png")
     (folder / "broken.mask.png").write_bytes(b"no picture")
-    Image.new("RGB", (64, 64)).save(folder / "0.jpg")  # shares the mask of 0.png
+    Image.new("RGB", Image.open(folder / "0.png").size).save(folder / "0.jpg")  # shares the mask of 0.png
     found = ImageFolder(folder, "a box", resolution=64)
     assert found.ids == ["0.jpg", "0.png", "1.png", "2.png", "3.png", "plain.jpg"]
     reasons = {bad.path: bad.reason for bad in found.quarantined}
@@ -187,3 +188,50 @@ def test_masks_are_opened_once_unless_nothing_is_to_be_trusted(
     Image.new("L", (96, 64)).save(folder / "0.mask.png")
     assert len(again()) == 3
     assert len(again()) == 3  # black all over, whenever it is asked
+
+
+def test_a_mask_is_black_where_it_is_transparent(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    mask = Image.new("RGBA", (64, 64), "white")
+    mask.putalpha(left_half(64, 64))
+    mask.save(tmp_path / "a.mask.png")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "b.png")
+    Image.new("RGBA", (64, 64), (255, 255, 255, 0)).save(tmp_path / "b.mask.png")
+    found = ImageFolder(tmp_path, "x", resolution=64)
+    opened = found.mask(0)
+    assert opened is not None
+    assert (opened.getpixel((5, 5)), opened.getpixel((60, 5))) == (255, 0)
+    assert [(bad.path, bad.reason) for bad in found.quarantined] == [("b.png", "its mask: it is black all over")]
+
+
+@pytest.mark.parametrize(
+    ("size", "fits"), [((96, 64), True), ((48, 32), True), ((193, 128), True), ((64, 64), False), ((64, 96), False)]
+)
+def test_a_mask_of_another_shape_is_quarantined_with_its_picture(
+    tmp_path: Path, size: tuple[int, int], fits: bool
+) -> None:
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "a.png")
+    left_half(*size).save(tmp_path / "a.mask.png")
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "b.png")
+    memory = PictureMemory(tmp_path / "cache")
+    for _ in range(2):  # as new, and as remembered
+        found = ImageFolder(tmp_path, "x", resolution=64, memory=memory)
+        assert found.ids == (["a.png", "b.png"] if fits else ["b.png"])
+        why = f"its mask has another shape: {size[0]}x{size[1]} for a picture of 96x64"
+        assert [bad.reason for bad in found.quarantined] == ([] if fits else [why])
+        assert found.ledger().adds_up()
+
+
+def test_masks_that_change_nothing_are_told(folder: Path, tmp_path: Path) -> None:
+    Image.new("L", (64, 64), 255).save(folder / "plain.mask.png")
+    memory = PictureMemory(tmp_path / "cache")
+    for _ in range(2):
+        notes = ImageFolder(folder, "x", resolution=64, memory=memory).notes()
+        assert "masks that are white all over, and so change nothing: 1" in notes
+
+
+def test_masks_at_hand_are_bounded_by_their_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(at_hand, "MOST", 3 * 16 * 16 * 4)
+    encoded = encode(ImageFolder(folder, "a box", resolution=64), load_model("tiny"), cache_dir="none")
+    for _ in training_steps(encoded, batch_size=5, steps=6):
+        assert sum(mask.nbytes for mask in encoded.masks._at_hand.values() if mask is not None) <= 3 * 16 * 16 * 4

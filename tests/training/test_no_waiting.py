@@ -50,6 +50,7 @@ class Reading(NoisePrediction):
 def two_steps(method: str, optimizer: str, objective: type[NoisePrediction], precision: torch.dtype | None) -> None:
     trainer = small_trainer(method, optimizer, objective, micro_batch_size=1, precision=precision)
     prepared = [trainer.prepare(small_batch()) for _ in range(2)]
+    trainer._check_half_precision(prepared[0].parts[0])  # which waits, once for each size
     made: list[StepMetrics] = []
     with NoReads(), NoScalars():
         for step in prepared:
