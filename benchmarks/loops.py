@@ -113,6 +113,7 @@ class RandomLatents:
         self.shapes: Sequence[int] = [0] * len(self.ids)
         self.repeats: Sequence[int] = [1] * len(self.ids)
         self.weights: Sequence[float] = [1.0] * len(self.ids)
+        self.class_examples: Sequence[int] = ()
         self.visits = self
         self.stored = torch.randn(8, side // 8, side // 8)
 

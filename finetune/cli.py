@@ -1,36 +1,25 @@
-"""The command `finetune-unet`: argv -> config -> recipe or a command. What goes wrong is told in one line.
+"""The command `finetune-unet`: argv -> config -> recipe or a command. What goes wrong is told in one line."""
 
-argparse draws `--help` and sorts the words under the options; both come from the sections' fields. What the words mean
-is read here, with the checks that a TOML file and Python callers go through as well.
-"""
-
-import argparse
-import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
 import io
 import logging
 import os
-import re
 import select
 import sys
 import traceback
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from finetune.about import about_field
-from finetune.config import TrainConfig, alternatives, fitted, read_options, readable, suggest
+from finetune.arguments import FLAG, PROGRAM, parse, show_help
+from finetune.config import TrainConfig, read_options, suggest
 from finetune.data.source import check_sources
 from finetune.errors import INTERRUPTED, Elsewhere, FinetuneError, Interrupted, UsageError
 from finetune.models.families import FAMILIES
 from finetune.models.locate import check_name
-from finetune.options import SECTIONS, about, meanings
-
-PROGRAM = "finetune-unet"
+from finetune.options import SECTIONS, about
 
 VERBS = {
     "sample": "draw pictures with a trained model",
@@ -54,12 +43,29 @@ VERBS = {
 }
 """First words that do something other than train -> what. Each is a module of `finetune.commands`."""
 
+SYNONYMS = {
+    "generate": "sample",
+    "infer": "sample",
+    "draw": "sample",
+    "gui": "ui",
+    "webui": "ui",
+    "merge": "lora merge",
+}
+"""What somebody may try -> the command that does it."""
+
+_TINY = (
+    "no --model was given, so this is tiny: 64 px, for trying things out, and it knows nothing but drawn shapes; "
+    "for photographs give --model sd15 or --model sdxl"
+)
+
+_EXIT_CODES = (
+    "Exit codes: 0 done, 1 failed, 2 wrong usage, 124 stopped by --max_train_minutes, 128 + n stopped by signal n."
+)
+
 GROUPS = {"cache": "on encodings that are kept", "lora": "on LoRA files"}
 """First words that take a second one."""
 
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
-
-_FLAG = re.compile(r"--?[A-Za-z][\w-]*(=.*)?", re.DOTALL)  # but neither -0.1 nor "--text with spaces"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,27 +144,50 @@ def _dispatch(argv: list[str]) -> int:
     if not argv:
         print(f"{_overview()} All options: {PROGRAM} --help", file=sys.stderr)
         return UsageError.exit_code
+    argv = _understood(argv)
     if "--version" in argv:
         print(PROGRAM, importlib.metadata.version(PROGRAM))
     elif group := [verb for verb in VERBS if verb.startswith(f"{argv[0]} ") and argv[1:] in (["--help"], ["-h"])]:
         print("\n".join(f"{PROGRAM} {verb:<14}{VERBS[verb]}" for verb in group))
     elif verb := _verb(argv):
         _run_verb(verb, argv[len(verb.split()) :])
-    elif not _FLAG.fullmatch(argv[0]):
+    elif not FLAG.fullmatch(argv[0]):
         words = list(dict.fromkeys(verb.split()[0] for verb in VERBS))
-        known = f"{suggest(argv[0], words)} (commands: {', '.join(words)}; options alone train)"
+        meant = f"; did you mean {SYNONYMS[argv[0]]}?" if argv[0] in SYNONYMS else suggest(argv[0], words)
+        known = f"{meant} (commands: {', '.join(words)}; options alone train)"
         raise UsageError(f"unknown command {argv[0]!r}{known}")
     elif _asks_for_help(argv):
-        _show_help(TRAIN_SECTIONS, PROGRAM, _overview())
+        show_help(TRAIN_SECTIONS, PROGRAM, f"{_overview()}\n{_EXIT_CODES}")
     else:
-        config = parse_train(argv)
-        check_name(config.model)
-        if config.resume_from_checkpoint is None:
-            check_sources(config.data)
-        from finetune.recipe import fine_tune  # loads torch, which a wrong option, model or folder need not wait for
-
-        fine_tune(config)
+        given = parse(TRAIN_SECTIONS, argv)
+        file = given.get("config")
+        _train(_config(given), Path(file) if file else None)
     return 0
+
+
+def _understood(argv: list[str]) -> list[str]:
+    """The words as they are meant: `train` and `help` in front, or a folder of pictures alone."""
+    if argv[0] == "train":
+        return argv[1:] or ["--help"]
+    if argv[0] == "help":
+        return [*argv[1:], "--help"]
+    is_verb = any(verb.split()[0] == argv[0] for verb in VERBS)
+    return argv if is_verb or not Path(argv[0]).is_dir() else ["--data", *argv]
+
+
+def _train(config: TrainConfig, file: Path | None) -> None:
+    """Train as the config says, which may come from a file."""
+    check_name(config.model)
+    if config.resume_from_checkpoint is None:
+        check_sources(config.data)
+    from finetune.recipe import fine_tune  # loads torch, which a wrong option, model or folder need not wait for
+
+    by_default = "model" not in config.given and config.resume_from_checkpoint is None
+    if by_default:
+        print(f"{'note':>10}  {_TINY}")
+    fine_tune(config, repeats=file)
+    if by_default:
+        print(f"{'note':>10}  {_TINY}")
 
 
 def _verb(argv: list[str]) -> str | None:
@@ -179,7 +208,7 @@ def _run_verb(verb: str, argv: list[str]) -> None:
     trains = getattr(command, "WITH_TRAINING_OPTIONS", False)
     sections = {verb: command.Options} | (TRAIN_SECTIONS if trains else {})
     if _asks_for_help(argv):
-        _show_help(sections, f"{PROGRAM} {verb}", f"{PROGRAM} {verb}: {VERBS[verb]}")
+        show_help(sections, f"{PROGRAM} {verb}", f"{PROGRAM} {verb}: {VERBS[verb]}")
         return
     given = parse(sections, argv)
     own = {field.name: given.pop(field.name) for field in dataclasses.fields(command.Options) if field.name in given}
@@ -223,164 +252,6 @@ def _over(flags: dict[str, Any], of_file: dict[str, Any]) -> dict[str, Any]:
     lengths = {name for name, known in about().items() if known.change == "length"}
     replaced = lengths if lengths & flags.keys() else set[str]()
     return {name: value for name, value in of_file.items() if name not in replaced} | flags
-
-
-def parse(sections: Mapping[str, type], argv: Sequence[str]) -> dict[str, Any]:
-    """The options that are given in `argv`, by name. Raises UsageError for what is unknown, doubled or wrong.
-
-    Args:
-        sections: heading -> dataclass; each of its fields is an option, of type bool, int, float, str, Literal,
-            `tuple[X, ...]` of these (several values, or the flag repeated), or any of them `| None`.
-        argv: options only, without program and verb.
-    """
-    hints = {name: hint for kind in sections.values() for name, hint in typing.get_type_hints(kind).items()}
-    parser = _parser(sections, PROGRAM, "")
-    namespace, rest = parser.parse_known_args([part for word in argv for part in _parted(word)])
-    if rest and not _FLAG.fullmatch(rest[0]):
-        raise UsageError(f"{rest[0]!r} follows no option; every value comes after its --option")
-    if rest:
-        flag = rest[0].partition("=")[0]
-        known = [f"--{name}" for kind in sections.values() for field in _fields(kind) for name in _names(*field)]
-        raise UsageError(f"unknown option {flag}{suggest('--' + flag.lstrip('-').replace('-', '_'), known)}")
-    return {name: _read(uses, hints[name]) for name, uses in vars(namespace).items()}
-
-
-def _parted(word: str) -> tuple[str, ...]:
-    """`--flag=value` as two words, where the value does not look like a flag itself: a list may go on after it."""
-    flag, equals, value = word.partition("=")
-    return (flag, value) if equals and _FLAG.fullmatch(flag) and not value.startswith("-") else (word,)
-
-
-class _Use(argparse.Action):
-    """Notes each use of an option: the flag as typed, and the words up to the next flag."""
-
-    def __call__(self, parser: Any, namespace: Any, words: Any, flag: Any = None) -> None:
-        setattr(namespace, self.dest, [*getattr(namespace, self.dest, ()), (flag, list(words))])
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Shows an option by its own name and the kind of value it takes, not by each of its spellings."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        return str(action.metavar)
-
-
-def _parser(sections: Mapping[str, type], prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser of the sections' fields; values are words yet, options that are not given are left out."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        usage="%(prog)s [options]",
-        description=description,
-        formatter_class=lambda prog: _Help(prog, max_help_position=36),
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-        add_help=False,
-    )
-    for heading, kind in sections.items():
-        group = parser.add_argument_group(f"{heading} options", kind.__doc__)
-        texts = meanings(kind)
-        for field, hint in _fields(kind):
-            group.add_argument(
-                *[f"--{spelling}" for name in _names(field, hint) for spelling in _with_dashes(name)],
-                dest=field.name,
-                nargs="*",
-                action=_Use,
-                metavar=f"--{field.name}{_what_follows(field.name, hint)}",
-                help=_help(field, texts.get(field.name, "")),
-            )
-    return parser
-
-
-def _show_help(sections: Mapping[str, type], prog: str, description: str) -> None:
-    print(_parser(sections, prog, description).format_help(), end="")  # `print_help` hides that a reader has gone
-
-
-def _fields(section: type) -> list[tuple[dataclasses.Field[Any], Any]]:
-    """The fields of a section with their type hints."""
-    hints = typing.get_type_hints(section)
-    return [(field, hints[field.name]) for field in dataclasses.fields(section)]
-
-
-def _names(field: dataclasses.Field[Any], hint: Any) -> list[str]:
-    """What an option may be called: its name, that of other tools, and the `no_` form of a switch."""
-    return [field.name, *about_field(field).names, *([f"no_{field.name}"] if bool in alternatives(hint) else [])]
-
-
-def _with_dashes(name: str) -> set[str]:
-    """The name as it is, with a dash for its first underscore (`no-use_ema`), and with dashes throughout."""
-    return {name, name.replace("_", "-", 1), name.replace("_", "-")}
-
-
-def _what_follows(name: str, hint: Any) -> str:
-    """The value after a flag, and the other form of a switch, for `--help`."""
-    if bool not in alternatives(hint):
-        return f" {_kind_of_value(hint)}"
-    return f"{' [NUMBER]' if float in alternatives(hint) else ''}, --no_{name}"
-
-
-def _kind_of_value(hint: Any) -> str:
-    kind = next(kind for kind in alternatives(hint) if kind is not types.NoneType)
-    if typing.get_origin(kind) is Literal:
-        return "{" + ",".join(map(str, typing.get_args(kind))) + "}"
-    if item := _item_hint(hint):
-        return f"{_kind_of_value(item)} ..."
-    return {int: "INT", float: "NUMBER", str: "TEXT"}[kind]
-
-
-def _help(field: dataclasses.Field[Any], meaning: str) -> str:
-    text = meaning.replace("%", "%%")  # argparse formats it
-    if field.default is dataclasses.MISSING:
-        return f"{text} (required)"
-    return text if field.default in (None, "", ()) else f"{text} (default: {field.default})"
-
-
-def _read(uses: list[tuple[str, list[str]]], hint: Any) -> Any:
-    """The value of an option from each of its uses: the flag as typed and the words after it."""
-    (flag, words), *more = uses
-    if more and not _item_hint(hint):
-        one_option = f"{flag} and {more[0][0]} are one option: give one of them"
-        raise UsageError(f"{flag} is given twice" if flag == more[0][0] else one_option)
-    if bool in alternatives(hint):  # `--switch` and `--no-switch` stand for `--switch True` and `--switch False`
-        positive = not re.match("--no[_-]", flag)
-        if words and not positive:
-            raise UsageError(f"{flag} takes no value, but {words[0]!r} follows")
-        words = words or [str(positive)]
-    if wordless := [flag for flag, some in [(flag, words), *more] if not some]:
-        raise UsageError(f"{wordless[0]} needs a value ({readable(hint)})")
-    return _value(flag, hint, words + [word for _, some in more for word in some])
-
-
-def _item_hint(hint: Any) -> Any | None:
-    """X of `tuple[X, ...]`, also when `| None`; None for what is no list."""
-    lists = [kind for kind in alternatives(hint) if typing.get_origin(kind) is tuple]
-    return typing.get_args(lists[0])[0] if lists else None
-
-
-def _value(flag: str, hint: Any, words: list[str]) -> Any:
-    """The words after a flag as a value of the type hint."""
-    if words == ["None"] and types.NoneType in alternatives(hint):  # takes back what a file says
-        return None
-    if item := _item_hint(hint):
-        return tuple(_value(flag, item, [word]) for word in words)
-    if len(words) > 1:
-        raise UsageError(f"{flag} takes one value, but {words[1]!r} follows {words[0]!r}; put quotes around a text")
-    try:
-        return fitted(hint, _meant(hint, words[0]))
-    except ValueError as error:
-        raise UsageError(f"{flag} {words[0]}: {error}") from error
-
-
-def _meant(hint: Any, word: str) -> Any:
-    """The value that a word spells under the type hint; the word itself where it spells none; `fitted` refuses it."""
-    for kind in alternatives(hint):
-        if typing.get_origin(kind) is Literal:
-            return next((choice for choice in typing.get_args(kind) if str(choice) == word), word)
-        if kind is bool and word.lower() in ("true", "false"):
-            return word.lower() == "true"
-        if kind in (int, float):
-            with contextlib.suppress(ValueError):
-                return kind(word)
-    return word
 
 
 def _overview() -> str:

@@ -7,6 +7,7 @@ given, a `ResolvedConfig` has a value for every option that the given ones leave
 import copy
 import dataclasses
 import difflib
+import importlib.metadata
 import sys
 import tomllib
 import types
@@ -31,6 +32,9 @@ from finetune.options import (
     about,
     option_types,
 )
+
+RECORD = "finetune"
+"""The table of config.toml with the version that wrote it."""
 
 DERIVED = "derived"
 """The table of config.toml with what the run decided by itself."""
@@ -263,6 +267,7 @@ def config_text(config: TrainConfig) -> str:
     }
     text = tomli_w.dumps(tables)
     if isinstance(config, ResolvedConfig):
+        text += "\n" + tomli_w.dumps({RECORD: {"version": own_version()}})
         derived = {name: value for name, value in values.items() if name not in config.given}
         text += "\n# What the options above left open, as this run decided it; --config decides it anew.\n"
         text += tomli_w.dumps({DERIVED: derived})
@@ -283,6 +288,34 @@ def load_config(path: str | Path) -> TrainConfig:
     return TrainConfig(**read_options(Path(path)))
 
 
+def own_version() -> str:
+    """The version of finetune-unet, as it is installed."""
+    return importlib.metadata.version("finetune-unet")
+
+
+def decided_otherwise(path: Path, config: ResolvedConfig) -> str:
+    """What a run that repeats a recorded config decides otherwise than that run did; "" for nothing.
+
+    Args:
+        path: the config.toml, of a run; another file records no decisions.
+        config: of the run that repeats it.
+
+    Raises:
+        UsageError: as `read_options`.
+    """
+    tables = _tables(path)
+    then = tables.get(RECORD, {}).get("version", "0.1.0")
+    names = accepted_names()
+    derived = {names[name]: value for name, value in tables.get(DERIVED, {}).items() if name in names}
+    now = {name: list(v) if isinstance(v, tuple) else v for name, v in as_dict(config).items()}
+    changed = [
+        f"{name} {value} -> {now[name]}"
+        for name, value in derived.items()
+        if name not in config.given and now[name] != value and name not in ("output_dir", "data")
+    ]
+    return f"decided otherwise than by the run of {path} (version {then}): {', '.join(changed)}" if changed else ""
+
+
 def load_resolved(path: Path) -> ResolvedConfig:
     """The config that a run recorded, with what it had decided itself. Raises UsageError as `read_options` does."""
     given, derived = _read(path)
@@ -300,15 +333,20 @@ def load_resolved(path: Path) -> ResolvedConfig:
         raise UsageError(f"config file {path}: {error}") from error
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options in a file that were given, and those that were derived."""
+def _tables(path: Path) -> dict[str, Any]:
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"config file {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"config file {path} is not valid TOML: {error}") from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options in a file that were given, and those that were derived."""
+    tables = _tables(path)
     derived = tables.pop(DERIVED, {})
+    tables.pop(RECORD, None)
     flat: dict[str, Any] = {}
     for name, value in tables.items():
         if isinstance(value, dict) and name not in SECTIONS:

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors import SafetensorError
 
-from finetune.config import ResolvedConfig, TrainConfig, as_settings, config_text
+from finetune.config import ResolvedConfig, TrainConfig, as_settings, config_text, decided_otherwise
 from finetune.data.ahead import ahead
 from finetune.data.own import Rows
 from finetune.data.sampler import steps_per_epoch
@@ -24,7 +24,7 @@ from finetune.models.loading import check_resolution
 from finetune.models.locate import Location, locate
 from finetune.results import hub, tracking
 from finetune.results.events import Events, Said
-from finetune.results.export import discard_steps_after, export, exported, step_export
+from finetune.results.export import discard_steps_after, export, step_export
 from finetune.run import folder as run_folder
 from finetune.run.assembly import assembled
 from finetune.run.class_pictures import draw_missing
@@ -48,7 +48,7 @@ from finetune.run.sheet import lay_out_pictures
 from finetune.run.signals import PAUSE, SAVE, TIME_UP, Requests, StopRequest, catch_signals
 from finetune.run.sources import identity, open_pictures
 from finetune.run.summary import print_summary
-from finetune.run.telling import lora_facts, report
+from finetune.run.telling import how_to_load, lora_facts, report
 from finetune.run.trained import discard_exports, write_exports
 from finetune.run.validating import least_step, validate
 from finetune.training import checkpoint
@@ -57,7 +57,7 @@ from finetune.training.prepared import Prepared
 from finetune.training.saving import Saving, copied
 
 
-def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
+def fine_tune(config: TrainConfig, dataset: Rows | None = None, *, repeats: Path | None = None) -> Path:
     """Train as `config` says, and export the result to the run folder.
 
     Args:
@@ -65,6 +65,7 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
         dataset: pictures to train on instead of `config.data`: a map-style dataset of (image, caption, id), or a
             `datasets.Dataset` or `IterableDataset` (whose rows are kept on the disk while the program runs) with the
             columns `config.image_column` and `config.caption_column`.
+        repeats: the config.toml that `config` was read from: what is decided otherwise than then is printed.
 
     Returns:
         The run folder: the export, `samples/`, `metrics.jsonl`, `config.toml` and checkpoints.
@@ -81,12 +82,13 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None) -> Path:
     parallel, requests, events = launched(), Requests(), Events()
     said = Said(sys.stdout, events) if parallel.first and sys.stdout else None  # one process tells
     with requests.hearing_usr1(), redirect_stdout(said):
-        return _run(config, dataset, accelerator, parallel, requests, events)
+        return _run(config, dataset, repeats, accelerator, parallel, requests, events)
 
 
 def _run(
     config: TrainConfig,
     dataset: Rows | None,
+    repeats: Path | None,
     accelerator: Accelerator,
     parallel: Parallel,
     requests: Requests,
@@ -101,6 +103,8 @@ def _run(
         raise UsageError("the processes see different pictures, options or checkpoints: they need one file system")
     if folder.note:
         print(folder.note)
+    if repeats is not None and not folder.finished and (changed := decided_otherwise(repeats, config)):
+        print(f"{'note':>10}  {changed}")
     if folder.finished:
         if parallel.first:
             write_exports(config, folder.path)
@@ -350,7 +354,7 @@ def _ahead(run: Run) -> AbstractContextManager[Iterator[Prepared]]:
 
 def _finish(run: Run) -> None:
     """Export, prove the export, and say where everything is."""
-    config, folder, trained = run.config, run.folder, run.trainer.steps_done
+    config, folder, trained, family = run.config, run.folder, run.trainer.steps_done, run.model.family
     if config.early_stop:
         take_best(run)
         _look(run, frozenset({"forgetting", "grid"}))
@@ -364,10 +368,11 @@ def _finish(run: Run) -> None:
     result = {"steps": run.trainer.steps_done, "trained": trained, "reloaded_output_difference": difference}
     discard_exports(config, folder)
     run_folder.finish(folder, result)
-    what = exported(folder)
-    assert what is not None
-    load = what.load.format(folder).replace("\n", "; ")
-    print(f"done: {load}, loaded back and compared (largest difference {difference:.0e})")
+    print(f"done: the export was loaded back and compared (largest difference {difference:.0e})")
+    for program, how in how_to_load(run).items():
+        print(f"{program}: {how.replace(chr(10), '; ')}")
+    prompt = f" --prompt {shlex.quote(run.samples.prompts[0].text)}" if run.samples.prompts and family.latent else ""
+    print(f"draw with it: finetune-unet sample --model {shlex.quote(str(folder))}{prompt}")
     if (least := least_step(run)) is not None:
         untrained = ", before anything was learned" if least == 0 else ""
         print(f"validation: the loss was least at step {least} of {trained}{untrained}")
@@ -377,7 +382,7 @@ def _finish(run: Run) -> None:
         more = f"--resume_from_checkpoint latest --max_train_steps {2 * config.max_train_steps}"
         print(f"to go on for longer: finetune-unet --output_dir {shlex.quote(str(folder))} {more}")
     print(f"report: {page}")
-    _push(config, folder, run.model.family)
+    _push(config, folder, family)
 
 
 def _push(config: ResolvedConfig, folder: Path, family: Family) -> None:

@@ -27,14 +27,15 @@ LAYERS = [
     {"training"},
     {"cache"},
     {"data", "models"},
-    {"batch", "seeding", "config", "files"},
+    {"arguments", "batch", "seeding", "files"},
+    {"config"},
     {"options"},
     {"about"},
     {"errors", "wording"},
 ]
 """From the top down; a part imports only from layers below it, or from itself."""
 
-SEE_THE_CONFIG = {"cli", "commands", "recipe", "run", "config", "__init__"}
+SEE_THE_CONFIG = {"arguments", "cli", "commands", "recipe", "run", "config", "__init__"}
 SEE_THE_ACCELERATOR = {"recipe.py", "results/tracking.py"}
 
 

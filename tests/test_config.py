@@ -1,6 +1,7 @@
 """TrainConfig: defaults, names, checks that answer in one line, and the way to TOML and back."""
 
 import dataclasses
+import importlib.metadata
 import math
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from hypothesis import strategies as st
 
 from finetune.cli import parse_train
 from finetune.config import (
+    ResolvedConfig,
     TrainConfig,
     alternatives,
     as_dict,
     config_text,
+    decided_otherwise,
     fitted,
     load_config,
     load_resolved,
@@ -274,3 +277,28 @@ def test_a_recorded_config_with_something_left_open_is_told(tmp_path: Path) -> N
     (tmp_path / "config.toml").write_text('[model]\nmodel = "tiny"\n')
     with pytest.raises(UsageError, match=r"config\.toml: method, mixed_precision, .*left open"):
         load_resolved(tmp_path / "config.toml")
+
+
+def test_what_a_repeated_run_decides_otherwise_is_told(tmp_path: Path) -> None:
+    config = TrainConfig(model="tiny", data="x", rank=4)
+    derived: dict[str, Any] = {name: getattr(config, name) for name in ResolvedConfig.__annotations__}
+    derived |= {"method": "lora", "lora_alpha": 4.0, "lora_target_modules": ("to_q",), "mixed_precision": "no"}
+    derived |= {"compile": False, "resolution": 64, "aspect_ratio_bucketing": True, "caption_dropout": 0.0}
+    derived |= {"max_train_steps": 9, "train_batch_size": 4, "gradient_accumulation_steps": 1, "num_processes": 1}
+    derived |= {"learning_rate": 1e-3, "lr_scheduler": "constant", "lr_warmup_steps": 0, "validation_fraction": 0.0}
+    derived |= {"adam_beta1": 0.9, "max_grad_norm": 1.0, "use_ema": False, "eval_batch_size": 1}
+    derived |= {"num_inference_steps": 20, "guidance_scale": 5.0}
+    resolved = ResolvedConfig(config, **derived)
+    path = tmp_path / "config.toml"
+    path.write_text(config_text(resolved))
+    assert f'[finetune]\nversion = "{importlib.metadata.version("finetune-unet")}"' in path.read_text()
+    assert load_config(path) == config
+    assert load_resolved(path) == resolved
+    assert decided_otherwise(path, resolved) == ""
+    other = ResolvedConfig(config, **derived | {"learning_rate": 2e-3, "lora_target_modules": ("to_q", "to_k")})
+    told = decided_otherwise(path, other)
+    assert told.startswith(
+        f"decided otherwise than by the run of {path} (version {importlib.metadata.version('finetune-unet')}): "
+    )
+    assert "lora_target_modules ['to_q'] -> ['to_q', 'to_k']" in told
+    assert "learning_rate 0.001 -> 0.002" in told

@@ -163,9 +163,15 @@ def _save(rows: "list[list[Image]]", prompts: tuple[str, ...], seed: int, output
     for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True), start=1):
         place = f"{number}-" if len(rows) > 1 else ""  # two prompts may differ in what a file name cannot hold
         for drawn, picture in enumerate(row, start=seed):
-            path = output / f"{place}{_slug(prompt)}-{drawn}.png"
+            path = _unused(output / f"{place}{_slug(prompt)}-{drawn}.png")
             save_picture(picture, path)
             print(path)
+
+
+def _unused(path: Path) -> Path:
+    """The path, or with a number after it where there is a file already."""
+    names = (path, *(path.with_stem(f"{path.stem} ({number})") for number in range(2, 10**6)))
+    return next(name for name in names if not name.exists())
 
 
 def _slug(prompt: str) -> str:

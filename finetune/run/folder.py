@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import tempfile
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +16,22 @@ from typing import Any, Literal, TextIO
 import portalocker
 
 from finetune.about import about_field
-from finetune.config import ResolvedConfig, TrainConfig, as_dict, config_text, load_resolved, replace, suggest
+from finetune.config import (
+    ResolvedConfig,
+    TrainConfig,
+    as_dict,
+    config_text,
+    load_resolved,
+    own_version,
+    replace,
+    suggest,
+)
 from finetune.data.source import called
 from finetune.errors import UsageError, first_line
 from finetune.files import is_inside, remove, write_whole
 from finetune.options import SECTIONS, about
 from finetune.results.export import MOVING, has_own_parts, kohya_files, names_of_exports
+from finetune.seeding import fold
 from finetune.training.checkpoint import checkpoints, latest, newest_whole, record, verify
 
 State = Literal["new", "unfinished", "finished", "another run", "taken"]
@@ -72,6 +83,8 @@ class RunFolder:
     """For the user about what was found, a line each; may be empty."""
     overwrite: bool = False
     """An earlier run is to be deleted when this one starts."""
+    mark: str = ""
+    """Of this run, for those that find its folder locked."""
 
 
 def choose(config: ResolvedConfig, data: str) -> RunFolder:
@@ -87,15 +100,18 @@ def choose(config: ResolvedConfig, data: str) -> RunFolder:
         RunError: the checkpoint to be resumed is damaged, or all are.
     """
     _check_allowed(config)
+    mark = _mark(config, data)
     for asked, path, checkpoint in _candidates(config):
         state, reason = (_state_to_resume if "resume" in asked else _state)(path, checkpoint, config, data)
+        if state == "new" and _held_by_another(path, mark):
+            state, reason = "taken", f"output_dir {path}: another run has just started there"
         deed = decide(asked, state)
         if deed == "refuse":
             raise UsageError(reason)
         if deed == "go on" and checkpoint is not None:
-            return _resumed(asked, path, checkpoint, config)
+            return dataclasses.replace(_resumed(asked, path, checkpoint, config), mark=mark)
         if deed != "next number":
-            return _folder(deed, asked, path, config)
+            return dataclasses.replace(_folder(deed, asked, path, config), mark=mark)
     raise AssertionError("numbers do not end")
 
 
@@ -109,7 +125,7 @@ def _candidates(config: ResolvedConfig) -> Iterator[tuple[str, Path, Path | None
     if (resume := config.resume_from_checkpoint) is not None:
         if config.overwrite_output_dir:
             raise UsageError("overwrite_output_dir and resume_from_checkpoint exclude each other")
-        path, newest = _resume_folder(config), resume == "latest"
+        path, newest = _resume_folder(config), _means_newest(resume)
         yield f"resume {'latest' if newest else 'a checkpoint'}", path, latest(path) if newest else Path(resume)
         return
     base = Path(config.output_dir or default_folder(config))
@@ -225,8 +241,9 @@ def with_earlier(config: TrainConfig) -> TrainConfig:
     if config.resume_from_checkpoint is None:
         return config
     path = _resume_folder(config)
-    if config.resume_from_checkpoint != "latest" and not (Path(config.resume_from_checkpoint) / "state.json").is_file():
-        raise UsageError(f"resume_from_checkpoint {config.resume_from_checkpoint}: no checkpoint of a run in {path}")
+    resume = config.resume_from_checkpoint
+    if not _means_newest(resume) and not (Path(resume) / "state.json").is_file():
+        raise UsageError(_no_checkpoint(Path(resume), path))
     recorded = path / "config.toml"
     if not recorded.exists():
         return config
@@ -253,15 +270,37 @@ def name_of(data: Sequence[str]) -> str:
     return "+".join(names if len(names) <= _NAMED else [names[0], f"{len(names) - 1}-more"]) or "dataset"
 
 
+def _means_newest(resume: str) -> bool:
+    """Whether `--resume_from_checkpoint` means the newest checkpoint: by the word, or by a run folder's path."""
+    return resume == "latest" or (Path(resume) / "data.json").is_file()
+
+
+def _no_checkpoint(given: Path, run: Path) -> str:
+    """What is wrong with a path that is no checkpoint, and where it belongs."""
+    said = f"resume_from_checkpoint {given}"
+    if given.suffix in (".safetensors", ".pt", ".bin", ".ckpt"):
+        return (
+            f"{said}: a file of weights holds no optimizer and no step; to go on from a LoRA give --init_lora {given}"
+        )
+    if (given / "optimizer.bin").exists() or list(given.glob("random_states_*.pkl")):
+        lora = next(iter(sorted(given.glob("*.safetensors"))), given)
+        return f"{said}: a checkpoint of accelerate, which is not read; to go on from its LoRA give --init_lora {lora}"
+    return f"{said}: no checkpoint of a run in {run}"
+
+
 def _resume_folder(config: TrainConfig) -> Path:
     """The run folder that `--resume_from_checkpoint` means."""
+    resume = str(config.resume_from_checkpoint)
+    if resume != "latest" and _means_newest(resume):
+        return Path(resume)
     if config.output_dir is not None:
         return Path(config.output_dir)
-    if config.resume_from_checkpoint != "latest":
-        return Path(str(config.resume_from_checkpoint)).absolute().parent
+    if resume != "latest":
+        return Path(resume).absolute().parent
     base = default_folder(config)
-    numbered = [p for p in base.parent.glob(f"{base.name}-*") if p.name.removeprefix(f"{base.name}-").isdigit()]
-    return max(numbered, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=base)
+    there = base.parent.iterdir() if base.parent.is_dir() else ()  # no glob: a name may hold brackets
+    found = [(re.fullmatch(rf"{re.escape(base.name)}-(\d+)", path.name), path) for path in there]
+    return max([(int(match[1]), path) for match, path in found if match], default=(0, base))[1]
 
 
 @contextmanager
@@ -291,6 +330,9 @@ def occupied(folder: RunFolder, *, lock: bool = True) -> Iterator[None]:
     try:
         try:
             portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
+            file.truncate(0)
+            file.write(folder.mark)
+            file.flush()
         except portalocker.AlreadyLocked as error:
             raise UsageError(f"output_dir {folder.path}: another process is training in it") from error
         except (portalocker.LockException, OSError) as error:
@@ -302,6 +344,25 @@ def occupied(folder: RunFolder, *, lock: bool = True) -> Iterator[None]:
     finally:
         _held.discard(file)
         file.close()
+
+
+def _mark(config: ResolvedConfig, data: str) -> str:
+    """What tells a run from others before it has recorded anything."""
+    return f"{fold(config_text(replace(config, output_dir=None)), data):016x}\n"
+
+
+def _held_by_another(path: Path, mark: str) -> bool:
+    """Whether a process that does another run holds the folder."""
+    theirs = mark
+    try:
+        with (path / LOCK).open("r+") as file:
+            theirs = file.read()
+            portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
+    except portalocker.AlreadyLocked:
+        return theirs != mark
+    except (OSError, portalocker.LockException):  # there is none, or nothing can be locked here
+        return False
+    return False
 
 
 LOCK = ".lock"
@@ -334,7 +395,7 @@ def begin(folder: RunFolder, config: ResolvedConfig, data: str) -> None:
 
 def finish(folder: Path, result: dict[str, Any]) -> None:
     """Mark the run as finished: `result.json`, written last."""
-    write_whole(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    write_whole(folder / "result.json", json.dumps(result | {"version": own_version()}, indent=1) + "\n")
 
 
 def differences(a: ResolvedConfig, b: ResolvedConfig, *, resumed: bool = False) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.config import own_version
 from finetune.errors import UsageError
 from finetune.models.environment import device_name
 from finetune.models.loading import DiffusionModel
@@ -36,6 +37,7 @@ def about_run(model: DiffusionModel, data: str, device: torch.device, processes:
         "frozen": {"vae": model.encoder.fingerprint, "text_encoder": model.conditioner.fingerprint},
         "processes": processes,
         "threads": torch.get_num_threads(),
+        "version": own_version(),
         "machine": {"device": device_name(device)} | {library: version(library) for library in _LIBRARIES},
     }
 

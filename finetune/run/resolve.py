@@ -23,6 +23,11 @@ from finetune.run.precision import resolve_precision
 from finetune.run.prompts import is_prompt_file
 
 
+def _absolute(path: Path) -> str:
+    """An absolute path, so that one folder has one name; links stay as they are, but on the way to ".."."""
+    return str(path.resolve() if ".." in path.parts else path.absolute())
+
+
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Local folders as absolute paths, so that config.toml repeats the run from anywhere."""
     local: dict[str, Path] = {}
@@ -46,17 +51,16 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
             if not local[name].exists():
                 raise UsageError(f"{name} {given}: no such file or folder")
     kept = {name: path for name, path in local.items() if path.exists() or name == "class_data"}  # which may be made
-    paths: dict[str, Any] = {name: str(path.absolute()) for name, path in kept.items()}
+    paths: dict[str, Any] = {name: _absolute(path) for name, path in kept.items()}
     sources = [(given, Path(given).expanduser()) for given in config.data]
     paths["data"] = [
-        str(path.absolute()) if given and (path.exists() or is_pattern(given)) else given for given, path in sources
+        _absolute(path) if given and (path.exists() or is_pattern(given)) else given for given, path in sources
     ]
     if config.cache_dir and (folder := cache_folder(config.cache_dir)):
         paths["cache_dir"] = str(folder)
     if config.sample_prompts:
         paths["sample_prompts"] = [
-            str(Path(given).expanduser().absolute()) if is_prompt_file(given) else given
-            for given in config.sample_prompts
+            _absolute(Path(given).expanduser()) if is_prompt_file(given) else given for given in config.sample_prompts
         ]
     return replace(config, **paths)
 

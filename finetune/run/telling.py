@@ -25,7 +25,7 @@ def report(run: Run, *, ended: bool = False) -> Path:
         "steps done": f"{run.trainer.steps_done} of {run.config.max_train_steps}",
         "machine": f"{name}, torch {torch.__version__}, Python {platform.python_version()}",
     }
-    load = _how_to_load(run.folder, viewers=run.model.family.layout is not None) if ended else {}
+    load = how_to_load(run) if ended else {}
     settings = as_settings(run.config)
     given = {name: value for name, value in settings.items() if name in run.config.given}
     derived = {name: value for name, value in settings.items() if name not in run.config.given}
@@ -56,12 +56,13 @@ def lora_facts(run: Run, *, final: bool = False) -> dict[str, str]:
     return facts.metadata(title if final else f"{title}-{step:06d}", step)
 
 
-def _how_to_load(folder: Path, *, viewers: bool) -> dict[str, str]:
-    """Program -> what to do there; `viewers`: whether others than diffusers know this kind of model."""
+def how_to_load(run: Run) -> dict[str, str]:
+    """Program -> what to do there with what an ended run has exported."""
+    folder = run.folder
     what = exported(folder)
     assert what is not None
     told = {"diffusers": what.load.format(folder)}
-    if not viewers:
+    if run.model.family.layout is None:  # which no other program knows
         return told
     if what.adapter:
         told["ComfyUI"] = f"copy {kohya_file(folder)} to models/loras, and load it with the node Load LoRA"

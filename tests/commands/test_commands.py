@@ -133,3 +133,11 @@ def test_words_that_tiny_does_not_know_are_named_once(tmp_path: Path, capsys: py
     assert capsys.readouterr().err.count("tiny does not know, and spells: zebra\n") == 1
     sample.run(sample.Options(model="tiny", prompt=("a red circle",), num_inference_steps=1, output=str(tmp_path)))
     assert "does not know" not in capsys.readouterr().err
+
+
+def test_sample_writes_over_nothing(lora_run: Path, tmp_path: Path) -> None:
+    words = ["sample", "--model", str(lora_run), "--prompt", "a disc", "--num_inference_steps", "1"]
+    for number in (1, 2, 3):
+        assert main([*words, "--output", str(tmp_path)]) == 0
+        assert len(list(tmp_path.glob("*.png"))) == number
+    assert (tmp_path / "a-disc-0 (3).png").exists()

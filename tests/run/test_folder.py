@@ -1,11 +1,7 @@
-import errno
-import fcntl
 import os
 import shutil
 from pathlib import Path
-from typing import IO, Any
 
-import portalocker
 import pytest
 import torch
 
@@ -367,34 +363,3 @@ def test_a_folder_is_called_after_its_pictures_of_many_sources_after_the_first()
     assert runs.name_of(["/a/shards/*.tar"]) == "shards"
     assert runs.name_of([f"shards/{number}.tar" for number in range(1000)]) == "0.tar+999-more"
     assert runs.name_of([]) == "dataset"
-
-
-def test_the_lock_is_one_that_nfs_grants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There an exclusive lock needs a descriptor that is open for writing."""
-    lock, granted = portalocker.lock, []
-
-    def of_nfs(file: IO[Any], flags: portalocker.LockFlags) -> None:
-        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-            raise portalocker.LockException(OSError(errno.EBADF, "Bad file descriptor"))
-        lock(file, flags)
-        granted.append(file)
-
-    monkeypatch.setattr(portalocker, "lock", of_nfs)
-    with runs.occupied(choose(CONFIG)):
-        assert granted
-        with pytest.raises(UsageError, match="another process is training in it"), runs.occupied(choose(CONFIG)):
-            pass
-
-
-def test_where_nothing_can_be_locked_an_option_must_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(file: IO[Any], flags: portalocker.LockFlags) -> None:
-        raise portalocker.LockException(OSError(errno.ENOLCK, "No locks available"))
-
-    monkeypatch.setattr(portalocker, "lock", refuse)
-    with (
-        pytest.raises(UsageError, match=r"cannot be locked \(.*No locks available\): .*--no_lock_output_dir"),
-        runs.occupied(choose(CONFIG)),
-    ):
-        pass
-    with runs.occupied(choose(CONFIG), lock=False):
-        pass
