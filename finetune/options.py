@@ -141,7 +141,7 @@ class DataOptions:
     image_column: str = option("image", decided_by="dataset")
     """Picture column of a Hugging Face dataset."""
     caption_column: str = option("text", decided_by="dataset")
-    """Caption column of a Hugging Face dataset."""
+    """Caption column of a Hugging Face dataset, or of metadata.jsonl, .csv or .parquet beside pictures."""
     follow_links: bool = option(True, change="free")
     """Read files through links that lead out of the folder of --data; with --no_follow_links they are an error."""
     stream_rows: int | None = option(None, AT_LEAST_ONE, decided_by="dataset")

@@ -10,10 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finetune.data.listing import composed
 from finetune.errors import DataError
 
 TRIGGER = "[trigger]"
 """Stands for the trigger word in a caption."""
+
+COLUMN = "text"
+"""Of a metadata file, that holds the captions unless another one is named."""
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -43,6 +47,8 @@ class FoundCaptions(NamedTuple):
     """Pictures whose caption file is not UTF-8 -> what is wrong."""
     files: int
     """How many files captions were read from."""
+    passed_over: list[str]
+    """What lies there and looks like captions, but was not read."""
 
 
 Texts = str | Sequence[str] | None
@@ -78,6 +84,7 @@ def find_captions(
     subjects: Mapping[str, str] | None = None,
     by_line: bool = False,
     metadata: Mapping[str, Texts] | None = None,
+    column: str = COLUMN,
 ) -> FoundCaptions:
     """The caption of each picture.
 
@@ -94,6 +101,7 @@ def find_captions(
         subjects: what the folders' names say of pictures.
         by_line: each line of a caption is one of its own.
         metadata: what `read_metadata` has found; None: it is asked.
+        column: of the metadata files, that holds the captions.
 
     Raises:
         DataError: a metadata file is not UTF-8 or is malformed, or it names a file that is no picture.
@@ -103,13 +111,15 @@ def find_captions(
         stem, suffix = os.path.splitext(file)
         if suffix.lower() in CAPTION_SUFFIXES:
             sidecars.setdefault(stem, {})[suffix.lower()] = file
-    metadata = read_metadata(folder, files, pictures) if metadata is None else metadata
+    unread: list[str] = []
+    metadata = read_metadata(folder, files, pictures, column, unread) if metadata is None else metadata
+    by_composed = {composed(stem): beside for stem, beside in sidecars.items() if not stem.isascii()}
 
     captions, empty, unreadable, stems = list[Caption](), dict[str, None](), dict[str, str](), set[str]()
     for picture in pictures:
         stem = os.path.splitext(picture)[0]
-        stems.add(stem)
-        beside = sidecars.get(stem, {})
+        beside = sidecars.get(stem) or (by_composed.get(composed(stem), {}) if by_composed else {})
+        stems.update(os.path.splitext(file)[0] for file in beside.values())
         texts = _read_sidecars(folder, picture, beside, unreadable) if beside else {}
         empty |= {beside[suffix]: None for suffix, text in texts.items() if not text.strip()}
         candidates = (
@@ -122,7 +132,30 @@ def find_captions(
         captions.append(first_caption(candidates, by_line=by_line))
     orphans = [file for stem, beside in sidecars.items() if stem not in stems for file in beside.values()]
     read = sum(map(len, sidecars.values())) - len(orphans) + sum(map(is_metadata, files))
-    return FoundCaptions(captions, orphans, list(empty), unreadable, read)
+    unread += _unread_beside(files, pictures, orphans)
+    return FoundCaptions(captions, orphans, list(empty), unreadable, read, unread)
+
+
+_READ_ELSEWHERE = (".tags", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".cap", ".text", ".md")
+"""Endings of files in which other tools keep captions."""
+
+
+def _unread_beside(files: Sequence[str], pictures: Sequence[str], orphans: Sequence[str]) -> list[str]:
+    """Files that look like captions and are none that are read: of another ending, or called otherwise."""
+    names = {picture.casefold() for picture in pictures}
+    stems = {os.path.splitext(name)[0] for name in names}
+    found: list[str] = []
+    for file in files:
+        stem, suffix = os.path.splitext(file)
+        if is_metadata(file):
+            continue
+        doubled = stem.casefold() in names and suffix.lower() in (*CAPTION_SUFFIXES, *_READ_ELSEWHERE)
+        beside = stem.casefold() in stems and suffix.lower() in _READ_ELSEWHERE
+        table = suffix.lower() in (".json", ".jsonl", ".csv", ".tsv")
+        if doubled or beside or table:
+            found.append(file)
+    spelt = [file for file in orphans if os.path.splitext(file)[0].casefold() in stems]
+    return [*found, *(f"{file} (in other letters than its picture)" for file in spelt)]
 
 
 def is_metadata(file: str) -> bool:
@@ -164,14 +197,18 @@ def placed_trigger(caption: str) -> str | None:
 
 
 def _decoded(path: str | Path) -> str:
-    """The text of a file: UTF-8, or UTF-16 where it begins with a byte order mark. Raises UnicodeDecodeError."""
+    """The text of a file: UTF-8, or UTF-16 with or without a byte order mark. Raises UnicodeDecodeError."""
     try:
         with open(path, "rb", buffering=0) as file:  # small files by the million
             content = file.read()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
-    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return content.decode("utf-16" if wide else "utf-8-sig")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    for encoding, high in (("utf-16-le", content[1::2]), ("utf-16-be", content[::2])):
+        if 2 * high.count(0) > len(high):  # as in no text of UTF-8: UTF-16 without a mark
+            return content.decode(encoding)
+    return content.decode("utf-8-sig")
 
 
 def _read_text(path: Path) -> str:
@@ -181,19 +218,37 @@ def _read_text(path: Path) -> str:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
-def read_metadata(folder: Path, files: Sequence[str], pictures: Sequence[str]) -> dict[str, Texts]:
+def read_metadata(
+    folder: Path,
+    files: Sequence[str],
+    pictures: Sequence[str],
+    column: str = COLUMN,
+    unread: list[str] | None = None,
+) -> dict[str, Texts]:
     """Picture -> what the metadata files say of it, in all folders: files further down win, and later names.
+
+    Args:
+        folder: what the names are relative to.
+        files: all that there are.
+        pictures: those that may be named; with slashes or backslashes, composed or decomposed.
+        column: that holds the captions.
+        unread: gets a line for each file that has other columns, but not this one.
 
     Raises:
         DataError: a file is not UTF-8 or is malformed, or names what is no picture.
     """
     tables = [folder / file for file in files if is_metadata(file)]
     by_place = {os.path.normpath(folder / picture): picture for picture in pictures} if tables else {}
+    by_place |= {composed(place): picture for place, picture in by_place.items() if not place.isascii()}
     captions: dict[str, Texts] = {}
     for file in sorted(tables, key=lambda file: (len(file.parts), file)):
         lines: dict[str, int] = {}
-        for line, name, text in _ROWS[file.suffix](file):
-            place = os.path.normpath(file.parent / name)
+        others: dict[str, None] = {}
+        for line, name, text, columns in _ROWS[file.suffix](file, column):
+            others |= dict.fromkeys(columns)
+            place = composed(os.path.normpath(file.parent / name))
+            if place not in by_place and "\\" in name:
+                place = composed(os.path.normpath(file.parent / name.replace("\\", "/")))
             if place not in by_place:
                 wrong = "is no picture that is read" if os.path.exists(place) else "does not exist"
                 raise DataError(f"{file}, line {line}: {name} {wrong}")
@@ -202,17 +257,25 @@ def read_metadata(folder: Path, files: Sequence[str], pictures: Sequence[str]) -
                 raise DataError(f"{file}, line {line}: {name} was named before, in line {lines[picture]}")
             lines[picture] = line
             captions[picture] = text or captions.get(picture)
+        others.pop("file_name", None)
+        if unread is not None and column not in others and others:
+            columns = ", ".join(others)
+            unread.append(f"{file.relative_to(folder)}: {columns} (--caption_column takes another one than {column})")
     return captions
 
 
-def _refuse_other_names(where: str, names: Iterable[str]) -> None:
+def _refuse_other_names(where: str, names: Iterable[str], column: str) -> None:
     """Raise DataError where captions stand under another name than text: they would be lost in silence."""
-    if "text" not in names and (other := sorted(set(names) & _OTHER_NAMES)):
-        raise DataError(f"{where}: captions go under text, not {other[0]}")
+    if column == COLUMN and column not in names and (other := sorted(set(names) & _OTHER_NAMES)):
+        raise DataError(f"{where}: captions go under text, not {other[0]}; or give --caption_column {other[0]}")
 
 
-def _json_rows(file: Path) -> Iterator[tuple[int, str, Texts]]:
-    """Line number, file name and captions of each row of a metadata.jsonl."""
+_Rows = Iterator[tuple[int, str, Texts, Sequence[str]]]
+"""Line number, file name, captions and columns of each row."""
+
+
+def _json_rows(file: Path, column: str) -> _Rows:
+    """The rows of a metadata.jsonl."""
     for number, line in enumerate(_read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
@@ -220,10 +283,10 @@ def _json_rows(file: Path) -> Iterator[tuple[int, str, Texts]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{file}, line {number}: not JSON ({error.msg})") from error
-        yield number, *_name_and_text(f"{file}, line {number}", row)
+        yield number, *_name_and_text(f"{file}, line {number}", row, column), list(row)
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[int, str, Texts]]:
+def _parquet_rows(file: Path, column: str) -> _Rows:
     """The same of a metadata.parquet."""
     from pyarrow import ArrowException, parquet  # late: only who has such a file waits for it
 
@@ -232,38 +295,38 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, str, Texts]]:
     except (ArrowException, OSError) as error:
         raise DataError(f"{file}: not Parquet ({str(error).splitlines()[0]})") from error
     for number, row in enumerate(rows, start=1):
-        yield number, *_name_and_text(f"{file}, line {number}", row)
+        yield number, *_name_and_text(f"{file}, line {number}", row, column), list(row)
 
 
-def _name_and_text(where: str, row: Any) -> tuple[str, Texts]:
+def _name_and_text(where: str, row: Any, column: str) -> tuple[str, Texts]:
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise DataError(f'{where}: no file_name; a row is {{"file_name": "a.png", "text": "..."}}')
-    text = row.get("text")
-    _refuse_other_names(where, row)
+    text = row.get(column)
+    _refuse_other_names(where, row, column)
     several = isinstance(text, list) and all(isinstance(one, str) for one in text)
     if text is not None and not isinstance(text, str) and not several:
-        raise DataError(f"{where}: text is {text!r}, allowed is a string or a list of them")
+        raise DataError(f"{where}: {column} is {text!r}, allowed is a string or a list of them")
     return row["file_name"], text
 
 
-def _csv_rows(file: Path) -> Iterator[tuple[int, str, str | None]]:
-    """Line number, file name and caption of each row of a metadata.csv."""
+def _csv_rows(file: Path, column: str) -> _Rows:
+    """The same of a metadata.csv."""
     reader = csv.DictReader(io.StringIO(_read_text(file)), strict=True)
     try:
         if "file_name" not in (reader.fieldnames or ()):
             raise DataError(f"{file}, line 1: no column file_name among: {', '.join(reader.fieldnames or ())}")
-        _refuse_other_names(f"{file}, line 1", reader.fieldnames or ())
+        _refuse_other_names(f"{file}, line 1", reader.fieldnames or (), column)
         for row in reader:
             if None in row:
                 raise DataError(f"{file}, line {reader.line_num}: more fields than columns; quote text with commas")
             if not row["file_name"]:
                 raise DataError(f"{file}, line {reader.line_num}: file_name is empty")
-            yield reader.line_num, row["file_name"], row.get("text")
+            yield reader.line_num, row["file_name"], row.get(column), reader.fieldnames or ()
     except csv.Error as error:
         raise DataError(f"{file}, line {reader.line_num + 1}: not CSV ({error})") from error
 
 
-_ROWS: dict[str, Callable[[Path], Iterator[tuple[int, str, Texts]]]] = {
+_ROWS: dict[str, Callable[[Path, str], _Rows]] = {
     ".csv": _csv_rows,
     ".jsonl": _json_rows,
     ".parquet": _parquet_rows,

@@ -208,11 +208,13 @@ def open_dataset(
     assert isinstance(source, str)
     if stream_rows is not None:
         raise UsageError(f"stream_rows is for datasets on the Hugging Face hub; {source} is on this machine")
-    if (image_column, caption_column) != (IMAGE_COLUMN, CAPTION_COLUMN):
-        raise UsageError(f"--image_column and --caption_column are for Hugging Face datasets; {source} holds pictures")
+    if image_column != IMAGE_COLUMN:
+        raise UsageError(f"--image_column is for Hugging Face datasets; {source} holds pictures")
     path = Path(os.path.expanduser(source))
     if isinstance(part, FolderPart):
-        return ImageFolder(path, prompt, masks=masks, part=part, **options)
+        return ImageFolder(path, prompt, masks=masks, part=part, caption_column=caption_column, **options)
+    if caption_column != CAPTION_COLUMN:
+        raise UsageError(f"--caption_column is for rows and metadata files; {source} holds shards")
     shards = shards_of(source)
     assert shards is not None
     return TarShards(*shards, prompt, masks=masks, part=part, **options)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from finetune.data.buckets import Buckets
-from finetune.data.captions import CAPTION_SUFFIXES, Texts, find_captions, is_metadata
+from finetune.data.captions import CAPTION_SUFFIXES, COLUMN, Texts, find_captions, is_metadata
 from finetune.data.images import PictureFile
 from finetune.data.listing import PICTURE_SUFFIXES, ending, is_picture, list_files
 from finetune.data.masks import checked_masks, is_mask, masks_of
@@ -47,6 +47,7 @@ class ImageFolder(PictureFiles):
             alpha channel of those without; or everywhere.
         memory: of earlier runs; without it, every picture is decoded once before anything else.
         part: what of the folder to open; None: all that `list_files` finds.
+        caption_column: of metadata files.
 
     An id is a path relative to the folder, with forward slashes.
 
@@ -71,6 +72,7 @@ class ImageFolder(PictureFiles):
         masks: Literal["files", "files and alpha", "none"] = "files",
         memory: PictureMemory | None = None,
         part: FolderPart | None = None,
+        caption_column: str = COLUMN,
     ) -> None:
         transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets, background)
         root = Path(folder)
@@ -79,6 +81,8 @@ class ImageFolder(PictureFiles):
         self._root = root
         files, metadata, repeated = part or FolderPart(list_files(root))
         self._names = pictures_among(files)
+        if metadata is None and (project := _project(root, self._names)):
+            raise UsageError(project)
         if not self._names:
             raise DataError(f"{folder}: no picture found; allowed are {' '.join(PICTURE_SUFFIXES)}")
         beside, self._lonely_masks = masks_of(files, self._names)
@@ -89,7 +93,7 @@ class ImageFolder(PictureFiles):
         self._repeated = bool(repeats)
         subjects = {name: name.split("/")[0].partition("_")[2] for name in self._names} if repeats else {}
         by_line = caption_lines == "chosen"
-        found = find_captions(root, files, self._names, prompt, subjects, by_line, metadata)
+        found = find_captions(root, files, self._names, prompt, subjects, by_line, metadata, caption_column)
         self._count, self._caption_files = len(files), found.files
         self._others = Counter(ending(file) or "without an ending" for file in files if _is_strange(file))
         super().__init__(
@@ -106,6 +110,10 @@ class ImageFolder(PictureFiles):
             more=metadata is not None,
         )
         self.masked = self.masked and bool(self._masks or self._alpha)
+        self.passed_over = found.passed_over
+        own = root.resolve()
+        if not repeats and _REPEATED.fullmatch(own.name):
+            self.passed_over.append(f"the folder's own name, {own.name}: give --data {own.parent} for what it says")
 
     def _file(self, place: int) -> PictureFile:
         return self._root / self._names[place]
@@ -129,6 +137,21 @@ class ImageFolder(PictureFiles):
             f"not read as repeats, since other folders hold pictures too: {listed(unused)}": unused,
         }
         return super().notes() + [line for line, found in lines.items() if found]
+
+
+def _project(root: Path, names: Sequence[str]) -> str:
+    """Why a folder that holds several folders of pictures is not one of pictures, and what to give; "": it is."""
+    first = {name.split("/")[0] for name in names if "/" in name}
+    if len(first) < 2 or any("/" not in name for name in names):
+        return ""
+    in_folders = all(_REPEATED.match(name.split("/")[1]) for name in names if name.count("/") > 1)
+    if first <= {"img", "image", "reg", "regularization"} and in_folders:
+        images, others = (next(name for name in first if name.startswith(begin)) for begin in ("im", "reg"))
+        return f"{root} is a project folder of sd-scripts: give --data {root / images} --class_data {root / others}"
+    held_out = first & {"test", "val", "valid", "validation"}
+    if "train" in first and held_out and first <= {"train", *held_out}:
+        return f"{root} has its own split: give --data {root / 'train'} --validation_data {root / min(held_out)}"
+    return ""
 
 
 def pictures_among(files: Sequence[str]) -> list[str]:

@@ -8,8 +8,9 @@ import zlib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
@@ -138,9 +139,12 @@ def open_alpha(source: PictureFile) -> Image.Image | None:
 
 
 def _decode(content: bytes, background: str) -> Image.Image:
-    with _opened(content) as image:
-        image.load()
-        return to_rgb(image, background=background)
+    def decode(content: bytes) -> Image.Image:
+        with _opened(content) as image:
+            image.load()
+            return to_rgb(image, background=background)
+
+    return _whatever_lies_beside(decode, content)
 
 
 def decoded_size(content: bytes, name: str) -> tuple[int, int]:
@@ -148,18 +152,83 @@ def decoded_size(content: bytes, name: str) -> tuple[int, int]:
 
     A JPEG's pixels are computed at an eighth of its size, from all of its bytes: three to eight times as fast.
     """
-    with _opened(content) as image:
-        width, height = image.size
-        image.draft(image.mode, (1, 1))
-        image.load()
-        turned = _orientation(image) in _ON_ITS_SIDE
-        to_rgb(image, name)
-    return (height, width) if turned else (width, height)
+
+    def measure(content: bytes) -> tuple[int, int]:
+        with _opened(content) as image:
+            width, height = image.size
+            image.draft(image.mode, (1, 1))
+            image.load()
+            turned = _orientation(image) in _ON_ITS_SIDE
+            to_rgb(image, name)
+        return (height, width) if turned else (width, height)
+
+    return _whatever_lies_beside(measure, content)
+
+
+T = TypeVar("T")
+
+
+def _whatever_lies_beside(read: Callable[[bytes], T], content: bytes) -> T:
+    """What `read` makes of a file; of a PNG that it fails for, what it makes of the pixels alone.
+
+    Pillow refuses long texts and colour profiles (the prompts and workflows that image generators leave), and wrong
+    checksums of chunks that are no pixels.
+    """
+    try:
+        return read(content)
+    except READ_ERRORS:
+        if not content.startswith(_PNG):
+            raise
+        try:
+            return read(_pixels_of_png(content))
+        except READ_ERRORS:
+            pass
+        raise
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_ABOUT_PIXELS = (b"tRNS", b"eXIf", b"gAMA", b"sRGB")
+"""Chunks that change how a PNG looks, beside the critical ones."""
+
+
+def _pixels_of_png(content: bytes) -> bytes:
+    """The same PNG without texts, profile and whatever else is not about its pixels, or has a wrong checksum."""
+    kept, at = [_PNG], len(_PNG)
+    while at + 12 <= len(content):
+        (size,) = struct.unpack_from(">I", content, at)
+        kind, end = content[at + 4 : at + 8], at + 12 + size
+        sound = struct.pack(">I", zlib.crc32(content[at + 4 : end - 4])) == content[end - 4 : end]
+        if kind[:1].isupper() or (kind in _ABOUT_PIXELS and sound):
+            kept.append(content[at:end])
+        at = end
+    return b"".join(kept)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those that are read here; HEIC too, where the package for it is installed."""
+    Image.init()  # all formats, before threads race to register them
+    try:
+        from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return tuple(name for name in Image.ID if name in _FORMATS)
+    register_heif_opener()
+    return tuple(name for name in Image.ID if name in (*_FORMATS, "HEIF"))
 
 
 def _opened(content: bytes) -> Image.Image:
-    Image.init()  # all formats, before threads race to register them
-    return Image.open(io.BytesIO(content), formats=[name for name in Image.ID if name in _FORMATS])
+    try:
+        return Image.open(io.BytesIO(content), formats=_formats())
+    except UnidentifiedImageError:
+        if content[4:8] == b"ftyp" and content[8:12] in _HEIC:
+            raise ValueError("HEIC is read with pip install pillow-heif; or convert it: magick a.heic a.png") from None
+        if content.startswith(_JPEG_XL):
+            raise ValueError("JPEG XL is not read; convert it: djxl a.jxl a.png") from None
+        raise
+
+
+_HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+_JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 
 
 def reason_of(error: Exception) -> str:

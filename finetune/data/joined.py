@@ -59,6 +59,7 @@ class Joined(Pictures):
         self.weights = [part.weight * weight for part in parts for weight in part.pictures.weights]
         self.masked = any(part.pictures.masked for part in parts)
         self.sources = sum((part.sources() for part in parts), Counter())
+        self.passed_over = [line for part in parts for line in part.pictures.passed_over]
         self.quarantined = [
             Skipped(part.named(bad.path), bad.reason) for part in parts for bad in part.pictures.quarantined
         ]

@@ -1,6 +1,7 @@
 """What lies in a folder: names relative to it, with forward slashes. Strings, for there may be millions of them."""
 
 import os
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +42,11 @@ def _walk(folder: str, called: str, above: frozenset[str]) -> Iterator[str]:
             yield from _walk(entry.path, f"{called}{entry.name}/", above | {real})
         else:
             yield called + entry.name
+
+
+def composed(name: str) -> str:
+    """A name as most systems spell it: é in one code point, where macOS may have two."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def links_out(folder: Path) -> list[str]:

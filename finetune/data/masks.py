@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from finetune.data.checks import stamped
 from finetune.data.images import PictureFile, digest_of, open_image, read_file
+from finetune.data.listing import composed
 from finetune.data.picture_memory import PictureMemory, Stamp
 from finetune.data.transforms import Placement
 from finetune.errors import DataError
@@ -39,8 +40,8 @@ Key = TypeVar("Key")
 def masks_of(files: Iterable[str], pictures: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Picture -> the mask beside it; and the masks that lie beside no picture."""
     masks = [file for file in files if is_mask(file)]
-    places = {without_suffix(file): file for file in masks}
-    stems = ((picture, os.path.splitext(picture)[0]) for picture in pictures) if masks else ()
+    places = {composed(without_suffix(file)): file for file in masks}
+    stems = ((picture, composed(os.path.splitext(picture)[0])) for picture in pictures) if masks else ()
     found = {picture: places[stem] for picture, stem in stems if stem in places}
     used = set(found.values())
     return found, [file for file in masks if file not in used]

@@ -78,6 +78,8 @@ class Pictures(Dataset[Example], ABC):
     """Numbers of pictures that are never trained on, but validated on."""
     masked: bool = False
     """Whether some may have a mask."""
+    passed_over: Sequence[str] = ()
+    """What lies there and looks like captions, but is not read."""
 
     def __init__(
         self,
@@ -203,6 +205,8 @@ class Pictures(Dataset[Example], ABC):
     def notes(self) -> list[str]:
         """Lines for the user about what was found: what is left out, or looks wrong."""
         lines = []
+        if self.passed_over and any(source in ("prompt", "folder", "none") for source in self.sources):
+            lines.append(f"not read as captions: {listed(self.passed_over)}")
         if self.triggerless:
             captions = counted(self.triggerless, "caption")
             lines.append(f"[trigger] stands in {captions}, but no --trigger is given: it is left out")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from finetune.data.captions import read_metadata
+from finetune.data.captions import COLUMN, read_metadata
 from finetune.data.image_folder import FolderPart, pictures_among, repeats_of
 from finetune.data.masks import is_mask, without_suffix
 from finetune.data.pictures import Pictures
@@ -153,8 +153,8 @@ def volumes_for(holdings: Sequence[Holding], size: int | None = None) -> int:
     return max(1, min(ceil(sum(counts) / size), max(counts))) if size else 1
 
 
-def deal_out(holding: Holding, number: int) -> Deal:
-    """Deal what a source holds into so many volumes.
+def deal_out(holding: Holding, number: int, caption_column: str = COLUMN) -> Deal:
+    """Deal what a source holds into so many volumes; `caption_column` is that of metadata files.
 
     A file goes by the digest of its path without its endings: a picture with its caption and its mask, and otherwise
     as if at random; what has numbers goes at random.
@@ -166,7 +166,7 @@ def deal_out(holding: Holding, number: int) -> Deal:
     if number == 1 or not pictures:  # opening it tells that there are none
         return Deal(source, [None if files is None else FolderPart(files)] * number)
     if files is not None:
-        return _deal_files(source, files, number)
+        return _deal_files(source, files, number, caption_column)
     drawn = torch.randperm(pictures, generator=torch.Generator().manual_seed(fold("volumes", pictures) & 0xFFFFFFFF))
     parts = [sorted(some.tolist()) for some in drawn.tensor_split(number)]
     parts.sort(key=lambda part: (not part, part))  # with 0 in the first
@@ -186,10 +186,10 @@ def _added_up(rows: Sequence[Sequence[int]]) -> list[int]:
     return [sum(column) for column in zip(*rows, strict=True)]
 
 
-def _deal_files(folder: str, files: Sequence[str], number: int) -> Deal:
+def _deal_files(folder: str, files: Sequence[str], number: int, caption_column: str) -> Deal:
     pictures = pictures_among(files)
     volumes = _dealt(files, set(pictures), number)
-    metadata = read_metadata(Path(folder).expanduser(), files, pictures)
+    metadata = read_metadata(Path(folder).expanduser(), files, pictures, caption_column)
     repeated = bool(repeats_of(pictures))
     examples = [pictures_among(volume) for volume in volumes]
     counts = [len(some) for some in examples]

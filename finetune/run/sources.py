@@ -178,7 +178,7 @@ def _dealt(
         )
     number = volumes_for(known, config.volume_size) if divisible else 1
     return [
-        Deal(source, [None]) if holding is None else deal_out(holding, number)
+        Deal(source, [None]) if holding is None else deal_out(holding, number, config.caption_column)
         for source, holding in zip(sources, holdings, strict=True)
     ]
 
@@ -231,8 +231,11 @@ def _refuse_unusable(pictures: Pictures, most: float, *, captioned: bool) -> Non
             f"mend or remove them, or leave them out with --max_bad_fraction {ceil(100 * len(bad) / found) / 100:g}"
         )
     if captioned and (empty := pictures.captions.count("")):
+        without = listed([name for name, caption in zip(pictures.ids, pictures.captions, strict=True) if not caption])
+        unread = f"; not read: {listed(pictures.passed_over)}" if pictures.passed_over else ""
         raise UsageError(
-            f"{empty} of {counted(len(pictures), 'picture')} without a caption: give --prompt, or captions beside them"
+            f"{empty} of {counted(len(pictures), 'picture')} without a caption ({without}): "
+            f"give --prompt, or captions beside them{unread}"
         )
 
 

@@ -246,3 +246,51 @@ def test_without_a_trigger_word_no_placeholder_is_left(before: str, after: str):
     assert not result.startswith((" ", ","))
     letters = [letter for letter in before + after if letter in "ab"]
     assert [letter for letter in result if letter in "ab"] == letters
+
+
+def test_names_meet_whether_they_are_composed_or_not(tmp_path: Path) -> None:
+    """macOS writes é as e with an accent of its own."""
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    for name in (f"{apart}.png", f"1/{composed}.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / f"{composed}.txt").write_text("a cup")
+    (tmp_path / "1/metadata.jsonl").write_text(json.dumps({"file_name": f"{apart}.png", "text": "another"}))
+    files = list_files(tmp_path)
+    found = find_captions(tmp_path, files, [file for file in files if file.endswith(".png")])
+    assert sorted(caption.text for caption in found.captions) == ["a cup", "another"]
+    assert found.orphans == []
+
+
+def test_utf16_without_a_mark_is_seen(tmp_path: Path) -> None:
+    pictures = []
+    for number, encoding in enumerate(("utf-16-le", "utf-16-be", "utf-8")):
+        pictures.append(f"{number}.png")
+        (tmp_path / f"{number}.txt").write_bytes("a dog".encode(encoding))
+    assert [c.text for c in find_captions(tmp_path, list_files(tmp_path), pictures).captions] == ["a dog"] * 3
+
+
+def test_metadata_with_backslashes_and_another_column_is_read(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").touch()
+    (tmp_path / "metadata.csv").write_text("file_name,mood\nin\\a.png,merry\n")
+    files = list_files(tmp_path)
+    found = find_captions(tmp_path, files, ["in/a.png"], column="mood")
+    assert (found.captions[0].text, found.passed_over) == ("merry", [])
+    found = find_captions(tmp_path, files, ["in/a.png"])
+    assert found.captions[0].source == "none"
+    assert found.passed_over == ["metadata.csv: mood (--caption_column takes another one than text)"]
+
+
+def test_what_looks_like_captions_and_is_not_read_is_named(tmp_path: Path) -> None:
+    pictures = ["Photo.png", "b.png"]
+    for name in (*pictures, "photo.txt", "b.tags", "b.png.txt", "metadata.json", "b.npz", "notes.pdf"):
+        (tmp_path / name).touch()
+    (tmp_path / "photo.txt").write_text("a dog")
+    found = find_captions(tmp_path, list_files(tmp_path), pictures)
+    assert sorted(found.passed_over) == [
+        "b.png.txt",
+        "b.tags",
+        "metadata.json",
+        "photo.txt (in other letters than its picture)",
+    ]

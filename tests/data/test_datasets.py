@@ -272,7 +272,7 @@ def test_a_folder_of_pictures_is_an_image_folder(tmp_path: Path, monkeypatch: py
     data = open_dataset("~/pets", "a pet", trigger="sks", resolution=6)
     assert isinstance(data, ImageFolder)
     assert (data.captions, data.transform) == (["sks a pet"], Preprocess(6))
-    with pytest.raises(UsageError, match="--image_column and --caption_column are for Hugging Face datasets"):
+    with pytest.raises(UsageError, match="--image_column is for Hugging Face datasets; ~/pets holds pictures"):
         open_dataset("~/pets", image_column="photo")
     assert asked == []
 

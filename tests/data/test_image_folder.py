@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -14,7 +15,7 @@ from finetune.config import TrainConfig
 from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import batches
 from finetune.data.sampler import Sampler
-from finetune.errors import DataError
+from finetune.errors import DataError, UsageError
 from finetune.models.loading import load_model
 from finetune.recipe import fine_tune
 
@@ -154,3 +155,30 @@ def test_one_bad_picture_in_a_hundred_is_left_out_and_more_are_an_error(tmp_path
     else:
         with pytest.raises(DataError, match=r"1 of 99 pictures cannot be trained on: bad\.png: the file is empty"):
             _refuse_unusable(images, 0.01, captioned=True)
+
+
+@pytest.mark.parametrize(
+    ("names", "advice"),
+    [
+        (("img/10_sks dog/0.png", "reg/1_dog/0.png"), "give --data {0}/img --class_data {0}/reg"),
+        (("train/a.png", "test/b.png"), "give --data {0}/train --validation_data {0}/test"),
+        (("train/a.png", "validation/1/b.png"), "give --data {0}/train --validation_data {0}/validation"),
+    ],
+)
+def test_a_folder_of_folders_with_parts_of_their_own_is_asked_about(
+    tmp_path: Path, names: tuple[str, ...], advice: str
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    with pytest.raises(UsageError, match=re.escape(advice.format(tmp_path))):
+        ImageFolder(tmp_path, "x")
+
+
+def test_a_folder_whose_own_name_says_something_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "10_sks dog"
+    folder.mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "0.png")
+    (told,) = ImageFolder(folder).passed_over
+    assert told == f"the folder's own name, 10_sks dog: give --data {tmp_path} for what it says"
+    assert (ImageFolder(tmp_path).repeats, ImageFolder(tmp_path).captions) == ([10], ["sks dog"])

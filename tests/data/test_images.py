@@ -1,5 +1,7 @@
 import io
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +43,7 @@ def test_pictures_that_cannot_be_read_here_are_found_so_that_they_are_reported(t
     assert found == ["phone.HEIC"]
     assert is_picture(found[0])
     assert check_images(found, lambda _: tmp_path / found[0]) == [
-        Skipped("phone.HEIC", "not a picture of a kind that can be read")
+        Skipped("phone.HEIC", "HEIC is read with pip install pillow-heif; or convert it: magick a.heic a.png")
     ]
 
 
@@ -298,3 +300,55 @@ def test_a_profile_that_is_broken_or_does_not_fit_is_told_and_ignored(
     (checked,) = check_images(["odd.png"], lambda _: tmp_path / "odd.png")
     assert checked == ((1, 1), digest_of((tmp_path / "odd.png").read_bytes()))
     assert "odd.png: its colour profile is ignored: cannot " in caplog.text
+
+
+def chunk(kind: bytes, content: bytes, *, sound: bool = True) -> bytes:
+    crc = zlib.crc32(kind + content) ^ (0 if sound else 1)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        chunk(b"zTXt", b"workflow\0\0" + zlib.compress(b"a" * 5_000_000)),
+        chunk(b"tIME", bytes(7), sound=False),
+        chunk(b"tEXt", b"prompt\0a cat", sound=False),
+    ],
+    ids=["a long text", "a wrong checksum of a time", "a wrong checksum of a text"],
+)
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_png_is_read_whatever_lies_beside_its_pixels(tmp_path: Path, beside: bytes, place: str) -> None:
+    file = io.BytesIO()
+    Image.new("RGBA", (9, 7), (200, 10, 30, 128)).save(file, "PNG")
+    content = file.getvalue()
+    at = 33 if place == "before" else len(content) - 12  # after the header, or before the end
+    (tmp_path / "a.png").write_bytes(content[:at] + beside + content[at:])
+    (tmp_path / "plain.png").write_bytes(content)
+    read, plain = open_image(tmp_path / "a.png"), open_image(tmp_path / "plain.png")
+    assert read.tobytes() == plain.tobytes()
+    assert [found.size for found in check_images(["a.png"], lambda _: tmp_path / "a.png")] == [(9, 7)]
+
+
+def test_a_png_with_broken_pixels_is_not_read(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, "PNG")
+    content = bytearray(file.getvalue())
+    content[100] ^= 255
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(DataError):
+        open_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("content", "way"),
+    [
+        (b"\0\0\0\x18ftypheic" + bytes(100), "HEIC is read with pip install pillow-heif"),
+        (b"\xff\x0a" + bytes(100), "JPEG XL is not read; convert it: djxl"),
+    ],
+)
+def test_pictures_of_other_kinds_are_named_with_the_way_to_convert_them(
+    tmp_path: Path, content: bytes, way: str
+) -> None:
+    (tmp_path / "a.heic").write_bytes(content)
+    with pytest.raises(DataError, match=way):
+        open_image(tmp_path / "a.heic")

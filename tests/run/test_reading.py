@@ -122,7 +122,7 @@ def test_a_few_captions_that_are_absent_do_not_end_a_run_in_a_later_volume(
 ) -> None:
     name = opened(many).at(1).ids[0]
     (many / name).with_suffix(".txt").unlink()
-    with pytest.raises(UsageError, match="1 of 8 pictures without a caption: give --prompt"):
+    with pytest.raises(UsageError, match=r"1 of 8 pictures without a caption \(03.png\): give --prompt"):
         opened(many).at(1)
     out = run(many, tmp_path / "out", max_bad_fraction=0.2)
     assert "note  volume 2: 1 picture left aside: without a caption" in capsys.readouterr().out
