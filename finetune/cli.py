@@ -237,7 +237,7 @@ def _config(given: dict[str, Any]) -> TrainConfig:
     file = given.pop("config", None)
     options = _over(given, read_options(Path(file))) if file else given
     sources = options.get("data", ())
-    if len(sources) == 1 and sources[0].endswith(".toml"):
+    if len(sources) == 1 and sources[0].endswith((".toml", ".json")):
         from finetune.commands.foreign.sd_scripts import read_dataset
 
         taken = read_dataset(Path(sources[0]))

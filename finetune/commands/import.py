@@ -3,13 +3,12 @@
 import json
 import shlex
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from finetune.commands.foreign import diffusers_scripts, onetrainer, sd_scripts
-from finetune.commands.foreign.taken import Taken, word_value
+from finetune.commands.foreign.command_line import read_command_line
+from finetune.commands.foreign.taken import Taken
 from finetune.config import TrainConfig, config_text
 from finetune.errors import UsageError
 from finetune.files import new_file, write_whole
@@ -17,11 +16,11 @@ from finetune.files import new_file, write_whole
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Read settings of sd-scripts (a TOML file or a command line), diffusers' scripts (a command line) or OneTrainer
-    (JSON)."""
+    """Read settings of sd-scripts (a TOML file or a command line), kohya_ss (JSON), diffusers' scripts (a command line)
+    or OneTrainer (JSON)."""
 
     file: str
-    """.toml, .json, or any other text file that holds a command line."""
+    """.toml, .json, or a text file with a command line: .sh, .bat, .ps1, .ipynb."""
     to: str = "config.toml"
     """The file to write; there must be none yet."""
 
@@ -39,6 +38,8 @@ def run(options: Options) -> None:
         raise UsageError(f"--file {path}: {getattr(error, 'strerror', None) or 'no text'}") from error
     to = new_file("--to", options.to)
     taken = _taken(path, text)
+    if not taken.ours.get("model") and "method" in taken.ours:
+        taken.notes.append("no model is named: give --model, or tiny is trained")
     write_whole(to, config_text(TrainConfig(**taken.ours)) + _comments(taken))
     for note in taken.notes:
         print(f"note: {note}")
@@ -51,13 +52,7 @@ def run(options: Options) -> None:
 
 def _taken(path: Path, text: str) -> Taken:
     if path.suffix == ".json":
-        try:
-            given = json.loads(text)
-        except ValueError as error:
-            raise UsageError(f"--file {path} is no JSON: {error}") from error
-        if not isinstance(given, dict) or not {"training_method", "base_model_name", "model_type"} & given.keys():
-            raise UsageError(f"--file {path}: no config of OneTrainer")
-        return onetrainer.take(given)
+        return _from_json(path, text)
     if path.suffix == ".toml":
         try:
             tables = tomllib.loads(text)
@@ -65,40 +60,35 @@ def _taken(path: Path, text: str) -> Taken:
             raise UsageError(f"--file {path} is no TOML: {error}") from error
         if "datasets" in tables:
             return sd_scripts.take_dataset(tables)
-        flat = {n: v for name, value in tables.items() for n, v in _entries(name, value)}
-        return sd_scripts.take(flat, "")
-    script, given = _command_line(path, text)
-    if script.startswith(("train_text_to_image", "train_dreambooth", "train_unconditional")):
-        return diffusers_scripts.take(given, script)
-    if script.endswith(("train_network.py", "train_db.py", "fine_tune.py", "sdxl_train.py")):
-        return sd_scripts.take(given, script)
-    raise UsageError(f"--file {path}: {script} is no script of sd-scripts or diffusers that can be taken over")
+        return sd_scripts.take(sd_scripts.flattened(tables), "", path.parent)
+    line = read_command_line(path, text)
+    if line.script.startswith(("train_text_to_image", "train_dreambooth", "train_unconditional")):
+        launched = {name: line.launcher[name] for name in ("mixed_precision",) if name in line.launcher}
+        taken = diffusers_scripts.take({**launched, **line.options}, line.script)
+    elif line.script.endswith(("train_network.py", "train_db.py", "fine_tune.py", "sdxl_train.py")):
+        taken = sd_scripts.take(line.options, line.script, path.parent)
+    else:
+        raise UsageError(f"--file {path}: {line.script} is no script of sd-scripts or diffusers that can be taken over")
+    for name, variable in line.unknown.items():
+        taken.leave(name, variable, "a variable that the file does not set; give the option itself")
+    return taken
 
 
-def _entries(name: str, value: Any) -> list[tuple[str, Any]]:
-    """A table's entries, or the entry itself: sd-scripts lets tables be as one likes."""
-    return list(value.items()) if isinstance(value, dict) else [(name, value)]
-
-
-def _command_line(path: Path, text: str) -> tuple[str, Mapping[str, Any]]:
-    """The script's name and its options; what a launcher is told comes before the script and is passed over."""
+def _from_json(path: Path, text: str) -> Taken:
     try:
-        words = shlex.split(text.replace("\\\r\n", " ").replace("\\\n", " ").replace("^\n", " "), comments=True)
+        given = json.loads(text)
     except ValueError as error:
-        raise UsageError(f"--file {path}: {error}") from error
-    scripts = [number for number, word in enumerate(words) if word.endswith(".py")]
-    if not scripts:
-        raise UsageError(f"--file {path}: no command line of a Python script; .toml and .json files are read as such")
-    given: dict[str, Any] = {}
-    name = ""
-    for word in words[scripts[0] + 1 :]:
-        if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            given[name] = word_value(value) if value else True
-        elif name:
-            before, value = given[name], word_value(word)
-            given[name] = value if before is True else [*(before if isinstance(before, list) else [before]), value]
-    return Path(words[scripts[0]]).name, given
+        raise UsageError(f"--file {path} is no JSON: {error}") from error
+    if isinstance(given, dict) and {"training_method", "base_model_name"} & given.keys():
+        return onetrainer.take(given)
+    if isinstance(given, dict) and isinstance(given.get("datasets"), list):
+        return sd_scripts.take_dataset(given)
+    if isinstance(given, dict) and {"LoRA_type", "pretrained_model_name_or_path"} <= given.keys():
+        return sd_scripts.take_gui(given, path.parent)
+    simple = isinstance(given, dict) and "data_backend_config" in {name.lstrip("-") for name in given}
+    what = "a config of SimpleTuner, which is not read" if simple else "no config of OneTrainer"
+    known = "configs of OneTrainer and of kohya_ss, and dataset files of sd-scripts"
+    raise UsageError(f"--file {path}: {what}; what is read of .json are {known}")
 
 
 def _comments(taken: Taken) -> str:

@@ -50,7 +50,7 @@ class Places:
         if not given or not self._is_open(path):
             allowed = ", ".join(map(str, self.data))
             raise UsageError(f"{given or 'no folder'}: allowed is what lies in {allowed} (--data of finetune-unet ui)")
-        if path.suffix == ".toml":
+        if path.suffix in (".toml", ".json"):
             raise UsageError(f"{given}: such a file may name folders that are not open; it is for the command line")
         return path
 

@@ -348,7 +348,9 @@ def occupied(folder: RunFolder, *, lock: bool = True) -> Iterator[None]:
 
 def _mark(config: ResolvedConfig, data: str) -> str:
     """What tells a run from others before it has recorded anything."""
-    return f"{fold(config_text(replace(config, output_dir=None)), data):016x}\n"
+    known, values = about(), as_dict(config)
+    decisive = [f"{name} {values[name]}" for name in known if known[name].change in ("another run", "length")]
+    return f"{fold(*decisive, data):016x}\n"
 
 
 def _held_by_another(path: Path, mark: str) -> bool:

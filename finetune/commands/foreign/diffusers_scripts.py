@@ -7,7 +7,8 @@ from finetune.commands.foreign.taken import Renamed, Taken, dropout, no_resume
 from finetune.config import accepted_names
 
 _SHARED = {"lr_scheduler": "constant", "lr_warmup_steps": 500, "mixed_precision": "no", "caption_dropout": 0.0,
-           "aspect_ratio_bucketing": False}  # fmt: skip
+           "aspect_ratio_bucketing": False, "center_crop": False, "gradient_accumulation_steps": 1,
+           "validation_fraction": 0.0}  # fmt: skip
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "train_dreambooth": _SHARED
     | {"train_batch_size": 4, "num_train_epochs": 1, "resolution": 512, "learning_rate": 5e-6},
@@ -17,6 +18,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "train_unconditional": {
         "train_batch_size": 16, "num_train_epochs": 100, "resolution": 64, "learning_rate": 1e-4,
         "lr_warmup_steps": 500, "lr_scheduler": "cosine", "mixed_precision": "no", "adam_beta1": 0.95,
+        "center_crop": False, "gradient_accumulation_steps": 1, "validation_fraction": 0.0,
     },
 }  # fmt: skip
 """Beginning of a script's name -> what it takes where nothing is said, and we would not; the later win."""
@@ -31,7 +33,10 @@ def _trackers(taken: Taken, value: Any) -> None:
 
 
 def _schedule(taken: Taken, value: Any) -> None:
-    taken.put("lr_scheduler", "constant" if value == "constant_with_warmup" else value, "lr_scheduler")
+    near = {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine", "piecewise_constant": "constant"}
+    if value in ("cosine_with_restarts", "piecewise_constant"):
+        taken.leave("lr_scheduler", value, f"there is no such schedule here; {near[value]} is taken")
+    taken.put("lr_scheduler", near.get(value, value), "lr_scheduler")
 
 
 _OWN: Renamed = {
@@ -57,7 +62,8 @@ def take(given: Mapping[str, Any], script: str) -> Taken:
     if script.startswith("train_unconditional"):
         taken.ours |= {"model": "ddpm"}
     else:
-        taken.ours |= {"method": "lora", "rank": 4} if "lora" in script else {"method": "full"}
+        lora = {"method": "lora", "rank": 4, "lora_target_modules": ("to_k", "to_q", "to_v", "to_out.0")}
+        taken.ours |= lora if "lora" in script else {"method": "full"}
     if "xl" in script:
         taken.ours.pop("resolution", None)  # theirs and ours are the model's own
     given = dict(given)
@@ -67,4 +73,6 @@ def take(given: Mapping[str, Any], script: str) -> Taken:
     if "max_train_steps" in given:
         taken.ours.pop("num_train_epochs", None)
     taken.take(given, {**accepted_names(), **_OWN})
+    if given.get("lr_scheduler", taken.ours.get("lr_scheduler")) == "constant":
+        taken.ours["lr_warmup_steps"] = 0  # their constant schedule has no warm-up, whatever is given
     return taken

@@ -1,16 +1,17 @@
 """OneTrainer: its JSON files, presets and whole configs alike."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.commands.foreign.sd_scripts import TRANSFORMERS
 from finetune.commands.foreign.taken import Renamed, Taken, dropout, square
 
 DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 3e-6, "epochs": 100, "batch_size": 1, "learning_rate_warmup_steps": 200, "resolution": "512",
     "learning_rate_scheduler": "CONSTANT", "train_dtype": "FLOAT_16",
-    "aspect_ratio_bucketing": True,
+    "aspect_ratio_bucketing": True, "gradient_accumulation_steps": 1,
 }  # fmt: skip
 """What OneTrainer takes where a file says nothing."""
 _MODELS = {"STABLE_DIFFUSION_15", "STABLE_DIFFUSION_20", "STABLE_DIFFUSION_20_BASE", "STABLE_DIFFUSION_21",
@@ -21,6 +22,36 @@ _OPTIMIZERS = {
     "ADAMW": "adamw", "ADAMW_8BIT": "adamw8bit", "ADAFACTOR": "adafactor", "PRODIGY": "prodigy", "SGD": "sgd",
 }  # fmt: skip
 _ARGUMENTS = {"weight_decay": "adam_weight_decay", "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon"}
+_FLAT = {
+    "unet_learning_rate": ("unet", "learning_rate"), "weight_decay": ("optimizer", "weight_decay"),
+    "min_snr_gamma": ("loss_weight_strength", ""), "vae_model_name": ("vae", "model_name"),
+}  # fmt: skip
+"""What older presets say at the top -> where it is said now."""
+
+_CHANGES_NOTHING: Mapping[str, Collection[Any]] = {
+    "tensorboard": (True,), "tensorboard_port": (6006,), "debug_dir": ("debug",), "validate_after": (1,),
+    "validate_after_unit": ("EPOCH",), "include_train_config": ("NONE",), "latent_caching": (True,),
+    "clear_cache_before_training": (True,), "learning_rate_cycles": (1,), "ema_decay": (0.999,), "frames": (25,),
+    "ema_update_step_interval": (5,), "dataloader_threads": (1, 2), "train_device": ("cuda",), "temp_device": ("cpu",),
+    "fallback_train_dtype": tuple(_DTYPES), "enable_autocast_cache": (True,), "mse_strength": (1,),
+    "vb_loss_strength": (1,), "loss_scaler": ("NONE",), "learning_rate_scaler": ("NONE",), "timestep_shift": (1,),
+    "max_noising_strength": (1,), "timestep_distribution": ("UNIFORM",), "unmasked_probability": (0.1,),
+    "unmasked_weight": (0.1,), "embedding_weight_dtype": tuple(_DTYPES), "lora_weight_dtype": tuple(_DTYPES),
+    "lora_decompose_norm_epsilon": (True,), "bundle_additional_embeddings": (True,), "weight_dtype": tuple(_DTYPES),
+    "output_dtype": tuple(_DTYPES), "unet_weight_dtype": ("NONE", *_DTYPES), "vae_weight_dtype": ("NONE", *_DTYPES),
+    "output_model_format": ("SAFETENSORS", "KOHYA_LORA", "LEGACY_SAFETENSORS"),
+    "attention_mechanism": ("XFORMERS", "SDP"),
+    "train_unet": (True,), "enable_async_offloading": (True,), "enable_activation_offloading": (True,),
+    "samples_to_tensorboard": (True,), "non_ema_sampling": (True,), "backup_before_save": (True,),
+    "rolling_backup_count": (3,), "sample_image_format": ("JPG", "PNG"), "save_filename_prefix": ("",),
+    "layer_filter_preset": ("attn-mlp", "full", "attentions"), "lora_layer_preset": ("attn-mlp", "full", "attentions"),
+}  # fmt: skip
+"""Options without a like here -> values that are their defaults, or change nothing of what is learned."""
+_OF_THE_PROGRAM = ("sample_", "backup_", "save_", "cache_", "__", "output_model_destination", "secrets")
+"""Beginnings of options that say how the program goes on, and not what is learned."""
+_EVERY_LAYER = ("conv1", "conv2", "conv_shortcut", "conv_in", "conv_out", "downsamplers.0.conv", "upsamplers.0.conv",
+                "time_emb_proj", "linear_1", "linear_2")  # fmt: skip
+"""Those that OneTrainer adapts beside those of transformers, unless it is told which."""
 _KINDS = {"LORA": "lora", "LOHA": "loha"}
 
 
@@ -53,6 +84,8 @@ def _chosen(name: str, theirs: str, table: Mapping[str, Any]) -> Any:
 
 
 def _text_encoder(taken: Taken, value: Any) -> None:
+    if isinstance(value, dict) and (share := value.get("dropout_probability")):
+        taken.put("caption_dropout", share, "text_encoder.dropout_probability")
     note = "OneTrainer trained the text encoder too, unless told otherwise; here it stays frozen"
     if (not isinstance(value, dict) or value.get("train", True)) and note not in taken.notes:
         taken.notes.append(note)
@@ -74,10 +107,13 @@ def _vae(taken: Taken, value: Any) -> None:
     _leave_rest(taken, "vae", given)
 
 
+_OF_A_PART = ("train", "include", "stop_training_after", "train_embedding", "__version")
+
+
 def _leave_rest(taken: Taken, part: str, given: Mapping[str, Any]) -> None:
     """What is told of a part of the model, but for what is so here anyway."""
     for name, value in given.items():
-        if name not in ("train", "include") and value not in (None, False, "", 0):
+        if name not in _OF_A_PART and value not in (None, False, "", 0, "NEVER", 1.0, *_DTYPES):
             taken.leave(f"{part}.{name}", value)
 
 
@@ -100,12 +136,46 @@ def _concepts(taken: Taken, value: Any) -> None:
     if not concepts:
         return
     taken.put("data", [concept["path"] for concept in concepts], "concepts.path")
+    _settings_of_concepts(taken, concepts)
     repeats = [concept.get("balancing", 1.0) for concept in concepts]
     strange = [times for times in repeats if times < 1 or times != int(times)]
     if strange or any(concept.get("balancing_strategy", "REPEATS") != "REPEATS" for concept in concepts):
         taken.leave("concepts.balancing", repeats, "whole numbers of repeats are taken")
     elif set(repeats) != {1}:
         taken.put("repeats", [int(times) for times in repeats], "concepts.balancing")
+
+
+_OF_CONCEPTS = {
+    ("image", "enable_random_flip"): "random_flip", ("text", "enable_tag_shuffling"): "shuffle_caption",
+    ("text", "keep_tags_count"): "keep_tokens",
+}  # fmt: skip
+"""What a concept says -> our option, which holds for all."""
+_SAID_BY_CONCEPTS = {
+    ("image", "enable_random_rotate"): False, ("image", "enable_random_brightness"): False,
+    ("image", "enable_resolution_override"): False, ("text", "prompt_source"): "sample", ("", "loss_weight"): 1.0,
+    ("", "include_subdirectories"): True,
+}  # fmt: skip
+"""What a concept may say that has no like here -> what changes nothing."""
+
+
+def _settings_of_concepts(taken: Taken, concepts: Sequence[Mapping[str, Any]]) -> None:
+    """What the concepts say of pictures and captions: where all say the same, it is taken over."""
+
+    def said(concept: Mapping[str, Any], place: tuple[str, str]) -> Any:
+        return (concept.get(place[0]) or {} if place[0] else concept).get(place[1])
+
+    for place, ours in _OF_CONCEPTS.items():
+        values = {said(concept, place) for concept in concepts} - {None}
+        if len(values) == 1:
+            value = values.pop()
+            if value and not (ours == "keep_tokens" and not taken.ours.get("shuffle_caption")):
+                taken.put(ours, value, f"concepts.{place[1]}")
+        elif values:
+            taken.leave(f"concepts.{place[1]}", sorted(values), "one value is for all folders here")
+    for place, nothing in _SAID_BY_CONCEPTS.items():
+        for concept in concepts:
+            if (value := said(concept, place)) not in (None, nothing):
+                taken.leave(f"{concept['path']}.{place[1]}", value)
 
 
 def _concept_file(taken: Taken, value: Any) -> None:
@@ -122,11 +192,19 @@ def _masked(taken: Taken, value: Any) -> None:
 
 
 def _warmup(taken: Taken, value: Any) -> None:
-    taken.put("lr_warmup_steps", int(value) if isinstance(value, float) else value, "learning_rate_warmup_steps")
+    if 0 < value < 1:
+        taken.leave("learning_rate_warmup_steps", value, "a share of the length, in epochs; give --lr_warmup_steps")
+    else:
+        taken.put("lr_warmup_steps", int(value), "learning_rate_warmup_steps")
 
 
 def _schedule(taken: Taken, value: Any) -> None:
-    taken.put("lr_scheduler", str(value).lower(), "learning_rate_scheduler")
+    name = str(value).lower()
+    if name not in ("constant", "linear", "cosine"):
+        near = "cosine" if name.startswith("cosine") else "constant"
+        taken.leave("learning_rate_scheduler", value, f"there is no such schedule here; {near} is taken")
+        name = near
+    taken.put("lr_scheduler", name, "learning_rate_scheduler")
 
 
 def _buckets(taken: Taken, value: Any) -> None:
@@ -154,17 +232,42 @@ _RENAMED: Renamed = {
     "masked_training": _masked, "learning_rate_warmup_steps": _warmup, "learning_rate_scheduler": _schedule,
     "lora_decompose": lambda taken, value: taken.put("lora_type", "dora", "lora_decompose") if value else None,
     "ema": lambda taken, value: taken.put("use_ema", value != "OFF", "ema"),
+    "force_v_prediction": lambda taken, value: taken.put("prediction_type", "v_prediction", "") if value else None,
+    "force_epsilon_prediction": lambda taken, value: taken.put("prediction_type", "epsilon", "") if value else None,
 }  # fmt: skip
+
+
+def _as_it_is_said_now(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an older preset under their newer names, without those of the program."""
+    found = {name: value for name, value in given.items() if not name.startswith(_OF_THE_PROGRAM)}
+    for name, (part, entry) in _FLAT.items():
+        value = found.pop(name, None)
+        if value in (None, "", 0):
+            continue
+        if not entry:
+            found |= {part: value, "loss_weight_fn": "MIN_SNR_GAMMA"}
+        elif isinstance(found.get(part), dict) or part not in found:
+            found[part] = {entry: value} | (found.get(part) or {})
+        else:  # the optimizer's name alone
+            found[part] = {part: found[part], entry: value}
+    if found.pop("train_text_encoder", None) is False:
+        found["text_encoder"] = {"train": False}
+        found.pop("text_encoder_learning_rate", None)
+    return found
 
 
 def take(given: Mapping[str, Any]) -> Taken:
     """The settings of a config or preset."""
-    taken = Taken("OneTrainer")
-    given = {**DEFAULTS, **given}
+    taken = Taken("OneTrainer", defaults=_CHANGES_NOTHING)
+    given = _as_it_is_said_now({**DEFAULTS, **given})
+    taken.ours["validation_fraction"] = 0.0
     lora = given.get("training_method") == "LORA"
     if lora:
         given = {"lora_rank": 16, "lora_alpha": 1.0} | given
         taken.notes.append(f"alpha is {given['lora_alpha']:g} (OneTrainer's default is 1, here it would be the rank)")
+        layers = str(given.get("layer_filter_preset") or given.get("lora_layer_preset") or "full")
+        some = layers in ("attn-mlp", "attentions") or given.get("lora_layers") in ("attentions",)
+        taken.ours["lora_target_modules"] = TRANSFORMERS if some else (*TRANSFORMERS, *_EVERY_LAYER)
     else:
         for name in [name for name in given if name.startswith("lora_") or name == "peft_type"]:
             if value := given.pop(name):

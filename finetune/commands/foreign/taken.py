@@ -1,11 +1,13 @@
 """What is taken over from another tool's settings: ours, and what is left with the reason why."""
 
-from collections.abc import Callable, Mapping
+import typing
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.config import ELSEWHERE, checked
+from finetune.config import ELSEWHERE, TrainConfig, alternatives
 from finetune.errors import UsageError
+from finetune.options import option_types
 
 Renamed = Mapping[str, str | Callable[["Taken", Any], None]]
 """Their option -> ours of the same meaning, or what does its work."""
@@ -22,31 +24,34 @@ class Taken:
     """Their option, with its value -> why it was not taken over."""
     notes: list[str] = field(default_factory=list)
     """What is otherwise here, although every option was taken over."""
+    defaults: Mapping[str, Collection[Any]] = field(default_factory=dict)
+    """Their options that are not here -> values that change nothing there either."""
 
     def put(self, name: str, value: Any, theirs: str) -> None:
-        """Set our option, or leave theirs where the value is none of ours."""
+        """Set our option, or leave theirs where the value is none of ours; 0 is off there, and absent here."""
         try:
-            self.ours[name] = checked(name, value)
+            self.ours[name] = getattr(TrainConfig(**{name: _as_meant(name, value)}), name)
         except UsageError as error:
-            self.leave(theirs, value, str(error))
+            if isinstance(value, bool) or word_value(str(value)) != 0:
+                self.leave(theirs, value, str(error))
 
     def leave(self, theirs: str, value: Any, why: str | None = None) -> None:
         """Say why an option is not taken over; by default what is known of it, or that there is none like it."""
         known = ELSEWHERE.get(theirs.rpartition(".")[2], "there is no such option here")
-        self.left[f"{theirs} = {value!r}"] = why or known
+        self.left[f"{theirs} = {word_value(value)!r}"] = why or known
 
     def take(self, given: Mapping[str, Any], renamed: Renamed) -> None:
         """Go through what was given; what `renamed` has not is left."""
         for theirs, value in given.items():
             rule = renamed.get(theirs)
             if rule is None:
-                if value not in (None, False, "", [], {}):  # turned off there, absent here
-                    self.leave(theirs, value)
+                if word_value(value) not in (None, False, "", [], {}, *self.defaults.get(theirs, ())):
+                    self.leave(theirs, value)  # what is turned off there is absent here
             elif isinstance(rule, str):
-                if value is not None:
+                if value not in (None, ""):
                     self.put(rule, value, theirs)
             else:
-                rule(self, value)
+                rule(self, word_value(value))
 
 
 def dropout(taken: Taken, value: Any) -> None:
@@ -61,8 +66,22 @@ def no_resume(taken: Taken, value: Any) -> None:
         taken.leave("resume", value, f"a state of {taken.tool} cannot be gone on from; --init_lora takes a LoRA file")
 
 
-def word_value(word: str) -> Any:
-    """What a word of a command line stands for: a number, a switch, or text."""
+def _as_meant(name: str, value: Any) -> Any:
+    """A word, or several, as our option's type wants them; a number stays text where text is meant."""
+    kinds = alternatives(option_types()[name])
+    if str in kinds:
+        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list) and any(typing.get_origin(kind) is tuple for kind in kinds):
+        return value
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    many = any(typing.get_origin(kind) is tuple and str in typing.get_args(kind) for kind in kinds)
+    return value if many else word_value(value)
+
+
+def word_value(word: Any) -> Any:
+    """What a word of a command line stands for: a number, a switch, or text; what is no word, as it is."""
+    if not isinstance(word, str):
+        return word
     for kind in (int, float):
         try:
             return kind(word)

@@ -1,0 +1,172 @@
+"""Files of other tools as they lie about: variables, quotes of Windows, zeros that mean off, and nested tables."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands.test_import import imported
+
+LORA = "train_network.py --network_module=networks.lora --network_dim=8 --train_data_dir=img"
+"""A command of sd-scripts, to be gone on with."""
+
+
+def test_variables_that_the_file_sets_are_put_in_and_others_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"export MODEL=/m/xl.safetensors\nOUT=out\naccelerate launch {LORA} --vae=$VAE"
+    text += " --pretrained_model_name_or_path=$MODEL --output_dir=${OUT} --output_name=dog"
+    found = imported(tmp_path, "train.sh", text)
+    assert (found["model"], found["output_dir"]) == ("/m/xl.safetensors", "out/dog")
+    assert "vae" not in found
+    assert "left: vae = '$VAE': a variable that the file does not set" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.bat", 'set M=C:\\m\\a.safetensors\naccelerate launch "{}" ^\n --vae="D:\\v\\" {}=%M%'),
+        ("a.ps1", '$m = "C:\\m\\a.safetensors"\naccelerate launch "{}" `\n --vae="D:\\v\\" {}=$m'),
+        ("a.txt", "accelerate launch {} ^\n --vae=D:\\v\\ {}=C:\\m\\a.safetensors"),
+    ],
+)
+def test_backslashes_of_windows_stay(name: str, text: str, tmp_path: Path) -> None:
+    script, _, rest = LORA.partition(" ")
+    found = imported(tmp_path, name, text.format(f"C:\\sd\\{script}", "--pretrained_model_name_or_path") + f" {rest}")
+    assert (found["model"], found["vae"], found["rank"]) == ("C:\\m\\a.safetensors", "D:\\v\\", 8)
+
+
+def test_a_notebook(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [
+        {"cell_type": "markdown", "source": ["# train.py"]},
+        {"cell_type": "code", "source": ["model = 'm.safetensors' # @param\n", "rank = 4\n"]},
+        {"cell_type": "code", "source": [f"!accelerate launch {LORA} \\\n", " --vae={vae} --max_train_steps=9 \\\n",
+                                         " --pretrained_model_name_or_path={model}\n"]},
+    ]  # fmt: skip
+    found = imported(tmp_path, "train.ipynb", json.dumps({"cells": cells}))
+    assert (found["model"], found["max_train_steps"]) == ("m.safetensors", 9)
+    assert "left: vae = '{vae}'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "told"),
+    [
+        ("--max_train_epochs=0 --save_every_n_epochs=0 --min_snr_gamma=0", {"num_train_epochs": None}, "0 left out"),
+        ("--network_alpha=0", {"lora_alpha": 8.0}, "0 left out"),
+        ("--seed=-1", {"seed": None}, "left: seed = -1"),
+        ("--learning_rate=fast --seed=4", {"seed": 4, "learning_rate": 2e-6}, "left: learning_rate = 'fast'"),
+        ("--output_name=001", {"output_dir": "001"}, "0 left out"),
+        ("--output_dir=D:/my out --output_name=dog", {"output_dir": "D:/my out/dog"}, "0 left out"),
+        ("--lr_scheduler=cosine_with_restarts", {"lr_scheduler": "cosine"}, "left: lr_scheduler = 'cosine_with_res"),
+        ("--use_8bit_adam --dataset_repeats=2", {"optimizer": "adamw8bit", "repeats": (2,)}, "0 left out"),
+        ("--in_json=m.json", {}, "left: in_json = 'm.json': captions were in it"),
+        ("--network_args algo=lokr dora_wd=True", {"lora_type": "lokr"}, "left: network_args.dora_wd = True: lokr is"),
+        ("", {"gradient_accumulation_steps": 1, "validation_fraction": 0.0}, "0 left out"),
+        ("--max_timestep=1000 --loss_type=l2 --caption_extension=.txt", {}, "0 left out"),
+    ],
+)  # fmt: skip
+def test_one_value_never_ends_the_import(
+    words: str, expected: dict[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"accelerate launch {LORA} --pretrained_model_name_or_path=m --network_train_unet_only {words}"
+    found = imported(tmp_path, "train.sh", line)
+    assert {name: found.get(name) for name in expected} == expected
+    assert told in capsys.readouterr().out
+
+
+def test_tables_are_read_at_any_depth(tmp_path: Path) -> None:
+    text = """
+    [[subsets]]
+    image_dir = "5_dog"
+    num_repeats = 5
+    [general_args.args]
+    pretrained_model_name_or_path = "xl.safetensors"
+    sdxl = true
+    clip_skip = 2
+    [general_args.dataset_args]
+    batch_size = 2
+    [network_args.args]
+    network_dim = 16
+    [optimizer_args.args]
+    optimizer_type = "AdamW8bit"
+    [optimizer_args.args.optimizer_args]
+    weight_decay = "0.1"
+    """
+    found = imported(tmp_path, "lora.toml", text)
+    expected = {
+        "model": "xl.safetensors", "method": "lora", "rank": 16, "optimizer": "adamw8bit", "adam_weight_decay": 0.1,
+        "train_batch_size": 2, "data": ("5_dog",), "repeats": (5,), "clip_skip": None,
+    }  # fmt: skip
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_a_preset_of_kohya_ss(tmp_path: Path) -> None:
+    preset = {
+        "LoRA_type": "Standard", "pretrained_model_name_or_path": "sd.safetensors", "train_data_dir": "img",
+        "max_resolution": "768,768", "epoch": 50, "max_train_epochs": "", "lr_warmup": 0, "optimizer": "AdamW8bit",
+        "network_dim": 32, "network_alpha": 0, "learning_rate": 3e-5, "unet_lr": 1e-4, "noise_offset": 0,
+        "clip_skip": "1", "keep_tokens": "0", "sdxl": False, "min_snr_gamma": 0, "output_name": "007",
+    }  # fmt: skip
+    found = imported(tmp_path, "preset.json", json.dumps(preset))
+    expected = {
+        "model": "sd.safetensors", "resolution": 768, "num_train_epochs": 50, "optimizer": "adamw8bit", "rank": 32,
+        "lora_alpha": 32.0, "learning_rate": 1e-4, "clip_skip": 1, "output_dir": "007", "data": ("img",),
+    }  # fmt: skip
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_the_dataset_file_that_a_run_names_is_read(tmp_path: Path) -> None:
+    (tmp_path / "data.toml").write_text('[[datasets]]\nbatch_size = 3\n[[datasets.subsets]]\nimage_dir = "dog"\n')
+    found = imported(tmp_path, "train.sh", f"{LORA} --dataset_config=data.toml --train_batch_size=1")
+    assert (found["data"], found["train_batch_size"]) == (("dog",), 3)
+    (tmp_path / "config.toml").unlink()
+    both = {"datasets": [{"batch_size": 2, "subsets": [{"image_dir": "cat"}]}]}
+    found = imported(tmp_path, "data.json", json.dumps(both))
+    assert (found["data"], found["train_batch_size"]) == (("cat",), 2)
+
+
+def test_a_prompt_for_each_folder_becomes_that_of_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subsets = [{"image_dir": name, "class_tokens": f"sks {name}"} for name in ("girl", "boy")]
+    found = imported(tmp_path, "data.json", json.dumps({"datasets": [{"subsets": subsets}]}))
+    assert "prompt" not in found
+    told = capsys.readouterr().out
+    assert "left: girl.class_tokens = 'sks girl': one --prompt is for all folders" in told
+    (tmp_path / "config.toml").unlink()
+    same = [{"image_dir": name, "class_tokens": "sks"} for name in ("girl", "boy")]
+    assert imported(tmp_path, "same.json", json.dumps({"datasets": [{"subsets": same}]}))["prompt"] == "sks"
+
+
+def test_scripts_of_diffusers_have_the_launchers_precision_and_their_own_layers(tmp_path: Path) -> None:
+    line = "accelerate launch --mixed_precision=fp16 train_text_to_image_lora.py --dataset_name=a --lr_warmup_steps=9"
+    found = imported(tmp_path, "run.sh", line)
+    expected = {
+        "mixed_precision": "fp16", "lora_target_modules": ("to_k", "to_q", "to_v", "to_out.0"), "center_crop": False,
+        "lr_scheduler": "constant", "lr_warmup_steps": 0,
+    }  # fmt: skip
+    assert {name: found.get(name) for name in expected} == expected
+
+
+def test_a_config_of_onetrainer_says_what_is_left_and_no_defaults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    concept = {"path": "dog", "include_subdirectories": True, "loss_weight": 0.5,
+               "image": {"enable_random_flip": True}, "text": {"enable_tag_shuffling": True, "keep_tags_count": 1,
+                                                               "prompt_source": "filename"}}  # fmt: skip
+    given = {
+        "training_method": "LORA", "base_model_name": "xl", "model_type": "STABLE_DIFFUSION_XL_10_BASE",
+        "learning_rate_warmup_steps": 0.1, "force_v_prediction": True, "concepts": [concept],
+        "text_encoder": {"train": False, "dropout_probability": 0.05, "weight_dtype": "FLOAT_16"},
+        "latent_caching": True, "tensorboard": True, "sample_after": 10, "unet_weight_dtype": "NONE",
+        "weight_decay": 0.02, "optimizer": "ADAMW", "unet_learning_rate": 2e-4, "min_snr_gamma": 5.0,
+    }  # fmt: skip
+    found = imported(tmp_path, "config.json", json.dumps(given))
+    expected = {
+        "prediction_type": "v_prediction", "random_flip": True, "shuffle_caption": True, "keep_tokens": 1,
+        "caption_dropout": 0.05, "adam_weight_decay": 0.02, "learning_rate": 2e-4, "snr_gamma": 5.0,
+    }  # fmt: skip
+    assert {name: found.get(name) for name in expected} == expected
+    assert "conv1" in found["lora_target_modules"]
+    told = capsys.readouterr().out
+    left = {line.split(" = ")[0] for line in told.splitlines() if line.startswith("left")}
+    assert left == {"left: dog.prompt_source", "left: dog.loss_weight", "left: learning_rate_warmup_steps"}
