@@ -27,12 +27,13 @@ def run(options: Options) -> None:
     """Write the file and prove it. Raises UsageError and ModelError for what cannot be read, RunError for the proof."""
     to = new_file("--to", options.to)
     from finetune.models.lora import Adapter
-    from finetune.models.lora_tools import open_lora, write_lora
+    from finetune.models.lora_tools import check_layers, open_lora, write_lora
     from finetune.models.tensor_file import DTYPES
     from finetune.wording import counted
 
     path = Path(options.file).expanduser()
     found = open_lora(path, options.model)
+    check_layers(path, found, options.model)
     write_lora(to, found, options.format, DTYPES[options.precision], Adapter.told_in(path))
     if options.format == "kohya" and found.kind == "lora" and len(set(found.alphas.values())) > 1:
         print("note: its layers have different alphas, which diffusers reads wrongly; viewers do not")

@@ -31,11 +31,12 @@ def run(options: Options) -> None:
     check_target(options.rank, options.energy)
     to = new_file("--to", options.to)
     from finetune.models.lora import Adapter
-    from finetune.models.lora_tools import open_lora, shapes_for, shortened, write_lora
+    from finetune.models.lora_tools import check_layers, open_lora, shapes_for, shortened, write_lora
     from finetune.models.tensor_file import DTYPES
 
     path = Path(options.file).expanduser()
     found = open_lora(path, options.model)
+    check_layers(path, found, options.model)
     shapes = None if found.kind == "lora" else shapes_for(found, options.model)
     made, kept = shortened(found, shapes, options.rank, options.energy)
     write_lora(to, made, "kohya", DTYPES[options.precision], Adapter.told_in(path))

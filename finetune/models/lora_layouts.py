@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from finetune.errors import ModelError
-from finetune.models.lora_math import MAGNITUDE, lacking, rank_of
+from finetune.models.lora_dialects import normalized
+from finetune.models.lora_math import MAGNITUDE, MAGNITUDE_OF_INPUTS, lacking, rank_of
 from finetune.models.lora_names import family_layers
 from finetune.models.tensor_file import data_digest, write_tensors
 
@@ -34,7 +35,7 @@ _FACTORS = (
 )
 _STEMS = {"loha": "hada_", "lokr": "lokr_"}
 _SUFFIXES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", MAGNITUDE: "dora_scale"}
-_SUFFIXES |= dict(zip(_FACTORS, _FACTORS, strict=True))
+_SUFFIXES |= {MAGNITUDE_OF_INPUTS: "dora_scale"} | dict(zip(_FACTORS, _FACTORS, strict=True))
 """peft's name of a tensor -> kohya's."""
 
 
@@ -68,16 +69,18 @@ def from_kohya(state: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[d
         ModelError: a key belongs to none of the layers, or is of another kind.
     """
     by_name = {KOHYA_PREFIX + name.replace(".", "_"): module for name, module in names.items()}
-    back = {theirs: ours for ours, theirs in _SUFFIXES.items()}
+    back = {theirs: ours for ours, theirs in _SUFFIXES.items() if ours != MAGNITUDE_OF_INPUTS}
     tensors: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
     for key, tensor in state.items():
         name, _, suffix = key.partition(".")
         if name not in by_name or suffix not in {*back, "alpha"}:
             raise ModelError(f"{key}: no LoRA tensor for this UNet")
-        if suffix == "dora_scale":
-            tensor = _magnitude(key, tensor)
-        if suffix == "alpha":
+        if suffix == "dora_scale" and tensor.shape[0] == 1 < tensor.numel():
+            tensors[f"{PEFT_PREFIX}{by_name[name]}.{MAGNITUDE_OF_INPUTS}"] = tensor
+        elif suffix == "dora_scale":
+            tensors[f"{PEFT_PREFIX}{by_name[name]}.{MAGNITUDE}"] = _magnitude(tensor)
+        elif suffix == "alpha":
             if tensor.numel() != 1:
                 raise ModelError(f"{key}: {tuple(tensor.shape)}; alpha is one number")
             alphas[by_name[name]] = tensor.item()
@@ -86,10 +89,8 @@ def from_kohya(state: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[d
     return tensors, alphas
 
 
-def _magnitude(key: str, scale: Tensor) -> Tensor:
-    """A column of norms in peft's shape. Raises ModelError for a row, one norm for each input."""
-    if scale.shape[0] == 1 < scale.numel():
-        raise ModelError(f"{key}: a norm for each input of the layer; peft's DoRA has one for each output")
+def _magnitude(scale: Tensor) -> Tensor:
+    """A column of norms in peft's shape."""
     return scale.flatten() if scale.ndim <= 2 else scale.reshape(1, -1, 1, 1)
 
 
@@ -123,7 +124,7 @@ class LoraFile:
     def kind(self) -> str:
         """What its tensors are: "lora", "dora", "loha" or "lokr"; a rank-stabilised LoRA is one with another alpha."""
         ends = {key.rpartition(".")[2] for key in self.tensors}
-        if MAGNITUDE in ends:
+        if {MAGNITUDE, MAGNITUDE_OF_INPUTS} & ends:
             return "dora"
         return next((kind for kind in ("loha", "lokr") if any(e.startswith(_STEMS[kind]) for e in ends)), "lora")
 
@@ -153,11 +154,15 @@ def read_lora(path: Path, names: Mapping[str, str] | None = None) -> LoraFile:
     try:
         with safe_open(path, "pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 # no dict
-            settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+            settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}")) or {}
+    except SafetensorError as error:
+        raise ModelError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be loaded: {error}") from error
-    text = [key for key in state if key.startswith(("lora_te", "text_encoder"))]
-    ours = {key: tensor for key, tensor in state.items() if key not in text}
+    try:
+        ours, text = normalized(state)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
     if broken := [key for key, tensor in ours.items() if not tensor.float().isfinite().all()]:
         raise ModelError(f"{path}: {broken[0]} is not finite")
     kohya = [key for key in ours if key.startswith(KOHYA_PREFIX)]
@@ -168,10 +173,10 @@ def read_lora(path: Path, names: Mapping[str, str] | None = None) -> LoraFile:
         names = family_layers(_family(path, ours))[0]
     try:
         if kohya:
-            found = LoraFile(*from_kohya(ours, names or {}), len(text), "kohya")
+            found = LoraFile(*from_kohya(ours, names or {}), text, "kohya")
         else:
             state = {f"{PEFT_PREFIX}{key.removeprefix(PEFT_PREFIX)}": tensor for key, tensor in ours.items()}
-            found = LoraFile(state, {}, len(text))
+            found = LoraFile(state, {}, text)
         layers = found.layers()
         if not layers:
             raise ModelError("it has no tensors for a UNet")
@@ -179,8 +184,18 @@ def read_lora(path: Path, names: Mapping[str, str] | None = None) -> LoraFile:
             if name := lacking(tensors):
                 raise ModelError(f"{layer}.{name} is missing")
     except ModelError as error:
-        raise ModelError(f"{path}: {error}") from error
-    return found if kohya else replace(found, alphas=_told_alphas(settings, layers))
+        family = told_family(ours)
+        raise ModelError(f"{path}: {error}{f'; it was made for {family}' if family else ''}") from error
+    return found if kohya else replace(found, alphas=_told_alphas(settings or _settings_beside(path), layers))
+
+
+def _settings_beside(path: Path) -> dict[str, Any]:
+    """What peft itself, without diffusers, says of an adapter: in a file of its own."""
+    try:
+        settings = json.loads((path.parent / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {f"{PEFT_PREFIX}{name}": value for name, value in settings.items()} if isinstance(settings, dict) else {}
 
 
 def told_family(tensors: Mapping[str, Tensor]) -> str | None:
@@ -245,6 +260,8 @@ def write_kohya(path: Path, found: LoraFile, told: Mapping[str, str], rank: int 
 
 def write_peft(path: Path, found: LoraFile) -> None:
     """Write a file in peft's layout, rank and alpha of each layer in its metadata. Raises ModelError for a LoKr."""
+    if any(key.endswith(MAGNITUDE_OF_INPUTS) for key in found.tensors):
+        raise ModelError("its DoRA has a norm for each input, where peft's has one for each output; keep to kohya")
     if found.kind == "lokr":
         raise ModelError("a LoKr does not say how its layers were factored, which peft needs to know; keep to kohya")
     ranks, alphas = found.ranks(), found.alphas

@@ -12,9 +12,13 @@ MAGNITUDE = "lora_magnitude_vector"
 """What DoRA learns beside the two matrices: the norm of each row."""
 
 
+MAGNITUDE_OF_INPUTS = "lora_magnitude_of_inputs"
+"""The same of LyCORIS' and A1111's DoRA: the norm of each column."""
+
+
 def lacking(tensors: Mapping[str, Tensor]) -> str | None:
     """A tensor without which a layer's others are no update; None where they are whole."""
-    if "lora_A.weight" in tensors or "lora_B.weight" in tensors or MAGNITUDE in tensors:
+    if {"lora_A.weight", "lora_B.weight", MAGNITUDE, MAGNITUDE_OF_INPUTS} & tensors.keys():
         needed = ["lora_A.weight", "lora_B.weight"]
     elif any(name.startswith("hada_") for name in tensors):
         needed = [f"hada_{factor}" for factor in ("w1_a", "w1_b", "w2_a", "w2_b")]
@@ -60,13 +64,17 @@ def update(tensors: Mapping[str, Tensor], alpha: float | None, shape: torch.Size
 def changed(weight: Tensor, tensors: Mapping[str, Tensor], alpha: float | None, strength: float = 1.0) -> Tensor:
     """The weight with an adapter merged into it, in fp32.
 
-    DoRA gives each row of the sum the norm that it learned (Liu et al. 2024, eq. 5).
+    DoRA gives each row of the sum the norm that it learned (Liu et al. 2024, eq. 5), LyCORIS' each column.
     """
     base = weight.float()
     merged = base + update(tensors, alpha, weight.shape)
     if MAGNITUDE in tensors:
         norms = merged.flatten(1).norm(dim=1)
         merged = merged * (tensors[MAGNITUDE].float().flatten() / norms).reshape(-1, *[1] * (weight.ndim - 1))
+    if MAGNITUDE_OF_INPUTS in tensors:
+        norms = merged.transpose(0, 1).flatten(1).norm(dim=1)
+        scale = tensors[MAGNITUDE_OF_INPUTS].float().flatten() / norms
+        merged = merged * scale.reshape(1, -1, *[1] * (weight.ndim - 2))
     return base + strength * (merged - base)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from finetune.errors import ModelError, RunError, UsageError
 from finetune.models.locate import locate
 from finetune.models.lora_layouts import LoraFile, read_lora, write_kohya, write_peft
-from finetune.models.lora_math import changed, factors
-from finetune.models.lora_names import family_layers, layers_of
+from finetune.models.lora_math import changed, factors, update
+from finetune.models.lora_names import UNETS, family_layers, layers_of
 from finetune.models.source import open_source
 
 Layout = Literal["kohya", "peft"]
@@ -30,6 +30,26 @@ def open_lora(path: Path, model: str | None = None) -> LoraFile:
     return read_lora(path, None if model is None else _layers_of(model)[0])
 
 
+def check_layers(path: Path, found: LoraFile, model: str | None) -> None:
+    """Compare the layers of a LoRA with those of a UNet, by name and shape.
+
+    Raises:
+        ModelError: neither `model` nor the file tells which UNet, or a layer is none of it, or has another shape.
+    """
+    shapes = shapes_for(found, model)
+    whose = f"--model {model}" if model is not None else found.family
+    for layer, tensors in found.layers().items():
+        if layer not in shapes:
+            raise ModelError(f"{path}: {layer} is no layer of the UNet of {whose}")
+        try:
+            fits = update(tensors, None, shapes[layer]).shape == shapes[layer]
+        except RuntimeError:
+            fits = False
+        if not fits:
+            made = f"; it was made for {found.family}" if found.family else ""
+            raise ModelError(f"{path}: {layer} does not fit its shape {tuple(shapes[layer])} in {whose}{made}")
+
+
 def shapes_for(found: LoraFile, model: str | None) -> Mapping[str, torch.Size]:
     """Layer -> shape of its weight. Raises ModelError where neither `model` nor the file tells."""
     if model is not None:
@@ -40,6 +60,8 @@ def shapes_for(found: LoraFile, model: str | None) -> Mapping[str, torch.Size]:
 
 
 def _layers_of(model: str) -> tuple[dict[str, str], dict[str, torch.Size]]:
+    if model in UNETS:
+        return family_layers(model)  # which needs neither its files nor the hub
     found = locate(model)
     if found.scratch or not found.family.latent:
         raise UsageError(f"--model {model}: a pixel-space model takes no LoRA")

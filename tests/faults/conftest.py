@@ -21,7 +21,7 @@ def options(pictures: Path) -> dict[str, object]:
     learned = {"rank": 2, "lora_target_modules": "attn2.to_q", "lora_dropout": 0.1, "use_ema": True}
     seen = {"caption_dropout": 0.3, "random_flip": True, "no-aspect_ratio_bucketing": True}
     kept = {"output_dir": "out", "checkpointing_steps": 2, "num_inference_steps": 0, "forgetting_prompts": 0}
-    return {"data": pictures, **length, **learned, **seen, **kept}
+    return {"model": "tiny", "data": pictures, **length, **learned, **seen, **kept}
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from finetune.errors import ModelError, RunError, UsageError
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.lora import Adapter, add_lora, load_lora, trainable
 from finetune.models.lora_kinds import NAMES, Kind
-from finetune.models.lora_layouts import LoraFile, from_kohya, read_lora, to_kohya
+from finetune.models.lora_layouts import LoraFile, from_kohya, read_lora, to_kohya, write_peft
 from finetune.models.lora_math import changed
 from finetune.models.lora_names import layer_names
 from finetune.recipe import fine_tune
@@ -148,9 +148,19 @@ def test_a_dropout_that_a_kind_has_not_is_refused(pictures: Path, tmp_path: Path
         fine_tune(TrainConfig(data=str(pictures), output_dir=str(tmp_path), lora_type="loha", lora_dropout=0.1))
 
 
-def test_norms_of_inputs_are_named() -> None:
-    with pytest.raises(ModelError, match=r"lora_unet_conv_in\.dora_scale: a norm for each input"):
-        from_kohya({"lora_unet_conv_in.dora_scale": torch.ones(1, 4, 1, 1)}, {"conv_in": "conv_in"})
+def test_norms_of_inputs_are_merged_by_column_and_kept_out_of_pefts_layout(tmp_path: Path) -> None:
+    names = {"conv_in": "conv_in"}
+    down, up, scale = torch.ones(1, 2), torch.tensor([[1.0], [2.0]]), torch.tensor([[10.0, 20.0]])
+    state = {"lora_unet_conv_in.dora_scale": scale, "lora_unet_conv_in.alpha": torch.tensor(1.0)}
+    state |= {"lora_unet_conv_in.lora_down.weight": down, "lora_unet_conv_in.lora_up.weight": up}
+    found = LoraFile(*from_kohya(state, names), 0, "kohya")
+    assert found.kind == "dora"
+    merged = changed(torch.zeros(2, 2), found.layers()["conv_in"], 1.0)
+    assert torch.allclose(merged.norm(dim=0), scale.flatten())
+    assert torch.allclose(merged[:, 0] / merged[0, 0], torch.tensor([1.0, 2.0]))
+    assert torch.equal(to_kohya(found.tensors, found.alphas)["lora_unet_conv_in.dora_scale"], scale)
+    with pytest.raises(ModelError, match="a norm for each input, where peft's has one for each output"):
+        write_peft(tmp_path / "a.safetensors", found)
 
 
 def test_updates_are_those_of_the_definitions() -> None:
