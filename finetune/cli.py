@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.metadata
+import importlib.util
 import io
 import logging
 import os
@@ -82,6 +83,8 @@ TRAIN_SECTIONS: dict[str, type] = {"file": FileOptions, **SECTIONS}
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for wrong usage, 1 for a failed run, 128 + n for signal n."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if importlib.util.find_spec("fcntl") is None:
+        return _complain("runs on Linux, macOS and in WSL: Windows itself has not the file locks that it needs", 2)
     _prepare_environment()
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")

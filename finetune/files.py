@@ -1,5 +1,6 @@
 """Whatever is written is whole or absent: temporary sibling, fsync, rename."""
 
+import errno
 import json
 import os
 import shutil
@@ -51,6 +52,10 @@ def flush_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems (CIFS, FUSE) have no fsync of folders: their renames are as safe as they make them.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
+            raise
     finally:
         os.close(descriptor)
 

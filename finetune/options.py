@@ -50,7 +50,7 @@ class ModelOptions:
     init_lora: str | None = option(None, needs="method lora", called=("network_weights",), path=True)
     """A LoRA file to go on from, in kohya's or peft's layout, of the same layers and rank."""
     vae: str | None = option(None, needs="text", called=("pretrained_vae_model_name_or_path", "vae_name"), path=True)
-    """A diffusers folder whose VAE takes the place of the model's own."""
+    """A diffusers folder, or a .safetensors file, whose VAE takes the place of the model's own."""
     gradient_checkpointing: bool | float = option(False, SHARE)
     """Recompute activations in the backward pass: less memory for a third more arithmetic. A number: in this share of
     the blocks, those first that give back the most memory for their time."""

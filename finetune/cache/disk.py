@@ -1,5 +1,6 @@
 """DiskStore: items in safetensors shards with a small index; shared between runs, and safe for several processes."""
 
+import errno
 import json
 import os
 import sqlite3
@@ -198,6 +199,9 @@ class DiskStore:
             try:
                 self._writer = Writer(self.folder)
             except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL):
+                    what = f"cache_dir {self.folder}: its file system cannot lock files ({error.strerror})"
+                    raise UsageError(f"{what}; give a --cache_dir on another one, or none") from error
                 raise self._failed(error) from error
         return self._writer
 

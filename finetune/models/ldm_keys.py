@@ -71,6 +71,13 @@ def vae_keys(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, str]:
     return {key: VAE + _renamed(key, blocks, {"conv_shortcut": "nin_shortcut"} | _VAE_ATTENTION) for key in keys}
 
 
+def newer_vae_key(key: str) -> str:
+    """A key of the VAE's attention in the file as newer programs write it: `attn_1.to_q` for `attn_1.q`."""
+    for ours, theirs in _VAE_ATTENTION.items():
+        key = key.replace(f".attn_1.{theirs}.", f".attn_1.{ours}.")
+    return key
+
+
 def is_vae_attention(key: str) -> bool:
     """Whether a VAE's weight is a matrix in diffusers and a 1 x 1 convolution in the file."""
     return key.endswith(tuple(f".{name}.weight" for name in ("to_q", "to_k", "to_v", "to_out.0")))

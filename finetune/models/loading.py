@@ -21,7 +21,7 @@ from finetune.models.conditioners import ClipConditioner, Conditioner, NoConditi
 from finetune.models.encoders import Encoder, PixelEncoder, VaeEncoder
 from finetune.models.families import Family
 from finetune.models.locate import Location, locate, scratch_multiple
-from finetune.models.source import ModelSource, open_source, vae_from
+from finetune.models.source import ModelSource, open_source, vae_from, vae_from_file
 
 
 @dataclass
@@ -82,7 +82,7 @@ def load_model(
         max_token_length: 77, 150 or 225.
         clip_skip: hidden state of the text encoder to take, counted from the end, 1 = the last.
         tokenizer: for a checkpoint in one file, see `finetune.models.vocabulary.clip_tokenizer`.
-        vae: a diffusers folder whose VAE takes the place of the model's own.
+        vae: a diffusers folder, or a .safetensors file of a VAE, that takes the place of the model's own.
         seed: of a from-scratch UNet's initial weights.
 
     Raises:
@@ -175,9 +175,12 @@ def _frozen(
     try:
         with without_library_bars():
             files = {part: source.own_files(part) for part in found.family.parts if part not in ("unet", "scheduler")}
-            vae = source.vae()
-            if other_vae is not None:
-                files["vae"] = _vae_folder(Path(other_vae).expanduser())
+            if other_vae is None:
+                vae = source.vae()
+            elif (file := Path(other_vae).expanduser()).is_file():
+                vae, files["vae"] = vae_from_file(file, found.family.layout or found.family.name), None
+            else:
+                files["vae"] = _vae_folder(file)
                 vae = _other_vae(files["vae"], source)
             text: dict[str, Any] = {}
             for part in found.family.parts:

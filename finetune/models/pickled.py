@@ -32,6 +32,31 @@ _READ_ERRORS = (
 """What torch raises, beside its own, for what is no pickle, or a broken one."""
 
 
+class _Nothing:
+    """Stands for an object that a trainer has left beside the weights."""
+
+    def __init__(self, *arguments: object) -> None:
+        """Take nothing of it."""
+
+    def __setstate__(self, state: object) -> None:
+        """Take nothing of it."""
+
+
+_NOTHINGS: list[Any] = [
+    (_Nothing, f"{package}.{name}")
+    for package in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "pytorch_lightning.utilities")
+    for name in (
+        "callbacks.model_checkpoint.ModelCheckpoint",
+        "callbacks.early_stopping.EarlyStopping",
+        "callbacks.lr_monitor.LearningRateMonitor",
+        "utilities.parsing.AttributeDict",
+        "utilities.data.AttributeDict",
+        "parsing.AttributeDict",
+    )
+]
+"""Classes of Lightning that old checkpoints name, read as nothing; none of them is imported."""
+
+
 def read_pickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors in a pickle by their names, and the names of what else it holds.
 
@@ -41,7 +66,8 @@ def read_pickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         ModelError: it is none, holds no tensors, or would run code or build other objects: then nothing of it is built.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(_NOTHINGS):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ModelError(f"{path}: more than tensors, and not read: {_reason(error)}") from error
     except _READ_ERRORS as error:

@@ -38,7 +38,7 @@ _OTHERS = (
     ("lora_", "a LoRA; give its base model"),
     (".hada_w1", "a LoHa; give its base model"),
     (".lokr_w", "a LoKr; give its base model"),
-    (UNET + "input_blocks.0.0.weight", "a UNet without its text encoder and VAE"),
+    ("model_ema.", "averaged (EMA) weights alone"),
     ("input_blocks.0.0.weight", "a UNet without its text encoder and VAE"),
     ("down_blocks.0.resnets", "a part of a diffusers folder; give the folder"),
     ("decoder.up.0.block", "a VAE"),
@@ -82,16 +82,41 @@ def inspect(path: Path, option: str = "--model") -> Checkpoint:
     header = read_header(path)
     shapes = {name: tuple(entry.get("shape", ())) for name, entry in header.items()}
     family = next((name for name, prefix in CLIP.items() if any(key.startswith(prefix) for key in shapes)), None)
-    if family is None or UNET + "input_blocks.0.0.weight" not in shapes or VAE + "encoder.conv_in.weight" not in shapes:
-        what = next((what for part, what in _OTHERS if any(part in key for key in shapes)), "a file of unknown kind")
-        raise ModelError(f"{option} {path}: {what}, not a checkpoint of Stable Diffusion 1, 2 or XL")
+    if family is None or UNET + "input_blocks.0.0.weight" not in shapes:
+        raise ModelError(f"{option} {path}: {_what_it_is(shapes)}, not a checkpoint of Stable Diffusion 1, 2 or XL")
+    if family == "sdxl" and f"{OPENCLIP_XL}text_projection" not in shapes:
+        raise ModelError(f"{option} {path}: a checkpoint of XL without its second text encoder")
     prediction_type = _prediction_type(path, family, header)
     configs = _configs(path, shapes, family, prediction_type, ZERO_TERMINAL_SNR in shapes)
     return Checkpoint(path, family, shapes, prediction_type, configs)
 
 
+def _what_it_is(shapes: Shapes) -> str:
+    """A file that is no checkpoint that can be trained, in words."""
+    if UNET + "input_blocks.0.0.weight" in shapes:
+        vae = "" if VAE + "encoder.conv_in.weight" in shapes else " and VAE"
+        if any(key.startswith("conditioner.embedders.1.") for key in shapes):
+            return f"a checkpoint of XL without its first text encoder{vae}"
+        if any(key.startswith("conditioner.embedders.0.model.") for key in shapes):
+            return "XL's refiner, which has another text encoder"
+        return f"a UNet without its text encoder{vae}"
+    return next((what for part, what in _OTHERS if any(part in key for key in shapes)), "a file of unknown kind")
+
+
+def _says_velocity(path: Path) -> bool:
+    """Whether the file's metadata say that it predicts velocity, as trainers and mergers write it."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        said = json.loads(file.read(length)).get("__metadata__") or {}
+    return said.get("modelspec.prediction_type") in ("v", "v_prediction") or said.get("ss_v_parameterization") == "True"
+
+
 def _prediction_type(path: Path, family: str, header: Mapping[str, Any]) -> str:
-    """As ComfyUI tells it: SDXL by a mark, SD 2 by the spread of one bias, SD 1 always predicts noise."""
+    """By the file's metadata; else as ComfyUI tells it: SDXL by a mark, SD 2 by the spread of one bias, SD 1 always
+    predicts noise.
+    """
+    if _says_velocity(path):
+        return "v_prediction"
     velocity = family == "sdxl" and V_PREDICTION in header
     if family == "sd21" and _VELOCITY_MARK in header:
         velocity = _values(path, header[_VELOCITY_MARK]).std() > 0.09
@@ -135,7 +160,7 @@ def _unet(path: Path, shapes: Shapes, family: str, prediction_type: str) -> dict
         "in_channels": shapes[UNET + "input_blocks.0.0.weight"][1],
         "out_channels": 4,
         "cross_attention_dim": cross,
-        "attention_head_dim": 8 if family == "sd15" else [count // 64 for count in blocks.channels],
+        "attention_head_dim": 8 if family == "sd15" else _heads(shapes, blocks),
         "use_linear_projection": family != "sd15",
         "sample_size": 128 if xl else 96 if family == "sd21" and prediction_type == "v_prediction" else 64,
         **blocks.config(),
@@ -149,6 +174,17 @@ def _unet(path: Path, shapes: Shapes, family: str, prediction_type: str) -> dict
             "projection_class_embeddings_input_dim": added,
         }
     return config
+
+
+def _heads(shapes: Shapes, blocks: "_Blocks") -> list[int]:
+    """How many heads the attention of each level has: of 64 numbers, or as many as the width between says."""
+    heads = [channels // 64 for channels in blocks.channels]
+    for level, channels in enumerate(blocks.channels):
+        first = 1 + level * (len(blocks.down[0]) + 1)
+        inner = shapes.get(f"{UNET}input_blocks.{first}.1.proj_in.weight", (channels,))[0]
+        if inner != channels:
+            heads[level] = next((h for h in range(1, inner + 1) if channels // h * h == inner), heads[level])
+    return heads
 
 
 @dataclass(frozen=True)
@@ -224,7 +260,17 @@ def _said(level: list[int]) -> int | list[int]:
 
 
 def _vae(shapes: Shapes, family: str) -> dict[str, Any]:
-    width = shapes[VAE + "encoder.conv_in.weight"][0]
+    width = shapes.get(VAE + "encoder.conv_in.weight", (128,))[0]  # a file without one is trained with --vae
+    return vae_config(width, family)
+
+
+def vae_config(width: int, family: str) -> dict[str, Any]:
+    """The config of a VAE of Stable Diffusion.
+
+    Args:
+        width: channels of its first convolution.
+        family: "sdxl", or another one; they scale latents differently.
+    """
     return {
         "_class_name": "AutoencoderKL",
         "in_channels": 3,

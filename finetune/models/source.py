@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finetune.errors import ModelError, UsageError
-from finetune.models.ldm_keys import UNET, VAE, is_vae_attention, openclip_keys, unet_keys, vae_keys
+from finetune.models.ldm_keys import UNET, VAE, is_vae_attention, newer_vae_key, openclip_keys, unet_keys, vae_keys
 from finetune.models.locate import Location, read_json
-from finetune.models.single_file import CLIP, OPENCLIP_XL, Checkpoint
+from finetune.models.single_file import CLIP, OPENCLIP_XL, Checkpoint, Shapes, read_header, vae_config
 from finetune.models.vocabulary import END, clip_tokenizer
 from finetune.models.weights import assign, count_numbers, read_tensors, read_weights, weight_files
 
@@ -132,16 +132,9 @@ class FileSource:
         return unet.eval()
 
     def vae(self) -> AutoencoderKL:
-        with torch.device("meta"):
-            vae = AutoencoderKL.from_config(dict(self.config("vae")))
-        keys = vae_keys(self.config("vae"), vae.state_dict())
-
-        def convert(key: str, tensor: Tensor) -> Tensor:
-            tensor = tensor.float()
-            return tensor[:, :, 0, 0] if is_vae_attention(key) and tensor.ndim == 4 else tensor
-
-        assign(vae, dict(self._read(keys, convert)), self.place)
-        return vae
+        if VAE + "encoder.conv_in.weight" not in self.checkpoint.shapes:
+            raise ModelError(f"--model {self.place}: the file has no VAE; give one with --vae")
+        return _vae_of_file(self.place, self.checkpoint.shapes, self.config("vae"), VAE)
 
     def text_encoder(self, part: str) -> CLIPTextModel | CLIPTextModelWithProjection:
         config = CLIPTextConfig(**self.config(part))
@@ -205,6 +198,40 @@ def strictly_loaded(kind: Any, folder: Path | None, **options: Any) -> Any:
 def vae_from(folder: Path) -> AutoencoderKL:
     """The VAE in a folder of its own, in fp32. Raises ModelError where tensors are missing."""
     return strictly_loaded(AutoencoderKL, folder).float()
+
+
+def _vae_of_file(path: Path, shapes: Shapes, config: Mapping[str, Any], prefix: str) -> AutoencoderKL:
+    """A VAE in fp32 from tensors of the LDM layout, whose attention may have its newer names."""
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(dict(config))
+    keys = {ours: prefix + theirs.removeprefix(VAE) for ours, theirs in vae_keys(config, vae.state_dict()).items()}
+    keys = {ours: theirs if theirs in shapes else newer_vae_key(theirs) for ours, theirs in keys.items()}
+    if missing := [theirs for theirs in keys.values() if theirs not in shapes]:
+        raise ModelError(f"{path}: {len(missing)} tensors of the VAE are missing, such as {missing[0]}")
+    state: dict[str, Tensor] = {}
+    for ours, (_, tensor) in zip(keys, read_tensors(path, keys.values()), strict=True):
+        tensor = tensor.float()
+        state[ours] = tensor[:, :, 0, 0] if is_vae_attention(ours) and tensor.ndim == 4 else tensor
+    assign(vae, state, path)
+    return vae
+
+
+def vae_from_file(path: Path, family: str) -> AutoencoderKL:
+    """A VAE that lies in a file of its own, in the LDM layout, in fp32.
+
+    Args:
+        path: a safetensors file.
+        family: "sdxl" or another one, which says how latents are scaled.
+
+    Raises:
+        ModelError: it is none.
+    """
+    shapes = {name: tuple(entry["shape"]) for name, entry in read_header(path).items()}
+    prefix = VAE if any(key.startswith(VAE) for key in shapes) else ""
+    first = shapes.get(f"{prefix}encoder.conv_in.weight")
+    if first is None or f"{prefix}encoder.down.0.block.0.conv1.weight" not in shapes:
+        raise ModelError(f"vae {path}: no VAE in the layout of Stable Diffusion; a diffusers folder works too")
+    return _vae_of_file(path, shapes, vae_config(first[0], family), prefix)
 
 
 def _text_model(part: str) -> Any:

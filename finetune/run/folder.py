@@ -205,6 +205,10 @@ def _state_to_resume(path: Path, checkpoint: Path | None, config: ResolvedConfig
         return "taken", f"resume_from_checkpoint {checkpoint}: no checkpoint of a run in {path}"
     earlier = load_resolved(path / "config.toml")
     if changed := _changes(path, config, data, resumed=True):
+        if [change.split(":")[0] for change in changed] == ["max_train_steps"]:
+            ends = f"the {earlier.lr_scheduler} schedule of {checkpoint} ends at step {earlier.max_train_steps}"
+            longer = f"--max_train_steps {config.max_train_steps} would bend it"
+            return "another run", f"{ends}; {longer}; to go on all the same: --allow_changed max_train_steps"
         other = f"{checkpoint} belongs to a run with other options: {'; '.join(changed)}"
         return "another run", f"{other}; --allow_changed goes on all the same with those that it names"
     if earlier.optimizer != config.optimizer:

@@ -1,7 +1,9 @@
 """Prompts of the sample grids: texts, or files with a prompt a line and sd-scripts' settings at its end."""
 
+import json
 import os
 import re
+import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +19,8 @@ _SETTINGS: dict[str, tuple[str, type]] = {
 }
 """sd-scripts' letters -> field of `SamplePrompt`, and its type."""
 _SIZES = ("w", "h")
+_IN_TABLES = {"negative_prompt": "n", "sample_steps": "s", "scale": "l", "seed": "d", "width": "w", "height": "h"}
+"""What sd-scripts calls the same in .toml and .json files."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class SamplePrompt:
     """None: the run's."""
     seed: int = 0
     """Of the row's first picture."""
+    unknown: tuple[str, ...] = ()
+    """Settings of other tools that are passed over."""
     other_size: bool = False
     """The line asks for a width or height, which a grid cannot give: its pictures have the run's resolution."""
 
@@ -44,10 +50,11 @@ def sample_prompts(given: Iterable[str]) -> tuple[SamplePrompt, ...]:
     """The prompts that `--sample_prompts` stands for.
 
     A line of a file is a prompt, perhaps with `--n NEGATIVE`, `--s STEPS`, `--l GUIDANCE`, `--d SEED`, `--w WIDTH` and
-    `--h HEIGHT` behind it; empty lines and those that begin with # are left out.
+    `--h HEIGHT` behind it; empty lines and those that begin with # are left out. Files of sd-scripts in .toml and .json
+    hold the same in tables. Settings that are not known are passed over, and kept in `unknown`.
 
     Raises:
-        UsageError: a file is not UTF-8 or holds no prompt, or a line has a setting that is unknown or no number.
+        UsageError: a file is not UTF-8, is broken or holds no prompt, or a setting is no number.
     """
     prompts: list[SamplePrompt] = []
     for text in given:
@@ -57,9 +64,14 @@ def sample_prompts(given: Iterable[str]) -> tuple[SamplePrompt, ...]:
 
 def _read(path: Path) -> list[SamplePrompt]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
+        lines = _of_tables(path, text) if path.suffix in (".toml", ".json") else text.splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"sample_prompts {path}: cannot be read as UTF-8 text") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"sample_prompts {path}: no prompts as sd-scripts has them in such a file ({error})"
+        ) from error
     prompts = [
         _parse(line.strip(), f"sample_prompts {path}, line {number}")
         for number, line in enumerate(lines, start=1)
@@ -68,6 +80,18 @@ def _read(path: Path) -> list[SamplePrompt]:
     if not prompts:
         raise UsageError(f"sample_prompts {path}: no prompt in it")
     return prompts
+
+
+def _of_tables(path: Path, text: str) -> list[str]:
+    """The prompts of a .toml or .json file of sd-scripts, as lines."""
+    found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)["prompt"]
+    common = {} if isinstance(found, list) else {name: value for name, value in found.items() if name != "subset"}
+    lines: list[str] = []
+    for each in found if isinstance(found, list) else found["subset"]:
+        said = common | ({"prompt": each} if isinstance(each, str) else each)
+        settings = [f" --{_IN_TABLES.get(name, name)} {value}" for name, value in said.items() if name != "prompt"]
+        lines.append(said["prompt"] + "".join(settings))
+    return lines
 
 
 def _parse(line: str, where: str) -> SamplePrompt:
@@ -79,8 +103,8 @@ def _parse(line: str, where: str) -> SamplePrompt:
             prompt = replace(prompt, other_size=True)
             continue
         if letter not in _SETTINGS:
-            known = " ".join(f"--{known}" for known in (*_SETTINGS, *_SIZES))
-            raise UsageError(f"{where}: unknown setting --{letter}; allowed are {known}")
+            prompt = replace(prompt, unknown=(*prompt.unknown, f"--{letter}"))
+            continue
         field, kind = _SETTINGS[letter]
         prompt = replace(prompt, **{field: _number(kind, value.strip(), f"{where}: --{letter}")})
     return prompt

@@ -168,7 +168,9 @@ def _samples(samples: SamplePlan) -> str:
 
 def _about_sizes(samples: SamplePlan) -> list[str]:
     other = sum(prompt.other_size for prompt in samples.prompts)
-    return [f"--w and --h of {counted(other, 'sample prompt')}: grids have the resolution of the run"] if other else []
+    unknown = sorted({setting for prompt in samples.prompts for setting in prompt.unknown})
+    lines = [f"--w and --h of {counted(other, 'sample prompt')}: grids have the resolution of the run"] if other else []
+    return lines + ([f"settings of sample prompts that are passed over: {' '.join(unknown)}"] if unknown else [])
 
 
 def _about_words(run: Run) -> list[str]:

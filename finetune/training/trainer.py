@@ -319,9 +319,15 @@ class Trainer:
         self.gate.open()  # who catches the error may go on
         in_a_row = f" after {self.max_bad_steps} bad steps in a row" if self.max_bad_steps > 1 else ""
         advice = "A lower learning_rate or mixed_precision no may help"
+        if step == 1 and (bad := self._weight_that_is_not_finite()):
+            advice = f"The base model's own weights are not finite: {bad}"
         late = self.in_backward is not None and self.in_backward.changed
         changed = "later layers were changed already, the last checkpoint is whole" if late else "no weight was changed"
         raise NotFinite(f"{fault}; {changed}{in_a_row}. {advice}", fault)
+
+    def _weight_that_is_not_finite(self) -> str | None:
+        """The name of a weight that is not finite; None: all are."""
+        return next((name for name, weight in self.unet.named_parameters() if not weight.isfinite().all()), None)
 
     @contextmanager
     def _dropout_seeded(self, micro_batch: int) -> Iterator[None]:

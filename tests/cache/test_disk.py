@@ -1,6 +1,9 @@
+import errno
+import fcntl
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -284,3 +287,28 @@ def test_a_store_closes_its_shards_when_it_is_dropped(tmp_path: Path) -> None:
     del store, file
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    store = DiskStore(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UsageError, match=r"cache_dir .*: its file system cannot lock files .*; give a --cache_dir on"):
+        store.put("picture", {"a": item(1)})
+
+
+def test_a_file_system_without_fsync_of_folders_is_used_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = os.fsync
+
+    def of_files_alone(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_alone)
+    DiskStore(tmp_path).put("picture", {"a": item(1)})
+    assert equal(DiskStore(tmp_path).load(["a"])[0], item(1))

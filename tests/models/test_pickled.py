@@ -2,6 +2,8 @@
 
 import pickle
 import random
+import sys
+import types
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -97,3 +99,18 @@ def test_a_damaged_one_is_read_or_refused(tmp_path: Path, zipped: bool) -> None:
             assert all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
         except ModelError as error:
             assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_objects_of_lightning_beside_the_weights_are_read_as_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As old checkpoints of Stable Diffusion have them; the classes need not be there."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    kind = type("ModelCheckpoint", (), {"__module__": name})
+    monkeypatch.setattr(sys.modules[name], "ModelCheckpoint", kind, raising=False)
+    torch.save({"state_dict": WEIGHTS, "callbacks": {kind: {"best": 1}}, "hook": kind()}, tmp_path / "a.ckpt")
+    monkeypatch.undo()
+    tensors, _ = read_pickled(tmp_path / "a.ckpt")
+    assert tensors.keys() == WEIGHTS.keys()

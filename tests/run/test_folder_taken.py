@@ -95,3 +95,13 @@ def test_one_folder_has_one_name(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     names = ["data", "./data", "other/../data", str(tmp_path / "other/../data")]
     assert len({with_absolute_paths(TrainConfig(data=(name,))).data for name in names}) == 1
+
+
+def test_a_longer_cosine_schedule_is_told_what_it_would_do() -> None:
+    config = replace(CONFIG, lr_scheduler="cosine")
+    path = started(config)
+    longer = replace(config, max_train_steps=20, output_dir=str(path), resume_from_checkpoint="latest")
+    ends = r"the cosine schedule of .*checkpoint-5 ends at step 10; --max_train_steps 20 would bend it"
+    with pytest.raises(UsageError, match=rf"{ends}; to go on all the same: --allow_changed max_train_steps"):
+        choose(longer)
+    assert choose(replace(longer, allow_changed=("max_train_steps",))).checkpoint == path / "checkpoint-5"

@@ -19,6 +19,7 @@ from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.lora import add_lora, trainable
 from finetune.training import checkpoint
 from finetune.training.ema import Ema
+from finetune.training.metrics import NotFinite
 from finetune.training.objective import NoisePrediction
 from finetune.training.optim import make_optimizer, parameter_groups
 from finetune.training.trainer import Trainer
@@ -321,3 +322,11 @@ def test_a_block_that_learns_at_rate_zero_stays_as_it_is(encoded: Encoded) -> No
         name.split(".")[0] for name, weight in trainer.parameters.items() if not torch.equal(weight, before[name])
     }
     assert changed == {"mid_block", "up_blocks"}
+
+
+def test_a_base_model_that_is_not_finite_is_named(encoded: Encoded) -> None:
+    trainer = lora_trainer()
+    name, weight = next((n, p) for n, p in trainer.unet.named_parameters() if not p.requires_grad)
+    weight.data.view(-1)[0] = float("nan")
+    with pytest.raises(NotFinite, match=rf"The base model's own weights are not finite: {name}"):
+        trainer.step(next(steps(encoded, 1))).as_dict()
