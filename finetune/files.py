@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,14 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file of JSON lines, which may be written to meanwhile; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    return list(each_json_line(path))
+
+
+def each_json_line(path: Path) -> Iterator[dict[str, Any]]:
+    """The same one by one: there may be as many as a run has steps."""
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            yield from (json.loads(line) for line in file if line.endswith("\n"))
 
 
 def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -58,7 +58,8 @@ class ModelOptions:
     """What the UNet computes in. auto: bf16 where the hardware multiplies it natively (CPUs included), else fp16 on a
     GPU and no on a CPU."""
     full_bf16: bool | None = option(None, needs="method full, no use_ema, and an optimizer other than prodigy")
-    """Keep what learns in bf16 alone, rounded at random: 4 to 8 bytes less a weight; best with adamw8bit, adafactor."""
+    """Keep what learns in bf16 alone, rounded at random: 4 to 8 bytes less a weight; best with adamw8bit, adafactor.
+    Gradients are added up in bf16 too, where a step has several forward passes."""
     fused_backward_pass: bool | None = option(None, needs="full_bf16")
     """Update weights in the middle of the backward pass, and never keep all of the gradient: 2 bytes less a weight. In
     steps of one forward pass (with buckets, of one picture), without clipping, in one process."""

@@ -117,8 +117,8 @@ def _run(
         config.max_train_steps, sizes=len(set(volumes.first.shapes())), batch_size=config.global_batch
     )
     with held, gpu_algorithms(deterministic=config.deterministic, tuned=tuned), computing:
-        run = _put_together(config, found, volumes, folder, accelerator, parallel, events)
         try:
+            run = _put_together(config, found, volumes, folder, accelerator, parallel, events)
             _begin(run, folder.checkpoint)
             if parallel.first:
                 _train(run, requests)

@@ -27,7 +27,7 @@ LAYERS = [
     {"training"},
     {"cache"},
     {"data", "models"},
-    {"arguments", "batch", "seeding", "files"},
+    {"arguments", "batch", "seeding", "files", "memory_limit"},
     {"config"},
     {"options"},
     {"about"},

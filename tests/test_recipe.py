@@ -291,7 +291,7 @@ def test_options_hold_for_a_dataset_of_ones_own(tmp_path: Path, monkeypatch: pyt
         ([], {}, "the dataset is empty"),
         ([(Image.new("RGB", (64, 64)), "a")], {}, "row 0 of the dataset is no .picture, caption, id. but tuple"),
         ([(torch.zeros(3, 64, 64), "a", "1")], {}, "row 0 of the dataset is .Tensor, str, str.; it should be"),
-        ([(Image.new("RGB", (64, 64)), None, "1")], {}, "1 of 1 picture without a caption: give --prompt"),
+        ([(Image.new("RGB", (64, 64)), None, "1")], {}, "1 of 1 picture without a caption .1.: give --prompt"),
         ([(Image.new("RGB", (64, 64)), "a", "1")], {"image_column": "x"}, "image_column cannot be used with a dataset"),
     ],
 )
@@ -346,7 +346,7 @@ def test_a_pixel_model_of_another_size_draws_in_the_size_it_is_trained_at(pictur
 def test_a_picture_without_any_caption_is_an_error(make_pictures: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_pictures(tmp_path / "data", count=3)
     (folder / "01.txt").write_text("a disc")
-    with pytest.raises(UsageError, match="2 of 3 pictures without a caption: give --prompt"):
+    with pytest.raises(UsageError, match="2 of 3 pictures without a caption .00.png, 02.png.: give --prompt"):
         fine_tune(options(folder, tmp_path / "out"))
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 
 from finetune.cache.store import Item, Kind, MemoryStore, Store, cache_folder
-from finetune.cache.writer import Writer, dead
+from finetune.cache.writer import WRITERS, Writer, dead
 from finetune.errors import DataError, RunError, UsageError
 from finetune.files import flush_to_disk
 
@@ -76,7 +76,8 @@ class DiskStore:
         try:
             if not (folder / INDEX).exists():
                 (folder / SHARDS).mkdir(parents=True, exist_ok=True)
-            self.writable = os.access(folder, os.W_OK) and os.access(folder / SHARDS, os.W_OK)
+            needed = (folder, folder / SHARDS, folder / WRITERS, folder / INDEX)  # of which another user may own some
+            self.writable = all(os.access(place, os.W_OK) for place in needed if place.exists())
             mode = "rwc" if self.writable else "ro"
             place = f"{(folder / INDEX).absolute().as_uri()}?mode={mode}"
             self.base = sqlite3.connect(place, uri=True, timeout=600, isolation_level=None, check_same_thread=False)

@@ -18,6 +18,8 @@ class CaptionVisits:
     """The parts between commas come in another order at each visit."""
     keep_tokens: int | None = None
     """So many of these parts, from the first, stay where they are; None: none."""
+    trigger: str | None = None
+    """A word in front of captions, which stays there."""
 
     def caption(self, captions: Sequence[str], key: int) -> str:
         """One of the captions, each as likely, or the empty one."""
@@ -28,6 +30,8 @@ class CaptionVisits:
         return self._shuffled(captions[number], key) if self.shuffle else captions[number]
 
     def _shuffled(self, caption: str, key: int) -> str:
+        if self.trigger and caption.startswith(f"{self.trigger} "):
+            return f"{self.trigger} {self._shuffled(caption.removeprefix(f'{self.trigger} '), key)}"
         parts = [part.strip() for part in caption.split(",")]
         count = self.keep_tokens or 0
         kept, moved = parts[:count], parts[count:]

@@ -107,10 +107,13 @@ def find_captions(
         DataError: a metadata file is not UTF-8 or is malformed, or it names a file that is no picture.
     """
     sidecars: dict[str, dict[str, str]] = {}
+    doubled: list[str] = []
     for file in files:
         stem, suffix = os.path.splitext(file)
         if suffix.lower() in CAPTION_SUFFIXES:
-            sidecars.setdefault(stem, {})[suffix.lower()] = file
+            beside = sidecars.setdefault(stem, {})
+            doubled += [file] if suffix.lower() in beside else []  # cat.TXT beside cat.txt
+            beside.setdefault(suffix.lower(), file)
     unread: list[str] = []
     metadata = read_metadata(folder, files, pictures, column, unread) if metadata is None else metadata
     by_composed = {composed(stem): beside for stem, beside in sidecars.items() if not stem.isascii()}
@@ -132,6 +135,7 @@ def find_captions(
         captions.append(first_caption(candidates, by_line=by_line))
     orphans = [file for stem, beside in sidecars.items() if stem not in stems for file in beside.values()]
     read = sum(map(len, sidecars.values())) - len(orphans) + sum(map(is_metadata, files))
+    orphans += doubled
     unread += _unread_beside(files, pictures, orphans)
     return FoundCaptions(captions, orphans, list(empty), unreadable, read, unread)
 

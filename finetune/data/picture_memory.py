@@ -51,6 +51,17 @@ class Known(NamedTuple):
     """Width and height of the picture that it is; None: it was not decoded."""
 
 
+def _is_damaged(base: sqlite3.Connection) -> bool:
+    """Whether the file is no database, or a broken one; being locked for long is another matter."""
+    try:
+        (answer,) = base.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.OperationalError:
+        return False
+    except sqlite3.DatabaseError:
+        return True
+    return answer != "ok"
+
+
 class PictureMemory:
     """A small database of pictures that could be read: file -> digest of its bytes -> width and height; and of what
     takes long to find about many: which are held out, and what lies in a shard.
@@ -74,6 +85,10 @@ class PictureMemory:
             if not self._writable and not (folder / FILE).exists():
                 place = "file::memory:"
             self._base = sqlite3.connect(place, uri=True, timeout=60, check_same_thread=False)
+            if self._writable and _is_damaged(self._base):
+                self._base.close()
+                (folder / FILE).unlink()  # what it knew is found out once more
+                self._base = sqlite3.connect(place, uri=True, timeout=60, check_same_thread=False)
             if self._writable or not (folder / FILE).exists():
                 self._base.executescript(_TABLES)
         except (OSError, sqlite3.Error) as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from finetune.files import json_lines
+from finetune.files import each_json_line, json_lines
 from finetune.results import tracking
 from finetune.results.curves import curve, smoothed, thinned
 from finetune.training.validation import BANDS
@@ -99,7 +99,7 @@ def _embedded(path: Path, alt: str) -> tuple[str, int]:
 
 def validation(folder: Path) -> str:
     """How the loss on held-out pictures has changed, in all and by noise."""
-    lines = [line for line in json_lines(folder / tracking.VALIDATION) if "change" in line]
+    lines = _validations(folder)
     if not lines:
         return ""
     told = []
@@ -118,6 +118,12 @@ def validation(folder: Path) -> str:
     return f"<p>The loss on pictures that are held out was {said}.</p>{told[0]}{rest}"
 
 
+def _validations(folder: Path) -> list[dict[str, Any]]:
+    """Those after the first that can be compared with the last: of the same pictures, noise and timesteps."""
+    lines = json_lines(folder / tracking.VALIDATION)
+    return [line for line in lines if "change" in line and line.get("of") == lines[-1].get("of")]
+
+
 def forgetting(folder: Path) -> str:
     """What the forgetting meter has said."""
     lines = json_lines(folder / tracking.FORGETTING)
@@ -133,7 +139,7 @@ def forgetting(folder: Path) -> str:
 def loss(folder: Path) -> str:
     """The training loss."""
     points = [
-        (line["step"], line["loss"]) for line in json_lines(folder / tracking.METRICS) if line["loss"] is not None
+        (line["step"], line["loss"]) for line in each_json_line(folder / tracking.METRICS) if line["loss"] is not None
     ]
     if not points:
         return ""
@@ -158,12 +164,12 @@ def in_short(folder: Path) -> dict[str, str]:
     """What a run has come to, in a few figures: name -> text."""
     told: dict[str, str] = {}
     points = [
-        (line["step"], line["loss"]) for line in json_lines(folder / tracking.METRICS) if line["loss"] is not None
+        (line["step"], line["loss"]) for line in each_json_line(folder / tracking.METRICS) if line["loss"] is not None
     ]
     if points:
         told["steps"] = str(points[-1][0])
         told["training loss, smoothed"] = f"{smoothed(points)[-1][1]:.4f}"
-    if checks := [line for line in json_lines(folder / tracking.VALIDATION) if "change" in line]:
+    if checks := _validations(folder):
         best = min(checks, key=lambda line: line["loss"])
         told["validation loss, least"] = f"{best['loss']:.4f} at step {best['step']}"
         mean, low, high = best["change"]

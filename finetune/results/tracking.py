@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import resource
 import sys
 import time
@@ -67,6 +68,18 @@ def _appended(path: Path) -> TextIO:
     return path.open("a", encoding="utf-8", buffering=1)
 
 
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line to a file of JSON lines. One that a killed process has cut off is taken out before."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            cut_off = file.read() != b"\n"
+        if cut_off:
+            _cut(path, sys.maxsize)
+    with _appended(path) as file:
+        file.write(json.dumps(record) + "\n")
+
+
 def note_seconds(folder: Path, step: int, what: str, seconds: float) -> None:
     """Record in timings.jsonl how long something else than a step has taken: a "grid", a "validation"."""
     with _appended(folder / TIMINGS) as file:
@@ -101,8 +114,8 @@ def _cut(path: Path, step: int) -> None:
     """Keep the lines of steps 1 to `step`."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with path.open(encoding="utf-8") as lines:  # `splitlines` would also part them at U+2028, which a name may hold
+        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     write_whole(path, "".join(whole))
 
 

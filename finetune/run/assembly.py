@@ -74,7 +74,7 @@ def encoded_for(
         pictures,
         model,
         live=config.live_encoding,
-        captioning=CaptionVisits(config.caption_dropout, config.shuffle_caption, config.keep_tokens),
+        captioning=CaptionVisits(config.caption_dropout, config.shuffle_caption, config.keep_tokens, config.trigger),
         seed=config.seed,
         cache_dir=config.cache_dir,
         precision=config.cache_precision,

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from finetune.config import ResolvedConfig, replace
 from finetune.errors import UsageError
+from finetune.memory_limit import memory_limit
 from finetune.models.loading import scratch_unet
 from finetune.models.locate import Location
 from finetune.models.source import open_source
@@ -110,7 +110,7 @@ def check_memory(config: ResolvedConfig, found: Location, device: torch.device) 
     Raises:
         UsageError: it takes more than twice of what the machine has. The estimate is rough; below that, let it try.
     """
-    total = psutil.virtual_memory().total
+    total = memory_limit()
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
     needed = needed_bytes(config, found, device)

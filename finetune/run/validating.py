@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.files import json_lines, write_json_lines
+from finetune.files import json_lines
 from finetune.results import tracking
 from finetune.run.held_out import SHARE
 from finetune.run.pace import measured_interval
@@ -43,7 +43,7 @@ def validate(run: Run) -> None:
         )
     tracking.note_seconds(run.folder, step, "validation", time.perf_counter() - clock)
     record = _record(step, losses, before.get(0)) | {"of": plan.digest, "losses": losses.tolist()}
-    write_json_lines(run.folder / tracking.VALIDATION, [*_lines(run), record])
+    tracking.append_line(run.folder / tracking.VALIDATION, record)
     run.events.note("validation", **{name: value for name, value in record.items() if name not in ("of", "losses")})
     tracking.track_validation(run.accelerator, record)
     print(f"validation at step {step}: {_told(record)}", flush=True)

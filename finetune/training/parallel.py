@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finetune.errors import Elsewhere
+from finetune.errors import Elsewhere, means_out_of_memory
 
 PATIENCE = timedelta(hours=12)
 """How long a process waits for the others: as long as the first may take to draw its grids. One that has ended is
@@ -78,11 +78,13 @@ class Parallel:
         """Give tensors their sums over all processes, the same bits in each."""
         if self.world == 1:
             return
-        buckets: list[list[Tensor]] = [[]]
+        buckets, size = list[list[Tensor]]([[]]), 0
         for tensor in tensors:
-            if buckets[-1] and sum(t.numel() for t in buckets[-1]) + tensor.numel() > _BUCKET:
+            if buckets[-1] and size + tensor.numel() > _BUCKET:
                 buckets.append([])
+                size = 0
             buckets[-1].append(tensor)
+            size += tensor.numel()
         with _meeting():
             flat = [torch.cat([tensor.reshape(-1) for tensor in bucket]) for bucket in buckets]
             under_way = [dist.all_reduce(numbers, async_op=True) for numbers in flat]
@@ -104,4 +106,6 @@ def _meeting() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch raises no narrower one when a connection is gone
+        if means_out_of_memory(error):
+            raise
         raise Elsewhere("another of the processes that train together has ended") from error

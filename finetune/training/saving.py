@@ -4,11 +4,11 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from finetune.batch import map_tensors, tensors_of
+from finetune.memory_limit import memory_available
 
 SPARE = 4
 """A copy is only made where this many times its size is free."""
@@ -71,7 +71,7 @@ class Saving:
 def copied(state: Mapping[str, Any]) -> dict[str, Any] | None:
     """A `state_dict` with copies of its tensors in the host's memory; None where these would take too much of it."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(state))
-    if psutil.virtual_memory().available < SPARE * size:
+    if memory_available() < SPARE * size:
         return None
     bounce = _Bounce()
     copy = map_tensors(bounce.copy, dict(state))

@@ -78,3 +78,12 @@ def test_shuffled_captions_are_what_the_model_is_told(tmp_path: Path) -> None:
         assert torch.equal(batch.cond["encoder_hidden_states"], expected)
         seen.add(caption)
     assert seen == {"a red square, white, black", "a red square, black, white"}
+
+
+def test_the_trigger_stays_in_front_of_what_is_shuffled() -> None:
+    visits = CaptionVisits(shuffle=True, trigger="sks")
+    found = {visits.caption(["sks a, b, c"], key) for key in range(100)}
+    assert all(caption.startswith("sks ") for caption in found)
+    assert {caption.removeprefix("sks ") for caption in found} == {
+        "a, b, c", "a, c, b", "b, a, c", "b, c, a", "c, a, b", "c, b, a",
+    }  # fmt: skip

@@ -182,3 +182,12 @@ def test_a_folder_whose_own_name_says_something_is_told(tmp_path: Path) -> None:
     (told,) = ImageFolder(folder).passed_over
     assert told == f"the folder's own name, 10_sks dog: give --data {tmp_path} for what it says"
     assert (ImageFolder(tmp_path).repeats, ImageFolder(tmp_path).captions) == ([10], ["sks dog"])
+
+
+def test_two_captions_whose_endings_differ_in_letters_alone_are_both_accounted_for(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "cat.png")
+    for name in ("cat.txt", "cat.TXT"):
+        (tmp_path / name).write_text("a cat")
+    found = ImageFolder(tmp_path)
+    assert found.ledger().adds_up()
+    assert found.ledger().skipped == {"caption files without a picture": 1}

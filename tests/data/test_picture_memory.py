@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 
 from finetune.data import checks
+from finetune.data.checks import check_images
 from finetune.data.image_folder import ImageFolder
-from finetune.data.picture_memory import PictureMemory
+from finetune.data.picture_memory import FILE, PictureMemory, Stamp
 from finetune.errors import DataError, UsageError
 
 
@@ -126,3 +127,15 @@ def test_names_of_any_bytes_are_remembered(tmp_path: Path) -> None:
     assert ImageFolder(tmp_path, "x", resolution=64, memory=memory).ids == [place.name]
     with sqlite3.connect(tmp_path / "cache" / "pictures.sqlite3") as base:
         assert base.execute("SELECT path FROM files").fetchall() == [(os.fsencode(place),)]
+
+
+@pytest.mark.parametrize("content", [b"no database at all, and longer than its header " * 9, b""])
+def test_a_damaged_one_is_begun_anew(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / FILE).write_bytes(content)
+    file = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(file)
+    for _ in range(2):
+        memory = PictureMemory(tmp_path)
+        found = check_images(["a.png"], lambda _: file, memory)
+        assert [each.size for each in found] == [(8, 8)]
+    assert memory.digest(file, Stamp.of(file)) == found[0].digest

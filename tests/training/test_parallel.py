@@ -9,7 +9,7 @@ import torch
 
 from finetune.batch import Batch, Whole
 from finetune.errors import Elsewhere, RunError
-from finetune.training.parallel import Parallel, launched
+from finetune.training.parallel import Parallel, _meeting, launched
 from tests.processes import together
 from tests.small_trainer import small_batch, small_trainer
 
@@ -108,3 +108,10 @@ def test_what_is_not_finite_in_one_process_is_named_by_all_and_changes_no_weight
     for said, unchanged in together(spoilt_step):
         assert said.startswith("step 1: the loss is not finite for b; no weight was changed")
         assert unchanged
+
+
+def test_memory_that_runs_out_in_a_reduction_is_told_as_that() -> None:
+    with pytest.raises(torch.OutOfMemoryError), _meeting():
+        raise torch.OutOfMemoryError("no more")
+    with pytest.raises(Elsewhere), _meeting():
+        raise RuntimeError("connection closed by peer")
