@@ -4,6 +4,7 @@ The names below are imported when they are first used, so that `import finetune`
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from finetune.data.loader import batches, training_steps
     from finetune.data.pictures import Example
     from finetune.data.transforms import Preprocess
-    from finetune.errors import FinetuneError
+    from finetune.errors import DataError, FinetuneError, Interrupted, ModelError, RunError, UsageError
     from finetune.models.loading import DiffusionModel, load_model
     from finetune.models.lora import add_lora, load_lora, trainable
     from finetune.recipe import fine_tune
@@ -42,7 +43,7 @@ _HOMES = {
     "data.loader": ("batches", "training_steps"),
     "data.pictures": ("Example",),
     "data.transforms": ("Preprocess",),
-    "errors": ("FinetuneError",),
+    "errors": ("DataError", "FinetuneError", "Interrupted", "ModelError", "RunError", "UsageError"),
     "models.loading": ("DiffusionModel", "load_model"),
     "models.lora": ("add_lora", "load_lora", "trainable"),
     "recipe": ("fine_tune",),
@@ -60,6 +61,7 @@ __all__ = [
     "Batch",
     "Buckets",
     "CaptionVisits",
+    "DataError",
     "DiffusionModel",
     "Ema",
     "Encoded",
@@ -67,13 +69,17 @@ __all__ = [
     "FinetuneError",
     "HuggingFaceDataset",
     "ImageFolder",
+    "Interrupted",
+    "ModelError",
     "NoisePrediction",
     "Noised",
     "Prepared",
     "Preprocess",
+    "RunError",
     "StepMetrics",
     "TrainConfig",
     "Trainer",
+    "UsageError",
     "add_lora",
     "as_batch",
     "batches",
@@ -92,6 +98,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("finetune-unet")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'finetune' has no attribute {name!r}")
     return getattr(importlib.import_module(f"finetune.{_HOME_OF[name]}"), name)

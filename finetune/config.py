@@ -60,6 +60,8 @@ ELSEWHERE = {
     "fused_back_pass": "give --full_bf16 --fused_backward_pass",
     "with_prior_preservation": "class pictures are learned wherever --class_data names some",
     "dataset_config": "give the file as --data",
+    "revision": "the newest version is taken; give the folder of a download of another one",
+    "hub_token": "log in with hf auth login, or set HF_TOKEN",
 }
 """What other tools have and this one has not -> why, in the words of an error."""
 

@@ -73,9 +73,7 @@ class ModelOptions:
 class DataOptions:
     """Pictures and captions."""
 
-    data: tuple[str, ...] = option(
-        (), names=("train_data_dir", "instance_data_dir"), called=("dataset_name",), path=True
-    )
+    data: tuple[str, ...] = option((), names=("train_data_dir", "instance_data_dir", "dataset_name"), path=True)
     """A folder of pictures, tar shards (shards/*.tar), a folder of parquet/arrow files, or a Hugging Face dataset id;
     or several. Or the dataset file of sd-scripts (.toml), whose settings hold where no others are given."""
     repeats: tuple[int, ...] = option((), AT_LEAST_ONE, called=("num_repeats",))

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, redirect_stdout
 from functools import partial
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 
 from finetune.config import ResolvedConfig, TrainConfig, as_settings, config_text, decided_otherwise
 from finetune.data.ahead import ahead
-from finetune.data.own import Rows
+from finetune.data.own import Rows, refuse_unindexed
 from finetune.data.sampler import steps_per_epoch
 from finetune.data.source import check_sources
 from finetune.data.volumes import Volumes
@@ -73,6 +74,32 @@ def fine_tune(config: TrainConfig, dataset: Rows | None = None, *, repeats: Path
     Raises:
         FinetuneError: of the kinds in `finetune.errors`, each with one line that says what to do.
     """
+    _check_arguments(config, dataset)
+    if not _running.acquire(blocking=False):
+        raise UsageError(
+            "fine_tune runs in another thread already, and both would learn other weights; use a process each"
+        )
+    try:
+        return _fine_tune(config, dataset, repeats)
+    finally:
+        _running.release()
+
+
+_running = threading.Lock()
+"""Held while a run goes on: torch's threads, algorithms and standard output are the process's own."""
+
+
+def _check_arguments(config: object, dataset: Rows | None) -> None:
+    """Raise UsageError, in a line, for what is easily given instead of a config or a dataset."""
+    if not isinstance(config, TrainConfig):
+        raise UsageError(f"config is a {type(config).__name__}: give a finetune.TrainConfig, as TrainConfig(**options)")
+    if dataset is not None:
+        refuse_unindexed(dataset)
+        if config.data:
+            raise UsageError("data and a dataset are given: give one of them")
+
+
+def _fine_tune(config: TrainConfig, dataset: Rows | None, repeats: Path | None) -> Path:
     tracking.check_installed(config.report_to)  # an Accelerator would only warn
     accelerator = Accelerator(
         log_with=list(config.report_to) or None,

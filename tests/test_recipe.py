@@ -346,7 +346,7 @@ def test_a_pixel_model_of_another_size_draws_in_the_size_it_is_trained_at(pictur
 def test_a_picture_without_any_caption_is_an_error(make_pictures: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_pictures(tmp_path / "data", count=3)
     (folder / "01.txt").write_text("a disc")
-    with pytest.raises(UsageError, match="2 of 3 pictures without a caption .00.png, 02.png.: give --prompt"):
+    with pytest.raises(UsageError, match=r"2 of 3 pictures without a caption \(00.png, 02.png\): give --prompt"):
         fine_tune(options(folder, tmp_path / "out"))
 
 

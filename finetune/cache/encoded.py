@@ -20,7 +20,7 @@ from finetune.data.caption_visits import CaptionVisits
 from finetune.data.inpainting import drawn_mask, shown, small
 from finetune.data.pictures import Pictures
 from finetune.data.transforms import normalize
-from finetune.errors import DataError
+from finetune.errors import DataError, UsageError
 from finetune.models.conditioners import Conditioner
 from finetune.models.encoders import Encoder
 from finetune.models.inpainting import beside, with_shown
@@ -206,7 +206,15 @@ def as_batch(
         prompts: B captions; none in pixel mode.
         step: of your loop; every draw is a function of seed, step and row, so it must change from call to call.
         masks: for an inpainting model: (B, 1, H, W), above 0 where it is to paint; None: drawn.
+
+    Raises:
+        UsageError: the pixels are bytes, or run from 0 to 255.
     """
+    if not pixels.is_floating_point() or pixels.abs().max() > 2:
+        raise UsageError(
+            f"pixels are {str(pixels.dtype).removeprefix('torch.')} from {pixels.min():g} to {pixels.max():g}; "
+            "they should be floats in [-1, 1]: pixels / 127.5 - 1"
+        )
     ids = tuple(f"step {step} row {row}" for row in range(len(pixels)))
     keys = torch.tensor([seeding.example_key(seed, name, 0) for name in ids])
     height, width = pixels.shape[-2:]

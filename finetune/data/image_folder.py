@@ -1,5 +1,6 @@
 """ImageFolder: the pictures in a folder, with the captions beside them."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,10 @@ from finetune.wording import listed
 
 _REPEATED = re.compile(r"(\d{1,3})_(.+)")
 """A folder's name in the layout of sd-scripts: repeats and subject. A year has four digits."""
+
+
+_MASK_NAME = re.compile(r"(.*)[-_.](?:mask|alpha|seg)", re.IGNORECASE)
+"""How other tools call the mask of NAME."""
 
 
 class FolderPart(NamedTuple):
@@ -127,6 +132,17 @@ class ImageFolder(PictureFiles):
         masks = len(set(self._masks.values()))
         return own._replace(found=self._count, captions=self._caption_files, masks=masks, skipped=skipped)
 
+    def _warnings(self) -> list[str]:
+        """What looks as if it were not meant so."""
+        ignored = sum(self._others.values())
+        lines = [f"most files are not read: {ignored} of {self._count}"] if 2 * ignored > self._count else []
+        stems = {os.path.splitext(name)[0] for name in self._names}
+        beside = [name for name in self._names if _MASK_NAME.fullmatch(stem := os.path.splitext(name)[0]) and
+                  _MASK_NAME.sub(r"\1", stem) in stems]  # fmt: skip
+        if beside:
+            lines.append(f"trained as pictures, though called like masks: {listed(beside)}; a mask is NAME.mask.png")
+        return lines
+
     def notes(self) -> list[str]:
         kinds = listed([f"{count} {suffix}" for suffix, count in sorted(self._others.items())])
         named = sorted({name.split("/")[0] for name in self.ids if _REPEATED.match(name)})
@@ -136,7 +152,7 @@ class ImageFolder(PictureFiles):
             f"files that are neither pictures nor captions: {kinds}": kinds,
             f"not read as repeats, since other folders hold pictures too: {listed(unused)}": unused,
         }
-        return super().notes() + [line for line, found in lines.items() if found]
+        return super().notes() + [line for line, found in lines.items() if found] + self._warnings()
 
 
 def _project(root: Path, names: Sequence[str]) -> str:

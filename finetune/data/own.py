@@ -3,13 +3,14 @@
 from typing import Any, Protocol
 
 from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset
 
 from finetune.data.captions import first_caption
 from finetune.data.checks import Checked
 from finetune.data.images import digest_of, to_rgb
 from finetune.data.pictures import Example, Pictures
 from finetune.data.transforms import Preprocess
-from finetune.errors import DataError
+from finetune.errors import DataError, UsageError
 
 
 class Rows(Protocol):
@@ -67,10 +68,24 @@ class OwnPictures(Pictures):
         return self._known[index]
 
 
+def refuse_unindexed(dataset: object) -> None:
+    """Raise UsageError for a data loader, or a dataset of torch that can only be iterated."""
+    if isinstance(dataset, DataLoader):
+        raise UsageError("the dataset is a DataLoader, which makes batches of its own: give its .dataset")
+    # The streams of `datasets` are torch IterableDatasets too, and have numbered shards to read by.
+    ours = type(dataset).__module__.partition(".")[0] == "datasets"
+    if isinstance(dataset, IterableDataset) and not ours:
+        raise UsageError(
+            "the dataset is a torch IterableDataset, whose rows have no numbers: give a map-style dataset, or a "
+            "datasets.IterableDataset"
+        )
+
+
 def as_pictures(dataset: Pictures | Rows) -> Pictures:
     """The dataset if it is one of ours; rows of the user's own are checked, and keep a Preprocess that they have."""
     if isinstance(dataset, Pictures):
         return dataset
+    refuse_unindexed(dataset)
     return OwnPictures(dataset, transform=getattr(dataset, "transform", None))
 
 

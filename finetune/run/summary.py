@@ -10,6 +10,7 @@ from finetune.data.pictures import Pictures
 from finetune.data.sampler import steps_per_epoch
 from finetune.data.volumes import Volumes
 from finetune.models.conditioners import spelt_words
+from finetune.models.families import defaults
 from finetune.models.lora import trainable
 from finetune.models.lora_kinds import NAMES
 from finetune.run.compiling import is_compiled
@@ -22,7 +23,7 @@ def print_summary(run: Run) -> None:
     """A line for each of `summary_rows`; then what was noticed."""
     for name, text in summary_rows(run).items():
         print(f"{name:>10}  {text}")
-    for line in [*run.pictures.notes(), *_about_words(run), *_about_sizes(run.samples)]:
+    for line in [*run.pictures.notes(), *_about_words(run), *_about_sizes(run.samples), *_about_options(run)]:
         print(f"{'note':>10}  {line}")
 
 
@@ -164,6 +165,27 @@ def _samples(samples: SamplePlan) -> str:
         when = f", and between as often as {SAMPLING_SHARE:.0%} of the time allows"
     size = f"{counted(len(samples.prompts), 'prompt')} x {counted(samples.pictures, 'picture')}"
     return f"{size} at the start and the end{when}; about {100 * samples.share:.2g} % of the run"
+
+
+def _about_options(run: Run) -> list[str]:
+    """Options that look as if they were not meant so."""
+    config, lines = run.config, list[str]()
+    if config.masked_loss and not run.pictures.mask_digests:
+        lines.append("--masked_loss, but no mask lies beside the pictures: only their alpha channels count")
+    pictures = max(1, len(run.pictures.trained))
+    usual = defaults(
+        run.model.family,
+        config.method,
+        config.optimizer,
+        pictures=pictures,
+        resolution=config.resolution,
+        varied_captions=False,
+    )["learning_rate"]
+    if config.learning_rate >= 100 * usual:
+        lines.append(
+            f"learning_rate {config.learning_rate:g} is {config.learning_rate / usual:.0f} times the usual one"
+        )
+    return lines
 
 
 def _about_sizes(samples: SamplePlan) -> list[str]:

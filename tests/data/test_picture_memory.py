@@ -134,8 +134,7 @@ def test_a_damaged_one_is_begun_anew(tmp_path: Path, content: bytes) -> None:
     (tmp_path / FILE).write_bytes(content)
     file = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(file)
-    for _ in range(2):
-        memory = PictureMemory(tmp_path)
-        found = check_images(["a.png"], lambda _: file, memory)
-        assert [each.size for each in found] == [(8, 8)]
-    assert memory.digest(file, Stamp.of(file)) == found[0].digest
+    first, second = (check_images(["a.png"], lambda _: file, PictureMemory(tmp_path)) for _ in range(2))
+    assert [each.size for each in first] == [(8, 8)]
+    assert first == second
+    assert PictureMemory(tmp_path).digest(file, Stamp.of(file)) == first[0].digest
