@@ -40,6 +40,8 @@ class About:
     """What other tools call it: suggested, not accepted."""
     path: bool = False
     """It may name a file or a folder of this machine, which is nobody else's business."""
+    inherited: bool = False
+    """A resume that leaves it out takes it from the run, though another value makes no other run."""
     decided_by: Literal["dataset", "transform"] | None = None
     """Decided already by any dataset of the user's own, or by one that has a transform."""
 

@@ -307,13 +307,21 @@ class OutputOptions:
     checkpoints_total_limit: int = option(2, NOT_NEGATIVE, change="on resume", called=("save_last_n_steps_state",))
     """How many checkpoints to keep; 0 keeps all."""
     export_formats: tuple[Literal["single-file", "diffusers", "unet"], ...] = option(
-        (), change="free", called=("output_model_format",)
+        (), change="free", inherited=True, called=("output_model_format",)
     )
     """At the end, also write the model in these forms, a LoRA merged into it, to exports/ of the run folder."""
-    export_precision: Literal["fp32", "fp16", "bf16"] = option("fp16", change="free", called=("output_dtype",))
+    export_precision: Literal["fp32", "fp16", "bf16"] = option(
+        "fp16", change="free", inherited=True, called=("output_dtype",)
+    )
     """Number format of export_formats; a LoRA's own files are fp32."""
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option((), change="free", called=("log_with",))
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option(
+        (), change="free", inherited=True, called=("log_with",)
+    )
     """Trackers that get the metrics, beside metrics.jsonl."""
+    tracker_project_name: str | None = option(
+        None, needs="report_to", change="free", inherited=True, called=("log_tracker_name", "wandb_project")
+    )
+    """Project of the trackers. Default: WANDB_PROJECT of the environment, else finetune-unet."""
     push_to_hub: bool = option(False, change="free")
     """Upload the result and a model card to the Hugging Face hub."""
     hub_model_id: str | None = option(None, needs="push_to_hub", change="free")

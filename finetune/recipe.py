@@ -35,6 +35,7 @@ from finetune.run.grids import discard_strangers, draw_grid, lay_side_by_side
 from finetune.run.held_out import plan_validation
 from finetune.run.ledger import note_volume, write_ledger
 from finetune.run.lineage import about_run, compared, threads, threads_then
+from finetune.run.lock import occupied
 from finetune.run.memorised import known_pictures
 from finetune.run.memory import check_memory, out_of_memory
 from finetune.run.pace import due
@@ -100,7 +101,7 @@ def _check_arguments(config: object, dataset: Rows | None) -> None:
 
 
 def _fine_tune(config: TrainConfig, dataset: Rows | None, repeats: Path | None) -> Path:
-    tracking.check_installed(config.report_to)  # an Accelerator would only warn
+    tracking.check_trackers(config.report_to)
     accelerator = Accelerator(
         log_with=list(config.report_to) or None,
         project_dir="runs",
@@ -171,7 +172,7 @@ def _held(folder: run_folder.RunFolder, config: ResolvedConfig, events: Events) 
     """Inside, no other process can run in the folder, and what happens is written to it."""
     steps = {"step": folder.step, "total": config.max_train_steps}
     with (
-        run_folder.occupied(folder, lock=config.lock_output_dir),
+        occupied(folder.path, folder.mark, lock=config.lock_output_dir),
         events.written_to(folder.path, **steps, anew=folder.overwrite),
     ):
         yield
@@ -221,7 +222,9 @@ def _put_together(
         write_ledger(folder.path, config, volumes, folder.step)
         lay_out_pictures(run)
         print_summary(run)
-        tracking.start_trackers(accelerator, folder.path, as_settings(config))
+        resumed = folder.step > 0
+        project = config.tracker_project_name
+        tracking.start_trackers(accelerator, folder.path, project, as_settings(config), resumed=resumed)
     return run
 
 

@@ -229,7 +229,7 @@ def test_tensorboard_gets_the_metrics_and_the_grids(pictures: Path, tmp_path: Pa
 
     more = {"report_to": ["tensorboard"], "sample_every": 4, "num_inference_steps": 1, "eval_batch_size": 1}
     out = fine_tune(options(pictures, tmp_path / "out", **more))
-    events = EventAccumulator(str(out / "logs/out")).Reload()
+    events = EventAccumulator(str(out / "logs/finetune-unet")).Reload()
     logged = [event.value for event in events.Scalars("train/loss")]
     assert logged == pytest.approx([line["loss"] for line in metrics(out)])
     assert [event.step for event in events.Images("samples")] == [0, 4]

@@ -12,6 +12,7 @@ from datetime import timedelta
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any, TextIO
+from uuid import uuid4
 
 import numpy
 import torch
@@ -24,6 +25,7 @@ from finetune.files import write_whole
 from finetune.training.metrics import Fault, StepMetrics
 
 METRICS, TIMINGS, FAULTS = "metrics.jsonl", "timings.jsonl", "faults.jsonl"
+TRACKED = "run-id.txt"
 VALIDATION, FORGETTING, COPIES = "validation.jsonl", "forgetting.jsonl", "copies.jsonl"
 
 
@@ -180,23 +182,59 @@ def progress(done: int, total: int, pause: float = 30) -> Iterator[Progress]:
         yield Progress(bar, total, pause)
 
 
-def check_installed(trackers: Sequence[str]) -> None:
-    """Raise UsageError for a tracker whose package is not installed; accelerate would only leave it out."""
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Raise UsageError for a tracker that is not installed (accelerate only leaves it out) or has no login.
+
+    On a terminal Weights & Biases asks for its key here, before anything is computed.
+    """
     for name in trackers:
         if importlib.util.find_spec(name) is None:
             raise UsageError(f"report_to {name} needs a package: pip install 'finetune-unet[trackers]'")
+    if "wandb" in trackers:
+        wandb = importlib.import_module("wandb")
+        try:
+            wandb.login(verify=False)  # the key is tried when the run is opened: the network may be slow
+        except wandb.errors.Error as error:
+            raise UsageError(
+                f"report_to wandb: {str(error).splitlines()[0]} (or set WANDB_API_KEY, or WANDB_MODE=offline)"
+            ) from error
 
 
-def start_trackers(accelerator: Accelerator, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Open the trackers that the Accelerator was made with, under the run folder's name, their files in its `logs/`.
+def tracked_run(folder: Path, *, resumed: bool) -> str:
+    """The id of a run, by which trackers continue its curves: kept in `logs/`; another one where the run is new."""
+    record = folder / "logs" / TRACKED
+    if not (resumed and record.is_file()):
+        record.parent.mkdir(exist_ok=True)
+        write_whole(record, f"{folder.name[:100]}-{uuid4().hex[:8]}\n")
+    return record.read_text(encoding="utf-8").strip()
 
-    Settings that trackers cannot hold become text.
+
+def start_trackers(
+    accelerator: Accelerator, folder: Path, project: str | None, settings: Mapping[str, Any], *, resumed: bool
+) -> None:
+    """Open the trackers that the Accelerator was made with, their files in `logs/` of the run folder.
+
+    Args:
+        accelerator: made with `log_with`.
+        folder: the run folder, whose name is the run's.
+        project: holds the runs that are looked at together; None: WANDB_PROJECT of the environment, else finetune-unet.
+        settings: of the run; those that trackers cannot hold become text.
+        resumed: the curves go on; False: they are new.
     """
+    if not accelerator.log_with:
+        return
+    run = tracked_run(folder, resumed=resumed)
+    logs = str(folder / "logs")
+    openings = {
+        "wandb": {"name": folder.name, "id": run, "resume": "allow", "dir": logs},
+        "trackio": {"name": run, "resume": "allow"},  # which knows a run by its name alone
+    }
     plain = {
         key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in settings.items()
     }
-    accelerator.project_configuration.logging_dir = str(folder / "logs")
-    accelerator.init_trackers(folder.name, config=plain)
+    accelerator.project_configuration.logging_dir = logs
+    project = project or os.environ.get("WANDB_PROJECT") or "finetune-unet"
+    accelerator.init_trackers(project, config=plain, init_kwargs=openings)
 
 
 def track(accelerator: Accelerator, metrics: StepMetrics) -> None:

@@ -3,17 +3,12 @@
 import dataclasses
 import itertools
 import json
-import os
 import re
-import tempfile
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TextIO
-
-import portalocker
+from typing import Any, Literal
 
 from finetune.about import about_field
 from finetune.config import (
@@ -27,10 +22,11 @@ from finetune.config import (
     suggest,
 )
 from finetune.data.source import called
-from finetune.errors import UsageError, first_line
+from finetune.errors import UsageError
 from finetune.files import is_inside, remove, write_whole
 from finetune.options import SECTIONS, about
 from finetune.results.export import MOVING, has_own_parts, kohya_files, names_of_exports
+from finetune.run.lock import held_by_another
 from finetune.seeding import fold
 from finetune.training.checkpoint import checkpoints, latest, newest_whole, record, verify
 
@@ -103,7 +99,7 @@ def choose(config: ResolvedConfig, data: str) -> RunFolder:
     mark = _mark(config, data)
     for asked, path, checkpoint in _candidates(config):
         state, reason = (_state_to_resume if "resume" in asked else _state)(path, checkpoint, config, data)
-        if state == "new" and _held_by_another(path, mark):
+        if state == "new" and held_by_another(path, mark):
             state, reason = "taken", f"output_dir {path}: another run has just started there"
         deed = decide(asked, state)
         if deed == "refuse":
@@ -254,7 +250,8 @@ def with_earlier(config: TrainConfig) -> TrainConfig:
     earlier = load_resolved(recorded)
     lengths = {name for name, known in about().items() if known.change == "length"}
     own = config.given | (lengths if config.given & lengths else set())
-    own |= {field.name for field in fields(SECTIONS["output"]) if about_field(field).change == "free"}
+    free = {field.name: about_field(field) for field in fields(SECTIONS["output"])}
+    own |= {name for name, known in free.items() if known.change == "free" and not known.inherited}
     inherited = {name: value for name, value in as_dict(earlier).items() if name not in own}
     return replace(config, config.given | (earlier.given - own), **inherited)
 
@@ -307,84 +304,11 @@ def _resume_folder(config: TrainConfig) -> Path:
     return max([(int(match[1]), path) for match, path in found if match], default=(0, base))[1]
 
 
-@contextmanager
-def occupied(folder: RunFolder, *, lock: bool = True) -> Iterator[None]:
-    """Make the folder, show that it can be written, and hold it: inside, no other process can run in it.
-
-    The system drops the lock when the process ends, however it ends.
-
-    Args:
-        folder: of the run.
-        lock: False: hold nothing, where a file system has no locks.
-
-    Raises:
-        UsageError: it cannot be written or locked, or another process holds it.
-    """
-    try:
-        (folder.path / "samples").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.path):
-            pass
-        file = (folder.path / LOCK).open("a") if lock else None  # NFS locks only what is open for writing
-    except OSError as error:
-        raise UsageError(f"output_dir {folder.path} cannot be written: {error.strerror}") from error
-    if file is None:
-        yield
-        return
-    _held.add(file)
-    try:
-        try:
-            portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
-            file.truncate(0)
-            file.write(folder.mark)
-            file.flush()
-        except portalocker.AlreadyLocked as error:
-            raise UsageError(f"output_dir {folder.path}: another process is training in it") from error
-        except (portalocker.LockException, OSError) as error:
-            raise UsageError(
-                f"output_dir {folder.path} cannot be locked ({first_line(error)}): choose one on another file system, "
-                "or give --no_lock_output_dir and start no second run in it"
-            ) from error
-        yield
-    finally:
-        _held.discard(file)
-        file.close()
-
-
 def _mark(config: ResolvedConfig, data: str) -> str:
     """What tells a run from others before it has recorded anything."""
     known, values = about(), as_dict(config)
     decisive = [f"{name} {values[name]}" for name in known if known[name].change in ("another run", "length")]
     return f"{fold(*decisive, data):016x}\n"
-
-
-def _held_by_another(path: Path, mark: str) -> bool:
-    """Whether a process that does another run holds the folder."""
-    theirs = mark
-    try:
-        with (path / LOCK).open("r+") as file:
-            theirs = file.read()
-            portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
-    except portalocker.AlreadyLocked:
-        return theirs != mark
-    except (OSError, portalocker.LockException):  # there is none, or nothing can be locked here
-        return False
-    return False
-
-
-LOCK = ".lock"
-"""A file in a run folder, which the process that trains there holds locked."""
-
-_held: set[TextIO] = set()
-
-
-def _let_go() -> None:
-    """A forked worker outlives a process that is killed, for some seconds, and would hold its folder so long."""
-    for file in _held:
-        file.close()
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)
 
 
 def begin(folder: RunFolder, config: ResolvedConfig, data: str) -> None:

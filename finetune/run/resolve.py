@@ -208,6 +208,7 @@ def _refuse_unusable(config: TrainConfig, found: Location, method: str, buckets:
         "use_ema": config.use_ema is not False,
         "an optimizer of the Adam family": config.optimizer in ("adamw", "adamw8bit", "prodigy"),
         "push_to_hub": config.push_to_hub,
+        "report_to": bool(config.report_to),
         "sample_every left out": config.sample_every is None,
     }
     why = {

@@ -1,5 +1,6 @@
 import os
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from finetune.errors import RunError, UsageError
 from finetune.models.families import FAMILIES
 from finetune.models.locate import Location
 from finetune.run import folder as runs
+from finetune.run.lock import occupied
 from finetune.run.resolve import resolve
 from finetune.training import checkpoint
 
@@ -41,9 +43,13 @@ def choose(config: ResolvedConfig, data: str = "digest") -> runs.RunFolder:
     return runs.choose(config, data)
 
 
+def held(folder: runs.RunFolder, *, lock: bool = True) -> AbstractContextManager[None]:
+    return occupied(folder.path, folder.mark, lock=lock)
+
+
 def started(config: ResolvedConfig, finished: bool = False) -> Path:
     folder = choose(config)
-    with runs.occupied(folder):
+    with held(folder):
         runs.begin(folder, config, "digest")
     (folder.path / "metrics.jsonl").write_text("")
     checkpoint.save(folder.path, STATE)
@@ -154,7 +160,7 @@ def test_other_pictures_or_captions_are_another_run() -> None:
 
 def test_a_start_that_failed_does_not_occupy_the_folder() -> None:
     folder = choose(CONFIG)
-    with runs.occupied(folder):
+    with held(folder):
         runs.begin(folder, CONFIG, "digest")
     assert choose(replace(CONFIG, seed=1)).path == folder.path
 
@@ -220,7 +226,7 @@ def test_a_path_that_is_no_checkpoint_is_refused() -> None:
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     config = replace(CONFIG, output_dir="file/out")
-    with pytest.raises(UsageError, match="file/out cannot be written"), runs.occupied(choose(config)):
+    with pytest.raises(UsageError, match="file/out cannot be written"), held(choose(config)):
         pass
 
 
@@ -365,3 +371,10 @@ def test_a_folder_is_called_after_its_pictures_of_many_sources_after_the_first()
     assert runs.name_of(["/a/shards/*.tar"]) == "shards"
     assert runs.name_of([f"shards/{number}.tar" for number in range(1000)]) == "0.tar+999-more"
     assert runs.name_of([]) == "dataset"
+
+
+def test_a_resume_reports_where_the_run_did_and_publishes_nothing() -> None:
+    path = started(replace(CONFIG, output_dir="out", report_to=("tensorboard",), push_to_hub=True))
+    config = TrainConfig(model="tiny", data="images", prompt="a butterfly", resume_from_checkpoint=str(path))
+    inherited = runs.with_earlier(config)
+    assert (inherited.report_to, inherited.push_to_hub) == (("tensorboard",), False)

@@ -13,7 +13,7 @@ from finetune.config import TrainConfig, replace
 from finetune.errors import UsageError
 from finetune.run import folder as runs
 from finetune.run.resolve import with_absolute_paths
-from tests.run.test_folder import CONFIG, _in_tmp, choose, started  # noqa: F401 # the fixture runs here too
+from tests.run.test_folder import CONFIG, _in_tmp, choose, held, started  # noqa: F401 # the fixture runs here too
 
 
 def test_the_lock_is_one_that_nfs_grants(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,9 +27,9 @@ def test_the_lock_is_one_that_nfs_grants(monkeypatch: pytest.MonkeyPatch) -> Non
         granted.append(file)
 
     monkeypatch.setattr(portalocker, "lock", of_nfs)
-    with runs.occupied(choose(CONFIG)):
+    with held(choose(CONFIG)):
         assert granted
-        with pytest.raises(UsageError, match="another process is training in it"), runs.occupied(choose(CONFIG)):
+        with pytest.raises(UsageError, match="another process is training in it"), held(choose(CONFIG)):
             pass
 
 
@@ -40,21 +40,21 @@ def test_where_nothing_can_be_locked_an_option_must_say_so(monkeypatch: pytest.M
     monkeypatch.setattr(portalocker, "lock", refuse)
     with (
         pytest.raises(UsageError, match=r"cannot be locked \(.*No locks available\): .*--no_lock_output_dir"),
-        runs.occupied(choose(CONFIG)),
+        held(choose(CONFIG)),
     ):
         pass
-    with runs.occupied(choose(CONFIG), lock=False):
+    with held(choose(CONFIG), lock=False):
         pass
 
 
 def test_two_different_commands_that_start_together_take_two_numbers() -> None:
     """The first has recorded nothing yet when the second looks."""
     first = choose(CONFIG)
-    with runs.occupied(first):
+    with held(first):
         other = choose(replace(CONFIG, seed=1))
         assert (first.path.name, other.path.name) == ("images-tiny", "images-tiny-2")
         same = choose(CONFIG)
-        with pytest.raises(UsageError, match="images-tiny: another process is training in it"), runs.occupied(same):
+        with pytest.raises(UsageError, match="images-tiny: another process is training in it"), held(same):
             pass
         with pytest.raises(UsageError, match="another run has just started there"):
             choose(replace(CONFIG, seed=1, output_dir=str(first.path)))
