@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from finetune.errors import ModelError, UsageError
+from finetune.errors import UsageError
 from finetune.files import new_file
 
 
@@ -41,20 +41,15 @@ def run(options: Options) -> None:
         raise UsageError(f"{len(options.file)} files and {len(strengths)} strengths: give one for each file")
     to = new_file("--to", options.to)
     from finetune.models.loading import load_model
-    from finetune.models.lora_tools import merge, open_lora
+    from finetune.models.lora_tools import merge_files, open_lora
     from finetune.run.trained import write_proved
     from finetune.wording import counted
 
-    files = [Path(file).expanduser() for file in options.file]
-    for path in files:
-        open_lora(path, options.model)  # before gigabytes are loaded in vain
+    for file in options.file:
+        open_lora(Path(file).expanduser(), options.model)  # before gigabytes are loaded in vain
     model = load_model(options.model, tokenizer=options.tokenizer)
-    for path, strength in zip(files, strengths, strict=True):
-        found = open_lora(path, options.model)
-        try:
-            merge(model.unet, found, strength)
-        except ModelError as error:
-            raise ModelError(f"{path} does not fit --model {options.model}: {error}") from error
+    merged = merge_files(model.unet, options.file, strengths, options.model, option="--file")
+    for (path, found), strength in zip(merged, strengths, strict=True):
         left = f"; {counted(found.text_tensors, 'tensor')} for text encoders left out" if found.text_tensors else ""
         print(f"{path}: {counted(len(found.layers()), 'layer')}, strength {strength:g}{left}")
     write_proved(model, to, options.format, options.precision, {})

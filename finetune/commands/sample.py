@@ -1,5 +1,6 @@
 """finetune-unet sample: pictures from a base model, or from a run folder with what it learned."""
 
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from finetune.models.loading import DiffusionModel
-    from finetune.results.sampling import Hole
+    from finetune.results.sampling import Hole, Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,18 @@ class Options:
     """For a checkpoint in one file: as in training."""
     resolution: int | None = None
     """Pixels per side. Default: what the run was trained at, else the model's own."""
+    width: int | None = None
+    """Pixels. Default: resolution."""
+    height: int | None = None
+    """Pixels. Default: resolution."""
+    lora: tuple[str, ...] = ()
+    """LoRA files to put on the model, of any kind and layout that lora info knows."""
+    strength: tuple[float, ...] = ()
+    """Of each --lora. Default: 1."""
     image: str | None = None
-    """For an inpainting model: the picture to paint in. Default: none; it paints all of a new one."""
+    """A picture to begin with; an inpainting model paints in it where --mask is white. Default: none."""
+    denoising_strength: float = 0.75
+    """How far an ordinary model leads away from --image: above 0 (hardly) up to 1 (all of it)."""
     mask: str | None = None
     """Where in --image: white; what is black stays."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -69,7 +80,7 @@ def run(options: Options) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = DTYPES[resolve_precision(options.mixed_precision, device, small=False)]
     model, resolution = _load(options, config, half or torch.float32)
-    hole = _hole(options, model, resolution)
+    hole, start = _begin(options, model, resolution)
     guidance_scale = options.guidance_scale
     if guidance_scale is None:
         guidance_scale = (config or model.family).guidance_scale
@@ -83,11 +94,12 @@ def run(options: Options) -> None:
         model.to(device),
         options.prompt or ("",),
         range(options.seed, options.seed + options.num_images),
-        resolution=resolution,
+        resolution=(options.width or resolution, options.height or resolution),
         num_inference_steps=options.num_inference_steps,
         guidance_scale=guidance_scale,
         negative_prompt=options.negative_prompt,
         hole=hole,
+        begin_with=start,
     )
     _save(rows, options.prompt or ("unconditional",), options.seed, output)
 
@@ -98,6 +110,7 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
     from finetune.models.loading import check_resolution, load_model
     from finetune.models.locate import locate
     from finetune.models.lora import load_lora
+    from finetune.models.lora_tools import merge_files
     from finetune.results.export import exported
 
     folder = Path(options.model).expanduser()
@@ -112,7 +125,10 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
     if found.family.latent == (not options.prompt):
         raise UsageError("give --prompt" if found.family.latent else f"--prompt cannot be used: {base} takes no text")
     resolution = options.resolution or (config or found).resolution
-    check_resolution(found, resolution)
+    _check_sizes(options, latent=found.family.latent)
+    for pixels in (resolution, options.width, options.height):
+        if pixels is not None:
+            check_resolution(found, pixels)
     model = load_model(
         found,
         resolution=resolution,
@@ -126,19 +142,39 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
     tokenizer = model.conditioner.tokenizer
     if tokenizer and found.family.few_words and (spelt := spelt_words(tokenizer, options.prompt)):
         print(f"{base} does not know, and spells: {', '.join(spelt)}", file=sys.stderr)
+    merge_files(model.unet, options.lora, options.strength, base, option="--lora")
     if adapted:
         load_lora(model.unet, folder)
     return model, resolution
 
 
-def _hole(options: Options, model: "DiffusionModel", resolution: int) -> "Hole | None":
-    """What is to be painted, at about the resolution and in the picture's own shape. Raises UsageError, DataError."""
-    if options.image is None or options.mask is None:
-        if options.image or options.mask:
-            raise UsageError("--image and --mask go together")
-        return None
-    if not model.inpainting:
-        raise UsageError(f"--image cannot be used: {options.model} is no inpainting model")
+def _check_sizes(options: Options, *, latent: bool) -> None:
+    """Raise UsageError for options that have no meaning together, before anything is loaded."""
+    if (options.width or options.height) and (options.image or not latent):
+        why = "the picture's own shape decides" if options.image else "a pixel-space model has one size"
+        raise UsageError(f"--width and --height cannot be used here: {why}")
+    if options.lora and not latent:
+        raise UsageError("--lora cannot be used: a pixel-space model takes none")
+    if options.image and not latent:
+        raise UsageError("--image cannot be used: a pixel-space model begins with noise alone")
+    if not 0 < options.denoising_strength <= 1:
+        raise UsageError(f"--denoising_strength {options.denoising_strength:g}: allowed is above 0, up to 1")
+    if options.image and options.num_inference_steps * options.denoising_strength < 1:
+        least = math.ceil(1 / options.denoising_strength)
+        raise UsageError(f"--denoising_strength {options.denoising_strength:g} needs {least} --num_inference_steps")
+    if options.strength and len(options.strength) != len(options.lora):
+        raise UsageError(f"{len(options.lora)} --lora and {len(options.strength)} --strength: give one for each")
+
+
+def _begin(options: Options, model: "DiffusionModel", resolution: int) -> "tuple[Hole | None, Start | None]":
+    """What --image and --mask say, at about the resolution and in the picture's shape. Raises UsageError, DataError."""
+    if options.mask and not (options.image and model.inpainting):
+        why = f"{options.model} is no inpainting model" if options.image else "it needs --image"
+        raise UsageError(f"--mask cannot be used: {why}")
+    if options.image is None:
+        return None, None
+    if model.inpainting and options.mask is None:
+        raise UsageError("--image needs --mask: an inpainting model paints where it is white")
     from torchvision.transforms.v2.functional import to_pil_image
 
     from finetune.data.buckets import Buckets
@@ -147,13 +183,17 @@ def _hole(options: Options, model: "DiffusionModel", resolution: int) -> "Hole |
     from finetune.data.masks import open_mask
     from finetune.data.transforms import Preprocess
     from finetune.models.families import bucket_sides
-    from finetune.results.sampling import Hole
+    from finetune.results.sampling import Hole, Start
 
-    picture, mask = open_image(Path(options.image).expanduser()), open_mask(Path(options.mask).expanduser())
+    picture = open_image(Path(options.image).expanduser())
     smallest, largest, step = bucket_sides(resolution, max(8, cast(Any, model.pipeline()).vae_scale_factor)).values()
     buckets = Buckets(resolution, smallest, largest, step, upscale=True)
     placed = Preprocess(resolution, buckets=buckets).place(*picture.size, key=0)
-    return Hole(to_pil_image(placed.pixels(picture)), to_pil_image(placed_mask(mask, placed, flip=False)))
+    shown = to_pil_image(placed.pixels(picture))
+    if options.mask is None:
+        return None, Start(shown, options.denoising_strength)
+    mask = open_mask(Path(options.mask).expanduser())
+    return Hole(shown, to_pil_image(placed_mask(mask, placed, flip=False))), None
 
 
 def _save(rows: "list[list[Image]]", prompts: tuple[str, ...], seed: int, output: Path) -> None:

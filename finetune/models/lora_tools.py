@@ -1,6 +1,6 @@
 """What is done with LoRA files apart from training: opened, proved, merged, shortened, taken from two models."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,15 +18,17 @@ from finetune.models.source import open_source
 Layout = Literal["kohya", "peft"]
 
 
-def open_lora(path: Path, model: str | None = None) -> LoraFile:
+def open_lora(path: Path, model: str | None = None, *, option: str = "--file") -> LoraFile:
     """A LoRA file, whose layers are those of `model` or, by default, of the family that its tensors tell.
+
+    `option` names it in a message.
 
     Raises:
         UsageError: there is no such file.
         ModelError: it is damaged, or no LoRA for that UNet.
     """
     if not path.is_file():
-        raise UsageError(f"--file {path}: no such file")
+        raise UsageError(f"{option} {path}: no such file")
     return read_lora(path, None if model is None else _layers_of(model)[0])
 
 
@@ -112,6 +114,37 @@ def merge(unet: Any, found: LoraFile, strength: float) -> None:
             base = found.family or "another model"
             raise ModelError(f"{layer} is {tuple(weight.shape)} here; the LoRA is for {base}") from error
         weight.copy_(merged)
+
+
+def merge_files(
+    unet: Any, files: Sequence[str], strengths: Sequence[float], model: str, *, option: str
+) -> list[tuple[Path, LoraFile]]:
+    """Put LoRA files into the weights of a UNet without adapters, each with its strength (none: 1).
+
+    Args:
+        unet: of `model`.
+        files: their paths.
+        strengths: one for each, or none.
+        model: the base, as for training.
+        option: which names the files.
+
+    Returns:
+        Each path, and what was found there.
+
+    Raises:
+        UsageError: no such file.
+        ModelError: a file is damaged, or for another model.
+    """
+    paths = [Path(file).expanduser() for file in files]
+    merged = []
+    for path, strength in zip(paths, strengths or (1.0,) * len(paths), strict=True):
+        found = open_lora(path, model, option=option)
+        try:
+            merge(unet, found, strength)
+        except ModelError as error:
+            raise ModelError(f"{path} does not fit --model {model}: {error}") from error
+        merged.append((path, found))
+    return merged
 
 
 def shortened(

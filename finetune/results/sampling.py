@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from diffusers import DDPMPipeline
+from diffusers import AutoPipelineForImage2Image, DDPMPipeline
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
@@ -39,18 +39,28 @@ class Hole(NamedTuple):
     """8 bit grey, of the same size: white where it is to be painted."""
 
 
+class Start(NamedTuple):
+    """A picture from which an ordinary model begins, instead of from noise alone."""
+
+    picture: Image.Image
+    """RGB, of a size that the model takes."""
+    strength: float
+    """How much of the picture's noise schedule is gone through, from 0 (none: the picture itself) to 1 (all)."""
+
+
 @torch.no_grad()
 def draw_pictures(
     model: DiffusionModel,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    resolution: int,
+    resolution: int | tuple[int, int],
     num_inference_steps: int,
     guidance_scale: float = 7.5,
     negative_prompt: str = "",
     at_once: int = 1,
     hole: Hole | None = None,
+    begin_with: Start | None = None,
 ) -> list[list[Image.Image]]:
     """Pictures for each prompt (outer) and seed (inner), the UNet in eval mode.
 
@@ -61,13 +71,14 @@ def draw_pictures(
         model: on the device where it should run.
         prompts: ignored in pixel mode but for their number, which is then 1.
         seeds: one picture each.
-        resolution: pixels per side.
+        resolution: pixels per side, or width and height; a pixel-space model has its own, and takes no notice.
         num_inference_steps: steps of the model's own sampler; in pixel mode as a rule DDPM's (Ho et al. 2020, algorithm
             2), which shows far earlier than a deterministic one what a model has learned.
         guidance_scale: classifier-free guidance, 1 is none; latent mode only.
         negative_prompt: what guidance leads away from.
         at_once: pictures of a prompt that are drawn as one batch: quicker, but rounded otherwise than one by one.
         hole: for an inpainting model: what it paints, in place of a whole picture.
+        begin_with: for other latent models: a picture that is drawn anew (Meng et al. 2021, algorithm 1).
     """
     model.to(model.unet.device)  # `encode` has sent the frozen parts to the CPU
     model.unet.eval()
@@ -78,9 +89,14 @@ def draw_pictures(
             sources = [torch.Generator().manual_seed(seed) for seed in seeds]
             drawn = pipeline(batch_size=len(seeds), generator=sources, num_inference_steps=num_inference_steps)
             return [drawn.images]
-    draw, size = cast(Any, pipeline), {"height": resolution, "width": resolution}
+    width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
+    draw, size = cast(Any, pipeline), {"height": height, "width": width}
     if model.inpainting:
-        size = _repainting(hole or Hole(*(Image.new(mode, (resolution, resolution), "white") for mode in ("RGB", "L"))))
+        size = _repainting(hole or Hole(*(Image.new(mode, (width, height), "white") for mode in ("RGB", "L"))))
+    elif begin_with:
+        draw = cast(Any, AutoPipelineForImage2Image.from_pipe(pipeline))
+        draw.set_progress_bar_config(disable=True)
+        size = {"image": begin_with.picture, "strength": begin_with.strength}
     batches = [seeds[start : start + at_once] for start in range(0, len(seeds), at_once)]
     rows = []
     with _progress(model.unet, num_inference_steps * len(batches) * len(prompts)):
