@@ -75,6 +75,29 @@ def test_one_value_never_ends_the_import(
     assert told in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("model", "asked", "taken"),
+    [
+        ("sd_xl_base_1.0.safetensors", 2, None),
+        ("owner/my-SDXL", 2, None),
+        ("anime.ckpt", 2, 2),
+        ("anime.ckpt", 1, None),
+    ],
+)
+def test_clip_skip_means_nothing_for_xl_and_1_nothing_at_all(
+    tmp_path: Path, model: str, asked: int, taken: int | None
+) -> None:
+    text = f"pretrained_model_name_or_path = {json.dumps(model)}\nclip_skip = {asked}\nnetwork_dim = 8\n"
+    assert imported(tmp_path, "gui.toml", text).get("clip_skip") == taken
+
+
+def test_a_warm_up_that_is_a_share_of_epochs_is_listed(tmp_path: Path) -> None:
+    text = "train_network.py --max_train_epochs=10 --lr_warmup_steps=0.1 --train_data_dir=C:\\train\\dog ^\n"
+    found = imported(tmp_path, "train.bat", text)
+    assert (found["lr_warmup_steps"], found["data"]) == (0, ("C:\\train\\dog",))
+    assert "lr_warmup_steps = 0.1: a share of a length" in (tmp_path / "config.toml").read_text()
+
+
 def test_tables_are_read_at_any_depth(tmp_path: Path) -> None:
     text = """
     [[subsets]]
@@ -111,7 +134,7 @@ def test_a_preset_of_kohya_ss(tmp_path: Path) -> None:
     found = imported(tmp_path, "preset.json", json.dumps(preset))
     expected = {
         "model": "sd.safetensors", "resolution": 768, "num_train_epochs": 50, "optimizer": "adamw8bit", "rank": 32,
-        "lora_alpha": 32.0, "learning_rate": 1e-4, "clip_skip": 1, "output_dir": "007", "data": ("img",),
+        "lora_alpha": 32.0, "learning_rate": 1e-4, "clip_skip": None, "output_dir": "007", "data": ("img",),
     }  # fmt: skip
     assert {name: found.get(name) for name in expected} == expected
 

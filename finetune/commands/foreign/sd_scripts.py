@@ -1,6 +1,7 @@
 """kohya's sd-scripts: its command lines and TOML files, and its dataset TOML."""
 
 import json
+import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -83,6 +84,10 @@ def _network_arguments(taken: Taken, value: Any) -> None:
 
 
 def _warmup(taken: Taken, value: Any) -> None:
+    value = word_value(str(value))
+    if not isinstance(value, int | float):
+        taken.leave("lr_warmup_steps", value)
+        return
     if isinstance(value, float) and 0 < value < 1:
         steps = taken.ours.get("max_train_steps")
         if steps is None:
@@ -104,6 +109,11 @@ def _schedule(taken: Taken, value: Any) -> None:
 def _velocity(taken: Taken, value: Any) -> None:
     if value:
         taken.put("prediction_type", "v_prediction", "v_parameterization")
+
+
+def _clip_skip(taken: Taken, value: Any) -> None:
+    if value != 1:  # their neutral value; for XL, which takes the last layer but one, it would be another here
+        taken.put("clip_skip", value, "clip_skip")
 
 
 def _full_bf16(taken: Taken, value: Any) -> None:
@@ -221,7 +231,7 @@ _RENAMED: Renamed = {
     "fused_backward_pass": _fused_backward_pass, "learning_rate": "learning_rate",
     "network_dim": "rank", "network_alpha": "lora_alpha", "network_dropout": dropout, "network_weights": "init_lora",
     "min_snr_gamma": "snr_gamma", "noise_offset": "noise_offset", "ip_noise_gamma": "input_perturbation",
-    "max_grad_norm": "max_grad_norm", "clip_skip": "clip_skip", "alpha_mask": "masked_loss", "flip_aug": "random_flip",
+    "max_grad_norm": "max_grad_norm", "clip_skip": _clip_skip, "alpha_mask": "masked_loss", "flip_aug": "random_flip",
     "caption_dropout_rate": "caption_dropout", "max_data_loader_n_workers": "dataloader_num_workers",
     "save_every_n_steps": "checkpointing_steps", "save_every_n_epochs": "save_model_epochs",
     "sample_every_n_steps": "sample_every", "sample_every_n_epochs": "save_image_epochs", "resolution": square,
@@ -296,7 +306,9 @@ def take(given: Mapping[str, Any], script: str, place: Path = Path()) -> Taken:
     """
     given, taken = dict(given), Taken("sd-scripts", defaults=_CHANGES_NOTHING)
     lora = "network" in script if script else "network_module" in given or "network_dim" in given
-    if ("sdxl" in script or given.pop("sdxl", False)) and given.pop("clip_skip", None):
+    told_xl = given.pop("sdxl", False) or "sdxl" in script
+    named_xl = re.search(r"sd[_-]?xl", Path(str(given.get("pretrained_model_name_or_path", ""))).name, re.IGNORECASE)
+    if (told_xl or named_xl) and given.pop("clip_skip", None):
         taken.notes.append("clip_skip does nothing for XL in sd-scripts, and is left out")
     subsets = given.pop("subsets", [])
     rate = given.pop("unet_lr", None)
