@@ -15,6 +15,7 @@ import finetune as ft
 from finetune import recipe
 from finetune.data.image_folder import ImageFolder
 from tests.test_recipe import options
+from tests.tiny_sdxl import make_tiny_sdxl
 
 
 class Rows(Dataset[Any]):
@@ -88,3 +89,11 @@ def test_what_looks_as_if_it_were_not_meant_so_is_noted(
     assert "--masked_loss, but no mask lies beside the pictures: only their alpha channels count" in told
     assert "learning_rate 0.5 is" in told
     assert "times the usual one" in told
+
+
+def test_another_clip_skip_than_that_of_xl_is_noted(
+    make_pictures: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, model = make_pictures(tmp_path / "data", count=2), str(make_tiny_sdxl(tmp_path / "xl"))
+    ft.fine_tune(options(data, tmp_path / "out", model=model, prompt="a disc", resolution=64, clip_skip=1))
+    assert "--clip_skip 1: XL is made for 2, and sd-scripts takes 2 whatever it is given" in capsys.readouterr().out

@@ -172,6 +172,8 @@ def _about_options(run: Run) -> list[str]:
     config, lines = run.config, list[str]()
     if config.masked_loss and not run.pictures.mask_digests:
         lines.append("--masked_loss, but no mask lies beside the pictures: only their alpha channels count")
+    if run.model.family.layout == "sdxl" and config.clip_skip not in (None, 2):
+        lines.append(f"--clip_skip {config.clip_skip}: XL is made for 2, and sd-scripts takes 2 whatever it is given")
     pictures = max(1, len(run.pictures.trained))
     usual = defaults(
         run.model.family,
