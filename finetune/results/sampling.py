@@ -78,7 +78,7 @@ def draw_pictures(
         negative_prompt: what guidance leads away from.
         at_once: pictures of a prompt that are drawn as one batch: quicker, but rounded otherwise than one by one.
         hole: for an inpainting model: what it paints, in place of a whole picture.
-        begin_with: for other latent models: a picture that is drawn anew (Meng et al. 2021, algorithm 1).
+        begin_with: for other latent models: a picture to draw over (Meng et al. 2021, algorithm 1).
     """
     model.to(model.unet.device)  # `encode` has sent the frozen parts to the CPU
     model.unet.eval()

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import resource
 import sys
 import time
@@ -205,7 +206,8 @@ def tracked_run(folder: Path, *, resumed: bool) -> str:
     record = folder / "logs" / TRACKED
     if not (resumed and record.is_file()):
         record.parent.mkdir(exist_ok=True)
-        write_whole(record, f"{folder.name[:100]}-{uuid4().hex[:8]}\n")
+        name = re.sub(r"[^\w-]", "-", folder.name)[:100]  # Weights & Biases allows no / \\ # ? % : in an id
+        write_whole(record, f"{name}-{uuid4().hex[:8]}\n")
     return record.read_text(encoding="utf-8").strip()
 
 

@@ -28,10 +28,12 @@ def test_a_line_that_was_cut_off_is_taken_out_before_the_next(tmp_path: Path) ->
 
 
 def test_a_resumed_run_keeps_its_id_and_a_new_one_gets_another(tmp_path: Path) -> None:
-    first = tracked_run(tmp_path, resumed=False)
-    assert first.startswith(tmp_path.name)
-    assert tracked_run(tmp_path, resumed=True) == first
-    assert tracked_run(tmp_path, resumed=False) != first
+    folder = tmp_path / "my dog: 100%"
+    folder.mkdir()
+    first = tracked_run(folder, resumed=False)
+    assert first.startswith("my-dog--100--")
+    assert tracked_run(folder, resumed=True) == first
+    assert tracked_run(folder, resumed=False) != first
 
 
 def test_a_tracker_without_a_login_is_one_line_before_anything_else(
