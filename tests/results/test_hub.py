@@ -190,7 +190,14 @@ def test_every_option_that_may_be_a_path_is_shortened_in_the_card(run_folder: Pa
     assert said["sample_prompts"] == ["prompts.txt", "a cat and/or a dog"]
     texts = {name for name, kind in option_types().items() if "str" in str(kind)}
     no_paths = {"lora_target_modules", "block_rank", "block_learning_rate", "prompt", "trigger", "class_prompt"}
-    no_paths |= {"background", "image_column", "caption_column", "hub_model_id", "allow_changed"}
+    no_paths |= {
+        "background",
+        "image_column",
+        "caption_column",
+        "hub_model_id",
+        "tracker_project_name",
+        "allow_changed",
+    }
     of_this_machine = {"cache_dir", "output_dir", "resume_from_checkpoint"}  # are not in the card at all
     assert texts == paths.keys() | no_paths | of_this_machine, "mark a new option as a path, or name it here"
 
