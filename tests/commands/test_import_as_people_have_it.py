@@ -98,6 +98,18 @@ def test_a_warm_up_that_is_a_share_of_epochs_is_listed(tmp_path: Path) -> None:
     assert "lr_warmup_steps = 0.1: a share of a length" in (tmp_path / "config.toml").read_text()
 
 
+@pytest.mark.parametrize(
+    "preset",
+    [
+        {"LoRA_type": "Standard", "lr_warmup": "some", "network_dim": 8, "pretrained_model_name_or_path": "a"},
+        {"training_method": "LORA", "learning_rate_warmup_steps": "some", "lora_rank": 8},
+    ],
+)
+def test_a_warm_up_that_is_no_number_ends_no_import(tmp_path: Path, preset: dict[str, object]) -> None:
+    assert imported(tmp_path, "preset.json", json.dumps(preset))["rank"] == 8
+    assert "warmup_steps = 'some'" in (tmp_path / "config.toml").read_text()
+
+
 def test_tables_are_read_at_any_depth(tmp_path: Path) -> None:
     text = """
     [[subsets]]

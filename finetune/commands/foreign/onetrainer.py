@@ -192,7 +192,9 @@ def _masked(taken: Taken, value: Any) -> None:
 
 
 def _warmup(taken: Taken, value: Any) -> None:
-    if 0 < value < 1:
+    if not isinstance(value, int | float):
+        taken.leave("learning_rate_warmup_steps", value)
+    elif 0 < value < 1:
         taken.leave("learning_rate_warmup_steps", value, "a share of the length, in epochs; give --lr_warmup_steps")
     else:
         taken.put("lr_warmup_steps", int(value), "learning_rate_warmup_steps")

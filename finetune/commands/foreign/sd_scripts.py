@@ -289,7 +289,7 @@ def take_gui(given: Mapping[str, Any], place: Path = Path()) -> Taken:
     if not flat.get("max_train_epochs") and not steps and epochs:
         flat["max_train_epochs"] = epochs
     if warmup := word_value(given.get("lr_warmup", 0)):
-        flat["lr_warmup_steps"] = warmup / 100  # it is in percent there
+        flat["lr_warmup_steps"] = warmup / 100 if isinstance(warmup, int | float) else warmup  # it is in percent there
     script = "sdxl_train_network.py" if given.get("sdxl") else "train_network.py"
     taken = take(flat, script, place)
     taken.tool = "kohya_ss"
