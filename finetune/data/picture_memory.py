@@ -25,7 +25,14 @@ CREATE TABLE IF NOT EXISTS splits (pictures TEXT PRIMARY KEY, held_out TEXT NOT 
 CREATE TABLE IF NOT EXISTS shards (
     path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime INTEGER NOT NULL, inode INTEGER NOT NULL, content TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS shard_pictures (
+    shard BLOB NOT NULL, number INTEGER NOT NULL, content TEXT NOT NULL, PRIMARY KEY (shard, number)
+) WITHOUT ROWID;
 """
+
+
+_VARIABLES = 500
+"""In one query: every SQLite admits 999."""
 
 
 class Stamp(NamedTuple):
@@ -154,13 +161,27 @@ class PictureMemory:
             return row[0] if row else None
         return None
 
-    def note_shard(self, path: Path, stamp: Stamp, content: str) -> None:
-        """Remember what it holds: to know that, all of its headers are read."""
-        if self._writable:
-            with self._lock, contextlib.suppress(sqlite3.OperationalError), self._base:
-                self._base.execute(
-                    "INSERT OR REPLACE INTO shards VALUES (?, ?, ?, ?, ?)", (_name(path), *stamp, content)
-                )
+    def shard_pictures(self, path: Path, numbers: Sequence[int] | None = None) -> list[str]:
+        """What was noted of the pictures with these rising numbers, or of all, in a shard that `shard` knows."""
+        query = "SELECT content FROM shard_pictures WHERE shard = ?"
+        if numbers is None:
+            parts = [(f"{query} ORDER BY number", ())]
+        else:
+            some = [numbers[at : at + _VARIABLES] for at in range(0, len(numbers), _VARIABLES)]
+            parts = [(f"{query} AND number IN ({', '.join('?' * len(part))}) ORDER BY number", part) for part in some]
+        with self._lock:
+            return [row[0] for text, part in parts for row in self._base.execute(text, (_name(path), *part))]
+
+    def note_shard(self, path: Path, stamp: Stamp, content: str, pictures: Iterable[str]) -> None:
+        """Remember what it holds in all, and each picture: to know that, all of its headers are read."""
+        if not self._writable:
+            return
+        name = _name(path)
+        with self._lock, contextlib.suppress(sqlite3.OperationalError), self._base:
+            self._base.execute("DELETE FROM shard_pictures WHERE shard = ?", (name,))
+            rows = ((name, number, picture) for number, picture in enumerate(pictures))
+            self._base.executemany("INSERT INTO shard_pictures VALUES (?, ?, ?)", rows)
+            self._base.execute("INSERT OR REPLACE INTO shards VALUES (?, ?, ?, ?, ?)", (name, *stamp, content))
 
     def _row(self, query: str, values: tuple[Any, ...]) -> tuple[Any, ...] | None:
         with self._lock:

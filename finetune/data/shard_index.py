@@ -4,13 +4,14 @@ import json
 import os
 import tarfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from finetune.data.captions import CAPTION_SUFFIXES, Texts
 from finetune.data.listing import is_picture
-from finetune.data.masks import is_mask
+from finetune.data.masks import is_mask, masks_of
 from finetune.data.picture_memory import PictureMemory, Stamp
 from finetune.errors import DataError
 
@@ -26,42 +27,78 @@ _LONGEST_TEXT = 1_000_000
 _END = 1024
 """Zeros, at least, that end a tar file."""
 
-_VERSION = 2
-"""Of what is remembered: another one is read anew."""
+_VERSION = 3
+"""Of what is remembered: another one is read again."""
+
+Place = tuple[str, int, int]
+"""Name, offset, and size in bytes of a member."""
 
 
-@dataclass
+class ShardPicture(NamedTuple):
+    """A picture in a shard, with what belongs to it."""
+
+    place: Place
+    texts: dict[str, Texts]
+    """Ending -> the caption in a file of that ending."""
+    unreadable: str | None = None
+    """What is wrong with its caption."""
+    mask: Place | None = None
+
+
+@dataclass(frozen=True)
 class ShardIndex:
-    """What a shard holds, fit for JSON."""
+    """What a shard holds in all; its pictures are read separately, for there may be millions."""
 
-    pictures: list[tuple[str, int, int]] = field(default_factory=list)
-    """Name, offset, and size in bytes."""
-    masks: list[tuple[str, int, int]] = field(default_factory=list)
-    """Likewise."""
-    texts: dict[str, dict[str, Texts]] = field(default_factory=dict)
-    """Name without its ending -> ending -> the caption."""
-    unreadable: dict[str, str] = field(default_factory=dict)
-    """Name without its ending -> what is wrong with its caption."""
-    captions: int = 0
+    pictures: int
+    captions: int
     """Files that hold one."""
-    skipped: dict[str, int] = field(default_factory=dict)
+    orphans: list[str]
+    """Caption files without a picture."""
+    lonely_masks: int
+    """Masks without a picture."""
+    skipped: dict[str, int]
     """Why -> how many."""
 
 
 def index_of(shard: Path, memory: PictureMemory | None) -> ShardIndex:
-    """What a shard holds, by memory if it can be. Raises DataError where it is none, or not whole."""
+    """What a shard holds in all, from `memory` if it is known there. Raises DataError as `pictures_of`."""
+    remembered = _remembered(shard, memory)
+    return _read(shard, memory)[0] if remembered is None else remembered
+
+
+def pictures_of(
+    shard: Path, memory: PictureMemory | None, numbers: Sequence[int] | None = None
+) -> tuple[ShardIndex, list[ShardPicture]]:
+    """What a shard holds in all, and its pictures with these numbers, from `memory` if they are known there.
+
+    Args:
+        shard: a tar file that is not compressed.
+        memory: of earlier runs; takes up what is new.
+        numbers: rising, from 0; None: all pictures.
+
+    Raises:
+        DataError: it is no tar file, or cut short.
+    """
+    index = _remembered(shard, memory)
+    if memory is not None and index is not None:
+        rows = memory.shard_pictures(shard, numbers)
+        return index, [_of_row(row) for row in rows]
+    index, pictures = _read(shard, memory)
+    return index, pictures if numbers is None else [pictures[number] for number in numbers]
+
+
+def _remembered(shard: Path, memory: PictureMemory | None) -> ShardIndex | None:
     try:
-        stamp = Stamp.of(shard)
-        text = memory.shard(shard, stamp) if memory is not None else None
-        remembered = json.loads(text) if text is not None else {}
-        if remembered.pop("version", None) == _VERSION:
-            return ShardIndex(**remembered)
-        index = _read(shard)
+        text = memory.shard(shard, Stamp.of(shard)) if memory is not None else None
     except OSError as error:
         raise DataError(f"{shard}: {error.strerror}") from error
-    if memory is not None:
-        memory.note_shard(shard, stamp, json.dumps({"version": _VERSION, **asdict(index)}))
-    return index
+    remembered = json.loads(text) if text is not None else {}
+    return ShardIndex(**remembered) if remembered.pop("version", None) == _VERSION else None
+
+
+def _of_row(row: str) -> ShardPicture:
+    place, texts, unreadable, mask = json.loads(row)
+    return ShardPicture(tuple(place), texts, unreadable, mask and tuple(mask))
 
 
 def key_of(name: str) -> str:
@@ -69,9 +106,24 @@ def key_of(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
-def _read(shard: Path) -> ShardIndex:
-    index, skipped = ShardIndex(), Counter[str]()
+@dataclass
+class _Members:
+    """What is found in a shard, member by member."""
+
+    pictures: list[Place] = field(default_factory=list)
+    masks: list[Place] = field(default_factory=list)
+    texts: dict[str, dict[str, Texts]] = field(default_factory=dict)
+    """Name without its ending -> ending -> the caption."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Name without its ending -> what is wrong with its caption."""
+    captions: int = 0
+
+
+def _read(shard: Path, memory: PictureMemory | None) -> tuple[ShardIndex, list[ShardPicture]]:
+    """Read all headers and captions, and remember what they say."""
+    members, skipped = _Members(), Counter[str]()
     try:
+        stamp = Stamp.of(shard)
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             before = -1
             while (member := tar.next()) is not None:
@@ -79,13 +131,31 @@ def _read(shard: Path) -> ShardIndex:
                     raise tarfile.ReadError("a member of negative size")
                 before = tar.offset
                 tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue] # it would keep all of them
-                if not member.isdir() and (reason := _take(tar, member, index)):
+                if not member.isdir() and (reason := _take(tar, member, members)):
                     skipped[reason] += 1
             _check_end(file, tar.offset)
+    except OSError as error:
+        raise DataError(f"{shard}: {error.strerror}") from error
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{shard}: not a whole tar file ({error}); fetch it again, or leave it out") from error
-    index.skipped = dict(sorted(skipped.items()))
-    return index
+    masks = {mask[0]: mask for mask in members.masks}
+    found, lonely = masks_of(masks, [name for name, _, _ in members.pictures])
+    pictures = [
+        ShardPicture(
+            place,
+            members.texts.get(key_of(place[0]), {}),
+            members.unreadable.get(key_of(place[0])),
+            masks.get(found.get(place[0], "")),
+        )
+        for place in members.pictures
+    ]
+    orphans = members.texts.keys() - {key_of(name) for name, _, _ in members.pictures}
+    orphans = sorted(f"{key}{next(iter(members.texts[key]))}" for key in orphans)
+    index = ShardIndex(len(pictures), members.captions, orphans, len(lonely), dict(sorted(skipped.items())))
+    if memory is not None:
+        summary = json.dumps({"version": _VERSION, **asdict(index)})
+        memory.note_shard(shard, stamp, summary, map(json.dumps, pictures))
+    return index, pictures
 
 
 def _check_end(file: IO[bytes], offset: int) -> None:
@@ -100,8 +170,8 @@ def _check_end(file: IO[bytes], offset: int) -> None:
         raise tarfile.ReadError(f"no end at byte {offset}")
 
 
-def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, index: ShardIndex) -> str | None:
-    """Note a member in the index; answers why it is skipped, where it is."""
+def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, members: _Members) -> str | None:
+    """Note a member; answers why it is skipped, where it is."""
     name = PurePosixPath(member.name)
     ending = name.suffix.lower()
     if not member.isreg() or member.issparse():
@@ -111,16 +181,16 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, index: ShardIndex) -> s
     if name.name.startswith("."):
         return "hidden files"
     if is_picture(member.name):
-        found = index.masks if is_mask(member.name) else index.pictures
+        found = members.masks if is_mask(member.name) else members.pictures
         found.append((member.name, member.offset_data, member.size))
         return None
     if ending not in TEXT_SUFFIXES:
         return f"neither pictures nor captions: {ending or 'without an ending'}"
-    index.captions += 1
+    members.captions += 1
     try:
-        index.texts.setdefault(key_of(member.name), {})[ending] = _text(tar, member)
+        members.texts.setdefault(key_of(member.name), {})[ending] = _text(tar, member)
     except (ValueError, RecursionError) as error:
-        index.unreadable[key_of(member.name)] = f"{name.name}: {error}"
+        members.unreadable[key_of(member.name)] = f"{name.name}: {error}"
     return None
 
 

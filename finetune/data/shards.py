@@ -1,5 +1,6 @@
 """Shards: tar files of pictures with their captions, as WebDataset has them. They are read where they lie."""
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,10 +10,10 @@ from finetune.data.buckets import Buckets
 from finetune.data.captions import Caption, Texts, first_caption
 from finetune.data.images import Member, PictureFile
 from finetune.data.listing import is_picture
-from finetune.data.masks import checked_masks, masks_of
+from finetune.data.masks import checked_masks
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Ledger, PictureFiles
-from finetune.data.shard_index import TEXT_SUFFIXES, ShardIndex, index_of, key_of
+from finetune.data.shard_index import TEXT_SUFFIXES, ShardIndex, ShardPicture, index_of, pictures_of
 from finetune.data.source import folder_of, is_pattern
 from finetune.data.transforms import WHITE, Preprocess
 from finetune.errors import DataError, UsageError
@@ -61,36 +62,31 @@ class TarShards(PictureFiles):
         part: Sequence[int] | None = None,
     ) -> None:
         transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets, background)
-        indices = {shard: index_of(shard, memory) for shard in shards}
-        members = [Member(shard, *place) for shard, index in indices.items() for place in index.pictures]
+        members, indices = _opened(shards, memory, part)
         if not members:
             raise DataError(f"{root}: no picture found in {', '.join(shard.name for shard in shards[:3])}")
-        self._members = members if part is None else [members[number] for number in part]
+        self._members = [member for member, _ in members]
         called = {shard: shard.relative_to(root).as_posix() for shard in shards}
-        captions, bad = [], {}
-        for member in self._members:
-            index, key = indices[member.shard], key_of(member.name)
-            captions.append(_caption(index.texts.get(key, {}), prompt, caption_lines))
-            if key in index.unreadable:
-                bad[f"{called[member.shard]}/{member.name}"] = index.unreadable[key]
+        captions = [_caption(found.texts, prompt, caption_lines) for _, found in members]
+        ids = [f"{called[member.shard]}/{member.name}" for member in self._members]
+        bad = {name: found.unreadable for name, (_, found) in zip(ids, members, strict=True) if found.unreadable}
         self._alpha, self.masked = masks == "files and alpha", masks != "none"
-        masks_there, lonely = _masks(indices, members)
-        self._masks = {member: masks_there[member] for member in self._members if member in masks_there}
+        self._masks = {member: Member(member.shard, *found.mask) for member, found in members if found.mask}
         others = indices if part is None or part[0] == 0 else {}  # what is no picture is accounted for with the first
-        self._lonely_masks = lonely if others else 0
+        self._lonely_masks = sum(index.lonely_masks for index in others.values())
         self._skipped = sum((Counter(index.skipped) for index in others.values()), Counter[str]())
         self._captions = sum(index.captions for index in others.values())
         self._mask_infos, unusable = checked_masks(self._masks if self.masked else {}, memory)
         bad |= {f"{called[member.shard]}/{member.name}": reason for member, reason in unusable.items()}
         super().__init__(
             str(root),
-            [f"{called[member.shard]}/{member.name}" for member in self._members],
+            ids,
             captions,
             trigger=trigger,
             transform=transform,
             memory=memory,
             bad=bad,
-            orphans=_orphans(others, called),
+            orphans=[f"{called[shard]}/{name}" for shard, index in others.items() for name in index.orphans],
             more=part is not None,
         )
         self.masked = self.masked and bool(self._masks or self._alpha)
@@ -110,21 +106,21 @@ class TarShards(PictureFiles):
         return [*super().notes(), *(f"in the shards, {why}: {count}" for why, count in sorted(self._skipped.items()))]
 
 
-def _orphans(indices: Mapping[Path, ShardIndex], called: Mapping[Path, str]) -> list[str]:
-    """Caption files without a picture."""
-    found = []
-    for shard, index in indices.items():
-        lonely = index.texts.keys() - {key_of(name) for name, _, _ in index.pictures}
-        found += sorted(f"{called[shard]}/{key}{next(iter(index.texts[key]))}" for key in lonely)
-    return found
-
-
-def _masks(indices: Mapping[Path, ShardIndex], pictures: Sequence[Member]) -> tuple[dict[Member, Member], int]:
-    """Picture -> its mask; and how many masks have no picture."""
-    masks = {str(Member(shard, *place)): Member(shard, *place) for shard, ix in indices.items() for place in ix.masks}
-    places = {str(member): member for member in pictures} if masks else {}
-    found, lonely = masks_of(masks, places)
-    return {places[picture]: masks[mask] for picture, mask in found.items()}, len(lonely)
+def _opened(
+    shards: Sequence[Path], memory: PictureMemory | None, part: Sequence[int] | None
+) -> tuple[list[tuple[Member, ShardPicture]], dict[Path, ShardIndex]]:
+    """The pictures with these rising numbers, counted through all shards, or all; and what each shard holds in all."""
+    members, indices = list[tuple[Member, ShardPicture]](), dict[Path, ShardIndex]()
+    before = at = 0
+    for shard in shards:
+        numbers = None
+        if part is not None:
+            stop = bisect_left(part, before + index_of(shard, memory).pictures, at)
+            numbers, at = [number - before for number in part[at:stop]], stop
+        indices[shard], pictures = pictures_of(shard, memory, numbers)
+        members += [(Member(shard, *picture.place), picture) for picture in pictures]
+        before += indices[shard].pictures
+    return members, indices
 
 
 def find_shards(source: str, path: Path, files: Sequence[str]) -> tuple[list[Path], Path] | None:

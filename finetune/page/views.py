@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from finetune.results.curves import STYLE as CURVES
-from finetune.results.curves import curve, thinned
+from finetune.results.curves import curve, spread
 from finetune.results.following import Follower
 
 STYLE = (
@@ -62,9 +62,9 @@ def _where(run: Follower) -> str:
 
 
 def _loss(run: Follower) -> str:
-    if not run.loss:
+    if run.loss.last_step is None:
         return ""
-    drawn = curve("training loss", thinned(run.smoothed), faint=thinned(run.loss))
+    drawn = curve("training loss", run.loss.averages, faint=run.loss.losses)
     return f"<figure>{drawn}<figcaption>Loss: of each step, and smoothed over about 20</figcaption></figure>"
 
 
@@ -72,8 +72,8 @@ def _validation(run: Follower) -> str:
     lines = [line for _, line in sorted(run.validations.items()) if "change" in line]
     if not lines:
         return ""
-    points = [(0.0, 0.0), *((line["step"], line["change"][0]) for line in lines)]
-    band = [(0.0, 0.0, 0.0), *((line["step"], *line["change"][1:]) for line in lines)]
+    points = [(0.0, 0.0), *((line["step"], line["change"][0]) for line in spread(lines))]
+    band = [(0.0, 0.0, 0.0), *((line["step"], *line["change"][1:]) for line in spread(lines))]
     drawn = curve("change of the validation loss", points, band=band, level=0.0)
     best = min(lines, key=lambda line: line["loss"])["step"]
     told = f"Validation: change since step 0, with its 95 % interval; least at step {best}"
@@ -84,7 +84,9 @@ def _forgetting(run: Follower) -> str:
     lines = [line for _, line in sorted(run.forgetting.items())]
     if len(lines) < 2:
         return ""
-    drawn = curve("forgetting, in percent", [(line["step"], 100 * line["forgetting"]) for line in lines], level=0.0)
+    drawn = curve(
+        "forgetting, in percent", [(line["step"], 100 * line["forgetting"]) for line in spread(lines)], level=0.0
+    )
     told = f"Forgetting: {lines[-1]['forgetting']:.0%} of what everyday prompts did is changed"
     return f"<figure>{drawn}<figcaption>{told}</figcaption></figure>"
 

@@ -1,12 +1,14 @@
 """Curves as inline SVG: they need no script, and follow the colours of the page around them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
+from typing import NamedTuple, TypeVar
 
 WIDTH, HEIGHT = 720, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 10, 26
 
 Point = tuple[float, float]
+_T = TypeVar("_T")
 
 STYLE = """
 text { fill: currentColor; font-size: 12px; } polyline { fill: none; stroke-width: 2; }
@@ -62,22 +64,77 @@ def curve(
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" {label}><title>{escape(title)}</title>{"".join(parts)}</svg>'
 
 
-def thinned(points: Sequence[Point], most: int = 600) -> list[Point]:
-    """As many points as can be told apart: means of equal stretches."""
-    size = -(-len(points) // most)
-    stretches = [points[at : at + size] for at in range(0, len(points), size)] if points else []
-    return [(sum(x for x, _ in some) / len(some), sum(y for _, y in some) / len(some)) for some in stretches]
+class LossCurve:
+    """The loss of each step and its exponential average, in at most `MOST` points, however long the run is.
+
+    Each point stands for the mean of `stride` steps. When there are too many points, neighbours are merged in pairs and
+    `stride` doubles. The average follows each loss by a twentieth of the way.
+    """
+
+    MOST = 600
+
+    def __init__(self, points: Iterable[Point] = ()) -> None:
+        self.stride = 1
+        self._points: list[_Mean] = []
+        for point in points:
+            self.add(*point)
+
+    def add(self, step: float, loss: float) -> None:
+        """Add the loss of one more step."""
+        before = self.last_average
+        average = loss if before is None else before + 0.05 * (loss - before)
+        new = _Mean(1, step, step, loss, average)
+        if self._points and self._points[-1].number < self.stride:
+            self._points[-1] = self._points[-1].merged(new)
+        else:
+            self._points.append(new)
+        if len(self._points) > self.MOST:
+            pairs = zip(self._points[::2], [*self._points[1::2], None], strict=False)
+            self._points = [first if second is None else first.merged(second) for first, second in pairs]
+            self.stride *= 2
+
+    def cut(self, step: float) -> None:
+        """Drop the points that hold a later step."""
+        while self._points and self._points[-1].last > step:
+            self._points.pop()
+
+    @property
+    def losses(self) -> list[Point]:
+        """(mean step, mean loss) of each point."""
+        return [(point.steps / point.number, point.losses / point.number) for point in self._points]
+
+    @property
+    def averages(self) -> list[Point]:
+        """(last step, exponential average there) of each point."""
+        return [(point.last, point.average) for point in self._points]
+
+    @property
+    def last_average(self) -> float | None:
+        """The exponential average after the last step; None before the first."""
+        return self._points[-1].average if self._points else None
+
+    @property
+    def last_step(self) -> float | None:
+        """The last step; None before the first."""
+        return self._points[-1].last if self._points else None
 
 
-def smoothed(points: Sequence[Point]) -> list[Point]:
-    """An exponential average that follows each point by a twentieth of the way."""
-    found: list[Point] = []
-    for point in points:
-        follow_up(found, point)
-    return found
+class _Mean(NamedTuple):
+    """Sums over neighbouring steps."""
+
+    number: int
+    last: float
+    steps: float
+    losses: float
+    average: float
+
+    def merged(self, later: "_Mean") -> "_Mean":
+        """Both as one point."""
+        steps, losses = self.steps + later.steps, self.losses + later.losses
+        return _Mean(self.number + later.number, later.last, steps, losses, later.average)
 
 
-def follow_up(average: list[Point], point: Point) -> None:
-    """Add to such an average what it makes of one more point."""
-    step, value = point
-    average.append((step, value if not average else average[-1][1] + 0.05 * (value - average[-1][1])))
+def spread(items: Sequence[_T], most: int = LossCurve.MOST) -> list[_T]:
+    """At most `most` items, evenly chosen, the last one among them."""
+    every = -(-len(items) // most) or 1
+    return list(items[::-1][::every][::-1])

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import psutil
 
 from finetune.errors import UsageError
-from finetune.results.curves import Point, follow_up
+from finetune.results.curves import LossCurve
 from finetune.results.events import EVENTS
 
 State = Literal["unknown", "running", "done", "stopped", "failed", "cut off"]
@@ -55,8 +55,7 @@ class Follower:
         self.step: dict[str, Any] = {}
         self.at = 0.0
         """Of the last event, in seconds since 1970."""
-        self.loss: list[Point] = []
-        self.smoothed: list[Point] = []
+        self.loss = LossCurve()
         self.validations: dict[int, dict[str, Any]] = {}
         self.forgetting: dict[int, dict[str, Any]] = {}
         self.copies: dict[int, dict[str, Any]] = {}
@@ -104,8 +103,7 @@ class Follower:
             case "step":
                 self.step = dict(event)
                 if event["loss"] is not None:
-                    self.loss.append((event["step"], event["loss"]))
-                    follow_up(self.smoothed, self.loss[-1])
+                    self.loss.add(event["step"], event["loss"])
             case "validation":
                 self.validations[event["step"]] = dict(event)
             case "forgetting":
@@ -127,9 +125,7 @@ class Follower:
         done = event["step"]
         self.begun, self.end, self.phase, self.progress, self.step = event, None, "starting", {}, {}
         self.stopping = False
-        for points in (self.loss, self.smoothed):
-            while points and points[-1][0] > done:
-                points.pop()
+        self.loss.cut(done)
         for of_steps in (self.validations, self.forgetting, self.copies, self.pictures):
             for step in [step for step in of_steps if step > done]:
                 del of_steps[step]

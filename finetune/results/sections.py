@@ -13,7 +13,7 @@ from PIL import Image
 
 from finetune.files import each_json_line, json_lines
 from finetune.results import tracking
-from finetune.results.curves import curve, smoothed, thinned
+from finetune.results.curves import LossCurve, curve, spread
 from finetune.training.validation import BANDS
 
 SHEET = "pictures.jpg"
@@ -104,7 +104,7 @@ def validation(folder: Path) -> str:
         return ""
     told = []
     for name, key in (("", "change"), *((f", {band} noise", f"change_{band}") for band in BANDS)):
-        changes = [(line["step"], *line[key]) for line in lines]
+        changes = [(line["step"], *line[key]) for line in spread(lines)]
         points = [(0.0, 0.0), *((step, mean) for step, mean, _, _ in changes)]
         band = [(0.0, 0.0, 0.0), *((step, low, high) for step, _, low, high in changes)]
         drawn = curve(f"change of the validation loss{name}", points, band=band, level=0.0)
@@ -131,20 +131,25 @@ def forgetting(folder: Path) -> str:
         return ""
     told = {"forgetting": "of what everyday prompts did to a picture is changed", "with_trigger": "with the trigger"}
     said = ", ".join(f"{lines[-1][name]:.1%} {what}" for name, what in told.items() if name in lines[-1])
-    drawn = curve("forgetting, in percent", [(line["step"], 100 * line["forgetting"]) for line in lines], level=0.0)
+    drawn = curve(
+        "forgetting, in percent", [(line["step"], 100 * line["forgetting"]) for line in spread(lines)], level=0.0
+    )
     caption = "In percent: 0, prompts steer as before; 100, as far off as a network that knows none"
     return f"<p>In the end {said}.</p><figure>{drawn}<figcaption>{caption}</figcaption></figure>"
 
 
 def loss(folder: Path) -> str:
     """The training loss."""
-    points = [
-        (line["step"], line["loss"]) for line in each_json_line(folder / tracking.METRICS) if line["loss"] is not None
-    ]
-    if not points:
+    losses = _losses(folder)
+    if losses.last_step is None:
         return ""
-    drawn = curve("training loss", thinned(smoothed(points)), faint=thinned(points))
+    drawn = curve("training loss", losses.averages, faint=losses.losses)
     return f"<figure>{drawn}<figcaption>Of each step, and smoothed over about 20</figcaption></figure>"
+
+
+def _losses(folder: Path) -> LossCurve:
+    lines = each_json_line(folder / tracking.METRICS)
+    return LossCurve((line["step"], line["loss"]) for line in lines if line["loss"] is not None)
 
 
 def ledger(folder: Path) -> str:
@@ -163,12 +168,10 @@ def ledger(folder: Path) -> str:
 def in_short(folder: Path) -> dict[str, str]:
     """What a run has come to, in a few figures: name -> text."""
     told: dict[str, str] = {}
-    points = [
-        (line["step"], line["loss"]) for line in each_json_line(folder / tracking.METRICS) if line["loss"] is not None
-    ]
-    if points:
-        told["steps"] = str(points[-1][0])
-        told["training loss, smoothed"] = f"{smoothed(points)[-1][1]:.4f}"
+    losses = _losses(folder)
+    if losses.last_step is not None:
+        told["steps"] = f"{losses.last_step:.0f}"
+        told["training loss, smoothed"] = f"{losses.last_average:.4f}"
     if checks := _validations(folder):
         best = min(checks, key=lambda line: line["loss"])
         told["validation loss, least"] = f"{best['loss']:.4f} at step {best['step']}"

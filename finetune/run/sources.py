@@ -196,7 +196,7 @@ def _holding(source: Any, config: TrainConfig, folder: Path | None, memory: Pict
         rows = open_rows(source, stream_rows=config.stream_rows, kept_in=folder, **columns)
         return Holding(rows, len(rows))
     if memory and (shards := shards_of(source)):
-        return Holding(source, sum(len(index_of(shard, memory).pictures) for shard in shards[0]))
+        return Holding(source, sum(index_of(shard, memory).pictures for shard in shards[0]))
     return None  # shards, which would be read anew each time
 
 

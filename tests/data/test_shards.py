@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import random
+import sqlite3
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -263,3 +264,26 @@ def test_an_unchanged_shard_is_not_read_again_and_a_changed_one_is(
     assert [a == b for a, b in zip(first.contents, changed.contents, strict=True)] == [False, True]
     with pytest.raises(DataError, match=r"0\.tar/a\.png: the file has changed since the start"):
         first[0]
+
+
+def test_a_part_reads_what_is_remembered_of_its_own_pictures_alone(tmp_path: Path) -> None:
+    for shard in range(3):
+        members = {f"{shard}{number}.png": picture(("red", "blue", "lime")[number % 3]) for number in range(5)}
+        texts = {f"{shard}{number}.txt": f"caption {shard} {number}" for number in range(5)}
+        mask = encoded(Image.new("L", (80, 64), 99))
+        write(tmp_path / f"s/{shard}.tar", members | texts | {f"{shard}1.mask.png": mask, "lonely.txt": "of none"})
+    shards = sorted((tmp_path / "s").glob("*.tar"))
+    memory = PictureMemory(tmp_path / "memory")
+    whole = TarShards(shards, tmp_path / "s", resolution=64, memory=memory)
+    assert len(whole) == 15
+    numbers = [1, 6, 8, 14]
+    with sqlite3.connect(tmp_path / "memory/pictures.sqlite3") as base:  # what the others hold is not needed
+        wanted = " OR ".join(
+            f"(number = {number % 5} AND CAST(shard AS TEXT) LIKE '%{number // 5}.tar')" for number in numbers
+        )
+        base.execute(f"DELETE FROM shard_pictures WHERE NOT ({wanted})")
+    part = TarShards(shards, tmp_path / "s", resolution=64, memory=PictureMemory(tmp_path / "memory"), part=numbers)
+    assert list(part.ids) == [whole.ids[number] for number in numbers]
+    assert list(part.captions) == ["caption 0 1", "caption 1 1", "caption 1 3", "caption 2 4"]
+    assert part.ledger().masks == 2
+    assert part.ledger().captions == 0  # those are accounted for with the first part

@@ -33,12 +33,12 @@ def test_it_takes_in_what_is_new_by_whole_lines(tmp_path: Path) -> None:
     assert follower.state == "unknown"
     write(tmp_path, begin(), {"event": "said", "text": "hello"}, step(1), step(2, None), tail='{"event": "st')
     assert follower.read()
-    assert (follower.state, list(follower.said), follower.loss) == ("running", ["hello"], [(1, 0.5)])
+    assert (follower.state, list(follower.said), follower.loss.losses) == ("running", ["hello"], [(1, 0.5)])
     assert not follower.read()
     write(tmp_path, tail='ep", "step": 3, "loss": 1.5}\nno json\n[1]\n')
     assert follower.read()
-    assert follower.loss == [(1, 0.5), (3, 1.5)]
-    assert follower.smoothed == [(1, 0.5), (3, 0.55)]
+    assert follower.loss.losses == [(1, 0.5), (3, 1.5)]
+    assert follower.loss.averages == [(1, 0.5), (3, 0.55)]
 
 
 def test_a_part_that_begins_again_forgets_what_came_after_its_checkpoint(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_part_that_begins_again_forgets_what_came_after_its_checkpoint(tmp_pat
     write(tmp_path, begin(step=3))
     follower.read()
     assert follower.state == "running"
-    assert [at for at, _ in follower.loss] == [at for at, _ in follower.smoothed] == [1, 2, 3]
+    assert [at for at, _ in follower.loss.losses] == [at for at, _ in follower.loss.averages] == [1, 2, 3]
     assert list(follower.validations) == list(follower.copies) == list(follower.pictures) == [0]
 
 
@@ -84,5 +84,5 @@ def test_a_folder_that_is_deleted_or_begun_anew_is_forgotten(tmp_path: Path, aga
     if again:
         write(tmp_path, begin(), step(1, 0.25))
     assert follower.read()
-    assert follower.loss == ([(1, 0.25)] if again else [])
+    assert follower.loss.losses == ([(1, 0.25)] if again else [])
     assert follower.state == ("running" if again else "unknown")

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from finetune.results.curves import curve, smoothed, thinned
 from finetune.results.report import write_report
 
 NASTY = "</script><script>alert(1)</script>\u202e" + 10_000 * "x"
@@ -117,18 +116,3 @@ def test_many_large_grids_stay_below_five_megabytes(run: Path) -> None:
     for step in range(0, 301, 10):
         noise.save(run / f"samples/step-{step}.png", compress_level=0)
     assert written(run, step=300).stat().st_size < 5e6
-
-
-def test_a_curve_stays_in_its_frame() -> None:
-    usual = [(float(step), 1.0) for step in range(99)]
-    drawn = curve('a "b"', [(0, 1.0), (98, 3.0)], faint=[*usual, (50.0, 99.0)], level=0.0)  # the spike is cut off
-    line = drawn.split('class="line" points="')[1].split('"')[0]
-    assert line == "64.0,146.0 708.0,10.0"
-    assert 'aria-label="a &quot;b&quot;"' in drawn
-    assert curve("one point", [(3, 1.0)])
-
-
-def test_points_are_thinned_to_means_and_smoothed() -> None:
-    assert thinned([(step, step) for step in range(1000)], most=500)[:2] == [(0.5, 0.5), (2.5, 2.5)]
-    assert thinned([]) == []
-    assert smoothed([(1, 1.0), (2, 2.0)]) == [(1, 1.0), (2, 1.05)]
