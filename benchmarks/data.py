@@ -44,6 +44,7 @@ from finetune.models.conditioners import NoCondition
 from finetune.models.encoders import VaeEncoder
 from finetune.models.loading import Frozen
 from finetune.models.locate import locate
+from finetune.models.together import FixedParts
 from finetune.run.sources import open_pictures
 
 
@@ -197,6 +198,7 @@ def loader(work: Path) -> None:
         """Encodings as large as those of 512 px, of which nothing is computed."""
 
         fingerprint = "none"
+        parts = FixedParts()
 
         def encode(self, pixels: torch.Tensor) -> torch.Tensor:
             return torch.zeros(len(pixels), 8, 64, 64)

@@ -56,9 +56,3 @@ def hub_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HfHubHTTPError
 
     return OSError, *cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
-
-
-def means_out_of_memory(error: Exception) -> bool:
-    """Whether this is how Python, or torch on a GPU or, in other words, on a CPU, says that no memory is left."""
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or "DefaultCPUAllocator: can't allocate memory" in str(error)

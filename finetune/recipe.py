@@ -18,11 +18,12 @@ from finetune.data.own import Rows, refuse_unindexed
 from finetune.data.sampler import steps_per_epoch
 from finetune.data.source import check_sources
 from finetune.data.volumes import Volumes
-from finetune.errors import Interrupted, RunError, UsageError, means_out_of_memory
+from finetune.errors import Interrupted, RunError, UsageError
 from finetune.files import json_lines
 from finetune.models.families import Family
 from finetune.models.loading import check_resolution
 from finetune.models.locate import Location, locate
+from finetune.out_of_memory import means_out_of_memory
 from finetune.results import hub, tracking
 from finetune.results.events import Events, Said
 from finetune.results.export import discard_steps_after, export, step_export

@@ -27,7 +27,7 @@ LAYERS = [
     {"training"},
     {"cache"},
     {"data", "models"},
-    {"arguments", "batch", "seeding", "files", "memory_limit"},
+    {"arguments", "batch", "seeding", "files", "memory_limit", "out_of_memory"},
     {"config"},
     {"options"},
     {"about"},

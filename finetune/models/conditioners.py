@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finetune.models.environment import numeric_environment
-from finetune.models.together import captions_at_once, in_parts
+from finetune.models.together import FixedParts, captions_at_once
 from finetune.models.weights import fingerprint
 
 
@@ -22,6 +22,8 @@ class Conditioner(Protocol):
 
     tokenizer: CLIPTokenizer | None
     """What cuts prompts into tokens; None where there are no prompts."""
+    parts: FixedParts
+    """Computes prompts in parts of one size."""
 
     @property
     def fingerprint(self) -> str:
@@ -70,6 +72,7 @@ class NoCondition:
     at_once = 1
     fingerprint = "none"
     environment = ""
+    parts = FixedParts()
 
     def to(self, device: torch.device | str) -> Self:
         return self
@@ -152,6 +155,7 @@ class ClipConditioner:
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder.requires_grad_(False).eval()
         self.chunks = chunks_of(max_token_length)
+        self.parts = FixedParts()
         self.clip_skip = clip_skip
 
     @cached_property
@@ -181,12 +185,12 @@ class ClipConditioner:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts -> {"encoder_hidden_states": (B, L, D)} with L = 77, or 75 x chunks + 2."""
-        (states,) = in_parts(self._states, self.tokenize(prompts), self.at_once)
+        (states,) = self.parts(self._states, self.tokenize(prompts), self.at_once)
         return {"encoder_hidden_states": states}
 
     @property
     def at_once(self) -> int:
-        return captions_at_once(self.text_encoder.device)
+        return self.parts.size(captions_at_once(self.text_encoder.device))
 
     def _states(self, tokens: Tensor) -> tuple[Tensor]:
         tokens = tokens.to(self.text_encoder.device)
@@ -234,6 +238,7 @@ class SdxlConditioner:
         for encoder in text_encoders:
             encoder.requires_grad_(False).eval()
         self.chunks = chunks_of(max_token_length)
+        self.parts = FixedParts()
         self.clip_skip = clip_skip or 2
         self.zeros_for_empty = zeros_for_empty
 
@@ -262,12 +267,12 @@ class SdxlConditioner:
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts -> {"encoder_hidden_states": (B, L, D1 + D2), "text_embeds": (B, P)}."""
         tokens = torch.stack([tokenize(tokenizer, prompts, self.chunks) for tokenizer in self.tokenizers], dim=1)
-        states, pooled = in_parts(self._states, tokens, self.at_once)
+        states, pooled = self.parts(self._states, tokens, self.at_once)
         return {"encoder_hidden_states": states, "text_embeds": pooled}
 
     @property
     def at_once(self) -> int:
-        return captions_at_once(self.text_encoders[0].device)
+        return self.parts.size(captions_at_once(self.text_encoders[0].device))
 
     def _states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids (B, encoders, chunks, 77) -> hidden states of both side by side, and the pooled embedding."""

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from finetune import seeding
 from finetune.models.environment import numeric_environment
-from finetune.models.together import in_parts, pictures_at_once
+from finetune.models.together import FixedParts, pictures_at_once
 from finetune.models.weights import fingerprint
 
 
 class Encoder(Protocol):
     """The frozen way from pixels in [-1, 1] to what the UNet denoises, and back."""
+
+    parts: FixedParts
+    """Computes pictures in parts of one size."""
 
     @property
     def fingerprint(self) -> str:
@@ -57,6 +60,7 @@ class VaeEncoder:
 
     def __init__(self, vae: AutoencoderKL):
         self.vae = vae.requires_grad_(False).eval()
+        self.parts = FixedParts()
         self.scaling_factor: float = vae.config["scaling_factor"]
         self.shift_factor: float = vae.config.get("shift_factor") or 0.0
 
@@ -78,11 +82,11 @@ class VaeEncoder:
 
         A picture's bits do not depend on its neighbours.
         """
-        (stored,) = in_parts(self._posteriors, pixels, self.at_once(pixels.shape[-2], pixels.shape[-1]))
+        (stored,) = self.parts(self._posteriors, pixels, self.at_once(pixels.shape[-2], pixels.shape[-1]))
         return stored
 
     def at_once(self, height: int, width: int) -> int:
-        return pictures_at_once(self.vae.device, height, width)
+        return self.parts.size(pictures_at_once(self.vae.device, height, width))
 
     def _posteriors(self, pixels: Tensor) -> tuple[Tensor]:
         posteriors = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
@@ -106,6 +110,7 @@ class PixelEncoder:
 
     fingerprint = "pixels"
     environment = ""
+    parts = FixedParts()
 
     def to(self, device: torch.device | str) -> Self:
         return self

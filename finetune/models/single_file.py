@@ -178,13 +178,34 @@ def _unet(path: Path, shapes: Shapes, family: str, prediction_type: str) -> dict
 
 def _heads(shapes: Shapes, blocks: "_Blocks") -> list[int]:
     """How many heads the attention of each level has: of 64 numbers, or as many as the width between says."""
-    heads = [channels // 64 for channels in blocks.channels]
+    heads = list[int]()
     for level, channels in enumerate(blocks.channels):
         first = 1 + level * (len(blocks.down[0]) + 1)
         inner = shapes.get(f"{UNET}input_blocks.{first}.1.proj_in.weight", (channels,))[0]
-        if inner != channels:
-            heads[level] = next((h for h in range(1, inner + 1) if channels // h * h == inner), heads[level])
+        heads.append(_heads_by_width(channels, inner))
     return heads
+
+
+def _heads_by_width(channels: int, inner: int) -> int:
+    usual = channels // 64
+    return usual if inner == channels else next((h for h in range(1, inner + 1) if channels // h * h == inner), usual)
+
+
+def heads_in_one_file(layout: str, unet: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """Heads of each level with attention that a UNet has, and that readers of its checkpoint in one file give it.
+
+    The file records no heads. Readers assume 8 (Stable Diffusion 1) or heads of 64 numbers (2, XL).
+
+    Args:
+        layout: "sd15", "sd21" or "sdxl".
+        unet: its config in a diffusers folder, where `attention_head_dim` is the number of heads.
+    """
+    channels, has = unet["block_out_channels"], unet.get("num_attention_heads") or unet["attention_head_dim"]
+    heads = [has] * len(channels) if isinstance(has, int) else list(has)
+    attended = ["Attn" in kind for kind in unet["down_block_types"]]
+    levels = [pair for pair, attends in zip(zip(channels, heads, strict=True), attended, strict=True) if attends]
+    read = [8 if layout == "sd15" else _heads_by_width(width, width // count * count) for width, count in levels]
+    return [count for _, count in levels], read
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,12 @@ A GPU computes several small pictures, or captions, in little more time than one
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from finetune.out_of_memory import halved_until_it_fits
 
 _CAPTIONS = 8
 _PICTURES = 8
@@ -22,6 +25,37 @@ def captions_at_once(device: torch.device) -> int:
 def pictures_at_once(device: torch.device, height: int, width: int) -> int:
     """How many pictures of so many pixels a VAE on `device` computes at once."""
     return 1 if device.type == "cpu" else max(1, min(_PICTURES, _PIXELS // (height * width)))
+
+
+@dataclass
+class FixedParts:
+    """Computes rows in parts of one fixed size, and in smaller ones from the moment that memory runs out."""
+
+    most: int | None = None
+    """Rows of a part since memory has run out; None: it has not."""
+
+    def size(self, usual: int) -> int:
+        """Rows of a part, where there are `usual` as long as memory suffices."""
+        return usual if self.most is None else min(usual, self.most)
+
+    def __call__(self, compute: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor, usual: int) -> tuple[Tensor, ...]:
+        """What `compute` answers to rows (B, ...).
+
+        Args:
+            compute: as many rows as a part has -> tensors of that first size.
+            rows: those to compute.
+            usual: rows of a part.
+
+        Raises:
+            torch.OutOfMemoryError, RuntimeError: memory does not suffice for one row.
+        """
+
+        def attempt(size: int) -> tuple[Tensor, ...]:
+            answers = in_parts(compute, rows, size)
+            self.most = self.most if size == usual else size
+            return answers
+
+        return halved_until_it_fits(attempt, self.size(usual))
 
 
 def in_parts(compute: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor, size: int) -> tuple[Tensor, ...]:

@@ -17,6 +17,8 @@ from finetune.errors import UsageError
 from finetune.files import is_inside
 from finetune.models.families import FAMILIES, bucket_sides, default_method, defaults, total_steps, warmup_steps
 from finetune.models.locate import Location
+from finetune.models.single_file import heads_in_one_file
+from finetune.models.source import open_source
 from finetune.options import about
 from finetune.run.compiling import compile_pays
 from finetune.run.precision import resolve_precision
@@ -221,9 +223,22 @@ def _refuse_unusable(config: TrainConfig, found: Location, method: str, buckets:
         raise UsageError(
             f"masked_loss cannot be used with {found.name}: masks say where it paints, and all errors count"
         )
-    if "single-file" in config.export_formats and found.family.layout is None:
-        raise UsageError(f"export_formats single-file: {found.family.description} has no such form")
+    if "single-file" in config.export_formats:
+        _check_single_file(found)
     for name, known in about().items():
         given = name in config.given and getattr(config, name) is not None
         if given and known.needs is not None and not there[known.needs]:
             raise UsageError(f"{name} cannot be used {why.get(known.needs, f'here: it needs {known.needs}')}")
+
+
+def _check_single_file(found: Location) -> None:
+    """Raise UsageError where a checkpoint in one file could not hold what is trained."""
+    layout = found.family.layout
+    if layout is None:
+        raise UsageError(f"export_formats single-file: {found.family.description} has no such form")
+    heads, read = heads_in_one_file(layout, open_source(found).config("unet"))
+    if heads != read:
+        raise UsageError(
+            f"export_formats single-file: the UNet of {found.name} has {heads} attention heads, and programs that "
+            f"open a single file would take it to have {read}; choose diffusers or unet"
+        )

@@ -23,7 +23,13 @@ def print_summary(run: Run) -> None:
     """A line for each of `summary_rows`; then what was noticed."""
     for name, text in summary_rows(run).items():
         print(f"{name:>10}  {text}")
-    for line in [*run.pictures.notes(), *_about_words(run), *_about_sizes(run.samples), *_about_options(run)]:
+    for line in [
+        *run.pictures.notes(),
+        *_about_words(run),
+        *_about_memory(run),
+        *_about_sizes(run.samples),
+        *_about_options(run),
+    ]:
         print(f"{'note':>10}  {line}")
 
 
@@ -195,6 +201,17 @@ def _about_sizes(samples: SamplePlan) -> list[str]:
     unknown = sorted({setting for prompt in samples.prompts for setting in prompt.unknown})
     lines = [f"--w and --h of {counted(other, 'sample prompt')}: grids have the resolution of the run"] if other else []
     return lines + ([f"settings of sample prompts that are passed over: {' '.join(unknown)}"] if unknown else [])
+
+
+def _about_memory(run: Run) -> list[str]:
+    """Networks that compute less at once than usual."""
+    parts = {"picture": run.model.encoder.parts.most, "caption": run.model.conditioner.parts.most}
+    return [
+        f"out of memory while encoding: {counted(most, kind)} at a time from then on; "
+        "the last bits of their encodings may differ from those of a run with more memory"
+        for kind, most in parts.items()
+        if most is not None
+    ]
 
 
 def _about_words(run: Run) -> list[str]:

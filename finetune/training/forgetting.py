@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.batch import map_tensors
+from finetune.out_of_memory import halved_until_it_fits
 from finetune.training.objective import NoisePrediction, prediction
 
 
@@ -55,7 +56,7 @@ def ask(
         cond, empty: of N prompts and of N empty ones, on the UNet's device.
         noise: (N, C, H, W) on the CPU, where the drawing begins.
         states: steps, each from the upper end of one of as many equal parts of the schedule.
-        batch_size: prompts per forward pass.
+        batch_size: prompts per forward pass; fewer where memory does not suffice.
         extra: channels appended to x_t (inpainting), (N, C', H, W) on the CPU.
     """
     total = len(objective.alphas_cumprod)
@@ -90,14 +91,18 @@ def drift(unet: nn.Module, questions: Questions, *, batch_size: int = 4) -> floa
 def _answers(unet: nn.Module, x_t: Tensor, t: int, cond: Mapping[str, Any], batch_size: int) -> Tensor:
     """What the UNet predicts, (N, C, H, W) fp32 on the CPU."""
     device = next(unet.parameters()).device
-    found = []
-    with _evaluated(unet):
-        for start in range(0, len(x_t), batch_size):
-            part = slice(start, start + batch_size)
+
+    def answers(size: int) -> Tensor:
+        found = []
+        for start in range(0, len(x_t), size):
+            part = slice(start, start + size)
             x, some = x_t[part].to(device), map_tensors(lambda tensor, part=part: tensor[part], cond)
             times = torch.full((len(x),), t, device=device)
             found.append(prediction(unet, x, times, some).cpu())
-    return torch.cat(found)
+        return torch.cat(found)
+
+    with _evaluated(unet):
+        return halved_until_it_fits(answers, batch_size)
 
 
 @contextmanager

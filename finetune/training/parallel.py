@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finetune.errors import Elsewhere, means_out_of_memory
+from finetune.errors import Elsewhere
+from finetune.out_of_memory import means_out_of_memory
 
 PATIENCE = timedelta(hours=12)
 """How long a process waits for the others: as long as the first may take to draw its grids. One that has ended is

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune.batch import Batch, as_input, moved, tensors_of
-from finetune.errors import RunError, means_out_of_memory
+from finetune.errors import RunError
 from finetune.models.encoders import Encoder
+from finetune.out_of_memory import free_cached_memory, means_out_of_memory
 from finetune.seeding import fold
 from finetune.training.ema import Ema
 from finetune.training.gate import Gate
@@ -236,8 +237,7 @@ class Trainer:
             self.fits = self.micro_batch_size = -(-short // 2)
             own = self.graphs = None
             self._drop_gradients()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_cached_memory()
 
     def backward(self, step: Prepared) -> Tensor:
         """Accumulate the gradient of sum(w l) / sum(w) over all parts; answers the examples' losses, (B,) fp32."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from finetune import seeding
 from finetune.data.loader import Examples
 from finetune.models.encoders import Encoder
+from finetune.out_of_memory import halved_until_it_fits
 from finetune.training.objective import NoisePrediction
 
 BANDS = ("low", "middle", "high")
@@ -46,17 +47,17 @@ def validation_losses(
         examples: numbers of those to measure.
         draws: a multiple of 3, so that each of the `BANDS` has as many.
         seed: of the draws.
-        batch_size: examples per forward pass.
+        batch_size: examples per forward pass; fewer where memory does not suffice.
 
     Returns:
         (examples, draws) fp32 on the CPU, from low noise to high.
     """
     device = next(unet.parameters()).device
-    losses = torch.zeros(len(examples), draws)
     trained, total = unet.training, len(objective.alphas_cumprod)
-    unet.eval()
-    try:
-        for rows in _alike(source, examples, batch_size):
+
+    def measured(size: int) -> Tensor:
+        losses = torch.zeros(len(examples), draws)
+        for rows in _alike(source, examples, size):
             indices = [examples[row] for row in rows]
             for draw in range(draws):
                 names = [f"validation: {source.ids[index]}" for index in indices]
@@ -71,9 +72,13 @@ def validation_losses(
                 noise = seeding.normal(keys, "noise", x0.shape[1:])
                 noised = replace(objective.noised(x0, noise.to(device), t.to(device)), mask=batch.mask)
                 losses[rows, draw] = objective.loss(unet, noised, batch.cond, batch.extra).float().cpu()
+        return losses
+
+    unet.eval()
+    try:
+        return halved_until_it_fits(measured, batch_size)
     finally:
         unet.train(trained)
-    return losses
 
 
 def _alike(source: Examples, examples: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -1,5 +1,7 @@
 """Rows in parts of one fixed size."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from finetune.models.conditioners import ClipConditioner
 from finetune.models.encoders import VaeEncoder
 from finetune.models.loading import DiffusionModel, load_model
-from finetune.models.together import captions_at_once, in_parts, pictures_at_once
+from finetune.models.together import FixedParts, captions_at_once, in_parts, pictures_at_once
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +60,34 @@ def test_a_caption_encodes_alike_among_others_and_alone(tiny: DiffusionModel, mo
     monkeypatch.setattr(ClipConditioner, "at_once", 8)
     together = conditioner.encode(prompts)["encoder_hidden_states"]
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_are_halved_from_the_moment_that_memory_runs_out() -> None:
+    parts, sizes = FixedParts(), []
+
+    def compute(rows: Tensor) -> tuple[Tensor]:
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("not enough")
+        return (2 * rows,)
+
+    rows = torch.arange(5.0)
+    assert parts.size(8) == 8
+    assert torch.equal(parts(compute, rows, 8)[0], 2 * rows)
+    assert sizes == [8, 4, 2, 2, 2]
+    assert (parts.most, parts.size(8), parts.size(1)) == (2, 2, 1)
+    parts(compute, rows, 8)
+    assert sizes[5:] == [2, 2, 2]
+
+
+def test_memory_that_does_not_suffice_for_one_row_is_an_error_and_so_is_any_other() -> None:
+    def failing(error: Exception) -> Callable[[Tensor], tuple[Tensor]]:
+        def compute(rows: Tensor) -> tuple[Tensor]:
+            raise error
+
+        return compute
+
+    with pytest.raises(torch.OutOfMemoryError, match="not enough"):
+        FixedParts()(failing(torch.OutOfMemoryError("not enough")), torch.zeros(3), 4)
+    with pytest.raises(RuntimeError, match="another"):
+        FixedParts()(failing(RuntimeError("another")), torch.zeros(3), 4)

@@ -1,5 +1,6 @@
 """Every form of an export, through the command, loads back in a fresh process's way to what was trained."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from finetune.results.export import kohya_file
 from finetune.results.forms import write_form
 from finetune.run.trained import write_proved
 from finetune.training import checkpoint
-from tests.small_models import write_single_file
+from tests.small_models import small_pipeline, write_single_file
 
 TOKENIZER = str(tiny_folder() / "tokenizer")
 
@@ -294,3 +295,21 @@ def test_a_pixel_run_exports_a_pipeline_and_no_single_file(
     assert (tmp_path / "again" / weights).read_bytes() == (run / weights).read_bytes()
     assert export(run, "single-file", tmp_path / "x") == 2
     assert "has no such form; allowed is diffusers or unet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("family", "heads", "read"), [("sd15", 4, "[8, 8, 8]"), ("sd21", 2, "[1, 2, 4]")])
+def test_a_unet_of_other_heads_is_refused_a_single_file_before_training(
+    pictures: Path, tmp_path: Path, family: str, heads: int, read: str
+) -> None:
+    small_pipeline(family, attention_head_dim=heads).save_pretrained(tmp_path / "sd")
+    config = TrainConfig(
+        model=str(tmp_path / "sd"), data=str(pictures), prompt="a", resolution=64, export_formats=["single-file"],
+        output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    own = [heads] * 3
+    with pytest.raises(
+        UsageError, match=re.escape(f"has {own} attention heads, and programs that open a single file")
+    ) as refused:
+        fine_tune(config)
+    assert read in str(refused.value)
+    assert not (tmp_path / "run").exists()

@@ -80,3 +80,15 @@ class Shifted(Scaling):
 
 def test_what_changes_whatever_the_prompt_is_not_forgotten() -> None:
     assert drift(Shifted(0.5), asked(Scaling(0.5))) == pytest.approx(0, abs=1e-6)
+
+
+def test_fewer_prompts_go_together_where_memory_does_not_suffice() -> None:
+    class Scarce(Scaling):
+        def forward(self, x: Tensor, t: Tensor, told: Tensor) -> Any:
+            if len(x) > 1:
+                raise torch.OutOfMemoryError("not enough")
+            return super().forward(x, t, told)
+
+    short, plain = Scarce(0.5), Scaling(0.5)
+    assert torch.equal(asked(short, batch_size=3).effect, asked(plain, batch_size=1).effect)
+    assert short.training

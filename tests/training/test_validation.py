@@ -110,3 +110,18 @@ def test_the_chance_of_a_rise_is_small_for_a_sure_one_and_large_for_none() -> No
     assert chance_of_rise(before, risen) == pytest.approx(0.0371, abs=1e-4)
     assert chance_of_rise(risen, before) == 1.0
     assert chance_of_rise(before, before + 1) == 0.0
+
+
+def test_fewer_examples_go_together_where_memory_does_not_suffice(tiny: DiffusionModel, encoded: Encoded) -> None:
+    class Scarce(Silent):
+        def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Any:
+            if len(x) > 1:
+                raise torch.OutOfMemoryError("not enough")
+            return super().forward(x, t, **cond)
+
+    objective, examples = NoisePrediction(tiny.scheduler), range(len(encoded))
+    short, plain = (
+        validation_losses(unet, tiny.encoder, objective, encoded, examples, draws=3, batch_size=size)
+        for unet, size in ((Scarce(), 4), (Silent(), 1))
+    )
+    assert torch.equal(short, plain)
