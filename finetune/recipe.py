@@ -30,6 +30,7 @@ from finetune.results.export import discard_steps_after, export, step_export
 from finetune.run import folder as run_folder
 from finetune.run.assembly import assembled
 from finetune.run.class_pictures import draw_missing
+from finetune.run.disk_use import disk_line, disk_use
 from finetune.run.early_stop import has_risen, keep_if_best, take_best
 from finetune.run.forgetting import measure_forgetting
 from finetune.run.grids import discard_strangers, draw_grid, lay_side_by_side
@@ -140,6 +141,7 @@ def _run(
             _push(config, folder.path, found.family)
         return folder.path
     print(f"{'memory':>10}  {check_memory(config, found, accelerator.device)}")
+    print(f"{'disk':>10}  {disk_line(config, disk_use(config, found, volumes), folder.path)}")
     held = _held(folder, config, events) if parallel.first else nullcontext()
     computing = threads(threads_then(folder.about, accelerator.device, parallel.world))
     tuned = accelerator.device.type == "cuda" and tuning_pays(

@@ -1,18 +1,21 @@
 """finetune-unet plan: what training with the same options would do, take and decide, before it is started."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from finetune.about import NOT_NEGATIVE, POSITIVE, option
 from finetune.config import ResolvedConfig, TrainConfig, as_dict, load_resolved
 from finetune.data.source import check_sources
 from finetune.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from finetune.data.volumes import Volumes
+    from finetune.models.locate import Location
 
 WITH_TRAINING_OPTIONS = True
 
@@ -22,10 +25,15 @@ _FIRST_STEPS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Tell what training with the same options would do: nothing is loaded, encoded or written."""
+    """Tell what training with the same options would do, take and write. Nothing is written but the encodings of the
+    pictures of the steps that are timed."""
 
     runs: str = "runs"
     """Folder of earlier runs, by which the time is estimated."""
+    timed_steps: int = option(2, NOT_NEGATIVE)
+    """Where no earlier run is like this one, train this many steps and time them; 0: none."""
+    memory: float | None = option(None, POSITIVE)
+    """Plan for a GPU that is not here, of this many GB of memory, 2020 or later."""
 
 
 def run(options: Options, config: TrainConfig) -> None:
@@ -39,13 +47,15 @@ def run(options: Options, config: TrainConfig) -> None:
 
     from finetune.models.loading import check_resolution
     from finetune.models.locate import locate
+    from finetune.run.disk_use import disk_line, disk_use
     from finetune.run.memory import check_memory
     from finetune.run.resolve import resolve_for, with_absolute_paths
     from finetune.run.sources import open_pictures
 
     config = with_absolute_paths(config)
     check_sources(config.data)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    absent = None if options.memory is None else 1e9 * options.memory
+    device = torch.device("cuda" if torch.cuda.is_available() or absent else "cpu")
     found = locate(config.model)
     check_resolution(found, config.resolution or found.resolution)
     volumes = open_pictures(config, found, None)
@@ -54,10 +64,9 @@ def run(options: Options, config: TrainConfig) -> None:
         "model": f"{resolved.model}, {resolved.method}",
         **_pictures(volumes),
         "steps": f"{resolved.max_train_steps} of {resolved.global_batch}, learning rate {resolved.learning_rate:g}",
-        "memory": check_memory(resolved, found, device),
-        "time": _time(Path(options.runs), resolved),
+        "memory": check_memory(resolved, found, device, absent),
         "check": _check(resolved, volumes),
-        "disk": f"{_free_bytes(Path(config.output_dir or '.')) / 1e9:.0f} GB free",
+        "disk": disk_line(resolved, disk_use(resolved, found, volumes), Path(config.output_dir or ".")),
     }
     open_ones = {name: value for name, value in as_dict(resolved).items() if name not in config.given}
     useless = "lora_" if resolved.method == "full" else " "
@@ -72,6 +81,11 @@ def run(options: Options, config: TrainConfig) -> None:
             print(f"{name:>11}  {text}")
     for line in volumes.first.notes():
         print(f"{'note':>11}  {line}")
+    time = _time_of_earlier(Path(options.runs), resolved)
+    if not time:
+        steps = 0 if absent else options.timed_steps
+        time = _time_of_trial(resolved, found, volumes, device, steps) if steps else "not known: no run like this one"
+    print(f"{'time':>11}  {time}", flush=True)
 
 
 def _check(config: ResolvedConfig, volumes: "Volumes") -> str:
@@ -87,12 +101,6 @@ def _check(config: ResolvedConfig, volumes: "Volumes") -> str:
     return f"each layer in {config.mixed_precision} against fp32, {where}: about {100 * share:.1g} % of the run"
 
 
-def _free_bytes(folder: Path) -> int:
-    """On the disk where a folder is, or would be."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
-
-
 def _pictures(volumes: "Volumes") -> dict[str, str]:
     from finetune.run.summary import sizes, volumes_row
 
@@ -106,8 +114,8 @@ def _pictures(volumes: "Volumes") -> dict[str, str]:
     }
 
 
-def _time(runs: Path, config: ResolvedConfig) -> str:
-    """By the speed of the newest run of the same model, method, size and batch; its first steps do not count."""
+def _time_of_earlier(runs: Path, config: ResolvedConfig) -> str:
+    """By the speed of the newest run of the same model, method, size and batch, its first steps left out; "": none."""
     like = ("model", "method", "resolution", "global_batch", "mixed_precision", "gradient_checkpointing")
     like += ("full_bf16", "fused_backward_pass")
     for folder in sorted(runs.glob("*/config.toml"), key=lambda path: path.stat().st_mtime, reverse=True):
@@ -121,7 +129,26 @@ def _time(runs: Path, config: ResolvedConfig) -> str:
         if took and all(getattr(earlier, name) == getattr(config, name) for name in like):
             minutes = median(took) * config.max_train_steps / 60
             return f"about {minutes:.3g} minutes of steps, as fast as {folder.parent}"
-    return f"not known: no run like this one in {runs} yet"
+    return ""
+
+
+def _time_of_trial(
+    config: ResolvedConfig, found: "Location", volumes: "Volumes", device: "torch.device", steps: int
+) -> str:
+    """By a few steps that are trained and thrown away."""
+    from finetune.out_of_memory import means_out_of_memory
+    from finetune.run.memory import out_of_memory
+    from finetune.run.trial import seconds_per_step
+    from finetune.wording import counted
+
+    try:
+        seconds = seconds_per_step(config, found, volumes, device, steps=steps)
+    except (RuntimeError, MemoryError) as error:
+        if not means_out_of_memory(error):
+            raise
+        return f"not known: {out_of_memory(config, found, device)}"
+    minutes = seconds * config.max_train_steps / 60
+    return f"about {minutes:.3g} minutes of steps, as fast as {counted(steps, 'step')} that were tried here"
 
 
 def _said(value: object) -> str:

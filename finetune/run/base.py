@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 
 import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
 
 from finetune.config import ResolvedConfig
 from finetune.errors import UsageError
@@ -40,14 +41,19 @@ def load_base(config: ResolvedConfig, found: Location, dtype: torch.dtype) -> Di
         seed=config.seed,
     )
     if config.method == "lora":
-        add_lora(
-            model.unet,
-            config.rank,
-            config.lora_alpha,
-            config.lora_dropout,
-            config.lora_target_modules,
-            config.seed,
-            config.lora_type,
-            numbers_by_block("block_rank", config.block_rank or (), dict(model.unet.named_parameters())),
-        )
+        adapt(config, model.unet)
     return model
+
+
+def adapt(config: ResolvedConfig, unet: UNet2DConditionModel | UNet2DModel) -> None:
+    """Add the untrained adapter of a LoRA run to a UNet."""
+    add_lora(
+        unet,
+        config.rank,
+        config.lora_alpha,
+        config.lora_dropout,
+        config.lora_target_modules,
+        config.seed,
+        config.lora_type,
+        numbers_by_block("block_rank", config.block_rank or (), dict(unet.named_parameters())),
+    )

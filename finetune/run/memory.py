@@ -30,7 +30,7 @@ _CHECKPOINTED = {0.0: 1.0, 0.25: 0.64, 0.5: 0.4, 0.75: 0.28, 1.0: 0.2}
 """What gradient checkpointing of a share of the blocks leaves of them, about: counted for Stable Diffusion 1.5 at 512
 px after the forward pass (1, 0.60, 0.37, 0.24, 0.17), and one block that is computed again."""
 
-_MOMENTS = {"adamw": 2, "adamw8bit": 0.5, "prodigy": 4, "adafactor": 0, "sgd": 0}
+MOMENTS = {"adamw": 2, "adamw8bit": 0.5, "prodigy": 4, "adafactor": 0, "sgd": 0}
 """Numbers that an optimizer keeps per weight."""
 
 
@@ -93,7 +93,7 @@ def bytes_of(config: ResolvedConfig, weights: int, kept: float) -> float:
     if config.method == "full":
         # The weights that are computed with are copies of masters, as a rule.
         masters = 4 if bytes_each == 2 and not config.full_bf16 else 0
-        kept_beside = masters + 4 * (_MOMENTS[config.optimizer] + config.use_ema)
+        kept_beside = masters + 4 * (MOMENTS[config.optimizer] + config.use_ema)
         piece = _IN_A_PIECE * min(PIECE, weights) if config.full_bf16 else 0
         if config.fused_backward_pass:  # from the first piece on, when few activations are gone
             total += weights * kept_beside + piece
@@ -104,17 +104,24 @@ def bytes_of(config: ResolvedConfig, weights: int, kept: float) -> float:
     return total
 
 
-def check_memory(config: ResolvedConfig, found: Location, device: torch.device) -> str:
+def check_memory(config: ResolvedConfig, found: Location, device: torch.device, total: float | None = None) -> str:
     """What training will take and what there is, as a line for the user; where that is too little, what would fit.
+
+    Args:
+        config: of the run.
+        found: its model.
+        device: where the UNet runs.
+        total: bytes of a GPU that is not here; None: what there is here.
 
     Raises:
         UsageError: it takes more than twice of what the machine has. The estimate is rough; below that, let it try.
     """
-    total = memory_limit()
-    if device.type == "cuda":
+    where = "here" if total is None else "planned for"
+    if total is None and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
+    total = memory_limit() if total is None else total
     needed = needed_bytes(config, found, device)
-    told = f"about {needed / 1e9:.1f} GB of the {total / 1e9:.1f} GB here"
+    told = f"about {needed / 1e9:.1f} GB of the {total / 1e9:.1f} GB {where}"
     if needed <= total:
         return told
     less = takes_less(config, found, device, total)

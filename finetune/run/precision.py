@@ -27,6 +27,8 @@ def resolve_precision(wanted: str, device: torch.device, *, small: bool) -> str:
         raise UsageError("mixed_precision = fp16: a CPU cannot compute in fp16; allowed here is bf16, no or auto")
     if wanted != "auto":
         return wanted
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "bf16"  # a GPU that is planned for, of 2020 or later
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if (

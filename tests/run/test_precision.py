@@ -9,6 +9,7 @@ from finetune.run.precision import TUNING_PAYS_AFTER, gpu_algorithms, resolve_pr
 def test_a_gpu_computes_in_half_precision_also_where_it_has_no_bf16(
     monkeypatch: pytest.MonkeyPatch, native: bool, expected: str
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     assert resolve_precision("auto", torch.device("cuda"), small=True) == expected
 

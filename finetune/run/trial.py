@@ -1,0 +1,37 @@
+"""A few steps of a run that are timed and thrown away."""
+
+import time
+from contextlib import closing
+
+import torch
+
+from finetune.config import ResolvedConfig
+from finetune.data.volumes import Volumes
+from finetune.models.locate import Location
+from finetune.run.assembly import assembled
+from finetune.run.precision import gpu_algorithms
+from finetune.run.reading import Reading
+
+
+def seconds_per_step(
+    config: ResolvedConfig, found: Location, volumes: Volumes, device: torch.device, *, steps: int = 2
+) -> float:
+    """Train `steps` steps after a first one that warms up, and return the mean time of each.
+
+    The pictures of these steps are encoded into the cache, where the run finds them. Nothing else is written.
+
+    Raises:
+        FinetuneError: as training would.
+        torch.OutOfMemoryError, RuntimeError: memory does not suffice for one example.
+    """
+    total = min(1 + steps, config.max_train_steps)
+    with gpu_algorithms(deterministic=config.deterministic, tuned=False):
+        wanted = volumes.own_steps(0, range(total), config.global_batch)
+        model, encoded, trainer = assembled(config, found, volumes.first, device, steps=wanted)
+        with closing(Reading(config, model, volumes, encoded, trainer)) as reading:
+            clock = time.perf_counter()
+            for number, batches in zip(range(total), reading.steps(0), strict=False):
+                trainer.step(*batches).as_dict()  # waits for the device
+                if number == 0 and total > 1:
+                    clock = time.perf_counter()
+    return (time.perf_counter() - clock) / max(1, total - 1)
