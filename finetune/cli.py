@@ -241,7 +241,7 @@ def _config(given: dict[str, Any]) -> TrainConfig:
     options = _over(given, read_options(Path(file))) if file else given
     sources = options.get("data", ())
     if len(sources) == 1 and sources[0].endswith((".toml", ".json")):
-        from finetune.commands.foreign.sd_scripts import read_dataset
+        from finetune.commands.foreign.sd_scripts_dataset import read_dataset
 
         taken = read_dataset(Path(sources[0]))
         for line in (*taken.notes, *(f"not taken over: {setting}: {why}" for setting, why in taken.left.items())):

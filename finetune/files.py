@@ -1,5 +1,6 @@
 """Whatever is written is whole or absent: temporary sibling, fsync, rename."""
 
+import contextlib
 import errno
 import json
 import os
@@ -42,8 +43,10 @@ def as_readable_as(path: Path, ordinary: Path) -> None:
     """Give a file the permissions of an ordinary one, where a library has made it private to the user.
 
     safetensors does, from 0.8 on: the web UI of another user, or in a container, could not load what was trained.
+    File systems that have no permissions of files (FAT, CIFS) are left as they are.
     """
-    path.chmod(stat.S_IMODE(ordinary.stat().st_mode))
+    with contextlib.suppress(PermissionError, NotImplementedError):
+        path.chmod(stat.S_IMODE(ordinary.stat().st_mode))
 
 
 def is_inside(path: Path, folder: Path) -> bool:

@@ -6,8 +6,9 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.commands.foreign import diffusers_scripts, onetrainer, sd_scripts
+from finetune.commands.foreign import diffusers_scripts, kohya_ss, onetrainer, sd_scripts
 from finetune.commands.foreign.command_line import read_command_line
+from finetune.commands.foreign.sd_scripts_dataset import take_dataset
 from finetune.commands.foreign.taken import Taken
 from finetune.config import TrainConfig, config_text
 from finetune.errors import UsageError
@@ -59,7 +60,7 @@ def _taken(path: Path, text: str) -> Taken:
         except tomllib.TOMLDecodeError as error:
             raise UsageError(f"--file {path} is no TOML: {error}") from error
         if "datasets" in tables:
-            return sd_scripts.take_dataset(tables)
+            return take_dataset(tables)
         return sd_scripts.take(sd_scripts.flattened(tables), "", path.parent)
     line = read_command_line(path, text)
     if line.script.startswith(("train_text_to_image", "train_dreambooth", "train_unconditional")):
@@ -82,9 +83,9 @@ def _from_json(path: Path, text: str) -> Taken:
     if isinstance(given, dict) and {"training_method", "base_model_name"} & given.keys():
         return onetrainer.take(given)
     if isinstance(given, dict) and isinstance(given.get("datasets"), list):
-        return sd_scripts.take_dataset(given)
+        return take_dataset(given)
     if isinstance(given, dict) and {"LoRA_type", "pretrained_model_name_or_path"} <= given.keys():
-        return sd_scripts.take_gui(given, path.parent)
+        return kohya_ss.take(given, path.parent)
     simple = isinstance(given, dict) and "data_backend_config" in {name.lstrip("-") for name in given}
     what = "a config of SimpleTuner, which is not read" if simple else "no config of OneTrainer"
     known = "configs of OneTrainer and of kohya_ss, and dataset files of sd-scripts"

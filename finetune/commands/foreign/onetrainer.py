@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.commands.foreign.sd_scripts import TRANSFORMERS
+from finetune.commands.foreign.sd_scripts_options import TRANSFORMERS
 from finetune.commands.foreign.taken import Renamed, Taken, dropout, square
 
 DEFAULTS: Mapping[str, Any] = {

@@ -1,0 +1,187 @@
+"""What the options of sd-scripts are called here, and those that need more than another name."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from finetune.commands.foreign.taken import Renamed, Taken, dropout, no_resume, square, word_value
+from finetune.options import ATTENTION_AND_FEED_FORWARD
+
+_OPTIMIZERS = {
+    "adamw": "adamw", "adamw8bit": "adamw8bit", "pagedadamw8bit": "adamw8bit", "adafactor": "adafactor",
+    "prodigy": "prodigy", "sgdnesterov": "sgd", "sgdnesterov8bit": "sgd",
+}  # fmt: skip
+_SCHEDULES = {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine", "cosine_with_min_lr": "cosine"}
+_NO_LIKE = {"cosine_with_restarts": "cosine", "cosine_with_min_lr": "cosine", "cosine_annealing": "cosine"}
+"""Schedules that there are not -> what comes near."""
+_ARGUMENTS = {"weight_decay": "adam_weight_decay", "eps": "adam_epsilon"}
+_ALGORITHMS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr"}
+
+CHANGES_NOTHING: Mapping[str, Collection[Any]] = {
+    "min_timestep": (0,), "max_timestep": (1000,), "loss_type": ("l2",), "huber_c": (0.1,), "huber_schedule": ("snr",),
+    "noise_offset_type": ("Original",), "lr_scheduler_num_cycles": (1,), "lr_scheduler_power": (1,),
+    "caption_extension": (".txt", ".caption"), "multires_noise_discount": (0.3,), "dynamo_backend": ("no",),
+    "vae_batch_size": (1,), "sample_sampler": ("ddim", "euler_a"), "huber_scale": (1,), "keep_tokens": (0,),
+    "adaptive_noise_scale": (0,), "persistent_data_loader_workers": (True,), "no_half_vae": (True,),
+    "no_token_padding": (True,), "lowram": (True,), "train_mode": ("lora",),
+}  # fmt: skip
+"""Options without a like here -> values that are their defaults, or change nothing of what is learned."""
+
+
+def _optimizer(taken: Taken, value: Any) -> None:
+    known = _OPTIMIZERS.get(str(value).lower().replace("_", ""))
+    if known is None:
+        taken.leave("optimizer_type", value, f"the optimizers here: {', '.join(sorted(set(_OPTIMIZERS.values())))}")
+        return
+    taken.ours["optimizer"] = known
+    if str(value).lower().startswith(("paged", "sgdnesterov8")):
+        taken.notes.append(f"{value} became {known}: what is paged, or SGD in 8 bits, there is not")
+
+
+def _optimizer_arguments(taken: Taken, value: Any) -> None:
+    for argument in value if isinstance(value, list) else str(value).split():
+        name, _, text = str(argument).partition("=")
+        if name == "betas" and text.count(",") == 1:
+            for ours, beta in zip(("adam_beta1", "adam_beta2"), text.strip("()[] ").split(","), strict=True):
+                taken.put(ours, word_value(beta.strip()), "optimizer_args.betas")
+        elif name in _ARGUMENTS:
+            taken.put(_ARGUMENTS[name], word_value(text), f"optimizer_args.{name}")
+        else:
+            taken.leave(f"optimizer_args.{name}", text)
+
+
+def _network_arguments(taken: Taken, value: Any) -> None:
+    pairs = [str(argument).partition("=") for argument in (value if isinstance(value, list) else str(value).split())]
+    given = {name: word_value(text) for name, _, text in pairs}
+    if (algorithm := given.pop("algo", None)) is not None:
+        if algorithm in _ALGORITHMS:
+            taken.put("lora_type", _ALGORITHMS[algorithm], "network_args.algo")
+        else:
+            taken.leave("network_args.algo", algorithm, f"the kinds here: {', '.join(_ALGORITHMS)}")
+    if given.pop("dora_wd", False) and taken.ours.get("lora_type", "lora") != "lora":
+        taken.leave("network_args.dora_wd", True, f"{taken.ours['lora_type']} is taken, of which there is no dora here")
+    elif "dora_wd" in str(value):
+        taken.put("lora_type", "dora", "network_args.dora_wd")
+    if (convolutions := given.pop("conv_dim", None)) is not None:
+        taken.notes.append(f"conv_dim = {convolutions}: convolutions have the rank and alpha of the other layers here")
+        given.pop("conv_alpha", None)
+        taken.ours["lora_target_modules"] = (*TRANSFORMERS, "conv1", "conv2", "conv_shortcut")
+    for name, argument in given.items():
+        taken.leave(f"network_args.{name}", argument)
+
+
+def take_warmup(taken: Taken, value: Any) -> None:
+    value = word_value(str(value))
+    if not isinstance(value, int | float):
+        taken.leave("lr_warmup_steps", value)
+        return
+    if isinstance(value, float) and 0 < value < 1:
+        steps = taken.ours.get("max_train_steps")
+        if steps is None:
+            taken.leave("lr_warmup_steps", value, "a share of a length that is given in epochs; give --lr_warmup_steps")
+            return
+        value = round(value * steps)
+    taken.put("lr_warmup_steps", int(value), "lr_warmup_steps")
+
+
+def _schedule(taken: Taken, value: Any) -> None:
+    known = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
+    if value not in known:
+        near = _NO_LIKE.get(value, "constant")
+        taken.leave("lr_scheduler", value, f"there is no such schedule here; {near} is taken")
+        value = near
+    taken.put("lr_scheduler", _SCHEDULES.get(value, value), "lr_scheduler")
+
+
+def _velocity(taken: Taken, value: Any) -> None:
+    if value:
+        taken.put("prediction_type", "v_prediction", "v_parameterization")
+
+
+def _clip_skip(taken: Taken, value: Any) -> None:
+    if value != 1:  # their neutral value; for XL, which takes the last layer but one, it would be another here
+        taken.put("clip_skip", value, "clip_skip")
+
+
+def _full_bf16(taken: Taken, value: Any) -> None:
+    if value and taken.ours["method"] == "lora":
+        taken.leave("full_bf16", value, "a LoRA keeps its few weights in fp32 here, and the rest in bf16 anyway")
+    elif value:
+        taken.put("full_bf16", True, "full_bf16")
+
+
+def _fused_backward_pass(taken: Taken, value: Any) -> None:
+    if value:
+        taken.leave("fused_backward_pass", value, "here with --full_bf16, without clipping, and one picture at a time")
+
+
+def _random_crop(taken: Taken, value: Any) -> None:
+    taken.put("center_crop", not value, "random_crop")
+
+
+def take_buckets(taken: Taken, given: dict[str, Any]) -> None:
+    """Their switch and its sides, which do nothing without it; small pictures are enlarged there unless they say no."""
+    sides = {"min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64}
+    sides |= {name: given.pop(name) for name in sides if name in given}
+    upscale = not given.pop("bucket_no_upscale", False)
+    taken.ours["aspect_ratio_bucketing"] = bool(given.pop("enable_bucket", False))
+    if taken.ours["aspect_ratio_bucketing"]:
+        for name, value in {**sides, "bucket_upscale": upscale}.items():
+            taken.put(name, value, name)
+
+
+def take_captions(taken: Taken, given: dict[str, Any]) -> None:
+    """Kept tokens mean nothing where nothing is shuffled; each line of a file is a caption where wildcards are on."""
+    taken.ours["shuffle_caption"] = bool(given.pop("shuffle_caption", False))
+    kept = given.pop("keep_tokens", 0)
+    if taken.ours["shuffle_caption"] and kept:
+        taken.put("keep_tokens", kept, "keep_tokens")
+    if given.pop("enable_wildcard", False):
+        taken.ours["caption_lines"] = "chosen"
+        taken.notes.append("enable_wildcard: each visit takes a line of a caption file, but {a|b} is not expanded")
+
+
+def _network_module(taken: Taken, value: Any) -> None:
+    if value not in ("networks.lora", "lycoris.kohya"):
+        taken.leave("network_module", value, "networks.lora and lycoris.kohya have their like here")
+
+
+def _trackers(taken: Taken, value: Any) -> None:
+    taken.put("report_to", ["tensorboard", "wandb"] if value == "all" else [value], "log_with")
+
+
+def _max_token_length(taken: Taken, value: Any) -> None:
+    taken.put("max_token_length", 77 if value == 75 else value, "max_token_length")
+
+
+def _prompts(taken: Taken, value: Any) -> None:
+    taken.put("sample_prompts", [str(value)], "sample_prompts")
+
+
+_METADATA = "captions were in it: have them in .txt files, or in metadata.jsonl with file_name and text"
+
+TRANSFORMERS = (*ATTENTION_AND_FEED_FORWARD, "proj_in", "proj_out")
+"""The layers that sd-scripts adapts: every linear layer and 1 x 1 convolution of a transformer."""
+
+RENAMED: Renamed = {
+    "pretrained_model_name_or_path": "model", "train_data_dir": "data", "vae": "vae",
+    "reg_data_dir": "class_data", "prior_loss_weight": "prior_loss_weight",
+    "train_batch_size": "train_batch_size", "max_train_steps": "max_train_steps",
+    "max_train_epochs": "num_train_epochs", "seed": "seed", "dataset_repeats": "repeats",
+    "gradient_accumulation_steps": "gradient_accumulation_steps", "gradient_checkpointing": "gradient_checkpointing",
+    "mixed_precision": "mixed_precision", "full_bf16": _full_bf16,
+    "fused_backward_pass": _fused_backward_pass, "learning_rate": "learning_rate",
+    "network_dim": "rank", "network_alpha": "lora_alpha", "network_dropout": dropout, "network_weights": "init_lora",
+    "min_snr_gamma": "snr_gamma", "noise_offset": "noise_offset", "ip_noise_gamma": "input_perturbation",
+    "max_grad_norm": "max_grad_norm", "clip_skip": _clip_skip, "alpha_mask": "masked_loss", "flip_aug": "random_flip",
+    "caption_dropout_rate": "caption_dropout", "max_data_loader_n_workers": "dataloader_num_workers",
+    "save_every_n_steps": "checkpointing_steps", "save_every_n_epochs": "save_model_epochs",
+    "sample_every_n_steps": "sample_every", "sample_every_n_epochs": "save_image_epochs", "resolution": square,
+    "sample_prompts": _prompts, "optimizer_type": _optimizer, "optimizer_args": _optimizer_arguments,
+    "network_args": _network_arguments, "lr_scheduler": _schedule, "lr_warmup_steps": take_warmup,
+    "v_parameterization": _velocity, "random_crop": _random_crop, "log_with": _trackers,
+    "max_token_length": _max_token_length, "network_module": _network_module,
+    "network_train_unet_only": lambda taken, value: None, "resume": no_resume,
+    "use_8bit_adam": lambda taken, value: taken.put("optimizer", "adamw8bit", "use_8bit_adam") if value else None,
+    "in_json": lambda taken, value: taken.leave("in_json", value, _METADATA),
+    "metadata_file": lambda taken, value: taken.leave("metadata_file", value, _METADATA),
+}  # fmt: skip
