@@ -162,7 +162,14 @@ def checks(work: Path, options: argparse.Namespace) -> None:
     trainer = filled_trainer("lora", options.width)
     cond = conditions("sd15", 1)
     stored = torch.zeros(1, 4, 32, 32, dtype=torch.uint8)
-    batch = ft.Batch(stored, cond, torch.zeros(1, dtype=torch.int64), torch.zeros(1, 6), ("a",), torch.ones(1))
+    batch = ft.Batch(
+        stored=stored,
+        cond=cond,
+        keys=torch.zeros(1, dtype=torch.int64),
+        geometry=torch.zeros(1, 6),
+        ids=("a",),
+        weight=torch.ones(1),
+    )
     steps = [seconds(lambda: trainer.step(batch).as_dict()) for _ in range(4)][1:]
     gate, loss, norm = Gate(1, trainer.device), torch.ones(()), torch.ones(())
 

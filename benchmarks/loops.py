@@ -126,7 +126,14 @@ class RandomLatents:
     def assemble(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[Tensor]) -> ft.Batch:
         geometry = torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]] * len(indices))
         ids, weight = tuple(self.ids[i] for i in indices), torch.ones(len(indices))
-        return ft.Batch(torch.stack(list(loaded)), conditions(self.name, len(indices)), keys, geometry, ids, weight)
+        return ft.Batch(
+            stored=torch.stack(list(loaded)),
+            cond=conditions(self.name, len(indices)),
+            keys=keys,
+            geometry=geometry,
+            ids=ids,
+            weight=weight,
+        )
 
 
 def latent_sampler() -> Any:

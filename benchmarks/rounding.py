@@ -43,7 +43,7 @@ def main() -> None:
         for name, (weights, change, autocast) in VARIANTS.items():
             unet = unet_of("sd15", device, torch.float32)
             if method == "lora":
-                ft.add_lora(unet, 16)
+                ft.add_lora(unet, rank=16)
                 for parameter in ft.trainable(unet):  # B starts at zero, where A has no gradient
                     parameter.data += 0.01
             nn.Module.to(unet, weights)

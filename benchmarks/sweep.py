@@ -117,7 +117,7 @@ def trainer_of(model: str, method: str, how: list[str], device: torch.device) ->
     """Our trainer, as `fine_tune` makes it."""
     unet = unet_of(model, device, torch.float32 if method == "full" else torch.bfloat16)
     if method == "lora":
-        ft.add_lora(unet, RANK)
+        ft.add_lora(unet, rank=RANK)
     make_ready(unet, how)
     objective = ft.NoisePrediction(schedule())
     return our_trainer(unet, latent_sampler(), objective, torch.bfloat16, method)

@@ -217,7 +217,7 @@ def our_parts(options: argparse.Namespace, folder: Path) -> tuple[ft.Trainer, It
     if options.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     if lora:
-        ft.add_lora(model.unet, options.rank)
+        ft.add_lora(model.unet, rank=options.rank)
     encoded = ft.encode(RandomPictures(options), model)
     trainer = our_trainer(model.unet, model.encoder, ft.NoisePrediction(model.scheduler), precision)
     if options.compile and (why_not := compile_blocks(model.unet)):

@@ -112,7 +112,15 @@ def _fine_tune(config: TrainConfig, dataset: Rows | None, repeats: Path | None) 
     parallel, requests, events = launched(), Requests(), Events()
     said = Said(sys.stdout, events) if parallel.first and sys.stdout else None  # one process tells
     with requests.hearing_usr1(), redirect_stdout(said):
-        return _run(config, dataset, repeats, accelerator, parallel, requests, events)
+        return _run(
+            config=config,
+            dataset=dataset,
+            repeats=repeats,
+            accelerator=accelerator,
+            parallel=parallel,
+            requests=requests,
+            events=events,
+        )
 
 
 def _run(
@@ -149,7 +157,15 @@ def _run(
     )
     with held, gpu_algorithms(deterministic=config.deterministic, tuned=tuned), computing:
         try:
-            run = _put_together(config, found, volumes, folder, accelerator, parallel, events)
+            run = _put_together(
+                config=config,
+                found=found,
+                volumes=volumes,
+                folder=folder,
+                accelerator=accelerator,
+                parallel=parallel,
+                events=events,
+            )
             _begin(run, folder.checkpoint)
             if parallel.first:
                 _train(run, requests)
@@ -214,9 +230,23 @@ def _put_together(
     comparable = samples.prompts and not model.inpainting  # whose pictures hold most of a training picture
     known = known_pictures(config, pictures) if parallel.first and comparable else None
     entered = partial(note_volume, folder.path, config) if parallel.first else None
-    reading = Reading(config, model, volumes, encoded, trainer, entered)
-    parts = (model, volumes, encoded, reading, trainer, samples, validation, asked, known)
-    run = Run(config, *parts, folder.path, accelerator, about, events)
+    reading = Reading(config=config, model=model, volumes=volumes, first=encoded, trainer=trainer, entered=entered)
+    run = Run(
+        config=config,
+        model=model,
+        volumes=volumes,
+        encoded=encoded,
+        reading=reading,
+        trainer=trainer,
+        samples=samples,
+        validation=validation,
+        meter=asked,
+        originals=known,
+        folder=folder.path,
+        accelerator=accelerator,
+        about=about,
+        events=events,
+    )
     run.release()
     if parallel.first:
         if moved := compared(folder.about, about, config.allow_changed):

@@ -36,4 +36,6 @@ def small_batch() -> Batch:
     """Two grey pictures."""
     cond = {"encoder_hidden_states": torch.ones(2, 5, 32)}
     stored = torch.full((2, 4, 8, 8), 90, dtype=torch.uint8)
-    return Batch(stored, cond, torch.arange(2), torch.zeros(2, 6), ("a", "b"), torch.ones(2))
+    return Batch(
+        stored=stored, cond=cond, keys=torch.arange(2), geometry=torch.zeros(2, 6), ids=("a", "b"), weight=torch.ones(2)
+    )

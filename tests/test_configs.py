@@ -22,7 +22,7 @@ def test_the_promised_configs_are_there() -> None:
 def test_every_config_loads_and_resolves(path: Path) -> None:
     config = load_config(path)
     family = FAMILIES[config.model]
-    found = Location(config.model, family, None, family.resolution, 8)
+    found = Location(config.model, family, folder=None, resolution=family.resolution, multiple=8)
     device = torch.device("cuda" if config.mixed_precision == "fp16" else "cpu")
     resolved = resolve(config, found, pictures=1000, varied_captions=True, device=device)
     assert resolved.max_train_steps

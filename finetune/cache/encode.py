@@ -77,13 +77,25 @@ def encode(
     visits: Kept | Live = Live(pictures, model.inpainting)
     if not live:
         maker = _maker(model.encoder, any_environment)
-        visits = Kept(store, pictures, maker, precision, seed, model.inpainting)
+        visits = Kept(
+            store=store, pictures=pictures, encoder=maker, precision=precision, seed=seed, inpainting=model.inpainting
+        )
         works.append(_pictures(visits, model.encoder, wanted))
     made = _filled(store, works, at_most, told)
     demands = [Demand(store, work) for work, done in zip(works, made, strict=True) if done.left]
-    encoder, inpainting = model.encoder if live else None, model.encoder if model.inpainting else None
-    parts = visits, encoder, model.conditioner, conditions, captioning, made, store, demands, inpainting
-    return Encoded(pictures, pictures.shapes(), *parts)
+    return Encoded(
+        pictures=pictures,
+        shapes=pictures.shapes(),
+        visits=visits,
+        encoder=model.encoder if live else None,
+        conditioner=model.conditioner,
+        conditions=conditions,
+        captioning=captioning,
+        made=made,
+        store=store,
+        demands=demands,
+        inpainting=model.encoder if model.inpainting else None,
+    )
 
 
 def _filled(
@@ -119,7 +131,15 @@ def _captions(pictures: Pictures, conditions: Conditions, indices: Iterable[int]
             {name: tensor[row : row + 1].clone() for name, tensor in stored.items()} for row in range(len(captions))
         ]
 
-    return Work("caption", list(wanted), of, wanted.__getitem__, compute, lambda _: conditioner.at_once, conditioner)
+    return Work(
+        kind="caption",
+        keys=list(wanted),
+        of=of,
+        prepare=wanted.__getitem__,
+        compute=compute,
+        at_once=lambda _: conditioner.at_once,
+        network=conditioner,
+    )
 
 
 def _pictures(kept: Kept, encoder: Encoder, visits: Iterable[tuple[int, int | None]]) -> Work:
@@ -149,7 +169,9 @@ def _pictures(kept: Kept, encoder: Encoder, visits: Iterable[tuple[int, int | No
         masks = small(seen[:, 3:], (stored.shape[-2], stored.shape[-1])).to(torch.uint8)
         return [{**item, "mask": mask.clone()} for item, mask in zip(items, masks, strict=True)]
 
-    return Work("picture", list(wanted), of, prepare, compute, at_once, encoder)
+    return Work(
+        kind="picture", keys=list(wanted), of=of, prepare=prepare, compute=compute, at_once=at_once, network=encoder
+    )
 
 
 def _rounded(tensor: Tensor, precision: str) -> Tensor:

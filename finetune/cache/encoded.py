@@ -74,7 +74,7 @@ class LiveConditions:
         return {name: tensor.cpu().float() for name, tensor in self.conditioner.encode(captions).items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Encoded:
     """A dataset ready to be visited: `batches` draws from it."""
 
@@ -174,7 +174,17 @@ class Encoded:
         weight = torch.tensor([self.pictures.weights[index] for index in indices])
         of_class = tuple(index >= self.pictures.subjects for index in indices)
         mask = self.masks.of(indices, keys, (stored.shape[-2], stored.shape[-1])) if extra is None else None
-        return Batch(stored, cond, keys, geometry, ids, weight, of_class, mask, extra)
+        return Batch(
+            stored=stored,
+            cond=cond,
+            keys=keys,
+            geometry=geometry,
+            ids=ids,
+            weight=weight,
+            of_class=of_class,
+            mask=mask,
+            extra=extra,
+        )
 
 
 def encoded_pixels(encoder: Encoder, pixels: Tensor) -> Tensor:
@@ -225,7 +235,9 @@ def as_batch(
         masks = torch.stack([drawn_mask(key, height, width) for key in keys.tolist()]) if masks is None else masks
         left = model.encoder.encode(pixels * (masks == 0).to(pixels.device))
         extra = beside(model.encoder, left.cpu(), small(masks.cpu(), (left.shape[-2], left.shape[-1])), keys)
-    batch = Batch(stored, cond, keys, geometry, ids, torch.ones(len(ids)), extra=extra)
+    batch = Batch(
+        stored=stored, cond=cond, keys=keys, geometry=geometry, ids=ids, weight=torch.ones(len(ids)), extra=extra
+    )
     return batch.to(model.unet.device)
 
 

@@ -31,7 +31,7 @@ _WAIT = 0.2
 """Seconds between two looks at what another process computes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """Items of one kind, and how they are made."""
 

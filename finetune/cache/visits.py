@@ -91,7 +91,15 @@ class Kept:
             file = self.pictures.mask_digest(index)
             mask = self._drawn_from(index, version.mask) if file is None else f"{file} over black"
             covered = f"mask {mask} {inpainting.DRAWING}"
-        return picture_key(digest, placement, version.flip, self.encoder, self.precision, background, covered)
+        return picture_key(
+            digest,
+            placement=placement,
+            flip=version.flip,
+            encoder=self.encoder,
+            precision=self.precision,
+            background=background,
+            covered=covered,
+        )
 
     def _drawn_from(self, index: int, number: int) -> int:
         return seeding.example_key(self.seed, self.pictures.ids[index], number)
@@ -106,7 +114,14 @@ class Kept:
         pixels = placement.pixels(_opaque(self.pictures, index), version.flip)
         if version.mask is None:
             return pixels
-        return _with_mask(pixels, self.pictures, index, placement, version.flip, self._drawn_from(index, version.mask))
+        return _with_mask(
+            pixels,
+            self.pictures,
+            index=index,
+            placement=placement,
+            flip=version.flip,
+            key=self._drawn_from(index, version.mask),
+        )
 
     def _placement(self, index: int) -> Placement:
         first_visit = seeding.example_key(self.seed, self.pictures.ids[index], 0)
@@ -133,7 +148,7 @@ class Live:
         placement = self.pictures.placement(image.size, key)
         pixels = placement.pixels(image, flip)
         if self.inpainting:
-            pixels = _with_mask(pixels, self.pictures, index, placement, flip, key)
+            pixels = _with_mask(pixels, self.pictures, index=index, placement=placement, flip=flip, key=key)
         return pixels, placement.geometry(flip)
 
     def shown(self, index: int, key: int) -> tuple[Tensor, tuple[int, ...]]:

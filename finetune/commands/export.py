@@ -56,6 +56,6 @@ def run(options: Options) -> None:
 
     base = None if options.base is None else inspect(Path(options.base).expanduser(), "--base")
     model, told = load_trained(config, folder, options.step, ema=options.ema)
-    write_proved(model, to, options.format, options.precision, told, base)
+    write_proved(model, to, options.format, precision=options.precision, told=told, base=base)
     if options.format == "single-file" and base is None and (left := left_out(config, to)):
         print(f"left out, {counted(len(left), 'tensor')} of {config.model}: {listed(left)}; --base copies them")

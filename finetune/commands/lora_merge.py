@@ -52,4 +52,4 @@ def run(options: Options) -> None:
     for (path, found), strength in zip(merged, strengths, strict=True):
         left = f"; {counted(found.text_tensors, 'tensor')} for text encoders left out" if found.text_tensors else ""
         print(f"{path}: {counted(len(found.layers()), 'layer')}, strength {strength:g}{left}")
-    write_proved(model, to, options.format, options.precision, {})
+    write_proved(model, to, options.format, precision=options.precision, told={})

@@ -137,7 +137,9 @@ def find_captions(
     read = sum(map(len, sidecars.values())) - len(orphans) + sum(map(is_metadata, files))
     orphans += doubled
     unread += _unread_beside(files, pictures, orphans)
-    return FoundCaptions(captions, orphans, list(empty), unreadable, read, unread)
+    return FoundCaptions(
+        captions=captions, orphans=orphans, empty=list(empty), unreadable=unreadable, files=read, passed_over=unread
+    )
 
 
 _READ_ELSEWHERE = (".tags", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".cap", ".text", ".md")

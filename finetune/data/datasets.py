@@ -76,7 +76,14 @@ class HuggingFaceDataset(PictureFiles):
         inside: Sequence[Path] | None = None,
     ) -> None:
         self._inside = inside
-        transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets, background)
+        transform = Preprocess(
+            resolution,
+            resize_mode=resize_mode,
+            center_crop=center_crop,
+            random_flip=random_flip,
+            buckets=buckets,
+            background=background,
+        )
         if not len(rows):
             raise DataError("the dataset has no rows")
         self._numbers = range(len(rows)) if part is None else part
@@ -217,7 +224,8 @@ def open_dataset(
         raise UsageError(f"--caption_column is for rows and metadata files; {source} holds shards")
     shards = shards_of(source)
     assert shards is not None
-    return TarShards(*shards, prompt, masks=masks, part=part, **options)
+    tars, root = shards
+    return TarShards(tars, root, prompt, masks=masks, part=part, **options)
 
 
 def no_masks(source: "str | datasets.Dataset") -> UsageError:

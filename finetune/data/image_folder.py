@@ -79,7 +79,14 @@ class ImageFolder(PictureFiles):
         part: FolderPart | None = None,
         caption_column: str = COLUMN,
     ) -> None:
-        transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets, background)
+        transform = Preprocess(
+            resolution,
+            resize_mode=resize_mode,
+            center_crop=center_crop,
+            random_flip=random_flip,
+            buckets=buckets,
+            background=background,
+        )
         root = Path(folder)
         if not root.is_dir():
             raise UsageError(f"{folder}: {'not a folder' if root.exists() else 'no such folder'}")
@@ -98,7 +105,16 @@ class ImageFolder(PictureFiles):
         self._repeated = bool(repeats)
         subjects = {name: name.split("/")[0].partition("_")[2] for name in self._names} if repeats else {}
         by_line = caption_lines == "chosen"
-        found = find_captions(root, files, self._names, prompt, subjects, by_line, metadata, caption_column)
+        found = find_captions(
+            root,
+            files,
+            pictures=self._names,
+            prompt=prompt,
+            subjects=subjects,
+            by_line=by_line,
+            metadata=metadata,
+            column=caption_column,
+        )
         self._count, self._caption_files = len(files), found.files
         self._others = Counter(ending(file) or "without an ending" for file in files if _is_strange(file))
         super().__init__(

@@ -130,7 +130,7 @@ def training_steps(
     shared = world > 1 or len(set(source.weights)) > 1
     loader = DataLoader(
         _Loads(source.visits),
-        batch_sampler=_Plan(_plan(source, sampler, seed, range(start, steps), rank, world)),
+        batch_sampler=_Plan(_plan(source, sampler, seed=seed, steps=range(start, steps), rank=rank, world=world)),
         num_workers=0 if source.visits.in_memory else num_workers,
         collate_fn=_keep,
         worker_init_fn=_ignore_signals,

@@ -74,7 +74,8 @@ class Sampler:
         if number not in self._kept:
             self._kept = {number: self._steps(number)}
         row = self._kept[number][step - number * self._round // self.batch_size]
-        return [Visit(*visit) for visit in zip(*(each.tolist() for each in self._visited(row)), strict=True)]
+        examples, numbers = self._visited(row)
+        return list(map(Visit, examples.tolist(), numbers.tolist()))
 
     def mean_weight(self, weights: Sequence[float]) -> float:
         """The mean over the visits of an epoch of what each example weighs."""

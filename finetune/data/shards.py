@@ -13,7 +13,7 @@ from finetune.data.listing import is_picture
 from finetune.data.masks import checked_masks
 from finetune.data.picture_memory import PictureMemory
 from finetune.data.pictures import Ledger, PictureFiles
-from finetune.data.shard_index import TEXT_SUFFIXES, ShardIndex, ShardPicture, index_of, pictures_of
+from finetune.data.shard_index import TEXT_SUFFIXES, Place, ShardIndex, ShardPicture, index_of, pictures_of
 from finetune.data.source import folder_of, is_pattern
 from finetune.data.transforms import WHITE, Preprocess
 from finetune.errors import DataError, UsageError
@@ -61,7 +61,14 @@ class TarShards(PictureFiles):
         memory: PictureMemory | None = None,
         part: Sequence[int] | None = None,
     ) -> None:
-        transform = Preprocess(resolution, resize_mode, center_crop, random_flip, buckets, background)
+        transform = Preprocess(
+            resolution,
+            resize_mode=resize_mode,
+            center_crop=center_crop,
+            random_flip=random_flip,
+            buckets=buckets,
+            background=background,
+        )
         members, indices = _opened(shards, memory, part)
         if not members:
             raise DataError(f"{root}: no picture found in {', '.join(shard.name for shard in shards[:3])}")
@@ -71,7 +78,7 @@ class TarShards(PictureFiles):
         ids = [f"{called[member.shard]}/{member.name}" for member in self._members]
         bad = {name: found.unreadable for name, (_, found) in zip(ids, members, strict=True) if found.unreadable}
         self._alpha, self.masked = masks == "files and alpha", masks != "none"
-        self._masks = {member: Member(member.shard, *found.mask) for member, found in members if found.mask}
+        self._masks = {member: _member(member.shard, found.mask) for member, found in members if found.mask}
         others = indices if part is None or part[0] == 0 else {}  # what is no picture is accounted for with the first
         self._lonely_masks = sum(index.lonely_masks for index in others.values())
         self._skipped = sum((Counter(index.skipped) for index in others.values()), Counter[str]())
@@ -118,9 +125,14 @@ def _opened(
             stop = bisect_left(part, before + index_of(shard, memory).pictures, at)
             numbers, at = [number - before for number in part[at:stop]], stop
         indices[shard], pictures = pictures_of(shard, memory, numbers)
-        members += [(Member(shard, *picture.place), picture) for picture in pictures]
+        members += [(_member(shard, picture.place), picture) for picture in pictures]
         before += indices[shard].pictures
     return members, indices
+
+
+def _member(shard: Path, place: Place) -> Member:
+    name, offset, size = place
+    return Member(shard, name, offset, size)
 
 
 def find_shards(source: str, path: Path, files: Sequence[str]) -> tuple[list[Path], Path] | None:

@@ -63,7 +63,15 @@ def kept(
             rows = _undecoded(opened(), image_column)
             if chunks:
                 rows.load_state_dict(json.loads((chunks[-1] / _STATE).read_text(encoding="utf-8")))
-            _fill(rows, folder, image_column, caption_column, there, count, from_hub=from_hub)
+            _fill(
+                rows,
+                folder=folder,
+                image_column=image_column,
+                caption_column=caption_column,
+                there=there,
+                count=count,
+                from_hub=from_hub,
+            )
             chunks = sorted(folder.glob("chunk-*"))
     if not chunks:
         raise DataError("the dataset has no rows")

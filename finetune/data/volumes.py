@@ -164,14 +164,14 @@ def deal_out(holding: Holding, number: int, caption_column: str = COLUMN) -> Dea
     """
     source, pictures, files = holding
     if number == 1 or not pictures:  # opening it tells that there are none
-        return Deal(source, [None if files is None else FolderPart(files)] * number)
+        return Deal(source, parts=[None if files is None else FolderPart(files)] * number)
     if files is not None:
         return _deal_files(source, files, number, caption_column)
     drawn = torch.randperm(pictures, generator=torch.Generator().manual_seed(fold("volumes", pictures) & 0xFFFFFFFF))
     parts = [sorted(some.tolist()) for some in drawn.tensor_split(number)]
     parts.sort(key=lambda part: (not part, part))  # with 0 in the first
     counts = [len(part) for part in parts]
-    return Deal(source, parts, counts, counts, counts, wide_fold(pictures))
+    return Deal(source, parts=parts, found=counts, counts=counts, visits=counts, digest=wide_fold(pictures))
 
 
 def together(deals: Sequence[Deal], times: Sequence[int]) -> Deal:
@@ -179,7 +179,9 @@ def together(deals: Sequence[Deal], times: Sequence[int]) -> Deal:
     visits = [[n * visits for visits in deal.visits] for n, deal in zip(times, deals, strict=True)]
     digest = deals[0].digest if tuple(times) == (1,) else wide_fold(*[deal.digest for deal in deals], *times)
     found, counts = [deal.found for deal in deals], [deal.counts for deal in deals]
-    return Deal(None, [], _added_up(found), _added_up(counts), _added_up(visits), digest)
+    return Deal(
+        None, parts=[], found=_added_up(found), counts=_added_up(counts), visits=_added_up(visits), digest=digest
+    )
 
 
 def _added_up(rows: Sequence[Sequence[int]]) -> list[int]:
@@ -195,7 +197,14 @@ def _deal_files(folder: str, files: Sequence[str], number: int, caption_column: 
     counts = [len(some) for some in examples]
     visits = [sum(repeats_of(some)) for some in examples] if repeated else counts
     parts = [FolderPart(volume, metadata, repeated) for volume in volumes]
-    return Deal(folder, parts, [len(volume) for volume in volumes], counts, visits, wide_fold(*files))
+    return Deal(
+        folder,
+        parts=parts,
+        found=[len(volume) for volume in volumes],
+        counts=counts,
+        visits=visits,
+        digest=wide_fold(*files),
+    )
 
 
 def _dealt(files: Sequence[str], pictures: AbstractSet[str], number: int) -> list[list[str]]:

@@ -110,8 +110,15 @@ def load_model(
         own = sampler.from_config(sampler.config)
         return getattr(diffusers, found.family.pipeline)(unet=unet, scheduler=own, **frozen.parts)
 
-    parts = unet, frozen.encoder, frozen.conditioner, scheduler, found.family, around, frozen.own_files
-    model = DiffusionModel(*parts)
+    model = DiffusionModel(
+        unet=unet,
+        encoder=frozen.encoder,
+        conditioner=frozen.conditioner,
+        scheduler=scheduler,
+        family=found.family,
+        around=around,
+        own_files=frozen.own_files,
+    )
     if prediction_type != own.get("prediction_type", "epsilon"):
         model.new_prediction_type = prediction_type
     return model
@@ -196,8 +203,13 @@ def _frozen(
         raise UsageError(f"clip_skip = {clip_skip}: allowed is 1 to {layers}, the layers of the text encoder")
     if "text_encoder_2" in text:
         zeros = source.config("model_index").get("force_zeros_for_empty_prompt", True)
-        pairs = (text["tokenizer"], text["tokenizer_2"]), (text["text_encoder"], text["text_encoder_2"])
-        conditioner = SdxlConditioner(*pairs, max_token_length, clip_skip, zeros)
+        conditioner = SdxlConditioner(
+            (text["tokenizer"], text["tokenizer_2"]),
+            (text["text_encoder"], text["text_encoder_2"]),
+            max_token_length,
+            clip_skip,
+            zeros,
+        )
         more = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
     else:
         conditioner = ClipConditioner(text["tokenizer"], text["text_encoder"], max_token_length, clip_skip)
@@ -260,7 +272,14 @@ def _pixel_model(found: Location, unet: UNet2DModel, scheduler: DDPMScheduler) -
     def around(unet: UNet2DModel) -> DiffusionPipeline:
         return getattr(diffusers, found.family.pipeline)(unet=unet, scheduler=scheduler)
 
-    return DiffusionModel(unet.eval(), PixelEncoder(), NoCondition(), scheduler, found.family, around)
+    return DiffusionModel(
+        unet=unet.eval(),
+        encoder=PixelEncoder(),
+        conditioner=NoCondition(),
+        scheduler=scheduler,
+        family=found.family,
+        around=around,
+    )
 
 
 def _sampler(place: Path, config: dict[str, Any], changes: dict[str, str]) -> Any:

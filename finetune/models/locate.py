@@ -91,7 +91,7 @@ def locate(name: str) -> Location:
     check_name(name)
     if name == "ddpm":
         family = FAMILIES["ddpm"]
-        return Location(name, family, None, family.resolution, multiple=8)
+        return Location(name, family, folder=None, resolution=family.resolution, multiple=8)
     if name == "tiny":
         return _inspect(name, tiny_folder())
     if name in FAMILIES:
@@ -195,12 +195,16 @@ def _inspect(name: str, folder: Path) -> Location:
             raise ModelError(f"--model {name}: part missing: {file}")
     blocks = len(_listed(unet, "block_out_channels", folder / "unet/config.json"))
     if not family.latent:
-        return Location(name, family, folder, _side(unet, family.resolution), multiple=2 ** (blocks - 1))
+        return Location(
+            name, family, folder=folder, resolution=_side(unet, family.resolution), multiple=2 ** (blocks - 1)
+        )
     vae = read_json(folder / "vae/config.json")
     family = _as_it_takes(name, family, unet.get("in_channels"), vae.get("latent_channels"))
     factor = 2 ** (len(_listed(vae, "block_out_channels", folder / "vae/config.json")) - 1)
     multiple = max(factor, 8)  # less than 8 is what pipelines refuse
-    return Location(name, family, folder, _side(unet, family.resolution // factor) * factor, multiple)
+    return Location(
+        name, family, folder=folder, resolution=_side(unet, family.resolution // factor) * factor, multiple=multiple
+    )
 
 
 def _in_a_file(name: str, path: Path) -> Location:
@@ -213,7 +217,7 @@ def _in_a_file(name: str, path: Path) -> Location:
     checkpoint = inspect(path)
     unet = checkpoint.configs["unet"]
     family = _as_it_takes(name, FAMILIES[checkpoint.family], unet["in_channels"], 4)
-    return Location(name, family, None, unet["sample_size"] * 8, 8, checkpoint)
+    return Location(name, family, folder=None, resolution=unet["sample_size"] * 8, multiple=8, checkpoint=checkpoint)
 
 
 def _as_it_takes(name: str, family: Family, channels: Any, latents: Any) -> Family:

@@ -81,7 +81,14 @@ def add_lora(
     if not 1 <= rank <= widest:
         raise UsageError(f"rank = {rank}: allowed are 1 to {widest}, the highest rank that an adapted layer has")
     unet.requires_grad_(False)
-    config = settings_of(kind, rank, rank if alpha is None else alpha, dropout, target_modules, block_ranks or {})
+    config = settings_of(
+        kind,
+        rank=rank,
+        alpha=rank if alpha is None else alpha,
+        dropout=dropout,
+        target_modules=target_modules,
+        block_ranks=block_ranks or {},
+    )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:

@@ -173,7 +173,8 @@ def read_lora(path: Path, names: Mapping[str, str] | None = None) -> LoraFile:
         names = family_layers(_family(path, ours))[0]
     try:
         if kohya:
-            found = LoraFile(*from_kohya(ours, names or {}), text, "kohya")
+            tensors, alphas = from_kohya(ours, names or {})
+            found = LoraFile(tensors, alphas, text, "kohya")
         else:
             state = {f"{PEFT_PREFIX}{key.removeprefix(PEFT_PREFIX)}": tensor for key, tensor in ours.items()}
             found = LoraFile(state, {}, text)

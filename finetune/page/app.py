@@ -15,7 +15,7 @@ from finetune.errors import UsageError
 from finetune.files import is_inside
 from finetune.models.families import FAMILIES
 from finetune.page import views
-from finetune.page.form import Form
+from finetune.page.form import form_of
 from finetune.page.places import Places
 from finetune.page.processes import Queue, ask, command_line
 from finetune.results.following import Follower
@@ -45,7 +45,7 @@ class Page:
 
     def look(self, *filled: Any) -> str:
         """A contact sheet of the pictures, and what is to be noticed about them."""
-        words = Form(*filled).words(self.places)
+        words = form_of(filled).words(self.places)
         with tempfile.TemporaryDirectory() as scratch:
             sheet = Path(scratch) / "sheet.png"
             answer = ask(["preview", *words, "--output", str(sheet)], self.places.work)
@@ -54,14 +54,14 @@ class Page:
 
     def plan(self, *filled: Any) -> str:
         """What the run would do and take."""
-        return views.of_text(ask(["plan", *Form(*filled).words(self.places)], self.places.work).text)
+        return views.of_text(ask(["plan", *form_of(filled).words(self.places)], self.places.work).text)
 
     def command(self, *filled: Any) -> str:
-        return command_line(Form(*filled).words(self.places))
+        return command_line(form_of(filled).words(self.places))
 
     def start(self, *filled: Any) -> str:
         """Put the run into the queue."""
-        self.queue.add(Form(*filled).words(self.places))
+        self.queue.add(form_of(filled).words(self.places))
         return views.of_text("It is in the queue; see Watch.")
 
     def stop(self, name: str | None) -> str:

@@ -5,6 +5,7 @@ import re
 import shlex
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,12 @@ class Form:
         words = [word for name, value in given.items() if value for word in _option(name, value)]
         words.append("--no_follow_links")  # which could lead out of what is open
         return words + ["--early_stop"] * self.early_stop + _more(self.more)
+
+
+def form_of(filled: Sequence[Any]) -> Form:
+    """The fields of the page, in their order, as a `Form`."""
+    names = [field.name for field in dataclasses.fields(Form)]
+    return Form(**dict(zip(names, filled, strict=True)))
 
 
 def _option(name: str, value: str) -> list[str]:

@@ -92,7 +92,8 @@ def draw_pictures(
     width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
     draw, size = cast(Any, pipeline), {"height": height, "width": width}
     if model.inpainting:
-        size = _repainting(hole or Hole(*(Image.new(mode, (width, height), "white") for mode in ("RGB", "L"))))
+        white = {mode: Image.new(mode, (width, height), "white") for mode in ("RGB", "L")}
+        size = _repainting(hole or Hole(white["RGB"], white["L"]))
     elif begin_with:
         draw = cast(Any, AutoPipelineForImage2Image.from_pipe(pipeline))
         draw.set_progress_bar_config(disable=True)

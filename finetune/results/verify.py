@@ -68,7 +68,7 @@ def verify_kohya(model: DiffusionModel, path: Path, dtype: torch.dtype = torch.f
 def differing_from_kohya(adapter: Adapter, path: Path, state: Mapping[str, Tensor]) -> list[str]:
     """The tensors and alphas that a kohya file has otherwise than this state of the adapter, or not, or beside it."""
     tensors, alphas = adapter.read_kohya(path, next(iter(state.values())).device)
-    layers = LoraFile(dict(state), {}, 0).layers().keys()
+    layers = LoraFile(dict(state), {}, text_tensors=0).layers().keys()
     ours = {layer: torch.tensor(alpha).item() for layer, alpha in adapter.alphas().items()}
     wrong = [f"{layer}.alpha" for layer in sorted(layers | alphas.keys()) if alphas.get(layer) != ours.get(layer)]
     return _differing(state, tensors) + wrong
@@ -76,7 +76,8 @@ def differing_from_kohya(adapter: Adapter, path: Path, state: Mapping[str, Tenso
 
 def _distance_of_updates(adapter: Adapter, path: Path) -> float:
     """The largest difference of any layer's update, relative to the largest update."""
-    found = LoraFile(*adapter.read_kohya(path, adapter.unet.device), 0)
+    tensors, alphas = adapter.read_kohya(path, adapter.unet.device)
+    found = LoraFile(tensors, alphas, text_tensors=0)
     theirs, ours = found.layers(), adapter.updates()
     differences = [
         (update(theirs[layer], found.alphas[layer], ours[layer].shape) - ours[layer]).abs().max() for layer in ours

@@ -50,7 +50,9 @@ def assembled(
     `told` hears how much is encoded: what, how many are, of how many.
     """
     model = _load(config, found, device)
-    encoded = encoded_for(config, model, pictures, steps, validated, parallel, at_most=_FIRST_STEP_BY, told=told)
+    encoded = encoded_for(
+        config, model, pictures, steps=steps, validated=validated, parallel=parallel, at_most=_FIRST_STEP_BY, told=told
+    )
     trainer = _trainer(config, model, parallel)
     parallel.copy_from_first(list(trainer.parameters.values()))
     return model, encoded, trainer

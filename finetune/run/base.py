@@ -49,11 +49,11 @@ def adapt(config: ResolvedConfig, unet: UNet2DConditionModel | UNet2DModel) -> N
     """Add the untrained adapter of a LoRA run to a UNet."""
     add_lora(
         unet,
-        config.rank,
-        config.lora_alpha,
-        config.lora_dropout,
-        config.lora_target_modules,
-        config.seed,
-        config.lora_type,
-        numbers_by_block("block_rank", config.block_rank or (), dict(unet.named_parameters())),
+        rank=config.rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        seed=config.seed,
+        kind=config.lora_type,
+        block_ranks=numbers_by_block("block_rank", config.block_rank or (), dict(unet.named_parameters())),
     )

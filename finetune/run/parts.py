@@ -19,7 +19,7 @@ from finetune.run.samples import SamplePlan
 from finetune.training.trainer import Trainer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """What the loop works with, and what the summary tells of."""
 

@@ -94,7 +94,9 @@ class Reading:
                 self._entered(stretch, pictures)
             self._to_device(needed=self._config.encode == "before")
             parallel = self._trainer.parallel
-            self._current = encoded_for(self._config, self._model, pictures, stretch.own, (), parallel, at_most=0)
+            self._current = encoded_for(
+                self._config, self._model, pictures, steps=stretch.own, validated=(), parallel=parallel, at_most=0
+            )
         self._to_device()
         return self._current
 

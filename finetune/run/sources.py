@@ -85,7 +85,7 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
     counts = [len(pictures.trained), *whole.counts[1:]]
     visits = [pictures.epoch_visits, *whole.visits[1:]]
     later = _later(volume, config, pictures, captioned=found.family.latent)
-    return Volumes(pictures, counts, visits, whole.found, later, whole.digest)
+    return Volumes(pictures, counts=counts, visits=visits, found=whole.found, later=later, digest=whole.digest)
 
 
 def _refuse_links(sources: Sequence[Any]) -> None:
@@ -178,7 +178,7 @@ def _dealt(
         )
     number = volumes_for(known, config.volume_size) if divisible else 1
     return [
-        Deal(source, [None]) if holding is None else deal_out(holding, number, config.caption_column)
+        Deal(source, parts=[None]) if holding is None else deal_out(holding, number, config.caption_column)
         for source, holding in zip(sources, holdings, strict=True)
     ]
 
@@ -273,11 +273,11 @@ def _own_pictures(config: TrainConfig, found: Location, dataset: Rows) -> Pictur
         raise UsageError(f"resolution = {resolution}: the dataset's own transform makes {own.resolution}")
     how = own or Preprocess(
         resolution,
-        config.resize_mode,
-        config.center_crop,
-        config.random_flip,
-        _buckets(config, found, resolution),
-        config.background,
+        resize_mode=config.resize_mode,
+        center_crop=config.center_crop,
+        random_flip=config.random_flip,
+        buckets=_buckets(config, found, resolution),
+        background=config.background,
     )
     return OwnPictures(dataset, config.prompt, trigger=config.trigger, transform=how)
 

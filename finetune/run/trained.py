@@ -73,7 +73,7 @@ def write_proved(
     remove(scratch)
     scratch.mkdir()
     try:
-        difference = write_form(model, scratch / to.name, form, precision, told, base)
+        difference = write_form(model, scratch / to.name, form, precision=precision, told=told, base=base)
     except (RunError, ModelError):
         if (scratch / to.name).exists():
             move_over(scratch / to.name, to.with_name(f"{to.name}.rejected"))
@@ -105,7 +105,7 @@ def write_exports(config: ResolvedConfig, folder: Path) -> None:
         to.parent.mkdir(exist_ok=True)
         remove(to.with_suffix(".yaml"))  # of an export that was cut off
         model, told = load_trained(config, folder)  # for each: a LoRA is merged for good
-        write_proved(model, to, form, config.export_precision, told)
+        write_proved(model, to, form, precision=config.export_precision, told=told)
 
 
 def discard_exports(config: ResolvedConfig, folder: Path) -> None:

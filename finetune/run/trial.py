@@ -28,7 +28,7 @@ def seconds_per_step(
     with gpu_algorithms(deterministic=config.deterministic, tuned=False):
         wanted = volumes.own_steps(0, range(total), config.global_batch)
         model, encoded, trainer = assembled(config, found, volumes.first, device, steps=wanted)
-        with closing(Reading(config, model, volumes, encoded, trainer)) as reading:
+        with closing(Reading(config=config, model=model, volumes=volumes, first=encoded, trainer=trainer)) as reading:
             clock = time.perf_counter()
             for number, batches in zip(range(total), reading.steps(0), strict=False):
                 trainer.step(*batches).as_dict()  # waits for the device

@@ -18,7 +18,7 @@ from finetune.out_of_memory import halved_until_it_fits
 from finetune.training.objective import NoisePrediction, prediction
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Questions:
     """What the UNet was asked of N prompts at S timesteps, and how it answered."""
 
@@ -71,7 +71,7 @@ def ask(
         if following is not None:
             now, then = torch.tensor([t]), torch.tensor([following])
             x_t = objective.moved(x_t, objective.velocity(answer, x_t, now), now, then)
-    return Questions(cond, empty, times, torch.stack(asked), torch.stack(effects), extra)
+    return Questions(cond=cond, empty=empty, t=times, x_t=torch.stack(asked), effect=torch.stack(effects), extra=extra)
 
 
 @torch.no_grad()

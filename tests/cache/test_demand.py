@@ -64,7 +64,15 @@ def slow(keys: Sequence[str], prepared: Sequence[str]) -> list[Item]:
 
 def work(keys: int, compute: object = slow) -> Work:
     names = [f"key {number}" for number in range(keys)]
-    return Work("picture", names, lambda index, _: [names[index]], str, compute, lambda _: 1, torch.nn.Identity())  # pyright: ignore
+    return Work(
+        kind="picture",
+        keys=names,
+        of=lambda index, _: [names[index]],
+        prepare=str,
+        compute=compute,
+        at_once=lambda _: 1,
+        network=torch.nn.Identity(),
+    )  # pyright: ignore
 
 
 def test_what_would_take_too_long_is_left_as_soon_as_it_shows() -> None:

@@ -128,7 +128,11 @@ def number(key):
     return int(key.split()[1])
 
 network = torch.nn.Identity()
-print(fill(store, Work("picture", keys, lambda index, _: [keys[index]], number, compute, lambda _: 1, network)))
+work = Work(
+    kind="picture", keys=keys, of=lambda index, _: [keys[index]], prepare=number, compute=compute,
+    at_once=lambda _: 1, network=network,
+)
+print(fill(store, work))
 store.close()
 """
 
@@ -235,7 +239,10 @@ def test_a_folder_that_cannot_be_written_is_read_from(tmp_path: Path) -> None:
         store = DiskStore(folder)
         print(store.load(["a"])[0]["stored"].tolist(), store.missing(["a", "b"]))
         store.mark_used(["a"])
-        on_demand = Work("picture", ["b"], lambda *_: ["b"], str, lambda *_: [], lambda _: 1, torch.nn.Identity())
+        on_demand = Work(
+            kind="picture", keys=["b"], of=lambda *_: ["b"], prepare=str, compute=lambda *_: [], at_once=lambda _: 1,
+            network=torch.nn.Identity(),  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
         for write in (lambda: store.claim(["b"]), lambda: Demand(Gathered(store), on_demand)):
             try:
                 write()

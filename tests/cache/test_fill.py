@@ -27,7 +27,15 @@ def filled(names: Sequence[str], at_once: int) -> tuple[MemoryStore, list[list[s
     store = MemoryStore()
     fill(
         Gathered(store),
-        Work("picture", names, lambda index, _: [names[index]], prepare, compute, lambda _: at_once, network),
+        Work(
+            kind="picture",
+            keys=names,
+            of=lambda index, _: [names[index]],
+            prepare=prepare,
+            compute=compute,
+            at_once=lambda _: at_once,
+            network=network,
+        ),
     )
     return store, groups
 

@@ -92,4 +92,4 @@ def test_sides_that_leave_no_bucket_are_told() -> None:
     with pytest.raises(UsageError, match="goes with resize_mode crop and resolution = 512"):
         Preprocess(256, buckets=SD15)
     with pytest.raises(UsageError, match="goes with resize_mode crop"):
-        Preprocess(512, "squash", buckets=SD15)
+        Preprocess(512, resize_mode="squash", buckets=SD15)

@@ -27,7 +27,9 @@ def pictures_in(folder: Path) -> list[str]:
 
 def captions(folder: Path, prompt: str | None = None) -> dict[str, Caption]:
     pictures = pictures_in(folder)
-    return dict(zip(pictures, find_captions(folder, list_files(folder), pictures, prompt).captions, strict=True))
+    return dict(
+        zip(pictures, find_captions(folder, list_files(folder), pictures=pictures, prompt=prompt).captions, strict=True)
+    )
 
 
 def write_rows(path: Path, *rows: Mapping[str, object]) -> None:
@@ -83,7 +85,7 @@ def test_pictures_with_the_same_stem_share_it_only_in_the_same_folder(tmp_path: 
 
 def test_caption_files_without_a_picture_are_listed(tmp_path: Path):
     pictures = make(tmp_path, a_DOT_png="", a_DOT_txt="dog", README_DOT_txt="", sub__old_DOT_caption="cat")
-    found = find_captions(tmp_path, list_files(tmp_path), pictures)
+    found = find_captions(tmp_path, list_files(tmp_path), pictures=pictures)
     assert found.orphans == ["README.txt", "sub/old.caption"]
     assert found.files == 1
 
@@ -161,7 +163,7 @@ def test_caption_files_that_are_not_utf8_are_named_with_their_pictures(tmp_path:
     make(tmp_path, a_DOT_png="", sub__b_DOT_png="", c_DOT_png="", c_DOT_txt="fine")
     for name in ("a.txt", "sub/b.caption"):
         (tmp_path / name).write_bytes("un café".encode("latin-1"))
-    found = find_captions(tmp_path, list_files(tmp_path), pictures_in(tmp_path), "a prompt")
+    found = find_captions(tmp_path, list_files(tmp_path), pictures=pictures_in(tmp_path), prompt="a prompt")
     assert found.unreadable == {
         "a.png": "a.txt is not UTF-8 at byte 6; save it as UTF-8",
         "sub/b.png": "b.caption is not UTF-8 at byte 6; save it as UTF-8",
@@ -178,7 +180,7 @@ def test_a_byte_order_mark_says_how_a_file_is_read(tmp_path: Path, encoding: str
 
 def test_empty_caption_files_are_named(tmp_path: Path):
     pictures = make(tmp_path, a_DOT_png="", a_DOT_txt=" \n", b_DOT_png="", b_DOT_txt="b", c_DOT_txt="")
-    found = find_captions(tmp_path, list_files(tmp_path), pictures, "the prompt")
+    found = find_captions(tmp_path, list_files(tmp_path), pictures=pictures, prompt="the prompt")
     assert [caption.text for caption in found.captions] == ["the prompt", "b"]
     assert (found.empty, found.orphans) == (["a.txt"], ["c.txt"])
 
@@ -257,7 +259,7 @@ def test_names_meet_whether_they_are_composed_or_not(tmp_path: Path) -> None:
     (tmp_path / f"{composed}.txt").write_text("a cup")
     (tmp_path / "1/metadata.jsonl").write_text(json.dumps({"file_name": f"{apart}.png", "text": "another"}))
     files = list_files(tmp_path)
-    found = find_captions(tmp_path, files, [file for file in files if file.endswith(".png")])
+    found = find_captions(tmp_path, files, pictures=[file for file in files if file.endswith(".png")])
     assert sorted(caption.text for caption in found.captions) == ["a cup", "another"]
     assert found.orphans == []
 
@@ -267,7 +269,7 @@ def test_utf16_without_a_mark_is_seen(tmp_path: Path) -> None:
     for number, encoding in enumerate(("utf-16-le", "utf-16-be", "utf-8")):
         pictures.append(f"{number}.png")
         (tmp_path / f"{number}.txt").write_bytes("a dog".encode(encoding))
-    assert [c.text for c in find_captions(tmp_path, list_files(tmp_path), pictures).captions] == ["a dog"] * 3
+    assert [c.text for c in find_captions(tmp_path, list_files(tmp_path), pictures=pictures).captions] == ["a dog"] * 3
 
 
 def test_metadata_with_backslashes_and_another_column_is_read(tmp_path: Path) -> None:
@@ -275,9 +277,9 @@ def test_metadata_with_backslashes_and_another_column_is_read(tmp_path: Path) ->
     (tmp_path / "in/a.png").touch()
     (tmp_path / "metadata.csv").write_text("file_name,mood\nin\\a.png,merry\n")
     files = list_files(tmp_path)
-    found = find_captions(tmp_path, files, ["in/a.png"], column="mood")
+    found = find_captions(tmp_path, files, pictures=["in/a.png"], column="mood")
     assert (found.captions[0].text, found.passed_over) == ("merry", [])
-    found = find_captions(tmp_path, files, ["in/a.png"])
+    found = find_captions(tmp_path, files, pictures=["in/a.png"])
     assert found.captions[0].source == "none"
     assert found.passed_over == ["metadata.csv: mood (--caption_column takes another one than text)"]
 
@@ -287,7 +289,7 @@ def test_what_looks_like_captions_and_is_not_read_is_named(tmp_path: Path) -> No
     for name in (*pictures, "photo.txt", "b.tags", "b.png.txt", "metadata.json", "b.npz", "notes.pdf"):
         (tmp_path / name).touch()
     (tmp_path / "photo.txt").write_text("a dog")
-    found = find_captions(tmp_path, list_files(tmp_path), pictures)
+    found = find_captions(tmp_path, list_files(tmp_path), pictures=pictures)
     assert sorted(found.passed_over) == [
         "b.png.txt",
         "b.tags",

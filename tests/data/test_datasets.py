@@ -82,9 +82,13 @@ def test_an_example_is_the_picture_in_its_own_size(tmp_path: Path):
 def test_options_reach_the_transform(tmp_path: Path):
     save(tmp_path / "a.png")
     options = {"resolution": 64, "resize_mode": "squash", "center_crop": False, "random_flip": True}
-    assert ImageFolder(tmp_path, **options).transform == Preprocess(64, "squash", False, True)
+    assert ImageFolder(tmp_path, **options).transform == Preprocess(
+        64, resize_mode="squash", center_crop=False, random_flip=True
+    )
     rows = datasets.Dataset.from_dict({"image": [png(Image.new("RGB", (2, 2)))]})
-    assert HuggingFaceDataset(rows, **options).transform == Preprocess(64, "squash", False, True)
+    assert HuggingFaceDataset(rows, **options).transform == Preprocess(
+        64, resize_mode="squash", center_crop=False, random_flip=True
+    )
     with pytest.raises(UsageError, match="resolution = 0"):
         ImageFolder(tmp_path, resolution=0)
 

@@ -42,7 +42,7 @@ def test_center_crop_is_bit_for_bit_what_torchvision_gives(width: int, height: i
 @pytest.mark.parametrize(("width", "height"), SHAPES)
 def test_squash_is_bit_for_bit_torchvisions_resize_of_both_sides(width: int, height: int):
     image = picture(width, height)
-    pixels, geometry = Preprocess(24, "squash", center_crop=False)(image, key=5)
+    pixels, geometry = Preprocess(24, resize_mode="squash", center_crop=False)(image, key=5)
     expected = v2.Compose([v2.Resize((24, 24), antialias=True), v2.PILToTensor()])(image)
     assert torch.equal(pixels, expected)
     assert geometry.tolist() == [height, width, 0, 0, 24, 24]

@@ -26,7 +26,7 @@ VISITS = st.lists(st.integers(1, 40), min_size=2, max_size=6)
 
 def volumes_of(visits: list[int]) -> Volumes:
     """Their pictures are not asked for."""
-    return Volumes(cast(Any, None), visits, visits)
+    return Volumes(cast(Any, None), counts=visits, visits=visits)
 
 
 @given(visits=VISITS, batch_size=st.integers(1, 50), epochs=st.integers(1, 3))

@@ -51,7 +51,7 @@ def test_it_is_known_by_its_config_and_made_of_seven_parts(folder: Path, tmp_pat
 
 
 def test_defaults_are_those_of_a_large_model() -> None:
-    found = Location("sdxl", FAMILIES["sdxl"], Path("somewhere"), 1024, 8)
+    found = Location("sdxl", FAMILIES["sdxl"], folder=Path("somewhere"), resolution=1024, multiple=8)
     for method, rate in (("lora", 1e-4), ("full", 1e-6)):
         config = resolve(
             TrainConfig(model="sdxl", method=method), found, pictures=12, varied_captions=True,

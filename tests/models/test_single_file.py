@@ -117,8 +117,8 @@ def test_relatives_are_known_by_their_blocks_and_inputs(tmp_path: Path, relative
     add_lora(model.unet, rank=2, alpha=1)
     for parameter in trainable(model.unet):
         parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    assert write_form(model, tmp_path / "lora.safetensors", "kohya", "fp32", {}) < 1e-5
-    assert write_form(model, tmp_path / "merged.safetensors", "single-file", "fp32", {}) < 1e-5
+    assert write_form(model, tmp_path / "lora.safetensors", "kohya", precision="fp32", told={}) < 1e-5
+    assert write_form(model, tmp_path / "merged.safetensors", "single-file", precision="fp32", told={}) < 1e-5
 
 
 def test_a_unet_of_other_blocks_is_told(files: dict[str, Path], tmp_path: Path) -> None:

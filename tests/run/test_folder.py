@@ -27,7 +27,7 @@ GIVEN = TrainConfig(model="tiny", data="images", lr_scheduler="constant", max_tr
 
 
 def resolved(config: TrainConfig) -> ResolvedConfig:
-    found = Location("tiny", FAMILIES["tiny"], Path("somewhere"), 64, 8)
+    found = Location("tiny", FAMILIES["tiny"], folder=Path("somewhere"), resolution=64, multiple=8)
     return resolve(config, found, pictures=6, varied_captions=False, device=torch.device("cpu"))
 
 

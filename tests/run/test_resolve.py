@@ -16,11 +16,11 @@ from finetune.run.samples import MOST_GRIDS, SAMPLING_SHARE, default_prompts, pl
 
 
 def location(family: str, resolution: int) -> Location:
-    return Location(family, FAMILIES[family], Path("somewhere"), resolution, 8)
+    return Location(family, FAMILIES[family], folder=Path("somewhere"), resolution=resolution, multiple=8)
 
 
 CPU = torch.device("cpu")
-SD15, DDPM = location("sd15", 512), Location("ddpm", FAMILIES["ddpm"], None, 64, 8)
+SD15, DDPM = location("sd15", 512), Location("ddpm", FAMILIES["ddpm"], folder=None, resolution=64, multiple=8)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,14 @@ class ToOne:
 
 def batch(size: int = 4) -> Batch:
     stored = (torch.arange(size * 12).reshape(size, 3, 2, 2) * 5 % 256).to(torch.uint8)
-    return Batch(stored, {}, torch.arange(size), torch.zeros(size, 6), tuple("abcdefgh"[:size]), torch.ones(size))
+    return Batch(
+        stored=stored,
+        cond={},
+        keys=torch.arange(size),
+        geometry=torch.zeros(size, 6),
+        ids=tuple("abcdefgh"[:size]),
+        weight=torch.ones(size),
+    )
 
 
 def trainer(name: str, *, in_backward: bool, **more: Any) -> Trainer:

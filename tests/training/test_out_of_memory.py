@@ -36,7 +36,9 @@ def eight() -> Batch:
     cond = {name: tensor.repeat(4, 1, 1) for name, tensor in one.cond.items()}
     stored = torch.arange(8 * 4 * 8 * 8).view(8, 4, 8, 8).to(torch.uint8)
     weight = torch.arange(1.0, 9.0)
-    return Batch(stored, cond, torch.arange(8), torch.zeros(8, 6), tuple("abcdefgh"), weight)
+    return Batch(
+        stored=stored, cond=cond, keys=torch.arange(8), geometry=torch.zeros(8, 6), ids=tuple("abcdefgh"), weight=weight
+    )
 
 
 def gradients(trainer: Trainer, batch: Batch) -> list[Tensor]:

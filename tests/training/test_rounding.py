@@ -67,7 +67,14 @@ def network(width: int = 12) -> nn.Linear:
 def batch(size: int = 4) -> Batch:
     stored = (torch.arange(size * 12).reshape(size, 3, 2, 2) * 5 % 256).to(torch.uint8)
     geometry = torch.zeros(size, 6)
-    return Batch(stored, {}, torch.arange(size), geometry, tuple("abcdefgh"[:size]), torch.ones(size))
+    return Batch(
+        stored=stored,
+        cond={},
+        keys=torch.arange(size),
+        geometry=geometry,
+        ids=tuple("abcdefgh"[:size]),
+        weight=torch.ones(size),
+    )
 
 
 def trainer(name: str = "adamw", *, masters: bool = False, rate: float = 1e-2, **more: Any) -> Trainer:
