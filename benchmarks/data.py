@@ -38,14 +38,14 @@ from torchvision.transforms.v2 import functional
 
 import finetune as ft
 from finetune.cache.disk import DiskStore
-from finetune.data.picture_memory import PictureMemory
+from finetune.data.image_index import PictureMemory
 from finetune.data.sampler import Sampler
 from finetune.models.conditioners import NoCondition
 from finetune.models.encoders import VaeEncoder
+from finetune.models.fixed_batch import FixedParts
 from finetune.models.loading import Frozen
-from finetune.models.locate import locate
-from finetune.models.together import FixedParts
-from finetune.run.sources import open_pictures
+from finetune.models.model_info import locate
+from finetune.run.build_dataset import open_pictures
 
 
 def say(what: str, figure: str, aim: str = "") -> None:

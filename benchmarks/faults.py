@@ -31,9 +31,9 @@ import finetune as ft
 from finetune.models.encoders import PixelEncoder
 from finetune.models.lora import Adapter
 from finetune.training import checkpoint
-from finetune.training.gate import Gate
+from finetune.training.async_writer import Saving, copied
 from finetune.training.metrics import Arriving
-from finetune.training.saving import Saving, copied
+from finetune.training.nonfinite import Gate
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

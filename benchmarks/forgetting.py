@@ -22,7 +22,7 @@ sys.path.append(str(ROOT / "examples"))
 from draw_world import describe, draw, invent
 
 import finetune as ft
-from finetune.run.questions import MOST, STATES, generic_prompts
+from finetune.run.forgetting import MOST_PROMPTS, STATES, generic_prompts
 from finetune.training.forgetting import Questions, ask, drift
 
 RUNS: tuple[dict[str, Any], ...] = (
@@ -50,7 +50,7 @@ CLASS_PICTURES = 48
 class Meter:
     """The meter as runs have it, over the first of the prompts."""
 
-    def __init__(self, prompts: int = MOST, states: int = STATES) -> None:
+    def __init__(self, prompts: int = MOST_PROMPTS, states: int = STATES) -> None:
         self.model = ft.load_model("tiny")
         objective = ft.NoisePrediction(self.model.scheduler)
         source = torch.Generator().manual_seed(0)
@@ -125,10 +125,10 @@ def main() -> None:
     say("tiny before any run: obedience", f"{obeyed(work, None):.1%}")
     kept = [obeyed(work, options) for options in RUNS]
     folders = [work / "-".join(map(str, options.values())) for options in RUNS]
-    for prompts in (MOST, 16, 4):
+    for prompts in (MOST_PROMPTS, 16, 4):
         meter = Meter(prompts)
         drifts = [meter.read(folder) for folder in folders]
-        if prompts == MOST:
+        if prompts == MOST_PROMPTS:
             for folder, drifted, share in zip(folders, drifts, kept, strict=True):
                 say(folder.name, f"forgetting {drifted:.1%}, obedience {share:.1%}")
         correlation = -np.corrcoef(ranks(drifts), ranks(kept))[0, 1]

@@ -29,7 +29,7 @@ from draw_butterflies import invent as invent_butterfly
 from draw_world import GROUNDS, INKS, SHAPES, lighter, outline
 
 from finetune.models.encoders import VaeEncoder
-from finetune.results.copies import distances
+from finetune.results.memorization import distances
 
 Array = NDArray[np.floating]
 

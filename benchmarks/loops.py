@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import finetune as ft
-from finetune.data.ahead import ahead
+from finetune.data.prefetch import ahead
 from finetune.models.encoders import VaeEncoder
-from finetune.models.lora_names import UNETS
+from finetune.models.lora_keys import UNETS
 from finetune.options import ATTENTION_AND_FEED_FORWARD
-from finetune.training.optim import make_optimizer
+from finetune.training.optimizers import make_optimizer
 
 Step = Callable[[], object]
 LEARNING_RATE = 1e-5

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from finetune.data.image_folder import ImageFolder
 from finetune.data.images import open_image
 from finetune.data.listing import is_picture
-from finetune.data.near import alike, look
+from finetune.data.near_duplicates import alike, look
 from finetune.data.split import held_out
 
 PLANTED = 200

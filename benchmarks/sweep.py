@@ -27,9 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import finetune as ft
 from finetune.batch import as_input, moved
-from finetune.run.compiling import compile_blocks
-from finetune.run.precision import gpu_algorithms
-from finetune.training.recompute import recompute
+from finetune.run.backend import compile_blocks, gpu_algorithms
+from finetune.training.gradient_checkpointing import recompute
 
 RANK, ROUNDS, STEPS = 16, 3, 4
 WIDTHS = (9, 9, 10, 9, 10, 7, 11)

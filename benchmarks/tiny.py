@@ -44,7 +44,7 @@ import finetune as ft
 from finetune import seeding
 from finetune.models.encoders import VaeEncoder
 from finetune.models.tiny import tiny_folder
-from finetune.results.copies import features
+from finetune.results.memorization import features
 from finetune.results.sampling import grid
 
 DRAWN = 240  # pictures of each butterfly set that is drawn by a model

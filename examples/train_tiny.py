@@ -42,14 +42,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import finetune as ft
 from finetune import seeding
-from finetune.files import flush_tree, write_whole
+from finetune.atomic_io import flush_tree, write_whole
 from finetune.models.conditioners import ClipConditioner, NoCondition
 from finetune.models.encoders import Encoder, PixelEncoder, VaeEncoder
 from finetune.models.tiny import DIGESTS
-from finetune.run.precision import DTYPES, resolve_precision
+from finetune.run.backend import DTYPES, resolve_precision
 from finetune.run.signals import catch_signals
 from finetune.training import checkpoint
-from finetune.training.optim import learning_rate, make_optimizer
+from finetune.training.optimizers import learning_rate, make_optimizer
 
 SIZE = 64
 WIDTH = 96  # of the text encoder and of what the UNet's cross attention reads

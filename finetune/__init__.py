@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finetune.batch import Batch
     from finetune.cache.encode import encode
-    from finetune.cache.encoded import Encoded, as_batch
+    from finetune.cache.encoded_dataset import Encoded, as_batch
     from finetune.config import TrainConfig, load_config
     from finetune.data.buckets import Buckets
-    from finetune.data.caption_visits import CaptionVisits
+    from finetune.data.caption_augmentation import CaptionVisits
     from finetune.data.datasets import HuggingFaceDataset, open_dataset
+    from finetune.data.image_dataset import Example
     from finetune.data.image_folder import ImageFolder
     from finetune.data.loader import batches, training_steps
-    from finetune.data.pictures import Example
     from finetune.data.transforms import Preprocess
     from finetune.errors import DataError, FinetuneError, Interrupted, ModelError, RunError, UsageError
     from finetune.models.loading import DiffusionModel, load_model
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
     from finetune.results.sampling import draw_pictures, grid
     from finetune.training.ema import Ema
     from finetune.training.metrics import StepMetrics
+    from finetune.training.micro_batch import Prepared
     from finetune.training.objective import Noised, NoisePrediction
-    from finetune.training.prepared import Prepared
     from finetune.training.trainer import Trainer
 
 _HOMES = {
     "batch": ("Batch",),
     "cache.encode": ("encode",),
-    "cache.encoded": ("Encoded", "as_batch"),
+    "cache.encoded_dataset": ("Encoded", "as_batch"),
     "config": ("TrainConfig", "load_config"),
     "data.buckets": ("Buckets",),
-    "data.caption_visits": ("CaptionVisits",),
+    "data.caption_augmentation": ("CaptionVisits",),
     "data.datasets": ("HuggingFaceDataset", "open_dataset"),
     "data.image_folder": ("ImageFolder",),
     "data.loader": ("batches", "training_steps"),
-    "data.pictures": ("Example",),
+    "data.image_dataset": ("Example",),
     "data.transforms": ("Preprocess",),
     "errors": ("DataError", "FinetuneError", "Interrupted", "ModelError", "RunError", "UsageError"),
     "models.loading": ("DiffusionModel", "load_model"),
@@ -52,7 +52,7 @@ _HOMES = {
     "training.ema": ("Ema",),
     "training.objective": ("NoisePrediction", "Noised"),
     "training.metrics": ("StepMetrics",),
-    "training.prepared": ("Prepared",),
+    "training.micro_batch": ("Prepared",),
     "training.trainer": ("Trainer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -13,9 +13,9 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from finetune.about import about_field
 from finetune.config import alternatives, fitted, readable, suggest
 from finetune.errors import UsageError
+from finetune.option_info import about_field
 from finetune.options import meanings
 
 PROGRAM = "finetune-unet"

@@ -16,10 +16,10 @@ from typing import Any
 
 from finetune.arguments import FLAG, PROGRAM, parse, show_help
 from finetune.config import TrainConfig, read_options, suggest
-from finetune.data.source import check_sources
+from finetune.data.data_source import check_sources
 from finetune.errors import INTERRUPTED, Elsewhere, FinetuneError, Interrupted, UsageError
 from finetune.models.families import FAMILIES
-from finetune.models.locate import check_name
+from finetune.models.model_info import check_name
 from finetune.options import SECTIONS, about
 
 VERBS = {

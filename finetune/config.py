@@ -8,11 +8,12 @@ import copy
 import dataclasses
 import difflib
 import importlib.metadata
+import re
 import sys
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -362,3 +363,17 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return given, decided
     except UsageError as error:
         raise UsageError(f"config file {path}: {error}") from error
+
+
+def numbers_by_block(option: str, given: Iterable[str], names: Iterable[str]) -> dict[str, float]:
+    """ "up_blocks.1=8" ... -> beginning of a layer's name -> number. Raises UsageError for what is otherwise."""
+    found: dict[str, float] = {}
+    for text in given:
+        begin, _, number = text.partition("=")
+        if not re.fullmatch(r"\d+(\.\d+)?", number):
+            raise UsageError(f"{option} {text}: allowed is BLOCK=NUMBER, such as up_blocks.1=2")
+        if not any(name.startswith(begin) for name in names):
+            blocks = sorted({".".join(name.split(".")[: 2 if name[:2] in ("do", "up") else 1]) for name in names})
+            raise UsageError(f"{option} {text}: no layer begins like that; the UNet's blocks: {', '.join(blocks)}")
+        found[begin] = float(number)
+    return found

@@ -1,9 +1,9 @@
 """Every option of a run, written once: type, default, meaning, and what else there is to know of it. Free of torch.
 
 The sections group the options for `--help` and for the TOML file. An option whose default depends on the model, the
-pictures or the machine is None here until the run decides it (`finetune/run/resolve.py`). What the rest of the package
-asks about options (is it only for LoRA? may a resume change it?) is answered by `finetune/about.py`'s `About`, never by
-a list of names.
+pictures or the machine is None here until the run decides it (`finetune/run/resolve_config.py`). What the rest of the
+package asks about options (is it only for LoRA? may a resume change it?) is answered by `finetune/option_info.py`'s
+`OptionInfo`, never by a list of names.
 """
 
 import ast
@@ -15,7 +15,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
-from finetune.about import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, About, about_field, option
+from finetune.option_info import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, About, about_field, option
 
 
 @dataclass(frozen=True, kw_only=True)

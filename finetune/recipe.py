@@ -5,60 +5,44 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, redirect_stdout
-from functools import partial
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors import SafetensorError
 
 from finetune.config import ResolvedConfig, TrainConfig, as_settings, config_text, decided_otherwise
-from finetune.data.ahead import ahead
-from finetune.data.own import Rows, refuse_unindexed
+from finetune.data.prefetch import ahead
 from finetune.data.sampler import steps_per_epoch
-from finetune.data.source import check_sources
-from finetune.data.volumes import Volumes
+from finetune.data.user_dataset import Rows, refuse_unindexed
 from finetune.errors import Interrupted, RunError, UsageError
-from finetune.files import json_lines
 from finetune.models.families import Family
-from finetune.models.loading import check_resolution
-from finetune.models.locate import Location, locate
 from finetune.out_of_memory import means_out_of_memory
 from finetune.results import hub, tracking
 from finetune.results.events import Events, Said
 from finetune.results.export import discard_steps_after, export, step_export
-from finetune.run import folder as run_folder
-from finetune.run.assembly import assembled
-from finetune.run.class_pictures import draw_missing
+from finetune.run.backend import gpu_algorithms, tuning_pays
+from finetune.run.build_dataset import identity
+from finetune.run.context import Run
 from finetune.run.disk_use import disk_line, disk_use
-from finetune.run.early_stop import has_risen, keep_if_best, take_best
+from finetune.run.early_stopping import has_risen, keep_if_best, take_best
+from finetune.run.evaluation import due
 from finetune.run.forgetting import measure_forgetting
-from finetune.run.grids import discard_strangers, draw_grid, lay_side_by_side
-from finetune.run.held_out import plan_validation
-from finetune.run.ledger import note_volume, write_ledger
-from finetune.run.lineage import about_run, compared, threads, threads_then
-from finetune.run.lock import occupied
-from finetune.run.memorised import known_pictures
-from finetune.run.memory import check_memory, out_of_memory
-from finetune.run.pace import due
-from finetune.run.parts import Run
-from finetune.run.precision import gpu_algorithms, tuning_pays
-from finetune.run.questions import meter
-from finetune.run.reading import Reading
-from finetune.run.reports import reports
-from finetune.run.resolve import resolve_for, with_absolute_paths
-from finetune.run.samples import plan_samples
-from finetune.run.sheet import lay_out_pictures
+from finetune.run.html_report import how_to_load, lora_facts, report
+from finetune.run.ledger import write_ledger
+from finetune.run.load_trained import discard_exports, write_exports
+from finetune.run.memory_estimate import check_memory, out_of_memory
+from finetune.run.provenance import threads, threads_then
+from finetune.run.resume import choose
+from finetune.run.run_dir import RunFolder, finish, occupied
+from finetune.run.sample_grids import discard_strangers, draw_grid, lay_side_by_side
+from finetune.run.setup import build_run, resolve_run
 from finetune.run.signals import PAUSE, SAVE, TIME_UP, Requests, StopRequest, catch_signals
-from finetune.run.sources import identity, open_pictures
-from finetune.run.summary import print_summary
-from finetune.run.telling import how_to_load, lora_facts, report
-from finetune.run.trained import discard_exports, write_exports
-from finetune.run.validating import least_step, validate
+from finetune.run.step_logger import reports
+from finetune.run.validation import least_step, validate
 from finetune.training import checkpoint
-from finetune.training.parallel import PATIENCE, Parallel, launched
-from finetune.training.prepared import Prepared
-from finetune.training.saving import Saving, copied
+from finetune.training.async_writer import Saving, copied
+from finetune.training.distributed import PATIENCE, Parallel, launched
+from finetune.training.micro_batch import Prepared
 
 
 def fine_tune(config: TrainConfig, dataset: Rows | None = None, *, repeats: Path | None = None) -> Path:
@@ -135,8 +119,8 @@ def _run(
     with parallel.in_turn():
         if config.push_to_hub:
             hub.check_login(config.hub_model_id)
-        config, found, volumes = _decide(config, dataset, accelerator.device, parallel)
-        folder = run_folder.choose(config, identity(volumes))
+        config, found, volumes = resolve_run(config, dataset, accelerator.device, parallel)
+        folder = choose(config, identity(volumes))
     if not parallel.same((config_text(config), identity(volumes), str(folder.checkpoint))):
         raise UsageError("the processes see different pictures, options or checkpoints: they need one file system")
     if folder.note:
@@ -157,7 +141,7 @@ def _run(
     )
     with held, gpu_algorithms(deterministic=config.deterministic, tuned=tuned), computing:
         try:
-            run = _put_together(
+            run = build_run(
                 config=config,
                 found=found,
                 volumes=volumes,
@@ -187,7 +171,7 @@ def _run(
 
 
 @contextmanager
-def _held(folder: run_folder.RunFolder, config: ResolvedConfig, events: Events) -> Iterator[None]:
+def _held(folder: RunFolder, config: ResolvedConfig, events: Events) -> Iterator[None]:
     """Inside, no other process can run in the folder, and what happens is written to it."""
     steps = {"step": folder.step, "total": config.max_train_steps}
     with (
@@ -195,87 +179,6 @@ def _held(folder: run_folder.RunFolder, config: ResolvedConfig, events: Events) 
         events.written_to(folder.path, **steps, anew=folder.overwrite),
     ):
         yield
-
-
-def _put_together(
-    config: ResolvedConfig,
-    found: Location,
-    volumes: Volumes,
-    folder: run_folder.RunFolder,
-    accelerator: Accelerator,
-    parallel: Parallel,
-    events: Events,
-) -> Run:
-    """Load the model, encode the pictures, and record and say what is going to happen."""
-    pictures = volumes.first
-    events.phase("loading", folder.step)
-    earlier = json_lines(folder.path / tracking.VALIDATION) if folder.checkpoint else []
-    validation = plan_validation(config, pictures, earlier)
-    model, encoded, trainer = assembled(
-        config,
-        found,
-        pictures,
-        accelerator.device,
-        steps=volumes.own_steps(0, range(folder.step, config.max_train_steps), config.global_batch),
-        validated=validation.examples,
-        parallel=parallel,
-        told=events.progress,
-    )
-    samples = plan_samples(
-        config, latent=found.family.latent, captions=pictures.trained_captions, visits=volumes.epoch_visits
-    )
-    about = about_run(model, identity(volumes), accelerator.device, parallel.world)
-    events.phase("forgetting", folder.step)
-    asked = meter(config, model) if parallel.first else None
-    comparable = samples.prompts and not model.inpainting  # whose pictures hold most of a training picture
-    known = known_pictures(config, pictures) if parallel.first and comparable else None
-    entered = partial(note_volume, folder.path, config) if parallel.first else None
-    reading = Reading(config=config, model=model, volumes=volumes, first=encoded, trainer=trainer, entered=entered)
-    run = Run(
-        config=config,
-        model=model,
-        volumes=volumes,
-        encoded=encoded,
-        reading=reading,
-        trainer=trainer,
-        samples=samples,
-        validation=validation,
-        meter=asked,
-        originals=known,
-        folder=folder.path,
-        accelerator=accelerator,
-        about=about,
-        events=events,
-    )
-    run.release()
-    if parallel.first:
-        if moved := compared(folder.about, about, config.allow_changed):
-            print(f"{'note':>10}  {moved}: from here on the bits are this machine's")
-        run_folder.begin(folder, config, identity(volumes))
-        write_ledger(folder.path, config, volumes, folder.step)
-        lay_out_pictures(run)
-        print_summary(run)
-        resumed = folder.step > 0
-        project = config.tracker_project_name
-        tracking.start_trackers(accelerator, folder.path, project, as_settings(config), resumed=resumed)
-    return run
-
-
-def _decide(
-    config: TrainConfig, dataset: Rows | None, device: torch.device, parallel: Parallel
-) -> tuple[ResolvedConfig, Location, Volumes]:
-    """Everything that can be known before weights are loaded: each option's value, the model, the pictures."""
-    if dataset is None:
-        config = run_folder.with_newest(config)
-    config = run_folder.with_earlier(with_absolute_paths(config))
-    if dataset is None:
-        check_sources(config.data)  # before a model is downloaded in vain
-    found = locate(config.model)
-    check_resolution(found, config.resolution or found.resolution)
-    draw_missing(config, found, device)
-    volumes = open_pictures(config, found, dataset)
-    resolved = resolve_for(config, found, volumes, device, processes=parallel.world)
-    return resolved, found, volumes
 
 
 def _begin(run: Run, resumed: Path | None) -> None:
@@ -430,7 +333,7 @@ def _finish(run: Run) -> None:
     run.accelerator.end_training()
     result = {"steps": run.trainer.steps_done, "trained": trained, "reloaded_output_difference": difference}
     discard_exports(config, folder)
-    run_folder.finish(folder, result)
+    finish(folder, result)
     print(f"done: the export was loaded back and compared (largest difference {difference:.0e})")
     for program, how in how_to_load(run).items():
         print(f"{program}: {how.replace(chr(10), '; ')}")

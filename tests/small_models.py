@@ -10,10 +10,10 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from finetune.models import single_file
+from finetune.models.clip_tokenizer import END, clip_tokenizer
 from finetune.models.ldm_file import checkpoint_tensors
 from finetune.models.tensor_file import write_tensors
 from finetune.models.tiny import tiny_folder
-from finetune.models.vocabulary import END, clip_tokenizer
 
 HIDDEN = 64
 WIDTH = 64

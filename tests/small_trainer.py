@@ -10,7 +10,7 @@ from finetune.models.encoders import PixelEncoder
 from finetune.models.lora import add_lora, trainable
 from finetune.training.ema import Ema
 from finetune.training.objective import NoisePrediction
-from finetune.training.optim import make_optimizer
+from finetune.training.optimizers import make_optimizer
 from finetune.training.trainer import Trainer
 
 

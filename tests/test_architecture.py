@@ -27,16 +27,16 @@ LAYERS = [
     {"training"},
     {"cache"},
     {"data", "models"},
-    {"arguments", "batch", "seeding", "files", "memory_limit", "out_of_memory"},
+    {"arguments", "batch", "seeding", "atomic_io", "memory_limit", "out_of_memory"},
     {"config"},
     {"options"},
-    {"about"},
-    {"errors", "wording"},
+    {"option_info"},
+    {"errors", "text"},
 ]
 """From the top down; a part imports only from layers below it, or from itself."""
 
 SEE_THE_CONFIG = {"arguments", "cli", "commands", "recipe", "run", "config", "__init__"}
-SEE_THE_ACCELERATOR = {"recipe.py", "results/tracking.py"}
+SEE_THE_ACCELERATOR = {"recipe.py", "results/tracking.py", "run/setup.py"}
 
 
 def part(module: str) -> str:
@@ -91,7 +91,7 @@ def test_functions_stay_under_60_lines_and_files_under_400(path: Path) -> None:
     assert len(text.splitlines()) - lines_of_docstrings(tree) < 400
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = (node.end_lineno or 0) - node.lineno + 1
+            lines = (node.end_lineno or 0) - node.body[0].lineno + 1  # a signature may have a line for each argument
             assert lines - lines_of_docstrings(node) < 60, f"{node.name} is too long"
 
 
@@ -104,7 +104,7 @@ def test_no_pickle_no_remote_code_and_nothing_swallowed(path: Path) -> None:
             assert carried or not {"everything", "Exception", "BaseException"} & set(re.findall(r"\w+", caught)), caught
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            if called == "torch.load" and path.name == "pickled.py":
+            if called == "torch.load" and path.name == "ckpt_file.py":
                 assert "weights_only=True" in map(ast.unparse, node.keywords)
                 continue
             assert called not in ("torch.load", "torch.save", "pickle.load", "pickle.loads", "eval", "exec"), called

@@ -6,8 +6,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from finetune.config import load_config
 from finetune.models.families import FAMILIES
-from finetune.models.locate import Location
-from finetune.run.resolve import resolve
+from finetune.models.model_info import Location
+from finetune.run.resolve_config import resolve
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 

@@ -17,17 +17,17 @@ from safetensors.torch import load_file
 from finetune.batch import Batch
 from finetune.cache.encode import encode
 from finetune.config import TrainConfig
-from finetune.data.ahead import ahead
 from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import batches
+from finetune.data.prefetch import ahead
 from finetune.models.loading import load_model
 from finetune.models.lora import add_lora, trainable
 from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
-from finetune.training import saving
+from finetune.training import async_writer
+from finetune.training.gradient_checkpointing import recompute
 from finetune.training.objective import NoisePrediction
-from finetune.training.optim import make_optimizer
-from finetune.training.recompute import recompute
+from finetune.training.optimizers import make_optimizer
 from finetune.training.trainer import Trainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -199,13 +199,13 @@ def test_everything_that_can_be_watched_or_weighed_is_where_the_unet_is(
 
 
 def test_the_copy_of_a_state_holds_the_values_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "PIECE", 1024)
+    monkeypatch.setattr(async_writer, "PIECE", 1024)
     weight = torch.arange(24000.0, device="cuda").view(20, 20, 6, 10).to(memory_format=torch.channels_last)
     state = {
         "weights": {"w": weight, "half": weight.half(), "nothing": weight[:0]},
         "optimizer": {"state": {0: {"step": torch.full((), 3.0, device="cuda"), "host": torch.ones(2)}}},
     }
-    copy = saving.copied(state)
+    copy = async_writer.copied(state)
     assert copy is not None
     assert copy["weights"]["w"].flatten().tolist() == list(range(24000))
     assert copy["weights"]["half"].equal(weight.half().cpu())

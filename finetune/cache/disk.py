@@ -16,10 +16,10 @@ from uuid import uuid4
 import torch
 from safetensors.torch import save
 
+from finetune.atomic_io import flush_to_disk
+from finetune.cache.process_lock import WRITERS, Writer, dead
 from finetune.cache.store import Item, Kind, MemoryStore, Store, cache_folder
-from finetune.cache.writer import WRITERS, Writer, dead
 from finetune.errors import DataError, RunError, UsageError
-from finetune.files import flush_to_disk
 
 INDEX = "index.sqlite3"
 SHARDS = "shards"

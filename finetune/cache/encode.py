@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune.cache.demand import Demand
+from finetune.cache.buffered_store import Gathered
 from finetune.cache.disk import open_store
-from finetune.cache.encoded import Conditions, Encoded, LiveConditions
-from finetune.cache.fill import Made, Work, fill
-from finetune.cache.gathered import Gathered
+from finetune.cache.encode_loop import Made, Work, fill
+from finetune.cache.encoded_dataset import Conditions, Encoded, LiveConditions
+from finetune.cache.image_source import Kept, Live
+from finetune.cache.lazy_encoder import Demand
 from finetune.cache.store import Item
-from finetune.cache.visits import Kept, Live
-from finetune.data.caption_visits import CaptionVisits
+from finetune.data.caption_augmentation import CaptionVisits
+from finetune.data.image_dataset import Pictures
 from finetune.data.inpainting import shown, small
-from finetune.data.own import Rows, as_pictures
-from finetune.data.pictures import Pictures
+from finetune.data.user_dataset import Rows, as_pictures
 from finetune.errors import DataError
 from finetune.models.conditioners import Conditioner
 from finetune.models.encoders import Encoder

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from finetune.config import TrainConfig
-from finetune.data.source import check_sources
+from finetune.data.data_source import check_sources
 from finetune.errors import UsageError
 
 WITH_TRAINING_OPTIONS = True
@@ -25,10 +25,10 @@ def run(options: Options, config: TrainConfig) -> None:
 
     from finetune.cache.encode import encode
     from finetune.models.loading import check_resolution, load_frozen
-    from finetune.models.locate import locate
-    from finetune.run.precision import gpu_algorithms
-    from finetune.run.resolve import with_absolute_paths
-    from finetune.run.sources import open_pictures
+    from finetune.models.model_info import locate
+    from finetune.run.backend import gpu_algorithms
+    from finetune.run.build_dataset import open_pictures
+    from finetune.run.resolve_config import with_absolute_paths
     from finetune.run.summary import encodings
 
     if config.live_encoding or config.cache_dir == "none":

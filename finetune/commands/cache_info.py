@@ -13,9 +13,9 @@ class Options:
 
 def run(options: Options) -> None:
     """Print a line for each kind of item, and the whole. Raises UsageError where there is no cache."""
-    from finetune.cache.care import contents
     from finetune.cache.disk import existing_store
-    from finetune.wording import counted
+    from finetune.cache.maintenance import contents
+    from finetune.text import counted
 
     store = existing_store(options.cache_dir)
     found = contents(store)

@@ -19,8 +19,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Print how much was freed. Raises UsageError where there is no cache, or for a number below 0."""
-    from finetune.cache.care import prune
     from finetune.cache.disk import existing_store
+    from finetune.cache.maintenance import prune
 
     for name, value in (("unused_days", options.unused_days), ("max_gb", options.max_gb)):
         if value is not None and not value >= 0:

@@ -13,9 +13,9 @@ class Options:
 
 def run(options: Options) -> None:
     """Print how many are sound, and those that were not. Raises UsageError where there is no cache."""
-    from finetune.cache.care import verify
     from finetune.cache.disk import existing_store
-    from finetune.wording import counted
+    from finetune.cache.maintenance import verify
+    from finetune.text import counted
 
     store = existing_store(options.cache_dir)
     sound, damaged = verify(store)

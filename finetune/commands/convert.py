@@ -4,9 +4,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.atomic_io import as_readable_as, flush_to_disk, new_file
 from finetune.errors import ModelError, RunError, UsageError
-from finetune.files import as_readable_as, flush_to_disk, new_file
-from finetune.wording import counted, listed
+from finetune.text import counted, listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ def run(options: Options) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from finetune.models.pickled import read_pickled
+    from finetune.models.ckpt_file import read_pickled
     from finetune.models.single_file import inspect
 
     tensors, others = read_pickled(path)

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from finetune.atomic_io import new_file
 from finetune.config import load_resolved
 from finetune.errors import UsageError
-from finetune.files import new_file
-from finetune.wording import counted, listed
+from finetune.text import counted, listed
 
 Format = Literal["kohya", "peft", "diffusers", "single-file", "unet"]
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -52,7 +52,7 @@ def run(options: Options) -> None:
         raise UsageError("--base goes with --format single-file")
     to = new_file("--to", options.to)
     from finetune.models.single_file import inspect
-    from finetune.run.trained import left_out, load_trained, write_proved
+    from finetune.run.load_trained import left_out, load_trained, write_proved
 
     base = None if options.base is None else inspect(Path(options.base).expanduser(), "--base")
     model, told = load_trained(config, folder, options.step, ema=options.ema)

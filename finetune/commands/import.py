@@ -6,13 +6,13 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.atomic_io import new_file, write_whole
 from finetune.commands.foreign import diffusers_scripts, kohya_ss, onetrainer, sd_scripts
 from finetune.commands.foreign.command_line import read_command_line
 from finetune.commands.foreign.sd_scripts_dataset import take_dataset
 from finetune.commands.foreign.taken import Taken
 from finetune.config import TrainConfig, config_text
 from finetune.errors import UsageError
-from finetune.files import new_file, write_whole
 
 
 @dataclass(frozen=True, kw_only=True)

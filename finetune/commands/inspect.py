@@ -9,7 +9,7 @@ from finetune.errors import UsageError
 
 if TYPE_CHECKING:
     from finetune.batch import Batch
-    from finetune.cache.encoded import Encoded
+    from finetune.cache.encoded_dataset import Encoded
     from finetune.training.trainer import Trainer
 
 
@@ -36,11 +36,11 @@ def run(options: Options) -> None:
     import torch
 
     from finetune.data.loader import training_steps
-    from finetune.models.locate import locate
+    from finetune.models.model_info import locate
     from finetune.results.contact_sheet import contact_sheet
-    from finetune.run.assembly import assembled
-    from finetune.run.folder import is_data_of
-    from finetune.run.sources import identity, open_pictures
+    from finetune.run.build import assembled
+    from finetune.run.build_dataset import identity, open_pictures
+    from finetune.run.run_dir import is_data_of
 
     folder = Path(options.run).expanduser()
     if not (folder / "config.toml").is_file():

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from finetune.files import new_file
+from finetune.atomic_io import new_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ def run(options: Options) -> None:
     from finetune.models.lora import Adapter
     from finetune.models.lora_tools import check_layers, open_lora, write_lora
     from finetune.models.tensor_file import DTYPES
-    from finetune.wording import counted
+    from finetune.text import counted
 
     path = Path(options.file).expanduser()
     found = open_lora(path, options.model)

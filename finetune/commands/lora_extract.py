@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.atomic_io import new_file
 from finetune.commands.lora_resize import check_target
 from finetune.errors import UsageError
-from finetune.files import new_file
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -41,12 +41,12 @@ def run(options: Options) -> None:
     to = new_file("--to", options.to)
     import torch
 
-    from finetune.models.locate import locate
     from finetune.models.lora_tools import difference, write_lora
+    from finetune.models.model_info import locate
     from finetune.models.source import open_source
     from finetune.models.tensor_file import DTYPES
-    from finetune.results.lora_facts import architecture
-    from finetune.wording import counted
+    from finetune.results.lora_metadata import architecture
+    from finetune.text import counted
 
     places = {"--model": locate(options.model), "--base": locate(options.base)}
     for name, found in places.items():

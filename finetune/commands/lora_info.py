@@ -31,7 +31,7 @@ def run(options: Options) -> None:
     """Print the table. Raises UsageError for no file, and ModelError for one that is no LoRA of a UNet."""
     from finetune.models.lora import Adapter
     from finetune.models.lora_tools import open_lora
-    from finetune.wording import counted
+    from finetune.text import counted
 
     path = Path(options.file).expanduser()
     found = open_lora(path, options.model)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from finetune.atomic_io import new_file
 from finetune.errors import UsageError
-from finetune.files import new_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,8 @@ def run(options: Options) -> None:
     to = new_file("--to", options.to)
     from finetune.models.loading import load_model
     from finetune.models.lora_tools import merge_files, open_lora
-    from finetune.run.trained import write_proved
-    from finetune.wording import counted
+    from finetune.run.load_trained import write_proved
+    from finetune.text import counted
 
     for file in options.file:
         open_lora(Path(file).expanduser(), options.model)  # before gigabytes are loaded in vain

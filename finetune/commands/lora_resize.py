@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from finetune.atomic_io import new_file
 from finetune.errors import UsageError
-from finetune.files import new_file
 
 
 @dataclass(frozen=True, kw_only=True)

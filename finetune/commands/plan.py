@@ -6,16 +6,16 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from finetune.about import NOT_NEGATIVE, POSITIVE, option
 from finetune.config import ResolvedConfig, TrainConfig, as_dict, load_resolved
-from finetune.data.source import check_sources
+from finetune.data.data_source import check_sources
 from finetune.errors import UsageError
+from finetune.option_info import NOT_NEGATIVE, POSITIVE, option
 
 if TYPE_CHECKING:
     import torch
 
-    from finetune.data.volumes import Volumes
-    from finetune.models.locate import Location
+    from finetune.data.chunks import Volumes
+    from finetune.models.model_info import Location
 
 WITH_TRAINING_OPTIONS = True
 
@@ -46,11 +46,11 @@ def run(options: Options, config: TrainConfig) -> None:
     import torch
 
     from finetune.models.loading import check_resolution
-    from finetune.models.locate import locate
+    from finetune.models.model_info import locate
+    from finetune.run.build_dataset import open_pictures
     from finetune.run.disk_use import disk_line, disk_use
-    from finetune.run.memory import check_memory
-    from finetune.run.resolve import resolve_for, with_absolute_paths
-    from finetune.run.sources import open_pictures
+    from finetune.run.memory_estimate import check_memory
+    from finetune.run.resolve_config import resolve_for, with_absolute_paths
 
     config = with_absolute_paths(config)
     check_sources(config.data)
@@ -90,8 +90,8 @@ def run(options: Options, config: TrainConfig) -> None:
 
 def _check(config: ResolvedConfig, volumes: "Volumes") -> str:
     """What it costs to compare half precision with fp32."""
+    from finetune.text import counted
     from finetune.training.half_precision import check_share
-    from finetune.wording import counted
 
     if config.mixed_precision == "no":
         return ""
@@ -137,9 +137,9 @@ def _time_of_trial(
 ) -> str:
     """By a few steps that are trained and thrown away."""
     from finetune.out_of_memory import means_out_of_memory
-    from finetune.run.memory import out_of_memory
+    from finetune.run.memory_estimate import out_of_memory
     from finetune.run.trial import seconds_per_step
-    from finetune.wording import counted
+    from finetune.text import counted
 
     try:
         seconds = seconds_per_step(config, found, volumes, device, steps=steps)

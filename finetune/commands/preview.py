@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.atomic_io import is_inside
 from finetune.config import TrainConfig
-from finetune.data.source import check_sources
+from finetune.data.data_source import check_sources
 from finetune.errors import UsageError
-from finetune.files import is_inside
 
 WITH_TRAINING_OPTIONS = True
 
@@ -28,16 +28,16 @@ def run(options: Options, config: TrainConfig) -> None:
         UsageError: `max_pictures` below 1, or the sheet cannot be written.
         DataError: as for training.
     """
-    from finetune.cache.visits import Live
+    from finetune.cache.image_source import Live
     from finetune.models.conditioners import chunks_of, count_tokens
     from finetune.models.loading import check_resolution
-    from finetune.models.locate import locate
+    from finetune.models.model_info import locate
     from finetune.models.source import open_source
     from finetune.results.contact_sheet import contact_sheet
-    from finetune.run.sources import open_pictures
+    from finetune.run.build_dataset import open_pictures
     from finetune.run.summary import sizes
     from finetune.seeding import example_key
-    from finetune.wording import counted
+    from finetune.text import counted
 
     if options.max_pictures < 1:
         raise UsageError(f"--max_pictures {options.max_pictures}: allowed is 1 or more")

@@ -73,7 +73,7 @@ def run(options: Options) -> None:
     import torch
 
     from finetune.results.sampling import draw_pictures
-    from finetune.run.precision import DTYPES, resolve_precision
+    from finetune.run.backend import DTYPES, resolve_precision
 
     recorded = Path(options.model).expanduser() / "config.toml"
     config = load_resolved(recorded) if recorded.is_file() else None
@@ -108,9 +108,9 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
     """The model, with what the run with this `config` has learned, and the pixels per side to draw."""
     from finetune.models.conditioners import spelt_words
     from finetune.models.loading import check_resolution, load_model
-    from finetune.models.locate import locate
     from finetune.models.lora import load_lora
     from finetune.models.lora_tools import merge_files
+    from finetune.models.model_info import locate
     from finetune.results.export import exported
 
     folder = Path(options.model).expanduser()

@@ -35,7 +35,7 @@ def run(options: Options) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise UsageError("ui needs a package: pip install 'finetune-unet[ui]'")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it would ask the network
-    from finetune.page.places import Places
+    from finetune.page.allowed_paths import Places
 
     places = Places([Path(folder) for folder in options.data], Path(options.work))
     from finetune.page.app import Page, build

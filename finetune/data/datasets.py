@@ -11,20 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from finetune.atomic_io import is_inside
 from finetune.data import hub_rows
 from finetune.data.buckets import Buckets
 from finetune.data.captions import Texts, first_caption, is_metadata
+from finetune.data.data_source import check_source, is_pattern
+from finetune.data.hub_dataset import CAPTION_COLUMN, IMAGE_COLUMN, kept
+from finetune.data.image_dataset import PictureFiles
 from finetune.data.image_folder import FolderPart, ImageFolder
+from finetune.data.image_index import PictureMemory, Stamp
 from finetune.data.images import PictureFile, Row
 from finetune.data.listing import PICTURE_SUFFIXES, ending, list_files
-from finetune.data.picture_memory import PictureMemory, Stamp
-from finetune.data.pictures import PictureFiles
 from finetune.data.shards import SUFFIX, TarShards, find_shards
-from finetune.data.source import check_source, is_pattern
-from finetune.data.streamed import CAPTION_COLUMN, IMAGE_COLUMN, kept
 from finetune.data.transforms import WHITE, Preprocess
 from finetune.errors import DataError, UsageError, first_line
-from finetune.files import is_inside
 from finetune.seeding import wide_fold
 
 if TYPE_CHECKING:

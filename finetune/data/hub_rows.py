@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.streamed import WHOLE, kept
+from finetune.data.hub_dataset import WHOLE, kept
 from finetune.errors import DataError, UsageError, first_line, hub_errors
 from finetune.seeding import wide_fold
 

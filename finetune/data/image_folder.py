@@ -9,14 +9,14 @@ from typing import Literal, NamedTuple
 
 from finetune.data.buckets import Buckets
 from finetune.data.captions import CAPTION_SUFFIXES, COLUMN, Texts, find_captions, is_metadata
+from finetune.data.image_dataset import Ledger, PictureFiles
+from finetune.data.image_index import PictureMemory
 from finetune.data.images import PictureFile
 from finetune.data.listing import PICTURE_SUFFIXES, ending, is_picture, list_files
 from finetune.data.masks import checked_masks, is_mask, masks_of
-from finetune.data.picture_memory import PictureMemory
-from finetune.data.pictures import Ledger, PictureFiles
 from finetune.data.transforms import WHITE, Preprocess
 from finetune.errors import DataError, UsageError
-from finetune.wording import listed
+from finetune.text import listed
 
 _REPEATED = re.compile(r"(\d{1,3})_(.+)")
 """A folder's name in the layout of sd-scripts: repeats and subject. A year has four digits."""

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.data.checks import stamped
+from finetune.data.image_checks import stamped
+from finetune.data.image_index import PictureMemory, Stamp
 from finetune.data.images import PictureFile, digest_of, open_image, read_file
 from finetune.data.listing import composed
-from finetune.data.picture_memory import PictureMemory, Stamp
 from finetune.data.transforms import Placement
 from finetune.errors import DataError
 

@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from finetune.data.captions import CAPTION_SUFFIXES, Texts
+from finetune.data.image_index import PictureMemory, Stamp
 from finetune.data.listing import is_picture
 from finetune.data.masks import is_mask, masks_of
-from finetune.data.picture_memory import PictureMemory, Stamp
 from finetune.errors import DataError
 
 TEXT_SUFFIXES = (*CAPTION_SUFFIXES, ".json")

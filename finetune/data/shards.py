@@ -8,13 +8,13 @@ from typing import Literal
 
 from finetune.data.buckets import Buckets
 from finetune.data.captions import Caption, Texts, first_caption
+from finetune.data.data_source import folder_of, is_pattern
+from finetune.data.image_dataset import Ledger, PictureFiles
+from finetune.data.image_index import PictureMemory
 from finetune.data.images import Member, PictureFile
 from finetune.data.listing import is_picture
 from finetune.data.masks import checked_masks
-from finetune.data.picture_memory import PictureMemory
-from finetune.data.pictures import Ledger, PictureFiles
 from finetune.data.shard_index import TEXT_SUFFIXES, Place, ShardIndex, ShardPicture, index_of, pictures_of
-from finetune.data.source import folder_of, is_pattern
 from finetune.data.transforms import WHITE, Preprocess
 from finetune.errors import DataError, UsageError
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
-from finetune.data.near import Look, alike, look
-from finetune.data.picture_memory import PictureMemory
-from finetune.data.pictures import Pictures
+from finetune.data.image_dataset import Pictures
+from finetune.data.image_index import PictureMemory
+from finetune.data.near_duplicates import Look, alike, look
 from finetune.seeding import fold, wide_fold
 
 FEWEST = 2

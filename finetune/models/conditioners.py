@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finetune.models.environment import numeric_environment
-from finetune.models.together import FixedParts, captions_at_once
+from finetune.models.fixed_batch import FixedParts, captions_at_once
 from finetune.models.weights import fingerprint
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finetune import seeding
 from finetune.models.environment import numeric_environment
-from finetune.models.together import FixedParts, pictures_at_once
+from finetune.models.fixed_batch import FixedParts, pictures_at_once
 from finetune.models.weights import fingerprint
 
 

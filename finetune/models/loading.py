@@ -20,7 +20,7 @@ from finetune.errors import ModelError, UsageError
 from finetune.models.conditioners import ClipConditioner, Conditioner, NoCondition, SdxlConditioner
 from finetune.models.encoders import Encoder, PixelEncoder, VaeEncoder
 from finetune.models.families import Family
-from finetune.models.locate import Location, locate, scratch_multiple
+from finetune.models.model_info import Location, locate, scratch_multiple
 from finetune.models.source import ModelSource, open_source, vae_from, vae_from_file
 
 
@@ -81,7 +81,7 @@ def load_model(
         prediction_type: "epsilon", "v_prediction" or "sample"; default: as the scheduler config says.
         max_token_length: 77, 150 or 225.
         clip_skip: hidden state of the text encoder to take, counted from the end, 1 = the last.
-        tokenizer: for a checkpoint in one file, see `finetune.models.vocabulary.clip_tokenizer`.
+        tokenizer: for a checkpoint in one file, see `finetune.models.clip_tokenizer.clip_tokenizer`.
         vae: a diffusers folder, or a .safetensors file of a VAE, that takes the place of the model's own.
         seed: of a from-scratch UNet's initial weights.
 

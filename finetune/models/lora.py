@@ -19,17 +19,17 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from finetune.errors import ModelError, UsageError
-from finetune.models.lora_kinds import (
+from finetune.models.adapter_types import (
     Kind,
     kind_of,
     read_settings,
     settings_of,
     without_alpha_for_whole_factors,
 )
-from finetune.models.lora_layouts import PEFT_PREFIX, LoraFile, from_kohya, read_lora, write_kohya
-from finetune.models.lora_lean import lean
+from finetune.models.lora_formats import PEFT_PREFIX, LoraFile, from_kohya, read_lora, write_kohya
+from finetune.models.lora_forward import lean
+from finetune.models.lora_keys import layer_names
 from finetune.models.lora_math import rank_of
-from finetune.models.lora_names import layer_names
 from finetune.options import ATTENTION_AND_FEED_FORWARD
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from finetune.errors import ModelError, RunError, UsageError
-from finetune.models.locate import locate
-from finetune.models.lora_layouts import LoraFile, read_lora, write_kohya, write_peft
+from finetune.models.lora_formats import LoraFile, read_lora, write_kohya, write_peft
+from finetune.models.lora_keys import UNETS, family_layers, layers_of
 from finetune.models.lora_math import changed, factors, update
-from finetune.models.lora_names import UNETS, family_layers, layers_of
+from finetune.models.model_info import locate
 from finetune.models.source import open_source
 
 Layout = Literal["kohya", "peft"]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finetune.errors import ModelError, UsageError
+from finetune.models.clip_tokenizer import END, clip_tokenizer
 from finetune.models.ldm_keys import UNET, VAE, is_vae_attention, newer_vae_key, openclip_keys, unet_keys, vae_keys
-from finetune.models.locate import Location, read_json
+from finetune.models.model_info import Location, read_json
 from finetune.models.single_file import CLIP, OPENCLIP_XL, Checkpoint, Shapes, read_header, vae_config
-from finetune.models.vocabulary import END, clip_tokenizer
 from finetune.models.weights import assign, count_numbers, read_tensors, read_weights, weight_files
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from finetune.atomic_io import as_readable_as
 from finetune.errors import ModelError
-from finetune.files import as_readable_as
 from finetune.models.single_file import read_header
 
 STEM = "diffusion_pytorch_model"

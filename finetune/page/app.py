@@ -11,15 +11,15 @@ from typing import Any
 
 import gradio as gr
 
+from finetune.atomic_io import is_inside
 from finetune.errors import UsageError
-from finetune.files import is_inside
 from finetune.models.families import FAMILIES
 from finetune.page import views
+from finetune.page.allowed_paths import Places
 from finetune.page.form import form_of
-from finetune.page.places import Places
 from finetune.page.processes import Queue, ask, command_line
-from finetune.results.following import Follower
-from finetune.results.sections import of_copies
+from finetune.results.event_reader import Follower
+from finetune.results.report_sections import of_copies
 
 _TICK = 1.0
 """Seconds between two looks at the runs."""

@@ -21,7 +21,7 @@ from finetune.options import (
     about,
     option_types,
 )
-from finetune.page.places import Places
+from finetune.page.allowed_paths import Places
 
 _OPEN = {
     field.name

@@ -10,7 +10,7 @@ from PIL import Image
 
 from finetune.results.curves import STYLE as CURVES
 from finetune.results.curves import curve, spread
-from finetune.results.following import Follower
+from finetune.results.event_reader import Follower
 
 STYLE = (
     CURVES

@@ -5,8 +5,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from finetune.files import write_whole
-from finetune.results import sections
+from finetune.atomic_io import write_whole
+from finetune.results import report_sections
 from finetune.results.report import page
 
 
@@ -24,12 +24,16 @@ def write_comparison(path: Path, runs: Sequence[Path], settings: Sequence[Mappin
         for option in settings[0]
         if any(each.get(option) != settings[0][option] for each in settings)
     }
-    figures = [sections.in_short(run) for run in runs]
+    figures = [report_sections.in_short(run) for run in runs]
     told = dict.fromkeys(figure for each in figures for figure in each)
     rows = {figure: [each.get(figure, "") for each in figures] for figure in told}
-    drawn = {"Pictures": sections.last_grid, "Validation": sections.validation, "Forgetting": sections.forgetting}
+    drawn = {
+        "Pictures": report_sections.last_grid,
+        "Validation": report_sections.validation,
+        "Forgetting": report_sections.forgetting,
+    }
     parts = {"What came of it": _columns(names, rows), "What was set otherwise": _columns(names, different)}
-    for heading, draw in (drawn | {"Loss": sections.loss}).items():
+    for heading, draw in (drawn | {"Loss": report_sections.loss}).items():
         columns = [f"<div><h3>{escape(name)}</h3>{draw(run)}</div>" for name, run in zip(names, runs, strict=True)]
         parts[heading] = f'<div class="runs">{"".join(columns)}</div>'
     write_whole(path, page(" and ".join(names), parts))

@@ -6,8 +6,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from finetune.results.lettering import fitting, width_of, write
 from finetune.results.sampling import MARGIN
+from finetune.results.text_drawing import fitting, width_of, write
 
 CELL = 192
 """Width and height of a picture on the sheet, in pixels."""

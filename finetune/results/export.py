@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.atomic_io import flush_to_disk, flush_tree, move_over, write_whole
 from finetune.errors import RunError, UsageError
-from finetune.files import flush_to_disk, flush_tree, move_over, write_whole
 from finetune.models.families import FAMILIES
 from finetune.models.loading import DiffusionModel
 from finetune.models.lora import LORA_FILE, Adapter

@@ -12,9 +12,9 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCardData, constants,
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from finetune.atomic_io import write_whole
 from finetune.data.captions import with_trigger
 from finetune.errors import RunError, UsageError, hub_errors
-from finetune.files import write_whole
 from finetune.models.families import FAMILIES
 from finetune.options import about
 from finetune.results.export import Exported, exported

@@ -8,8 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from finetune.files import write_whole
-from finetune.results import sections
+from finetune.atomic_io import write_whole
+from finetune.results import report_sections
 from finetune.results.curves import STYLE as CURVES
 
 REPORT = "report.html"
@@ -59,17 +59,19 @@ def write_report(
         load: how to use the result: program -> what to do there.
     """
     parts = {
-        "": sections.table(about),
-        "Before and after": sections.before_after(folder, step),
-        "Validation": sections.validation(folder),
-        "Forgetting": sections.forgetting(folder),
-        "Loss": sections.loss(folder),
-        "Pictures on the way": sections.grids(folder),
-        "Pictures that it learns from": sections.pictures(folder),
+        "": report_sections.table(about),
+        "Before and after": report_sections.before_after(folder, step),
+        "Validation": report_sections.validation(folder),
+        "Forgetting": report_sections.forgetting(folder),
+        "Loss": report_sections.loss(folder),
+        "Pictures on the way": report_sections.grids(folder),
+        "Pictures that it learns from": report_sections.pictures(folder),
         "Use it": "".join(f"<h3>{escape(name)}</h3><pre>{escape(text)}</pre>" for name, text in load.items()),
-        "Every file that was found": sections.ledger(folder),
-        "Options that differ from their defaults": sections.table({name: str(value) for name, value in given.items()}),
-        "Options that the run decided": sections.table({name: str(value) for name, value in derived.items()}),
+        "Every file that was found": report_sections.ledger(folder),
+        "Options that differ from their defaults": report_sections.table(
+            {name: str(value) for name, value in given.items()}
+        ),
+        "Options that the run decided": report_sections.table({name: str(value) for name, value in derived.items()}),
     }
     write_whole(folder / REPORT, page(folder.resolve().name, parts))
     return folder / REPORT

@@ -16,10 +16,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from finetune.atomic_io import write_whole
 from finetune.batch import as_input
-from finetune.files import write_whole
 from finetune.models.loading import DiffusionModel
-from finetune.results.lettering import fitting, write
+from finetune.results.text_drawing import fitting, write
 
 MARGIN = 8
 """Pixels between the pictures of a grid."""

@@ -21,8 +21,8 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
+from finetune.atomic_io import write_whole
 from finetune.errors import UsageError
-from finetune.files import write_whole
 from finetune.training.metrics import Fault, StepMetrics
 
 METRICS, TIMINGS, FAULTS = "metrics.jsonl", "timings.jsonl", "faults.jsonl"

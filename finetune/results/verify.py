@@ -17,7 +17,7 @@ from finetune.batch import map_tensors
 from finetune.errors import RunError
 from finetune.models.loading import DiffusionModel, without_library_bars
 from finetune.models.lora import LORA_FILE, Adapter
-from finetune.models.lora_layouts import LoraFile
+from finetune.models.lora_formats import LoraFile
 from finetune.models.lora_math import update
 from finetune.models.single_file import inspect
 from finetune.models.source import FileSource

@@ -9,17 +9,17 @@ from diffusers import UNet2DConditionModel
 
 from finetune.cache.store import cache_folder
 from finetune.config import ResolvedConfig
+from finetune.data.chunks import Volumes
 from finetune.data.inpainting import MASKS
 from finetune.data.sampler import steps_per_epoch
-from finetune.data.volumes import Volumes
 from finetune.models.conditioners import chunks_of
 from finetune.models.loading import scratch_unet
-from finetune.models.locate import Location
 from finetune.models.lora import trainable
+from finetune.models.model_info import Location
 from finetune.models.source import open_source
-from finetune.run.base import adapt
-from finetune.run.memory import MOMENTS
-from finetune.wording import counted
+from finetune.run.build import adapt
+from finetune.run.memory_estimate import MOMENTS
+from finetune.text import counted
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _TOKENS = 77

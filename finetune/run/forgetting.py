@@ -1,15 +1,89 @@
-"""The forgetting meter in the course of a run: when it is read, and what is recorded of it in forgetting.jsonl."""
+"""How much a run makes its UNet forget: unrelated prompts, probed at intervals and recorded in forgetting.jsonl."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
 
-from finetune.files import json_lines, write_json_lines
+import torch
+
+from finetune import seeding
+from finetune.atomic_io import json_lines, write_json_lines
+from finetune.batch import moved
+from finetune.config import ResolvedConfig
+from finetune.data.captions import with_trigger
+from finetune.models.image_condition import nothing_shown
+from finetune.models.loading import DiffusionModel
 from finetune.results import tracking
-from finetune.run.pace import measured_interval
-from finetune.run.parts import Run
-from finetune.run.questions import SHARE
-from finetune.training.forgetting import Questions, drift
+from finetune.run.context import Run
+from finetune.run.evaluation import measured_interval
+from finetune.training.forgetting import Questions, ask, drift
+from finetune.training.objective import NoisePrediction
 
-MOST = 10
+SHARE = 0.02
+"""Of a run's time that this may take unless a number of prompts was asked for."""
+
+STATES = 3
+"""Timesteps at which each prompt is asked."""
+
+FEWEST_PROMPTS, MOST_PROMPTS = 4, 64
+"""Prompts: fewer would tell little, more are not in the package."""
+
+
+@dataclass(frozen=True)
+class Meter:
+    """What was asked before the run, and how it was answered."""
+
+    plain: Questions
+    triggered: Questions | None
+    """The same prompts with the trigger word in front; None where there is none."""
+    seconds: float
+    """That asking has taken."""
+
+
+def meter(config: ResolvedConfig, model: DiffusionModel) -> Meter | None:
+    """Probe the untrained model; None where it takes no text, or `SHARE` of the run is too short for `FEWEST_PROMPTS`.
+
+    The cost is counted in UNet passes over one picture: a training example takes three (forward, and a backward of
+    about two), or two where frozen weights need no gradient (LoRA). Its prompts are asked at the start and in the end.
+    """
+    number = config.forgetting_prompts
+    if number is None:
+        passes = SHARE / 2 * (2 if config.method == "lora" else 3) * config.global_batch * config.max_train_steps
+        number = min(MOST_PROMPTS, int(passes / (2 * STATES * (2 if config.trigger else 1))))
+        number = 0 if number < FEWEST_PROMPTS else number
+    if not model.family.latent or not number:
+        return None
+    clock = time.perf_counter()
+    prompts = generic_prompts(model.family.world)[:number]
+    model.conditioner.to(model.unet.device)
+    plain, triggered = _asked(config, model, prompts), None
+    if config.trigger:
+        triggered = _asked(config, model, [with_trigger(prompt, config.trigger) for prompt in prompts])
+    return Meter(plain, triggered, time.perf_counter() - clock)
+
+
+def generic_prompts(world: str) -> list[str]:
+    """64 prompts of what a model knows: "everyday" or "tiny"."""
+    return (files("finetune") / f"assets/prompts/{world}.txt").read_text(encoding="utf-8").splitlines()
+
+
+def _asked(config: ResolvedConfig, model: DiffusionModel, prompts: Sequence[str]) -> Questions:
+    side, unet, conditioner = config.resolution, model.unet, model.conditioner
+    geometry = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts), device=unet.device)
+    cond, empty = (
+        conditioner.kwargs(moved(conditioner.encode(texts), unet.device), geometry)
+        for texts in (prompts, [""] * len(prompts))
+    )
+    keys = torch.tensor([seeding.example_key(0, prompt, 0) for prompt in prompts])
+    latent = side // model.pipeline().vae_scale_factor  # pyright: ignore[reportAttributeAccessIssue] # of latent ones
+    noise = seeding.normal(keys, "forgetting", (unet.config["out_channels"], latent, latent))
+    extra = nothing_shown(model.encoder.to(unet.device), keys, side) if model.inpainting else None
+    objective, size = NoisePrediction(model.scheduler), config.train_batch_size
+    return ask(unet, objective, cond, empty, noise, states=STATES, batch_size=size, extra=extra)
+
+
+MOST_PROBES = 10
 """Readings of a run."""
 
 
@@ -43,7 +117,7 @@ def steps_between_readings(run: Run) -> int | None:
     """What the first reading and the first steps leave room for, None while that is not known."""
     if run.meter is None:
         return None
-    return measured_interval(run.folder, "forgetting", run.config.max_train_steps, share=SHARE, most=MOST)
+    return measured_interval(run.folder, "forgetting", run.config.max_train_steps, share=SHARE, most=MOST_PROBES)
 
 
 def _read(run: Run, questions: Questions) -> float:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.atomic_io import json_lines, write_whole
 from finetune.config import ResolvedConfig
-from finetune.data.pictures import Ledger, Pictures
-from finetune.data.volumes import Stretch, Volumes
+from finetune.data.chunks import Stretch, Volumes
+from finetune.data.image_dataset import Ledger, Pictures
 from finetune.errors import RunError
-from finetune.files import json_lines, write_whole
-from finetune.run.assembly import sampler
-from finetune.run.sources import digest
-from finetune.wording import counted, listed
+from finetune.run.build import sampler
+from finetune.run.build_dataset import digest
+from finetune.text import counted, listed
 
 LEDGER, QUARANTINE, VOLUMES = "ledger.json", "quarantine.jsonl", "volumes.jsonl"
 """The last has a line for each volume that the run has come to, where there are several."""

@@ -2,21 +2,21 @@
 
 from collections import Counter
 
-from finetune.cache.encoded import Encoded
+from finetune.cache.encoded_dataset import Encoded
 from finetune.cache.store import cache_folder
 from finetune.config import ResolvedConfig
+from finetune.data.chunks import Volumes
+from finetune.data.image_dataset import Pictures
 from finetune.data.inpainting import MASKS
-from finetune.data.pictures import Pictures
 from finetune.data.sampler import steps_per_epoch
-from finetune.data.volumes import Volumes
+from finetune.models.adapter_types import NAMES
 from finetune.models.conditioners import spelt_words
 from finetune.models.families import defaults
 from finetune.models.lora import trainable
-from finetune.models.lora_kinds import NAMES
-from finetune.run.compiling import is_compiled
-from finetune.run.parts import Run
-from finetune.run.samples import SAMPLING_SHARE, SamplePlan
-from finetune.wording import counted, listed
+from finetune.run.backend import is_compiled
+from finetune.run.context import Run
+from finetune.run.sample_grids import SAMPLING_SHARE, SamplePlan
+from finetune.text import counted, listed
 
 
 def print_summary(run: Run) -> None:

@@ -6,11 +6,11 @@ from contextlib import closing
 import torch
 
 from finetune.config import ResolvedConfig
-from finetune.data.volumes import Volumes
-from finetune.models.locate import Location
-from finetune.run.assembly import assembled
-from finetune.run.precision import gpu_algorithms
-from finetune.run.reading import Reading
+from finetune.data.chunks import Volumes
+from finetune.models.model_info import Location
+from finetune.run.backend import gpu_algorithms
+from finetune.run.build import assembled
+from finetune.run.train_loader import Reading
 
 
 def seconds_per_step(

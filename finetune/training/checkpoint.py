@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from finetune.atomic_io import as_readable_as, flush_to_disk, flush_tree, remove
 from finetune.errors import RunError
-from finetune.files import as_readable_as, flush_to_disk, flush_tree, remove
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FILES = {"weights": "trainable.safetensors", "optimizer": "optimizer.safetensors", "ema": "ema.safetensors"}

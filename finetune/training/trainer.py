@@ -15,19 +15,19 @@ from finetune.errors import RunError
 from finetune.models.encoders import Encoder
 from finetune.out_of_memory import free_cached_memory, means_out_of_memory
 from finetune.seeding import fold
+from finetune.training.cuda_graphs import Graphs
+from finetune.training.distributed import Parallel
 from finetune.training.ema import Ema
-from finetune.training.gate import Gate
-from finetune.training.graphs import Graphs
+from finetune.training.fused_backward import InBackward
+from finetune.training.gradient_checkpointing import sets_generator
 from finetune.training.half_precision import TOLERANCES, check_half_precision
-from finetune.training.in_backward import InBackward
-from finetune.training.masters import Masters
+from finetune.training.master_weights import Masters
 from finetune.training.metrics import Arriving, Fault, NotFinite, StepMetrics, Values
+from finetune.training.micro_batch import MicroBatch, Prepared
+from finetune.training.nonfinite import Gate
 from finetune.training.optimizer_state import load_optimizer, optimizer_state
-from finetune.training.parallel import Parallel
-from finetune.training.prepared import MicroBatch, Prepared
-from finetune.training.prior import Prior, with_prior
-from finetune.training.recompute import sets_generator
-from finetune.training.rounding import Rounding
+from finetune.training.prior_prediction import Prior, with_prior
+from finetune.training.stochastic_rounding import Rounding
 
 MAX_OVERFLOWS = 25
 """Steps in a row that fp16 may skip: its loss scale starts at 2 ** 16 and halves each time."""
@@ -71,8 +71,8 @@ class Trainer:
         cuda_graphs: on a GPU, launch a whole micro-batch at once (see `Graphs`), where that is possible: in half
             precision beside masters, without dropout and with no gradient checkpointing but `recompute`'s. The
             objective's `loss` must not read a value then.
-        prior: what class pictures teach, in place of their noise (see `finetune/training/prior.py`); the objective is
-            a `NoisePrediction` then.
+        prior: what class pictures teach, in place of their noise (see `finetune/training/prior_prediction.py`); the
+            objective is a `NoisePrediction` then.
 
     Raises:
         ValueError: `in_backward` beside what it goes without.

@@ -7,7 +7,7 @@ from judge import TRAITS, ButterflyReader, copies, drawn, energy_distance, inven
 from PIL import Image
 
 import finetune as ft
-from finetune.results.copies import features
+from finetune.results.memorization import features
 
 
 def test_the_judge_reads_true_pictures_right_before_and_after_the_vae() -> None:

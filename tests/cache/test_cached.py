@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from finetune.cache.care import contents, verify
 from finetune.cache.disk import SHARDS, DiskStore, existing_store
 from finetune.cache.encode import encode
-from finetune.cache.encoded import Encoded
-from finetune.cache.visits import Version
+from finetune.cache.encoded_dataset import Encoded
+from finetune.cache.image_source import Version
+from finetune.cache.maintenance import contents, verify
 from finetune.data.datasets import open_dataset
+from finetune.data.image_dataset import Pictures
 from finetune.data.image_folder import ImageFolder
+from finetune.data.image_index import PictureMemory
 from finetune.data.loader import batches
-from finetune.data.own import Rows
-from finetune.data.picture_memory import PictureMemory
-from finetune.data.pictures import Pictures
+from finetune.data.user_dataset import Rows
 from finetune.errors import DataError
 from finetune.models.loading import DiffusionModel, load_model
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.cache.care import contents, prune, verify
 from finetune.cache.disk import SHARDS, DiskStore
+from finetune.cache.maintenance import contents, prune, verify
 from finetune.errors import DataError, RunError, UsageError
 
 
@@ -111,9 +111,9 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 import torch
-import finetune.cache.gathered as gathered
+import finetune.cache.buffered_store as gathered
 from finetune.cache.disk import DiskStore
-from finetune.cache.fill import Work, fill
+from finetune.cache.encode_loop import Work, fill
 
 gathered.SHARD_SECONDS = 0.05
 store = gathered.Gathered(DiskStore(Path(sys.argv[1])))
@@ -223,10 +223,10 @@ def test_a_folder_that_cannot_be_written_is_read_from(tmp_path: Path) -> None:
     script = textwrap.dedent("""
         import os, sys, tempfile, torch
         from pathlib import Path
-        from finetune.cache.demand import Demand
+        from finetune.cache.lazy_encoder import Demand
         from finetune.cache.disk import DiskStore
-        from finetune.cache.fill import Work
-        from finetune.cache.gathered import Gathered
+        from finetune.cache.encode_loop import Work
+        from finetune.cache.buffered_store import Gathered
         from finetune.errors import UsageError
         folder = Path(tempfile.mkdtemp())
         store = DiskStore(folder)

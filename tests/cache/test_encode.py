@@ -9,9 +9,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from finetune.cache.encode import encode
-from finetune.cache.encoded import as_batch
-from finetune.cache.visits import Version
-from finetune.data.caption_visits import CaptionVisits
+from finetune.cache.encoded_dataset import as_batch
+from finetune.cache.image_source import Version
+from finetune.data.caption_augmentation import CaptionVisits
 from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import batches
 from finetune.data.transforms import Preprocess, normalize

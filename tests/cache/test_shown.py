@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw
 from finetune import seeding
 from finetune.batch import Batch
 from finetune.cache.encode import encode
-from finetune.cache.encoded import Encoded, as_batch
-from finetune.cache.visits import Kept
+from finetune.cache.encoded_dataset import Encoded, as_batch
+from finetune.cache.image_source import Kept
 from finetune.data.image_folder import ImageFolder
 from finetune.data.inpainting import MASKS, drawn_mask, number_of
 from finetune.data.loader import batches, training_steps

@@ -10,15 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.cli import main
+from finetune.models.adapter_types import Kind
 from finetune.models.loading import load_model
 from finetune.models.lora import Adapter, add_lora, trainable
-from finetune.models.lora_kinds import Kind
-from finetune.models.lora_layouts import LoraFile, read_lora
+from finetune.models.lora_formats import LoraFile, read_lora
+from finetune.models.lora_keys import layer_names
 from finetune.models.lora_math import update
-from finetune.models.lora_names import layer_names
 from finetune.models.lora_tools import shortened
 from finetune.models.tiny import tiny_folder
-from tests.models.test_lora_layouts import adapted
+from tests.models.test_lora_formats import adapted
 from tests.small_models import write_single_file
 
 TOKENIZER = str(tiny_folder() / "tokenizer")

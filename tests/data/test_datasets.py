@@ -15,8 +15,8 @@ import torch
 from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
-from finetune.data.checks import Skipped
 from finetune.data.datasets import HuggingFaceDataset, open_dataset
+from finetune.data.image_checks import Skipped
 from finetune.data.image_folder import ImageFolder
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError, UsageError

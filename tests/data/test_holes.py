@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from finetune.cache.visits import Live
+from finetune.cache.image_source import Live
 from finetune.data.image_folder import ImageFolder
 from finetune.data.inpainting import MASKS, drawn_mask, for_people, middle_mask, number_of, placed_mask, shown, small
 from finetune.data.transforms import Placement, normalize

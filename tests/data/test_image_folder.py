@@ -144,7 +144,7 @@ def test_a_run_writes_what_it_found_and_saw(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [100, 99])
 def test_one_bad_picture_in_a_hundred_is_left_out_and_more_are_an_error(tmp_path: Path, count: int) -> None:
-    from finetune.run.sources import _refuse_unusable
+    from finetune.run.build_dataset import _refuse_unusable
 
     for number in range(count - 1):
         save(tmp_path / f"{number}.png")

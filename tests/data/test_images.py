@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 
-from finetune.data.checks import Skipped, check_images
+from finetune.data.image_checks import Skipped, check_images
 from finetune.data.images import digest_of, open_image, to_rgb
 from finetune.data.listing import is_picture, list_files
 from finetune.errors import DataError

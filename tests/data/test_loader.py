@@ -10,7 +10,7 @@ import torch
 
 from finetune.batch import Batch
 from finetune.cache.encode import encode
-from finetune.cache.encoded import Encoded
+from finetune.cache.encoded_dataset import Encoded
 from finetune.data.buckets import Buckets
 from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import batches, training_steps

@@ -11,16 +11,16 @@ from diffusers import DDPMScheduler
 from PIL import Image, ImageDraw
 from torch.nn import functional as F
 
-from finetune.cache import masks as at_hand
+from finetune.cache import loss_masks as at_hand
 from finetune.cache.encode import encode
-from finetune.cache.visits import Live
+from finetune.cache.image_source import Live
 from finetune.config import TrainConfig
 from finetune.data import masks
 from finetune.data.buckets import Buckets
 from finetune.data.image_folder import ImageFolder
+from finetune.data.image_index import PictureMemory
 from finetune.data.loader import training_steps
 from finetune.data.masks import weights
-from finetune.data.picture_memory import PictureMemory
 from finetune.data.transforms import Placement
 from finetune.errors import UsageError
 from finetune.models.encoders import PixelEncoder

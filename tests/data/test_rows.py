@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from finetune.data.datasets import HuggingFaceDataset, open_dataset
-from finetune.data.picture_memory import PictureMemory
-from finetune.data.streamed import _picture
+from finetune.data.hub_dataset import _picture
+from finetune.data.image_index import PictureMemory
 from finetune.errors import DataError
 from tests.data.test_datasets import png, save
 

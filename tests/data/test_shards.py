@@ -14,7 +14,7 @@ from PIL import Image
 
 from finetune.data.datasets import open_dataset
 from finetune.data.image_folder import ImageFolder
-from finetune.data.picture_memory import PictureMemory
+from finetune.data.image_index import PictureMemory
 from finetune.data.shards import TarShards
 from finetune.errors import DataError, UsageError
 
@@ -245,10 +245,10 @@ def test_an_unchanged_shard_is_not_read_again_and_a_changed_one_is(
     shard = write(tmp_path / "0.tar", members)
     first = opened(shard, prompt="a", memory=PictureMemory(tmp_path / "cache"))
     read: list[object] = []
-    from finetune.data import checks
+    from finetune.data import image_checks
 
-    plainly = checks.read_file
-    monkeypatch.setattr(checks, "read_file", lambda source: read.append(source) or plainly(source))
+    plainly = image_checks.read_file
+    monkeypatch.setattr(image_checks, "read_file", lambda source: read.append(source) or plainly(source))
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", None)
         again = opened(shard, prompt="a", memory=PictureMemory(tmp_path / "cache"))

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from finetune.data.image_folder import ImageFolder
-from finetune.data.picture_memory import PictureMemory
+from finetune.data.image_index import PictureMemory
 from finetune.data.split import default_fraction, held_out
-from tests.data.test_near import cropped, encoded_again, scene
+from tests.data.test_near_duplicates import cropped, encoded_again, scene
 
 
 def saved(folder: Path, count: int, copies: int = 0) -> ImageFolder:

@@ -31,7 +31,7 @@ def resumed(given: dict[str, Any]) -> Path:
 
 def spoilt_in_the_second(given: dict[str, Any]) -> tuple[str, int]:
     """A run of two, of which the second reads no finite latents for its third visit."""
-    from finetune.cache.visits import Kept
+    from finetune.cache.image_source import Kept
 
     load, visits = Kept.load, [0]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from finetune.cli import main
 from finetune.errors import ModelError
-from finetune.models.lora_layouts import from_kohya, read_lora, to_kohya
-from finetune.models.lora_names import layers_of
+from finetune.models.lora_formats import from_kohya, read_lora, to_kohya
+from finetune.models.lora_keys import layers_of
 from finetune.models.lora_tools import check_layers
 from finetune.models.source import FolderSource
 from finetune.models.tiny import tiny_folder

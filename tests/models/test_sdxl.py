@@ -16,10 +16,10 @@ from finetune.data.loader import batches
 from finetune.errors import ModelError
 from finetune.models.families import FAMILIES
 from finetune.models.loading import load_model
-from finetune.models.locate import Location, locate
+from finetune.models.model_info import Location, locate
 from finetune.recipe import fine_tune
 from finetune.results.sampling import draw_pictures
-from finetune.run.resolve import resolve
+from finetune.run.resolve_config import resolve
 from tests.tiny_sdxl import make_tiny_sdxl
 
 

@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from finetune.cli import main
 from finetune.config import TrainConfig
 from finetune.errors import ModelError, UsageError
-from finetune.models import vocabulary
+from finetune.models import clip_tokenizer as tokenizer_module
+from finetune.models.clip_tokenizer import clip_tokenizer
 from finetune.models.ldm_file import checkpoint_tensors
 from finetune.models.loading import load_model
-from finetune.models.locate import locate
 from finetune.models.lora import add_lora, trainable
+from finetune.models.model_info import locate
 from finetune.models.single_file import inspect, read_header
 from finetune.models.tiny import tiny_folder
-from finetune.models.vocabulary import clip_tokenizer
 from finetune.recipe import fine_tune
-from finetune.results.forms import write_form
+from finetune.results.export_formats import write_form
 from tests.small_models import RELATIVES, small_pipeline, write_single_file
 
 TOKENIZER = str(tiny_folder() / "tokenizer")
@@ -241,7 +241,7 @@ def test_a_pickled_checkpoint_is_converted_and_loads(
 def test_the_tokenizer_comes_from_where_it_is_and_else_the_way_to_it_is_told(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vocabulary, "_installed", lambda: None)
+    monkeypatch.setattr(tokenizer_module, "_installed", lambda: None)
     with pytest.raises(ModelError, match=r"give --tokenizer PATH .* or pip install .finetune-unet.single-file"):
         load_model(files["sd15"])
     with pytest.raises(UsageError, match=r"no tokenizer; allowed is a folder with vocab\.json"):

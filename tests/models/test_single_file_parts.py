@@ -9,7 +9,7 @@ from torch import Tensor
 
 from finetune.errors import ModelError
 from finetune.models.loading import load_model
-from finetune.models.locate import locate
+from finetune.models.model_info import locate
 from finetune.models.single_file import inspect
 from tests.models.test_single_file import TOKENIZER, equal, files, global_generator_untouched  # noqa: F401
 

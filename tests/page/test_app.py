@@ -11,8 +11,8 @@ from PIL import Image
 
 from finetune.errors import UsageError
 from finetune.page import views
+from finetune.page.allowed_paths import Places
 from finetune.page.app import Page, build, told
-from finetune.page.places import Places
 from finetune.page.processes import complaint, failure
 from finetune.page.serving import serve
 from finetune.training.checkpoint import checkpoints

@@ -7,8 +7,8 @@ import pytest
 
 from finetune.cli import parse_train
 from finetune.errors import UsageError
+from finetune.page.allowed_paths import Places
 from finetune.page.form import Form
-from finetune.page.places import Places
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from finetune.page.allowed_paths import Places
 from finetune.page.app import Page, build
-from finetune.page.places import Places
 from finetune.page.serving import guarded
 
 HOST = "localhost:7860"

@@ -24,7 +24,7 @@ from finetune.models.lora import Adapter, add_lora, trainable
 from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
 from finetune.results.export import export, kohya_files
-from finetune.results.lora_facts import LoraFacts, short_hash
+from finetune.results.lora_metadata import LoraFacts, short_hash
 from finetune.results.verify import verify_kohya
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "conv1", "conv2", "proj_in")

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from finetune.config import TrainConfig
-from finetune.models.locate import locate
+from finetune.models.model_info import locate
 from finetune.recipe import fine_tune
+from finetune.run.build_dataset import open_pictures
 from finetune.run.disk_use import DiskUse, disk_line, disk_use
-from finetune.run.resolve import resolve_for
-from finetune.run.sources import open_pictures
+from finetune.run.resolve_config import resolve_for
 
 
 def size_of(*places: Path) -> int:

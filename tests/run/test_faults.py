@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.cache.visits import Kept
+from finetune.cache.image_source import Kept
 from finetune.config import TrainConfig
 from finetune.recipe import fine_tune
 from finetune.training import checkpoint

@@ -10,7 +10,7 @@ from finetune.config import TrainConfig, replace
 from finetune.errors import UsageError
 from finetune.models.families import FAMILIES
 from finetune.recipe import fine_tune
-from finetune.run.questions import MOST, generic_prompts
+from finetune.run.forgetting import MOST_PROMPTS, generic_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_each_family_has_64_prompts_to_be_asked() -> None:
     worlds = {family.world for family in FAMILIES.values()}
     assert worlds == {"everyday", "tiny"}
     for world in worlds:
-        assert len(set(generic_prompts(world))) == MOST
+        assert len(set(generic_prompts(world))) == MOST_PROMPTS
 
 
 def test_events_tell_of_all_that_it_does(pictures: Path, tmp_path: Path) -> None:

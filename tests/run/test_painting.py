@@ -15,7 +15,7 @@ from finetune.config import TrainConfig
 from finetune.data.image_folder import ImageFolder
 from finetune.errors import UsageError
 from finetune.models.loading import load_model
-from finetune.models.locate import locate
+from finetune.models.model_info import locate
 from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
 from finetune.results.sampling import Hole, draw_pictures

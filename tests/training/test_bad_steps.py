@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from finetune.batch import Batch
-from finetune.training.gate import Gate
 from finetune.training.metrics import NotFinite
+from finetune.training.nonfinite import Gate
 from finetune.training.trainer import Trainer
 from tests.small_trainer import small_batch, small_trainer
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from finetune.errors import RunError
 from finetune.training import checkpoint
-from finetune.training.optim import make_optimizer
+from finetune.training.optimizers import make_optimizer
 
 
 def state(step: int, optimizer: str = "adamw") -> dict:

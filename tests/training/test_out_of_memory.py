@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from finetune.batch import Batch, Whole
+from finetune.training.distributed import launched
 from finetune.training.objective import NoisePrediction
-from finetune.training.parallel import launched
 from finetune.training.trainer import Trainer
 from tests.processes import together
 from tests.small_trainer import small_batch, small_trainer

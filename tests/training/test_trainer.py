@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finetune.batch import Batch
 from finetune.cache.encode import encode
-from finetune.cache.encoded import Encoded
+from finetune.cache.encoded_dataset import Encoded
 from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import batches
 from finetune.errors import RunError
@@ -21,7 +21,7 @@ from finetune.training import checkpoint
 from finetune.training.ema import Ema
 from finetune.training.metrics import NotFinite
 from finetune.training.objective import NoisePrediction
-from finetune.training.optim import make_optimizer, parameter_groups
+from finetune.training.optimizers import make_optimizer, parameter_groups
 from finetune.training.trainer import Trainer
 from tests.small_trainer import small_batch, small_trainer
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.cache.encode import encode
-from finetune.cache.encoded import Encoded
+from finetune.cache.encoded_dataset import Encoded
 from finetune.data.buckets import Buckets
 from finetune.data.image_folder import ImageFolder
 from finetune.models.loading import DiffusionModel, load_model

@@ -10,7 +10,7 @@ from finetune.commands.foreign.sd_scripts_options import CHANGES_NOTHING, RENAME
 from finetune.commands.foreign.taken import Taken
 from finetune.data.listing import is_picture, list_files
 from finetune.errors import UsageError
-from finetune.wording import listed
+from finetune.text import listed
 
 
 def read_dataset(path: Path) -> Taken:

@@ -1,0 +1,248 @@
+"""Encoded: a dataset whose pictures and captions are encoded, and how a batch is assembled from it."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from finetune import seeding
+from finetune.batch import Batch
+from finetune.cache.encode_loop import Made
+from finetune.cache.image_source import Kept, Live
+from finetune.cache.keys import caption_key
+from finetune.cache.lazy_encoder import Demand
+from finetune.cache.loss_masks import Masks
+from finetune.cache.store import Item, Store
+from finetune.data.caption_augmentation import CaptionVisits
+from finetune.data.image_dataset import Pictures
+from finetune.data.inpainting import drawn_mask, shown, small
+from finetune.data.transforms import normalize
+from finetune.errors import DataError, UsageError
+from finetune.models.conditioners import Conditioner
+from finetune.models.encoders import Encoder
+from finetune.models.image_condition import beside, with_shown
+from finetune.models.loading import DiffusionModel
+
+
+class Conditions:
+    """What the conditioner has stored for captions, read from a store; the last few stay at hand.
+
+    Args:
+        store: where it is.
+        conditioner: what made it.
+        precision: number format that is kept.
+        maker: the conditioner in its keys: fingerprint and environment.
+    """
+
+    MOST = 64
+    """Captions at hand: with one prompt for all pictures, nothing is read twice."""
+
+    def __init__(self, store: Store, conditioner: Conditioner, precision: str, maker: str) -> None:
+        self.store, self.precision, self.conditioner, self.maker = store, precision, conditioner, maker
+        self._at_hand: OrderedDict[str, Item] = OrderedDict()
+
+    def key(self, caption: str) -> str:
+        """Of what is stored for a caption."""
+        return caption_key(caption, self.maker, self.precision)
+
+    def of(self, captions: Sequence[str]) -> Item:
+        """Tensors of first size B, floats as fp32."""
+        rows = [self._row(caption) for caption in captions]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    def _row(self, caption: str) -> Item:
+        item = self._at_hand.get(caption)  # in one go: another thread may be here too
+        if item is None:
+            (stored,) = self.store.load([self.key(caption)])
+            item = self._at_hand[caption] = {name: tensor.float() for name, tensor in stored.items()}
+            if len(self._at_hand) > self.MOST:
+                self._at_hand.popitem(last=False)
+        return item
+
+
+@dataclass(frozen=True)
+class LiveConditions:
+    """Captions encoded at each visit, where there are too many different ones to keep."""
+
+    conditioner: Conditioner
+
+    def of(self, captions: Sequence[str]) -> Item:
+        """Tensors of first size B, floats as fp32."""
+        return {name: tensor.cpu().float() for name, tensor in self.conditioner.encode(captions).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A dataset ready to be visited: `batches` draws from it."""
+
+    pictures: Pictures
+    shapes: Sequence[int]
+    """Of each example; what has the same one can be computed together."""
+    visits: Kept | Live
+    """The part that worker processes get a copy of."""
+    encoder: Encoder | None
+    """Encodes at each visit; None where encodings are kept."""
+    conditioner: Conditioner
+    conditions: Conditions | LiveConditions
+    captioning: CaptionVisits
+    made: Sequence[Made]
+    """How much of it was encoded for this, and how much was there."""
+    store: Store
+    """Of all that is kept."""
+    demands: Sequence[Demand] = ()
+    """What is encoded when a visit comes to it."""
+    inpainting: Encoder | None = None
+    """What has made what an inpainting UNet is shown; None: it is another UNet."""
+
+    @cached_property
+    def masks(self) -> Masks:
+        """Of the pictures."""
+        return Masks(self.pictures, self.visits)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @property
+    def live(self) -> bool:
+        """Whether a visit needs an encoder, which nothing else can use meanwhile."""
+        kept = self.encoder is None and isinstance(self.conditions, Conditions)
+        return not kept or any(not demand.met for demand in self.demands)
+
+    def needs(self, network: Encoder | Conditioner | None) -> bool:
+        """Whether visits to come need it: it stays on its device."""
+        if any(demand.work.network is network and not demand.met for demand in self.demands):
+            return True
+        live = isinstance(self.conditions, LiveConditions) and network is self.conditioner
+        return live or (network is not None and network is self.encoder)
+
+    def ready(self, visits: Sequence[tuple[int, int]]) -> None:
+        """Encode what these visits, number of the example and key of each, need, and nothing has encoded yet."""
+        for demand in self.demands:
+            if not demand.met:
+                demand.need(visits)
+
+    def close(self) -> None:
+        """Keep what was encoded last; nothing more is going to be visited."""
+        for demand in self.demands:
+            demand.close()
+        self.store.close()
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return self.pictures.ids
+
+    @property
+    def captions(self) -> Sequence[str]:
+        """The first of each picture."""
+        return self.pictures.captions
+
+    @property
+    def repeats(self) -> Sequence[int]:
+        """How many times each picture comes in an epoch."""
+        return self.pictures.repeats
+
+    @property
+    def class_examples(self) -> Sequence[int]:
+        """Those that take turns in being visited as often as all others together."""
+        return self.pictures.class_pictures
+
+    @property
+    def weights(self) -> Sequence[float]:
+        """How much each counts in the loss of a step, beside the others."""
+        return self.pictures.weights
+
+    @property
+    def epoch_visits(self) -> int:
+        """Visits of an epoch."""
+        return self.pictures.epoch_visits
+
+    def assemble(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[tuple[Tensor, Sequence[int]]]) -> Batch:
+        """Loaded visits -> Batch on the CPU. Raises DataError when the pictures differ in size."""
+        ids = tuple(self.ids[index] for index in indices)
+        stored, extra = _stack([row[0] for row in loaded], ids), None
+        if self.encoder is not None:
+            stored = encoded_pixels(self.encoder, stored)
+        if self.inpainting is not None:
+            stored, extra = with_shown(self.inpainting, stored, keys)
+        geometry = torch.tensor([row[1] for row in loaded])
+        visits = zip(indices, keys.tolist(), strict=True)
+        captions = [self.captioning.caption(self.pictures.texts(index), key) for index, key in visits]
+        cond = self.conditioner.kwargs(self.conditions.of(captions), geometry)
+        weight = torch.tensor([self.pictures.weights[index] for index in indices])
+        of_class = tuple(index >= self.pictures.subjects for index in indices)
+        mask = self.masks.of(indices, keys, (stored.shape[-2], stored.shape[-1])) if extra is None else None
+        return Batch(
+            stored=stored,
+            cond=cond,
+            keys=keys,
+            geometry=geometry,
+            ids=ids,
+            weight=weight,
+            of_class=of_class,
+            mask=mask,
+            extra=extra,
+        )
+
+
+def encoded_pixels(encoder: Encoder, pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) uint8 -> what the encoder stores of them, on the CPU.
+
+    With a mask (B, 4, H, W): beside it what is stored of what the mask leaves, and the mask, as `with_shown` takes it.
+    """
+    stored = encoder.encode(normalize(pixels[:, :3])).cpu()
+    if pixels.shape[1] == 3:
+        return stored
+    left = encoder.encode(shown(pixels)).cpu()
+    return torch.cat([stored, left, small(pixels[:, 3:], (stored.shape[-2], stored.shape[-1]))], dim=1)
+
+
+def as_batch(
+    model: DiffusionModel,
+    pixels: Tensor,
+    prompts: Sequence[str] = (),
+    *,
+    step: int,
+    seed: int = 0,
+    masks: Tensor | None = None,
+) -> Batch:
+    """A Batch from a data loader of your own: encodes what it is given, here and now.
+
+    Args:
+        model: its encoder and conditioner are used.
+        pixels: (B, 3, H, W) in [-1, 1], as the tutorial's `Normalize([0.5], [0.5])` gives.
+        prompts: B captions; none in pixel mode.
+        step: of your loop; every draw is a function of seed, step and row, so it must change from call to call.
+        masks: for an inpainting model: (B, 1, H, W), above 0 where it is to paint; None: drawn.
+
+    Raises:
+        UsageError: the pixels are bytes, or run from 0 to 255.
+    """
+    if not pixels.is_floating_point() or pixels.abs().max() > 2:
+        raise UsageError(
+            f"pixels are {str(pixels.dtype).removeprefix('torch.')} from {pixels.min():g} to {pixels.max():g}; "
+            "they should be floats in [-1, 1]: pixels / 127.5 - 1"
+        )
+    ids = tuple(f"step {step} row {row}" for row in range(len(pixels)))
+    keys = torch.tensor([seeding.example_key(seed, name, 0) for name in ids])
+    height, width = pixels.shape[-2:]
+    geometry = torch.tensor([[height, width, 0, 0, height, width]] * len(ids))
+    cond = model.conditioner.kwargs(model.conditioner.encode(prompts), geometry) if prompts else {}
+    stored, extra = model.encoder.encode(pixels), None
+    if model.inpainting:
+        masks = torch.stack([drawn_mask(key, height, width) for key in keys.tolist()]) if masks is None else masks
+        left = model.encoder.encode(pixels * (masks == 0).to(pixels.device))
+        extra = beside(model.encoder, left.cpu(), small(masks.cpu(), (left.shape[-2], left.shape[-1])), keys)
+    batch = Batch(
+        stored=stored, cond=cond, keys=keys, geometry=geometry, ids=ids, weight=torch.ones(len(ids)), extra=extra
+    )
+    return batch.to(model.unet.device)
+
+
+def _stack(tensors: Sequence[Tensor], ids: Sequence[str]) -> Tensor:
+    sizes = {tuple(tensor.shape) for tensor in tensors}
+    if len(sizes) > 1:
+        raise DataError(f"pictures of one batch differ in size: {', '.join(ids)}; give the dataset a transform")
+    return torch.stack(list(tensors))

@@ -1,0 +1,54 @@
+"""The masks of a batch: placed as their pictures are, at the size of what the UNet sees."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from finetune.cache.image_source import Kept, Live
+from finetune.data.image_dataset import Pictures
+from finetune.data.masks import weights
+from finetune.data.transforms import Placement
+
+MOST = 256 * 2**20
+"""Bytes of masks at hand: 16,000 of latents at 512 px, 256 of pixels."""
+
+
+class Masks:
+    """Makes them, and keeps those that were made last.
+
+    Args:
+        pictures: whose masks they are.
+        visits: to these pictures.
+    """
+
+    def __init__(self, pictures: Pictures, visits: Kept | Live) -> None:
+        self._pictures, self._visits = pictures, visits
+        self._at_hand: OrderedDict[tuple[int, Placement, bool], Tensor | None] = OrderedDict()
+        self._bytes = 0
+
+    def of(self, indices: Sequence[int], keys: Tensor, size: tuple[int, int]) -> Tensor | None:
+        """(B, 1, h, w) for visits with these keys and latents of this size; None where no picture has a mask."""
+        if not self._pictures.masked:
+            return None
+        found = [self._one(index, key, size) for index, key in zip(indices, keys.tolist(), strict=True)]
+        if all(mask is None for mask in found):
+            return None
+        return torch.stack([torch.ones(1, *size) if mask is None else mask for mask in found])
+
+    def _one(self, index: int, key: int, size: tuple[int, int]) -> Tensor | None:
+        placement, flip = self._visits.placed(index, key)
+        name = (index, placement, flip)
+        if name not in self._at_hand:
+            mask = self._pictures.mask(index)
+            made = self._at_hand[name] = None if mask is None else weights(mask, placement, flip, size)
+            self._bytes += _size(made)
+            while self._bytes > MOST and len(self._at_hand) > 1:
+                self._bytes -= _size(self._at_hand.popitem(last=False)[1])
+        return self._at_hand[name]
+
+
+def _size(mask: Tensor | None) -> int:
+    """Bytes that a mask takes at hand; without one, those of its entry."""
+    return 200 if mask is None else mask.nbytes

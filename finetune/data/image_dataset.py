@@ -1,0 +1,333 @@
+"""Pictures: what every dataset is to the rest of the package, and what it tells of itself."""
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from finetune.data.captions import TRIGGER, Caption, placed_trigger, with_trigger
+from finetune.data.image_checks import Checked, Skipped, check_images
+from finetune.data.image_index import PictureMemory
+from finetune.data.images import PictureFile, open_alpha, open_image
+from finetune.data.masks import MaskInfo, open_mask
+from finetune.data.transforms import WHITE, Placement, Preprocess, whole
+from finetune.errors import DataError
+from finetune.text import counted, listed
+
+
+class Example(NamedTuple):
+    """One picture to learn from."""
+
+    image: Image.Image
+    """RGB, 8 bit, upright, in its original size."""
+    caption: str
+    id: str
+    """Unique within the dataset and the same wherever the dataset lies; randomness is drawn from it."""
+
+
+class Ledger(NamedTuple):
+    """What became of everything that was found: `found` is the sum of all that follows."""
+
+    found: int
+    """Files, or rows of a table."""
+    trained: int
+    """Pictures."""
+    quarantined: int
+    """Pictures that cannot be trained on."""
+    captions: int = 0
+    """Files that captions were read from."""
+    masks: int = 0
+    """Files that are the mask of a picture."""
+    held_out: int = 0
+    """Pictures that are kept for validation."""
+    skipped: Mapping[str, int] = MappingProxyType({})
+    """Why -> how many."""
+
+    def adds_up(self) -> bool:
+        told = self.trained + self.quarantined + self.held_out + self.captions + self.masks + sum(self.skipped.values())
+        return self.found == told
+
+
+class Pictures(Dataset[Example], ABC):
+    """A map-style dataset that is ready to be encoded.
+
+    Args:
+        ids: of the pictures.
+        captions: theirs.
+        contents: a digest of each picture itself, for the identity of a run; none where the dataset vouches for its
+            ids.
+        trigger: word put in place of every [trigger], or in front of each caption.
+        transform: how the pictures become squares; None: they are of one size that the model can take.
+        repeats: how many times each comes in an epoch; none: once.
+
+    Raises:
+        DataError: an id stands for two pictures.
+    """
+
+    subjects: int
+    """How many, from the first, are of what is to be learned; class pictures follow."""
+    weights: Sequence[float]
+    """How much each counts in the loss of a step, beside the others."""
+    quarantined: Sequence[Skipped] = ()
+    """Pictures that were found and cannot be trained on."""
+    held_out: Sequence[int] = ()
+    """Numbers of pictures that are never trained on, but validated on."""
+    masked: bool = False
+    """Whether some may have a mask."""
+    passed_over: Sequence[str] = ()
+    """What lies there and looks like captions, but is not read."""
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        captions: Sequence[Caption],
+        contents: Sequence[str],
+        *,
+        trigger: str | None,
+        transform: Preprocess | None,
+        repeats: Sequence[int] = (),
+    ) -> None:
+        self.repeats = list(repeats) or [1] * len(ids)
+        self.aside = dict[str, int]()
+        """Why pictures are neither trained nor validated on -> how many."""
+        self.subjects, self.weights = len(ids), [1.0] * len(ids)
+        self.ids, self.contents, self.transform = list(ids), list(contents), transform
+        self.captions = [with_trigger(caption.text, trigger) for caption in captions]
+        """The first of each, with the trigger word; empty where there is neither a caption nor a prompt."""
+        self._more = {
+            index: tuple(with_trigger(text, trigger) for text in caption.others)
+            for index, caption in enumerate(captions)
+            if caption.others
+        }
+        self.sources = Counter(caption.source for caption in captions)
+        """How many captions came from where: txt, caption, metadata, column, prompt, none."""
+        self.triggerless = 0 if trigger else sum(TRIGGER in caption.text for caption in captions)
+        """How many captions say [trigger] although no trigger word was given."""
+        glued = [text for caption in captions if TRIGGER not in (text := caption.text) and placed_trigger(text)]
+        self.glued = glued if trigger else []
+        """Captions that read badly with the trigger word in front."""
+        doubled = [name for name, count in Counter(ids).items() if count > 1]
+        if doubled:
+            raise DataError(f"two pictures have the id {doubled[0]!r}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Example:
+        """Raises DataError if the picture can be read no longer."""
+
+    @abstractmethod
+    def checked(self, index: int) -> Checked:
+        """Size and digest of the picture. Raises DataError as `__getitem__` does, where it must be opened for that."""
+
+    def mask(self, index: int) -> Image.Image | None:
+        """Where an error in the picture counts: 8 bit grey, upright, of the picture's shape; None: everywhere."""
+        return None
+
+    def mask_digest(self, index: int) -> str | None:
+        """Of the file that is the picture's mask; None: there is none."""
+        return None
+
+    @property
+    def mask_digests(self) -> Sequence[str]:
+        """Of all files that are masks."""
+        return ()
+
+    @property
+    def flips(self) -> bool:
+        """Whether visits may be mirrored."""
+        return self.transform is not None and self.transform.random_flip
+
+    @property
+    def background(self) -> str:
+        """The colour that shows where a picture is transparent."""
+        return WHITE if self.transform is None else self.transform.background
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """All captions of a picture; each visit takes one of them."""
+        return (self.captions[index], *self._more.get(index, ()))
+
+    def placement(self, size: tuple[int, int], key: int) -> Placement:
+        """What is trained on of a picture of this width and height; a random crop is drawn from the key."""
+        return whole(*size) if self.transform is None else self.transform.place(*size, key)
+
+    def shapes(self) -> list[int]:
+        """Of each picture a number, the same for all that are trained in the same size."""
+        if self.transform is None or self.transform.buckets is None:  # of one size, or made so
+            return [0] * len(self)
+        sizes = [self.transform.size(*self.checked(index).size) for index in range(len(self))]
+        numbers = {size: number for number, size in enumerate(sorted(set(sizes)))}
+        return [numbers[size] for size in sizes]
+
+    def hold_out(self, indices: Sequence[int]) -> None:
+        """Train on none of these pictures, but validate on them."""
+        self.held_out = list(indices)
+        for index in indices:
+            self.repeats[index] = 0
+
+    def leave_aside(self, indices: Sequence[int], why: str) -> None:
+        """Neither train nor validate on these."""
+        if indices:
+            self.aside[why] = len(indices)
+        for index in indices:
+            self.repeats[index] = 0
+
+    @property
+    def trained(self) -> list[int]:
+        """Numbers of the pictures that are trained on."""
+        return [index for index, times in enumerate(self.repeats) if times]
+
+    @property
+    def class_pictures(self) -> list[int]:
+        """Numbers of the pictures of the kind, which take turns in being seen as often as those of the subject."""
+        return [index for index in range(self.subjects, len(self)) if self.repeats[index]]
+
+    @property
+    def epoch_visits(self) -> int:
+        """Visits of an epoch."""
+        return 2 * sum(self.repeats[: self.subjects]) if self.class_pictures else sum(self.repeats)
+
+    @property
+    def trained_captions(self) -> list[str]:
+        """The first of each of these."""
+        return [self.captions[index] for index in self.trained]
+
+    def ledger(self) -> Ledger:
+        """What became of everything that was found."""
+        found, trained, held = len(self) + len(self.quarantined), len(self.trained), len(self.held_out)
+        return Ledger(found, trained, len(self.quarantined), held_out=held, skipped=dict(self.aside))
+
+    def notes(self) -> list[str]:
+        """Lines for the user about what was found: what is left out, or looks wrong."""
+        lines = []
+        if self.passed_over and any(source in ("prompt", "folder", "none") for source in self.sources):
+            lines.append(f"not read as captions: {listed(self.passed_over)}")
+        if self.triggerless:
+            captions = counted(self.triggerless, "caption")
+            lines.append(f"[trigger] stands in {captions}, but no --trigger is given: it is left out")
+        if self.glued:
+            captions, better = counted(len(self.glued), "caption"), placed_trigger(self.glued[0])
+            lines.append(f"the trigger is put in front of {captions}; better say where it belongs: {better!r}")
+        return lines
+
+
+class PictureFiles(Pictures):
+    """What the layouts share: every picture found is decoded once, and those that cannot be read are left out.
+
+    `where`, for messages, is what they are in; `names`, `captions` and `_file` speak of all pictures found, the
+    attributes of those that can be read; `memory` is that of `check_images`; `bad` are names of pictures that cannot
+    be trained on for another reason, `repeats` is empty or speaks of all found; `more` pictures of the same source are
+    elsewhere, so that none of these need be readable.
+
+    Raises:
+        DataError: there are no pictures, or none that can be read.
+    """
+
+    _masks: Mapping[Any, PictureFile] = MappingProxyType({})
+    """What `_file` answers for a picture -> its mask."""
+    _mask_infos: Mapping[Any, MaskInfo] = MappingProxyType({})
+    """The same -> what is known of its mask, where masks are heeded."""
+    _alpha = False
+    """Whether the alpha channel is the mask of the others."""
+
+    def __init__(
+        self,
+        where: str,
+        names: Sequence[str],
+        captions: Sequence[Caption],
+        *,
+        trigger: str | None,
+        transform: Preprocess,
+        memory: PictureMemory | None,
+        bad: Mapping[str, str] | None = None,
+        repeats: Sequence[int] = (),
+        orphans: Sequence[str] = (),
+        empty: Sequence[str] = (),
+        more: bool = False,
+    ) -> None:
+        checked = check_images(names, self._file, memory)
+        for place, name in enumerate(names):
+            found = checked[place]
+            if bad and name in bad:
+                checked[place] = Skipped(name, bad[name])
+            elif not isinstance(found, Skipped) and (why := self._unfit_mask(place, found.size)):
+                checked[place] = Skipped(name, why)
+        good = {place: found for place, found in enumerate(checked) if not isinstance(found, Skipped)}
+        self.quarantined = [problem for problem in checked if isinstance(problem, Skipped)]
+        if not good and not more:
+            raise DataError(
+                f"{where}: none of {counted(len(names), 'picture')} can be trained on; the first: {self.quarantined[0]}"
+            )
+        self._places, self._checked = list(good), list(good.values())
+        self.orphans = list(orphans)
+        """Caption files without a picture, relative to the folder."""
+        self.empty = list(empty)
+        """Caption files beside a picture that say nothing, likewise."""
+        self.small = sum(_is_enlarged(transform, *found.size) for found in good.values())
+        """How many pictures are smaller than what they are trained in."""
+        super().__init__(
+            [names[place] for place in good],
+            [captions[place] for place in good],
+            [found.digest for found in good.values()],
+            trigger=trigger,
+            transform=transform,
+            repeats=[repeats[place] for place in good] if repeats else (),
+        )
+
+    @abstractmethod
+    def _file(self, place: int) -> PictureFile:
+        """Where the picture at this place of `names` is. Raises ValueError with the reason that there is none."""
+
+    def mask(self, index: int) -> Image.Image | None:
+        if not self.masked:
+            return None
+        file = self._file(self._places[index])
+        if file in self._masks:
+            return open_mask(self._masks[file], self.mask_digest(index))
+        return open_alpha(file) if self._alpha else None
+
+    def _unfit_mask(self, place: int, size: tuple[int, int]) -> str | None:
+        """Why the mask at this place of `names` is not for a picture of this size; None: it is, or there is none."""
+        info = self._mask_infos.get(self._file(place)) if self._mask_infos else None
+        if info is None or info.fits(size):
+            return None
+        (width, height), (across, down) = info.size, size
+        return f"its mask has another shape: {width}x{height} for a picture of {across}x{down}"
+
+    def mask_digest(self, index: int) -> str | None:
+        info = self._mask_infos.get(self._file(self._places[index])) if self._mask_infos else None
+        return None if info is None else info.digest
+
+    @property
+    def mask_digests(self) -> Sequence[str]:
+        return [info.digest for info in self._mask_infos.values()]
+
+    def __getitem__(self, index: int) -> Example:
+        digest = self._checked[index].digest
+        image = open_image(self._file(self._places[index]), self.ids[index], digest, self.background)
+        return Example(image, self.captions[index], self.ids[index])
+
+    def checked(self, index: int) -> Checked:
+        return self._checked[index]
+
+    def notes(self) -> list[str]:
+        reasons = [f"{bad.path} ({bad.reason})" for bad in self.quarantined]
+        white = sum(info.white for info in self._mask_infos.values())
+        lines = {
+            f"{counted(len(reasons), 'picture')} quarantined: {listed(reasons)}": reasons,
+            f"caption files without a picture, {len(self.orphans)}: {listed(self.orphans)}": self.orphans,
+            f"empty caption files, {len(self.empty)}: {listed(self.empty)}": self.empty,
+            f"smaller than they are trained, and enlarged: {counted(self.small, 'picture')}": self.small,
+            f"masks that are white all over, and so change nothing: {white}": white,
+        }
+        return [line for line, found in lines.items() if found] + super().notes()
+
+
+def _is_enlarged(transform: Preprocess, width: int, height: int) -> bool:
+    target_height, target_width = transform.size(width, height)
+    return width < target_width or height < target_height

@@ -1,0 +1,75 @@
+"""Which folders the page may show: those that were named when it was started, and what lies in them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.atomic_io import is_inside
+from finetune.data.listing import is_picture
+from finetune.data.shards import SUFFIX
+from finetune.errors import UsageError
+
+_DEPTH, _MOST = 3, 200
+"""How deep picture folders are looked for, and how many are offered."""
+
+
+class Places:
+    """The folders that are open to the page.
+
+    Args:
+        data: in which pictures may lie.
+        work: where commands run; its `runs` holds the run folders.
+    """
+
+    def __init__(self, data: Sequence[Path], work: Path) -> None:
+        self.data = [folder.expanduser().resolve() for folder in data]
+        self.work = work.expanduser().resolve()
+        self.runs = self.work / "runs"
+        if missing := [folder for folder in (self.work, *self.data) if not folder.is_dir()]:
+            raise UsageError(f"{missing[0]}: no such folder")
+
+    def picture_folders(self) -> list[str]:
+        """Folders that hold pictures or shards of them, the nearest first."""
+        found: list[Path] = []
+        level = list(self.data)
+        for _ in range(_DEPTH):
+            below: list[Path] = []
+            for folder in level:
+                try:
+                    entries = sorted(folder.iterdir())
+                except OSError:
+                    continue
+                if any(is_picture(entry.name) or entry.suffix.lower() == SUFFIX for entry in entries):
+                    found.append(folder)
+                below += [e for e in entries if e.is_dir() and not e.name.startswith(".") and self._is_open(e)]
+            level = below[:_MOST]
+        return [str(folder) for folder in found[:_MOST]]
+
+    def pictures(self, given: str) -> Path:
+        """The folder or file of pictures that was chosen. Raises UsageError where it does not lie in one of `data`."""
+        path = Path(given).expanduser().resolve()
+        if not given or not self._is_open(path):
+            allowed = ", ".join(map(str, self.data))
+            raise UsageError(f"{given or 'no folder'}: allowed is what lies in {allowed} (--data of finetune-unet ui)")
+        if path.suffix in (".toml", ".json"):
+            raise UsageError(f"{given}: such a file may name folders that are not open; it is for the command line")
+        return path
+
+    def _is_open(self, path: Path) -> bool:
+        """Whether it lies in one of `data`, links followed, and is not where the runs are."""
+        path = path.resolve()
+        return path != self.runs and any(path.is_relative_to(folder) for folder in self.data)
+
+    def run_names(self) -> list[str]:
+        """Names of the run folders, the newest first."""
+        try:
+            entries = [entry for entry in self.runs.iterdir() if is_inside(entry / "samples", self.runs)]
+            folders = [entry for entry in entries if (entry / "samples").is_dir()]
+            return [folder.name for folder in sorted(folders, key=lambda path: -path.stat().st_mtime)]
+        except OSError:  # not made yet, or one was deleted in between
+            return []
+
+    def run(self, name: str | None) -> Path:
+        """The run folder of this name. Raises UsageError where it is no name of one."""
+        if not name or name not in self.run_names():
+            raise UsageError(f"{name or 'no run'}: no run in {self.runs}")
+        return self.runs / name

@@ -1,0 +1,94 @@
+"""The forms in which what was learned can be taken away: LoRA files, a pipeline, a checkpoint in one file, a UNet."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from finetune.atomic_io import write_whole
+from finetune.errors import UsageError
+from finetune.models.ldm_file import checkpoint_tensors, marks, rest_of, yaml_beside
+from finetune.models.loading import DiffusionModel
+from finetune.models.lora import Adapter
+from finetune.models.pipeline_folder import write_pipeline
+from finetune.models.single_file import Checkpoint
+from finetune.models.tensor_file import DTYPES, write_tensors
+from finetune.models.weights import in_dtype, read_tensors, save_part
+from finetune.results.lora_metadata import architecture
+from finetune.results.verify import verify_kohya, verify_peft, verify_pipeline, verify_single_file, verify_unet
+
+
+def write_form(
+    model: DiffusionModel,
+    to: Path,
+    form: Literal["kohya", "peft", "diffusers", "single-file", "unet"],
+    precision: Literal["fp32", "fp16", "bf16"],
+    told: Mapping[str, str],
+    base: Checkpoint | None = None,
+) -> float:
+    """Write the model in one form, load it back and compare.
+
+    Args:
+        model: with an adapter, or with trained weights, in fp32. A LoRA is merged into it for all forms but its own.
+        to: a file (kohya, single-file) or a folder that is not there yet.
+        form: see `finetune.commands.export`.
+        precision: number format of what is written.
+        told: metadata for a LoRA file.
+        base: for a checkpoint in one file: where to take from what a diffusers folder has no place for.
+
+    Returns:
+        The largest difference of the UNet's outputs, relative to the largest output.
+
+    Raises:
+        UsageError: the model has no such form.
+        ModelError: `base` is of another kind.
+        RunError: what was written does not load back to the same model.
+    """
+    dtype, adapter = DTYPES[precision], Adapter.of(model.unet)
+    if form == "kohya" and adapter:
+        adapter.save_kohya(to, told, adapter.state(dtype))
+        return verify_kohya(model, to, dtype)
+    if form == "peft" and adapter:
+        to.mkdir()
+        adapter.save(to, model.new_prediction_type, dtype)
+        return verify_peft(model, to, dtype)
+    if adapter:
+        adapter.merge()
+    if form == "diffusers":
+        to.mkdir()
+        write_pipeline(model, to, dtype)
+        return verify_pipeline(model, to, dtype)
+    if form == "unet":
+        save_part(in_dtype(model.unet, dtype), to)
+        return verify_unet(model, to, dtype)
+    family = model.family.layout
+    if family is None:
+        raise UsageError(f"--format {form}: {model.family.description} has no such form; allowed is diffusers or unet")
+    settings = _settings(model, family)
+    tensors = {name: tensor.to(dtype) for name, tensor in checkpoint_tensors(model.pipeline(), family).items()}
+    rest = {} if base is None else dict(read_tensors(base.path, rest_of(base, tensors, family)))
+    facts = _checkpoint_facts(model, family, to.stem)
+    write_tensors(to, tensors | rest | marks(model.scheduler.config, family), facts)
+    if settings:
+        write_whole(to.with_suffix(".yaml"), settings)
+    return verify_single_file(model, to, dtype)
+
+
+def has_yaml(model: DiffusionModel) -> bool:
+    """Whether a checkpoint in one file of this model needs a YAML file beside it."""
+    return model.family.layout is not None and _settings(model, model.family.layout) is not None
+
+
+def _settings(model: DiffusionModel, family: str) -> str | None:
+    return yaml_beside(model.scheduler.config, family, inpainting=model.inpainting)
+
+
+def _checkpoint_facts(model: DiffusionModel, family: str, title: str) -> dict[str, str]:
+    """Entries of the Stability AI Model Metadata Standard 1.0.1."""
+    prediction_type = model.scheduler.config["prediction_type"]
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture(family, prediction_type)[1],
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title,
+        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else prediction_type,
+    }

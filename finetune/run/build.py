@@ -1,0 +1,214 @@
+"""Builds the parts of a run from its config: the model, the encoded pictures, the trainer."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+
+from finetune.cache.encode import encode
+from finetune.cache.encoded_dataset import Encoded
+from finetune.config import ResolvedConfig, numbers_by_block
+from finetune.data.caption_augmentation import CaptionVisits
+from finetune.data.image_dataset import Pictures
+from finetune.data.sampler import Sampler
+from finetune.errors import UsageError
+from finetune.models.loading import DiffusionModel, load_model
+from finetune.models.lora import Adapter, add_lora
+from finetune.models.model_info import Location
+from finetune.run.backend import DTYPES, compile_blocks
+from finetune.seeding import example_key
+from finetune.text import counted
+from finetune.training.distributed import Parallel
+from finetune.training.ema import Ema
+from finetune.training.gradient_checkpointing import recompute
+from finetune.training.objective import NoisePrediction
+from finetune.training.optimizers import learning_rate, make_optimizer, parameter_groups
+from finetune.training.prior_prediction import Prior, untrained
+from finetune.training.trainer import Trainer
+
+
+def load_base(config: ResolvedConfig, found: Location, dtype: torch.dtype) -> DiffusionModel:
+    """The base model as the run's config says, with an untrained adapter for a LoRA; `dtype` is its UNet's."""
+    model = load_model(
+        found,
+        resolution=config.resolution,
+        dtype=dtype,
+        prediction_type=config.prediction_type,
+        max_token_length=config.max_token_length,
+        clip_skip=config.clip_skip,
+        tokenizer=config.tokenizer,
+        vae=config.vae,
+        seed=config.seed,
+    )
+    if config.method == "lora":
+        adapt(config, model.unet)
+    return model
+
+
+def adapt(config: ResolvedConfig, unet: UNet2DConditionModel | UNet2DModel) -> None:
+    """Add the untrained adapter of a LoRA run to a UNet."""
+    add_lora(
+        unet,
+        rank=config.rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        seed=config.seed,
+        kind=config.lora_type,
+        block_ranks=numbers_by_block("block_rank", config.block_rank or (), dict(unet.named_parameters())),
+    )
+
+
+_FIRST_STEP_BY = 60.0
+"""Seconds that encoding may take before the first step; what would take longer is encoded as visits come to it."""
+
+
+def assembled(
+    config: ResolvedConfig,
+    found: Location,
+    pictures: Pictures,
+    device: torch.device,
+    *,
+    steps: range,
+    validated: Sequence[int] = (),
+    parallel: Parallel = Parallel(),  # noqa: B008 # frozen
+    told: Callable[[str, int, int], None] | None = None,
+) -> tuple[DiffusionModel, Encoded, Trainer]:
+    """The untrained model, what `steps` (from 0) and validations need of the pictures, encoded, and the trainer.
+
+    `told` hears how much is encoded: what, how many are, of how many.
+    """
+    model = _load(config, found, device)
+    encoded = encoded_for(
+        config, model, pictures, steps=steps, validated=validated, parallel=parallel, at_most=_FIRST_STEP_BY, told=told
+    )
+    trainer = _trainer(config, model, parallel)
+    parallel.copy_from_first(list(trainer.parameters.values()))
+    return model, encoded, trainer
+
+
+def encoded_for(
+    config: ResolvedConfig,
+    model: DiffusionModel,
+    pictures: Pictures,
+    steps: range,
+    validated: Sequence[int],
+    parallel: Parallel,
+    *,
+    at_most: float,
+    told: Callable[[str, int, int], None] | None = None,
+) -> Encoded:
+    """The pictures, with what these steps (from 0) need of them encoded, and all of those that are `validated`; so much
+    of it now as takes `at_most` seconds, unless an option says otherwise.
+    """
+    return encode(
+        pictures,
+        model,
+        live=config.live_encoding,
+        captioning=CaptionVisits(config.caption_dropout, config.shuffle_caption, config.keep_tokens, config.trigger),
+        seed=config.seed,
+        cache_dir=config.cache_dir,
+        precision=config.cache_precision,
+        any_environment=config.cache_any_environment,
+        visited=chain(
+            ((index, None) for index in validated),
+            _visits(config, pictures, steps, parallel, inpainting=model.inpainting),
+        ),
+        at_most={"before": None, "ahead": 0, "auto": at_most}[config.encode],
+        told=told,
+    )
+
+
+def _visits(
+    config: ResolvedConfig, pictures: Pictures, steps: range, parallel: Parallel, *, inpainting: bool
+) -> Iterator[tuple[int, int | None]]:
+    """Pictures, and with what key they are visited where that decides what is encoded of them."""
+    plan, own = sampler(config, pictures), (steps, parallel.rank, parallel.world)
+    if inpainting:
+        for index, number in plan.all_visits(*own):
+            yield index, example_key(config.seed, pictures.ids[index], number)
+    else:
+        yield from ((index, None) for index in plan.visited(*own))
+
+
+def sampler(config: ResolvedConfig, pictures: Pictures) -> Sampler:
+    """What each step of a run visits."""
+    return Sampler(
+        pictures.shapes(),
+        batch_size=config.global_batch,
+        seed=config.seed,
+        repeats=pictures.repeats,
+        class_examples=pictures.class_pictures,
+    )
+
+
+def _load(config: ResolvedConfig, found: Location, device: torch.device) -> DiffusionModel:
+    """The model on its device, with an adapter for LoRA: what is frozen in half precision, what has masters in fp32."""
+    half = DTYPES[config.mixed_precision] if config.method == "lora" or config.full_bf16 else None
+    model = load_base(config, found, half or torch.float32).to(device)
+    if config.prior_prediction and (new := model.new_prediction_type) is not None:  # before anything is encoded
+        raise UsageError(f"prior_prediction: the model does not predict {new} yet; leave prediction_type out")
+    recompute(model.unet, config.gradient_checkpointing)
+    if config.compile and (why_not := compile_blocks(model.unet)):
+        print(f"{'note':>10}  the UNet is not compiled: {why_not}")
+    if config.init_lora and (left := Adapter(model.unet).take_over(Path(config.init_lora))):
+        print(f"{'note':>10}  {config.init_lora}: {counted(left, 'tensor')} for text encoders, which stay as they are")
+    return model
+
+
+def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) -> Trainer:
+    learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
+    masters = not config.full_bf16
+    rates = numbers_by_block("block_learning_rate", config.block_learning_rate or (), learned)
+    optimizer = make_optimizer(
+        config.optimizer,
+        parameter_groups(learned, rates, config.loraplus_lr_ratio),
+        learning_rate=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        epsilon=config.adam_epsilon,
+        foreach=not (config.method == "full" and masters),  # few weights, or a piece of them at a time
+    )
+    ema = (
+        Ema(learned, inv_gamma=config.ema_inv_gamma, power=config.ema_power, max_decay=config.ema_max_decay)
+        if config.use_ema
+        else None
+    )
+    return Trainer(
+        model.unet,
+        model.encoder,
+        NoisePrediction(
+            model.scheduler,
+            snr_gamma=config.snr_gamma,
+            noise_offset=config.noise_offset,
+            input_perturbation=config.input_perturbation,
+        ),
+        optimizer,
+        learning_rate=partial(
+            learning_rate,
+            peak=config.learning_rate,
+            schedule=config.lr_scheduler,
+            warmup=config.lr_warmup_steps,
+            total=config.max_train_steps,
+        ),
+        micro_batch_size=config.train_batch_size,
+        max_grad_norm=config.max_grad_norm,
+        precision=DTYPES[config.mixed_precision],
+        masters=masters,
+        in_backward=bool(config.fused_backward_pass),
+        max_bad_steps=config.max_bad_steps,
+        ema=ema,
+        seed=config.seed,
+        parallel=parallel,
+        cuda_graphs=config.cuda_graphs,
+        prior=_prior(config, model),
+    )
+
+
+def _prior(config: ResolvedConfig, model: DiffusionModel) -> Prior | None:
+    if not config.prior_prediction:
+        return None
+    return untrained(model.unet, DTYPES[config.mixed_precision], adapter=config.method == "lora")

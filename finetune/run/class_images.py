@@ -1,0 +1,68 @@
+"""Class pictures: of the kind that a subject is of, learned beside it so that the kind is not forgotten.
+
+Ruiz et al. 2022, "DreamBooth", section 3.2: the model's own pictures of "a dog" beside those of one dog.
+"""
+
+from pathlib import Path
+
+import torch
+
+from finetune.config import TrainConfig
+from finetune.data.listing import is_picture, list_files
+from finetune.errors import UsageError
+from finetune.models.loading import load_model
+from finetune.models.model_info import Location
+from finetune.results.sampling import draw_pictures, save_picture
+from finetune.run.backend import DTYPES, resolve_precision
+from finetune.text import counted
+
+DRAWN = 100
+"""Pictures that are drawn where there are none, as in diffusers' script."""
+
+_STEPS = 50
+_AT_ONCE = 4
+
+
+def draw_missing(config: TrainConfig, found: Location, device: torch.device) -> None:
+    """Let the model, untrained, draw the class pictures that are wanted and not there.
+
+    Raises:
+        UsageError: it has to, and there is no `class_prompt`.
+    """
+    if config.class_data is None or not found.family.latent:  # which cannot use it, as will be told
+        return
+    folder = Path(config.class_data).expanduser()
+    there = sum(map(is_picture, list_files(folder))) if folder.is_dir() else 0
+    wanted = config.num_class_images or (there or DRAWN)
+    if there >= wanted:
+        return
+    if not config.class_prompt:
+        found_there = f"{there} of {counted(wanted, 'picture')}"
+        raise UsageError(f"class_data {folder}: {found_there}; give --class_prompt, and the model draws the others")
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = f"{wanted - there} of {config.class_prompt!r}, drawn by {config.model}"
+    print(f"class pictures: {drawn} to {folder}", flush=True)
+    half = DTYPES[resolve_precision(config.mixed_precision, device, small=found.family.is_small(found.resolution))]
+    model = load_model(
+        found,
+        dtype=half or torch.float32,
+        max_token_length=config.max_token_length,
+        clip_skip=config.clip_skip,
+        tokenizer=config.tokenizer,
+        vae=config.vae,
+    ).to(device)
+    names = (folder / f"drawn-{seed:05d}.png" for seed in range(2 * wanted))
+    missing = [path for path in names if not path.exists()][: wanted - there]
+    for start in range(0, len(missing), _AT_ONCE):
+        some = missing[start : start + _AT_ONCE]
+        (row,) = draw_pictures(
+            model,
+            [config.class_prompt],
+            [int(path.stem.removeprefix("drawn-")) for path in some],
+            resolution=config.resolution or found.resolution,
+            num_inference_steps=config.num_inference_steps or _STEPS,
+            guidance_scale=found.family.guidance_scale,
+            at_once=_AT_ONCE,
+        )
+        for path, picture in zip(some, row, strict=True):
+            save_picture(picture, path)

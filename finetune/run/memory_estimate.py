@@ -1,0 +1,187 @@
+"""How much memory training takes, roughly, and whether the machine has it: known before anything is loaded."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.config import ResolvedConfig, replace
+from finetune.errors import UsageError
+from finetune.memory_limit import memory_limit
+from finetune.models.loading import scratch_unet
+from finetune.models.model_info import Location
+from finetune.models.source import open_source
+from finetune.training.stochastic_rounding import PIECE
+
+LIBRARIES = 0.8e9
+"""Bytes that Python and the libraries take in main memory."""
+
+_HEAP = 1.1
+"""In main memory a tenth more lies idle between what is in use. Six kinds of runs with Stable Diffusion 1.5 and XL
+(LoRA and full, fp32 and bf16; benchmarks/RESULTS.md) took from 9 % less to 10 % more than what this says."""
+
+_RESIDUAL, _TRANSFORMER, _ATTENTION = 9, 31, 9
+"""Numbers kept for the backward pass per position and channel of a block: of its residual part, and beside it of a
+transformer (latent models) or of plain attention (pixel space). Counted with torch's hooks for saved tensors on the
+UNets of Stable Diffusion 1.5 and of the tutorial, at four sizes each: within 3 %."""
+
+_CHECKPOINTED = {0.0: 1.0, 0.25: 0.64, 0.5: 0.4, 0.75: 0.28, 1.0: 0.2}
+"""What gradient checkpointing of a share of the blocks leaves of them, about: counted for Stable Diffusion 1.5 at 512
+px after the forward pass (1, 0.60, 0.37, 0.24, 0.17), and one block that is computed again."""
+
+MOMENTS = {"adamw": 2, "adamw8bit": 0.5, "prodigy": 4, "adafactor": 0, "sgd": 0}
+"""Numbers that an optimizer keeps per weight."""
+
+
+_IN_A_PIECE = 28
+"""Bytes for each weight that `Rounding` updates at once: it and its gradient in fp32, what the optimizer makes on its
+way, and what is drawn to round it."""
+
+
+def kept_numbers(unet: Mapping[str, Any], side: int, *, latent: bool) -> float:
+    """Numbers that a forward pass of one example keeps for the backward pass.
+
+    Args:
+        unet: its config.
+        side: height and width of what it sees (latents, or pixels).
+        latent: it looks at a prompt as well.
+    """
+    blocks = list(zip(unet["block_out_channels"], unet["down_block_types"], strict=True))
+    deep = unet.get("transformer_layers_per_block") or 1
+    layers = [deep] * len(blocks) if isinstance(deep, int) else [float(np.mean(level)) for level in deep]
+    many = unet["layers_per_block"]
+    counts = [many] * len(blocks) if isinstance(many, int) else list(many)
+    total = 0.0
+    for level, (channels, kind) in enumerate(blocks):
+        positions = side**2 / 4**level
+        attention = _TRANSFORMER * layers[level] if latent else _ATTENTION
+        each = _RESIDUAL + (attention if "Attn" in kind else 0)
+        total += positions * channels * each * (2 * counts[level] + 1)  # those down, and one more up
+        if level == len(blocks) - 1:  # the middle: two residual blocks around an attention
+            total += positions * channels * (2 * _RESIDUAL + attention)
+    return total
+
+
+def needed_bytes(config: ResolvedConfig, found: Location, device: torch.device) -> float:
+    """What training takes where the UNet is: its weights, what learns, and a micro-batch on its way."""
+    latent, side, frozen = found.family.latent, config.resolution, 0
+    if found.scratch:
+        with torch.device("meta"):
+            unet = scratch_unet(config.resolution)
+        shape, weights = dict(unet.config), sum(p.numel() for p in unet.parameters())
+    else:
+        source = open_source(found)
+        shape, weights = source.config("unet"), source.numbers("unet")
+        if latent:
+            frozen = sum(source.numbers(part) for part in found.family.parts if part[:4] in ("vae", "text"))
+            side //= 2 ** (len(source.config("vae")["block_out_channels"]) - 1)
+    kept = kept_numbers(shape, side, latent=latent) * config.train_batch_size
+    needed = bytes_of(config, weights, kept)
+    return _HEAP * (needed + 4 * frozen) + LIBRARIES if device.type == "cpu" else needed
+
+
+def bytes_of(config: ResolvedConfig, weights: int, kept: float) -> float:
+    """The same from the number of the UNet's weights, and of the numbers kept for the backward pass: within a tenth.
+
+    An H100 with Stable Diffusion 1.5 at 512 px took 2.9 GB for a LoRA at batch 1, 17.5 at batch 16, 43.7 for full
+    fine-tuning at batch 32 (benchmarks/RESULTS.md); this says 2.7, 16.6 and 43.6.
+    """
+    bytes_each = 4 if config.mixed_precision == "no" else 2
+    kept *= float(np.interp(config.gradient_checkpointing, list(_CHECKPOINTED), list(_CHECKPOINTED.values())))
+    total = (weights + kept) * bytes_each
+    if config.method == "full":
+        # The weights that are computed with are copies of masters, as a rule.
+        masters = 4 if bytes_each == 2 and not config.full_bf16 else 0
+        kept_beside = masters + 4 * (MOMENTS[config.optimizer] + config.use_ema)
+        piece = _IN_A_PIECE * min(PIECE, weights) if config.full_bf16 else 0
+        if config.fused_backward_pass:  # from the first piece on, when few activations are gone
+            total += weights * kept_beside + piece
+        else:  # with a gradient; later, without activations, half precision's is gathered in fp32, or piece by piece
+            beside = bytes_each + kept_beside
+            total = max(total + weights * beside, weights * (bytes_each + beside + masters) + piece)
+        total += weights * bytes_each * bool(config.prior_prediction)  # as it was
+    return total
+
+
+def check_memory(config: ResolvedConfig, found: Location, device: torch.device, total: float | None = None) -> str:
+    """What training will take and what there is, as a line for the user; where that is too little, what would fit.
+
+    Args:
+        config: of the run.
+        found: its model.
+        device: where the UNet runs.
+        total: bytes of a GPU that is not here; None: what there is here.
+
+    Raises:
+        UsageError: it takes more than twice of what the machine has. The estimate is rough; below that, let it try.
+    """
+    where = "here" if total is None else "planned for"
+    if total is None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    total = memory_limit() if total is None else total
+    needed = needed_bytes(config, found, device)
+    told = f"about {needed / 1e9:.1f} GB of the {total / 1e9:.1f} GB {where}"
+    if needed <= total:
+        return told
+    less = takes_less(config, found, device, total)
+    if needed <= 2 * total:
+        return f"{told}, which may not suffice; {less}"
+    pictures = f"{config.train_batch_size} x {config.resolution} px"
+    raise UsageError(f"training {pictures} at once would take {told}; {less}")
+
+
+def out_of_memory(config: ResolvedConfig, found: Location, device: torch.device) -> str:
+    """What to say when it did not suffice, for smaller parts of a step either, which the trainer tries by itself."""
+    if not config.fused_backward_pass:
+        passes = config.train_batch_size * config.gradient_accumulation_steps
+        config = replace(config, train_batch_size=1, gradient_accumulation_steps=passes)
+    foretold = needed_bytes(config, found, device)
+    less = takes_less(config, found, device, 0.9 * foretold)
+    pictures = f"{config.train_batch_size} x {config.resolution} px"
+    return f"out of memory, of which training {pictures} was thought to take about {foretold / 1e9:.1f} GB; {less}"
+
+
+def takes_less(config: ResolvedConfig, found: Location, device: torch.device, at_most: float) -> str:
+    """The options that take at most so many bytes and cost the least time, in words; or those that take the least."""
+    foretold, needed = needed_bytes(config, found, device), {}
+    for changes in _lighter(config, latent=found.family.latent):
+        new = {name: value for name, value in changes.items() if getattr(config, name) != value}
+        takes = needed_bytes(replace(config, **new), found, device)
+        if takes < foretold:
+            needed[_said(new)] = takes
+    fitting = [words for words, takes in needed.items() if takes <= at_most] or sorted(needed, key=needed.__getitem__)
+    if not fitting:
+        return "a lower --resolution takes less"
+    lower = "" if needed[fitting[0]] <= at_most else ", and a lower --resolution less"
+    return f"{fitting[0]} would take about {needed[fitting[0]] / 1e9:.1f} GB{lower}"
+
+
+def _lighter(config: ResolvedConfig, *, latent: bool) -> Iterator[dict[str, Any]]:
+    """Changes that take less memory, or as much, as a rule the more time the later."""
+    batch, passes = config.train_batch_size, config.gradient_accumulation_steps
+    again, fewer = {"gradient_checkpointing": True}, {}
+    while batch > 1:
+        batch, passes = (batch // 2, passes * 2) if batch % 2 == 0 else (1, passes * batch)
+        fewer = {"train_batch_size": batch, "gradient_accumulation_steps": passes}
+        yield fewer
+    yield again
+    yield again | fewer
+    if config.method != "full":
+        return
+    if config.mixed_precision == "bf16" and not config.prior_prediction:
+        alone = {"full_bf16": True, "optimizer": "adafactor", "use_ema": False} | again
+        yield alone | fewer
+        one = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "max_grad_norm": 0.0}
+        yield alone | one | {"fused_backward_pass": True}
+    if latent:
+        yield {"method": "lora"} | again | fewer
+
+
+def _said(changes: Mapping[str, Any]) -> str:
+    """As they are typed; what follows from another of them is left out."""
+    follows = ("use_ema", "max_grad_norm")
+    if "fused_backward_pass" in changes:
+        follows += ("gradient_accumulation_steps",)
+    shown = {name: value for name, value in changes.items() if name not in follows}
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in shown.items())

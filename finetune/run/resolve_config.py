@@ -1,0 +1,243 @@
+"""From what was given to a config with nothing left open, decided and checked before any weight is loaded."""
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.atomic_io import is_inside
+from finetune.cache.store import cache_folder
+from finetune.config import ResolvedConfig, TrainConfig, replace
+from finetune.data.buckets import Buckets
+from finetune.data.chunks import Volumes
+from finetune.data.data_source import is_pattern
+from finetune.data.split import default_fraction
+from finetune.errors import UsageError
+from finetune.models.families import FAMILIES, bucket_sides, default_method, defaults, total_steps, warmup_steps
+from finetune.models.model_info import Location
+from finetune.models.single_file import heads_in_one_file
+from finetune.models.source import open_source
+from finetune.options import about
+from finetune.run.backend import compile_pays, resolve_precision
+from finetune.run.sample_prompts import is_prompt_file
+
+
+def _absolute(path: Path) -> str:
+    """An absolute path, so that one folder has one name; links stay as they are, but on the way to ".."."""
+    return str(path.resolve() if ".." in path.parts else path.absolute())
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Local folders as absolute paths, so that config.toml repeats the run from anywhere."""
+    local: dict[str, Path] = {}
+    if config.model not in FAMILIES:
+        local["model"] = Path(config.model).expanduser()
+    if config.class_data:
+        local["class_data"] = Path(config.class_data).expanduser()
+        if around := [source for source in config.data if is_inside(local["class_data"], Path(source).expanduser())]:
+            raise UsageError(
+                f"class_data {config.class_data} lies inside --data {around[0]}, all of which is the subject"
+            )
+    if config.validation_data:
+        local["validation_data"] = Path(config.validation_data).expanduser()
+        inside = [data for data in config.data if is_inside(local["validation_data"], Path(data).expanduser())]
+        if inside:
+            given = config.validation_data
+            raise UsageError(f"validation_data {given} lies inside --data {inside[0]}, all of which is trained on")
+    for name in ("tokenizer", "init_lora", "vae"):
+        if given := getattr(config, name):
+            local[name] = Path(given).expanduser()
+            if not local[name].exists():
+                raise UsageError(f"{name} {given}: no such file or folder")
+    kept = {name: path for name, path in local.items() if path.exists() or name == "class_data"}  # which may be made
+    paths: dict[str, Any] = {name: _absolute(path) for name, path in kept.items()}
+    sources = [(given, Path(given).expanduser()) for given in config.data]
+    paths["data"] = [
+        _absolute(path) if given and (path.exists() or is_pattern(given)) else given for given, path in sources
+    ]
+    if config.cache_dir and (folder := cache_folder(config.cache_dir)):
+        paths["cache_dir"] = str(folder)
+    if config.sample_prompts:
+        paths["sample_prompts"] = [
+            _absolute(Path(given).expanduser()) if is_prompt_file(given) else given for given in config.sample_prompts
+        ]
+    return replace(config, **paths)
+
+
+def resolve_for(
+    config: TrainConfig, found: Location, volumes: Volumes, device: torch.device, *, processes: int = 1
+) -> ResolvedConfig:
+    """The config with every option decided for these pictures. Raises UsageError as `resolve` does."""
+    pictures = volumes.first
+    return resolve(
+        config,
+        found,
+        pictures=sum(volumes.counts),
+        visits=volumes.visits,
+        varied_captions=len(set(pictures.captions[: pictures.subjects])) > 1,
+        device=device,
+        processes=processes,
+        validation_fraction=0.0 if config.validation_data else default_fraction(pictures.subjects),
+        buckets=pictures.transform and pictures.transform.buckets,
+    )
+
+
+def resolve(
+    config: TrainConfig,
+    found: Location,
+    *,
+    pictures: int,
+    varied_captions: bool,
+    device: torch.device,
+    processes: int = 1,
+    visits: Sequence[int] = (),
+    validation_fraction: float = 0.0,
+    buckets: Buckets | None = None,
+) -> ResolvedConfig:
+    """The config with every option decided that depends on the model, the pictures or the machine.
+
+    Args:
+        config: what the user gave.
+        found: the model it names.
+        pictures: how many there are to train on.
+        varied_captions: True when they do not all share one caption.
+        device: where the UNet will run.
+        processes: that train together.
+        visits: of an epoch in each volume, repeats counted; none: one for each picture.
+        validation_fraction: share of the pictures that is held out, where it was not given.
+        buckets: what they are trained in; None: squares.
+
+    Raises:
+        UsageError: an option that this kind of model or method cannot use.
+    """
+    method = config.method or default_method(found.family)
+    _refuse_unusable(config, found, method, buckets)
+    resolution = config.resolution or found.resolution
+    few = {"pictures": pictures, "resolution": resolution, "varied_captions": varied_captions}
+    suited = defaults(found.family, method, config.optimizer, **few, scratch=found.scratch)
+    suited |= bucket_sides(resolution, found.multiple) if buckets else {}
+    suited |= {"use_ema": False} if config.full_bf16 else {}
+    one_pass = _one_pass(config, processes, buckets) if config.fused_backward_pass else {}
+    suited |= one_pass
+    derived = {name: value for name, value in suited.items() if getattr(config, name) is None} | one_pass
+    processes = config.num_processes or processes
+    length = _length(config, found, suited | {"num_processes": processes}, pictures, visits or [pictures])
+    small = found.family.is_small(resolution)
+    steps = length["max_train_steps"] or 0
+    return ResolvedConfig(
+        config,
+        **derived
+        | length
+        | {
+            "method": method,
+            "num_processes": processes,
+            "resolution": resolution,
+            "validation_fraction": validation_fraction
+            if config.validation_fraction is None
+            else config.validation_fraction,
+            "aspect_ratio_bucketing": buckets is not None,
+            "lora_alpha": float(config.rank) if config.lora_alpha is None else config.lora_alpha,
+            "mixed_precision": _precision(config, device, small=small),
+            "compile": compile_pays(device, steps, small=small) if config.compile is None else config.compile,
+        },
+    )
+
+
+def _precision(config: TrainConfig, device: torch.device, *, small: bool) -> str:
+    if not config.full_bf16:
+        return resolve_precision(config.mixed_precision, device, small=small)
+    if config.mixed_precision not in ("auto", "bf16"):
+        raise UsageError(f"full_bf16 with mixed_precision = {config.mixed_precision}: allowed is bf16 or auto")
+    if device.type == "cuda" and resolve_precision("auto", device, small=small) != "bf16":
+        raise UsageError("full_bf16: this GPU cannot compute in bf16; leave it out")
+    return "bf16"
+
+
+def _one_pass(config: TrainConfig, processes: int, buckets: Buckets | None) -> dict[str, int]:
+    """What `fused_backward_pass` leaves no choice in. Raises UsageError for what was given otherwise."""
+    only = {"gradient_accumulation_steps": 1, "max_grad_norm": 0, "max_bad_steps": 1, "num_processes": 1}
+    if buckets is not None:  # a step may hold pictures of several sizes
+        only["train_batch_size"] = 1
+    given = {name: value for name in only if (value := getattr(config, name)) is not None and name in config.given}
+    for name, value in (given | ({"num_processes": processes} if processes > 1 else {})).items():
+        if value != only[name]:
+            or_else = ", or --no-aspect_ratio_bucketing" if name == "train_batch_size" else ""
+            raise UsageError(f"fused_backward_pass with {name} = {value}: allowed is {only[name]}{or_else}")
+    return only
+
+
+def _length(
+    config: TrainConfig, found: Location, suited: Mapping[str, Any], pictures: int, visits: Sequence[int]
+) -> dict[str, int | None]:
+    """Epochs, steps and warm-up of the run."""
+    factors = ("train_batch_size", "gradient_accumulation_steps", "num_processes")
+    batch = prod(getattr(config, name) or suited[name] for name in factors)
+    epochs = config.num_train_epochs
+    if epochs is None and config.max_train_steps is None:
+        epochs = suited["num_train_epochs"]
+    steps = total_steps(pictures, visits, batch, epochs, config.max_train_steps)
+    warmup = config.lr_warmup_steps
+    if warmup is None:
+        warmup = warmup_steps(steps, found.family, config.resolution or found.resolution)
+    elif warmup >= steps:
+        raise UsageError(f"lr_warmup_steps = {warmup}: the whole run has only {steps} steps; give a smaller one")
+    return {"num_train_epochs": epochs, "max_train_steps": steps, "lr_warmup_steps": warmup}
+
+
+def _refuse_unusable(config: TrainConfig, found: Location, method: str, buckets: Buckets | None) -> None:
+    """Raise UsageError for the first option that was given and can do nothing here."""
+    there = {
+        "text": found.family.latent,
+        "a model that takes text": found.family.latent,
+        "a checkpoint in one file": found.checkpoint is not None,
+        "method lora": method == "lora",
+        "lora_type lora, rslora or dora": method == "lora" and config.lora_type in ("lora", "rslora", "dora"),
+        "an optimizer other than prodigy": config.optimizer != "prodigy",
+        "method full, no use_ema, and an optimizer other than prodigy": method == "full"
+        and not config.use_ema
+        and config.optimizer != "prodigy",
+        "LoRA or DoRA, and an optimizer other than prodigy": method == "lora"
+        and config.lora_type in ("lora", "rslora", "dora")
+        and config.optimizer != "prodigy",
+        "aspect_ratio_bucketing": buckets is not None,
+        "full_bf16": config.full_bf16,
+        "shuffle_caption": config.shuffle_caption,
+        "class_data": config.class_data is not None,
+        "validation_data left out": config.validation_data is None,
+        "use_ema": config.use_ema is not False,
+        "an optimizer of the Adam family": config.optimizer in ("adamw", "adamw8bit", "prodigy"),
+        "push_to_hub": config.push_to_hub,
+        "report_to": bool(config.report_to),
+        "sample_every left out": config.sample_every is None,
+    }
+    why = {
+        "text": f"with {found.name}: a pixel-space model takes no text",
+        "method lora": "with method full; give --method lora",
+    }
+    if not found.family.latent and method == "lora":
+        raise UsageError(f"method = lora: {found.name} is a pixel-space model; allowed is full")
+    if config.masked_loss and found.family.inpainting:
+        raise UsageError(
+            f"masked_loss cannot be used with {found.name}: masks say where it paints, and all errors count"
+        )
+    if "single-file" in config.export_formats:
+        _check_single_file(found)
+    for name, known in about().items():
+        given = name in config.given and getattr(config, name) is not None
+        if given and known.needs is not None and not there[known.needs]:
+            raise UsageError(f"{name} cannot be used {why.get(known.needs, f'here: it needs {known.needs}')}")
+
+
+def _check_single_file(found: Location) -> None:
+    """Raise UsageError where a checkpoint in one file could not hold what is trained."""
+    layout = found.family.layout
+    if layout is None:
+        raise UsageError(f"export_formats single-file: {found.family.description} has no such form")
+    heads, read = heads_in_one_file(layout, open_source(found).config("unet"))
+    if heads != read:
+        raise UsageError(
+            f"export_formats single-file: the UNet of {found.name} has {heads} attention heads, and programs that "
+            f"open a single file would take it to have {read}; choose diffusers or unet"
+        )

@@ -1,0 +1,107 @@
+"""Reading: the batches of a run's steps, from volume after volume of its pictures."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, pairwise
+
+from finetune.batch import Batch
+from finetune.cache.encoded_dataset import Encoded
+from finetune.config import ResolvedConfig
+from finetune.data.chunks import Stretch, Volumes
+from finetune.data.image_dataset import Pictures
+from finetune.data.loader import training_steps
+from finetune.data.prefetch import DEPTH
+from finetune.models.conditioners import Conditioner
+from finetune.models.encoders import Encoder
+from finetune.models.loading import DiffusionModel
+from finetune.run.build import encoded_for
+from finetune.training.trainer import Trainer
+
+
+class Reading:
+    """What the loop reads. While it reads one volume, a thread looks at the next.
+
+    Args:
+        config: of the run.
+        model: its frozen parts are used.
+        volumes: all that is read.
+        first: the first volume, encoded.
+        trainer: says where the tensors go, and which part of each step this process computes.
+        entered: told of each volume after the first, when the run comes to it.
+    """
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        model: DiffusionModel,
+        volumes: Volumes,
+        first: Encoded,
+        trainer: Trainer,
+        entered: Callable[[Stretch, Pictures], None] | None = None,
+    ) -> None:
+        self._config, self._model, self._volumes, self._first = config, model, volumes, first
+        self._trainer, self._entered = trainer, entered
+        self._current, self._left = first, 0
+        self._opener = ThreadPoolExecutor(1, "next volume")
+
+    @property
+    def live(self) -> bool:
+        """Whether what comes next needs an encoder, which nothing else can use meanwhile."""
+        return self._current.live or (len(self._volumes) > 1 and self._left <= DEPTH)
+
+    def needs(self, network: Encoder | Conditioner | None) -> bool:
+        """Whether visits to come need it: it stays on its device."""
+        return self._first.needs(network) or self._current.needs(network)
+
+    def steps(self, start: int) -> Iterator[tuple[Batch, ...]]:
+        """The batches of each step from this one (0 for the first) to the last of the run."""
+        config, parallel = self._config, self._trainer.parallel
+        stretches = self._volumes.stretches(range(start, config.max_train_steps), config.global_batch)
+        opening: Future[Pictures] | None = None
+        for stretch, following in pairwise(chain(stretches, [None])):
+            assert stretch is not None
+            encoded = self._enter(stretch, opening.result() if opening else self._volumes.at(stretch.volume))
+            opening = None
+            for batches in training_steps(
+                encoded,
+                batch_size=config.global_batch,
+                steps=stretch.own.stop,
+                seed=config.seed,
+                start=stretch.own.start,
+                num_workers=config.dataloader_num_workers,
+                rank=parallel.rank,
+                world=parallel.world,
+            ):
+                if opening is None and following:  # after workers were forked: they are to inherit no lock of a thread
+                    opening = self._opener.submit(self._volumes.at, following.volume)
+                self._left -= 1
+                yield batches
+
+    def close(self) -> None:
+        """Keep what was encoded last; nothing more is going to be read. A look at the next volume is not waited for."""
+        self._first.close()
+        self._current.close()
+        self._opener.shutdown(wait=False, cancel_futures=True)
+
+    def _enter(self, stretch: Stretch, pictures: Pictures) -> Encoded:
+        if self._current is not self._first:
+            self._current.close()
+        self._left = len(stretch.own)
+        if stretch.volume == 0:
+            self._current = self._first
+        else:
+            if self._entered:
+                self._entered(stretch, pictures)
+            self._to_device(needed=self._config.encode == "before")
+            parallel = self._trainer.parallel
+            self._current = encoded_for(
+                self._config, self._model, pictures, steps=stretch.own, validated=(), parallel=parallel, at_most=0
+            )
+        self._to_device()
+        return self._current
+
+    def _to_device(self, *, needed: bool = False) -> None:
+        """The frozen parts that visits to come need, or both."""
+        for network in (self._model.encoder, self._model.conditioner):
+            if needed or self.needs(network):
+                network.to(self._trainer.device)
