@@ -15,14 +15,14 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
 
     SDXL's `added_cond_kwargs` is such a mapping, one level down.
     """
-    found: Any = tree
-    if isinstance(found, Tensor):
-        return function(found)  # pyright: ignore[reportReturnType]
-    if isinstance(found, Mapping):
-        return {name: map_tensors(function, value) for name, value in found.items()}  # pyright: ignore[reportReturnType]
-    if is_dataclass(found) and not isinstance(found, type):
-        there: Any = {field.name: map_tensors(function, getattr(found, field.name)) for field in fields(found)}
-        return replace(found, **there)  # pyright: ignore[reportReturnType]
+    node: Any = tree
+    if isinstance(node, Tensor):
+        return function(node)  # pyright: ignore[reportReturnType]
+    if isinstance(node, Mapping):
+        return {name: map_tensors(function, value) for name, value in node.items()}  # pyright: ignore[reportReturnType]
+    if is_dataclass(node) and not isinstance(node, type):
+        there: Any = {field.name: map_tensors(function, getattr(node, field.name)) for field in fields(node)}
+        return replace(node, **there)  # pyright: ignore[reportReturnType]
     return tree
 
 

@@ -367,7 +367,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def numbers_by_block(option: str, given: Iterable[str], names: Iterable[str]) -> dict[str, float]:
     """ "up_blocks.1=8" ... -> beginning of a layer's name -> number. Raises UsageError for what is otherwise."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for text in given:
         begin, _, number = text.partition("=")
         if not re.fullmatch(r"\d+(\.\d+)?", number):
@@ -375,5 +375,5 @@ def numbers_by_block(option: str, given: Iterable[str], names: Iterable[str]) ->
         if not any(name.startswith(begin) for name in names):
             blocks = sorted({".".join(name.split(".")[: 2 if name[:2] in ("do", "up") else 1]) for name in names})
             raise UsageError(f"{option} {text}: no layer begins like that; the UNet's blocks: {', '.join(blocks)}")
-        found[begin] = float(number)
-    return found
+        numbers[begin] = float(number)
+    return numbers

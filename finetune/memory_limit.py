@@ -30,15 +30,15 @@ def _groups(root: Path, own: Path) -> list[tuple[int, int]]:
         places = [line.rstrip("\n").split(":", 2) for line in own.read_text().splitlines()]
     except OSError:  # no Linux
         return []
-    found: list[tuple[int, int]] = []
+    groups: list[tuple[int, int]] = []
     for _, controllers, path in places:
         top = root / "memory" if "memory" in controllers.split(",") else root
         inner = top / path.lstrip("/")
         for folder in (inner, *inner.parents):
-            found += [pair for names in (_V2, _V1) if (pair := _numbers(folder, names)) is not None]
+            groups += [pair for names in (_V2, _V1) if (pair := _numbers(folder, names)) is not None]
             if folder == top:
                 break
-    return found
+    return groups
 
 
 def _numbers(folder: Path, names: tuple[str, str]) -> tuple[int, int] | None:

@@ -119,7 +119,7 @@ def _run(
     with parallel.in_turn():
         if config.push_to_hub:
             hub.check_login(config.hub_model_id)
-        config, found, volumes = resolve_run(config, dataset, accelerator.device, parallel)
+        config, model_info, volumes = resolve_run(config, dataset, accelerator.device, parallel)
         folder = choose(config, identity(volumes))
     if not parallel.same((config_text(config), identity(volumes), str(folder.checkpoint))):
         raise UsageError("the processes see different pictures, options or checkpoints: they need one file system")
@@ -130,10 +130,10 @@ def _run(
     if folder.finished:
         if parallel.first:
             write_exports(config, folder.path)
-            _push(config, folder.path, found.family)
+            _push(config, folder.path, model_info.family)
         return folder.path
-    print(f"{'memory':>10}  {check_memory(config, found, accelerator.device)}")
-    print(f"{'disk':>10}  {disk_line(config, disk_use(config, found, volumes), folder.path)}")
+    print(f"{'memory':>10}  {check_memory(config, model_info, accelerator.device)}")
+    print(f"{'disk':>10}  {disk_line(config, disk_use(config, model_info, volumes), folder.path)}")
     held = _held(folder, config, events) if parallel.first else nullcontext()
     computing = threads(threads_then(folder.about, accelerator.device, parallel.world))
     tuned = accelerator.device.type == "cuda" and tuning_pays(
@@ -143,7 +143,7 @@ def _run(
         try:
             run = build_run(
                 config=config,
-                found=found,
+                model_info=model_info,
                 volumes=volumes,
                 folder=folder,
                 accelerator=accelerator,
@@ -160,7 +160,7 @@ def _run(
                 _follow(run, requests)
         except (RuntimeError, MemoryError) as error:
             if means_out_of_memory(error):
-                raise RunError(out_of_memory(config, found, accelerator.device)) from error
+                raise RunError(out_of_memory(config, model_info, accelerator.device)) from error
             if "DataLoader worker" not in str(error):  # as torch says, wherever we are, when one of them has died
                 raise
             why = f"a process that prepares pictures has died ({str(error).strip()})"

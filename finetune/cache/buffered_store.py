@@ -46,8 +46,8 @@ class Gathered:
 
     def load(self, keys: Sequence[str]) -> list[Item]:
         kept = [key for key in keys if key not in self._waiting]
-        found = dict(zip(kept, self._store.load(kept), strict=True)) if kept else {}
-        return [found[key] if key in found else self._waiting[key] for key in keys]
+        stored = dict(zip(kept, self._store.load(kept), strict=True)) if kept else {}
+        return [stored[key] if key in stored else self._waiting[key] for key in keys]
 
     def mark_used(self, keys: Sequence[str]) -> None:
         self._store.mark_used(keys)

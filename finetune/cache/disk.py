@@ -91,8 +91,8 @@ class DiskStore:
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         wanted = list(dict.fromkeys(keys))
-        found = {row[0] for row in self._rows("SELECT key FROM items WHERE key IN", wanted)}
-        return [key for key in wanted if key not in found]
+        present = {row[0] for row in self._rows("SELECT key FROM items WHERE key IN", wanted)}
+        return [key for key in wanted if key not in present]
 
     def claim(self, keys: Sequence[str]) -> list[str]:
         """See `Store.claim`. Raises UsageError where the folder cannot be written."""
@@ -137,13 +137,13 @@ class DiskStore:
 
     def load(self, keys: Sequence[str]) -> list[Item]:
         """See `Store.load`. Raises DataError for an item that is damaged."""
-        found = {
+        locations = {
             key: (shard, tensors, crc)
             for key, shard, tensors, crc in self._rows("SELECT key, shard, tensors, crc FROM items WHERE key IN", keys)
         }
-        if gone := [key for key in keys if key not in found]:
+        if gone := [key for key in keys if key not in locations]:
             raise DataError(f"cache_dir {self.folder}: an encoding is gone ({gone[0]}); start again")
-        return [self._read(key, *found[key]) for key in keys]
+        return [self._read(key, *locations[key]) for key in keys]
 
     def close(self) -> None:
         if self._writer is None:

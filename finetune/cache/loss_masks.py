@@ -32,10 +32,10 @@ class Masks:
         """(B, 1, h, w) for visits with these keys and latents of this size; None where no picture has a mask."""
         if not self._pictures.masked:
             return None
-        found = [self._one(index, key, size) for index, key in zip(indices, keys.tolist(), strict=True)]
-        if all(mask is None for mask in found):
+        masks = [self._one(index, key, size) for index, key in zip(indices, keys.tolist(), strict=True)]
+        if all(mask is None for mask in masks):
             return None
-        return torch.stack([torch.ones(1, *size) if mask is None else mask for mask in found])
+        return torch.stack([torch.ones(1, *size) if mask is None else mask for mask in masks])
 
     def _one(self, index: int, key: int, size: tuple[int, int]) -> Tensor | None:
         placement, flip = self._visits.placed(index, key)

@@ -36,11 +36,11 @@ def run(options: Options, config: TrainConfig) -> None:
         raise UsageError(f"{why} cannot be used here: nothing would be kept")
     check_sources(config.data)
     config = with_absolute_paths(config)
-    found = locate(config.model)
-    check_resolution(found, config.resolution or found.resolution)
-    volumes = open_pictures(config, found, None)
+    model_info = locate(config.model)
+    check_resolution(model_info, config.resolution or model_info.resolution)
+    volumes = open_pictures(config, model_info, None)
     frozen = load_frozen(
-        found,
+        model_info,
         max_token_length=config.max_token_length,
         clip_skip=config.clip_skip,
         tokenizer=config.tokenizer,

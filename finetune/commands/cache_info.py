@@ -18,8 +18,8 @@ def run(options: Options) -> None:
     from finetune.text import counted
 
     store = existing_store(options.cache_dir)
-    found = contents(store)
-    for kind, count in found.items.items():
+    summary = contents(store)
+    for kind, count in summary.items.items():
         print(f"{counted(count, kind)} encoded")
-    print(f"{store.folder}: {counted(found.shards, 'shard')}, {found.bytes / 1e6:.1f} MB; ", end="")
-    print(f"the one used least lately: {counted(found.unused, 'day')} ago")
+    print(f"{store.folder}: {counted(summary.shards, 'shard')}, {summary.bytes / 1e6:.1f} MB; ", end="")
+    print(f"the one used least lately: {counted(summary.unused, 'day')} ago")

@@ -50,12 +50,12 @@ def run(options: Options) -> None:
         raise UsageError(f"--step {options.step}: allowed are 1 to {config.max_train_steps}")
     if not config.data:
         raise UsageError(f"--run {folder}: it learned from a dataset of a program's own, which is not here")
-    found, device = locate(config.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    volumes = open_pictures(config, found, None)
+    model_info, device = locate(config.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    volumes = open_pictures(config, model_info, None)
     if not is_data_of(folder, identity(volumes)):
         print("note: the pictures, their names or captions are others than those of the run")
     ((volume, own),) = volumes.stretches(range(options.step - 1, options.step), config.global_batch)
-    _, encoded, trainer = assembled(config, found, volumes.at(volume), device, steps=own)
+    _, encoded, trainer = assembled(config, model_info, volumes.at(volume), device, steps=own)
     (batches,) = training_steps(
         encoded, batch_size=config.global_batch, steps=own.stop, seed=config.seed, start=own.start
     )

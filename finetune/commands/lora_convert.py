@@ -32,10 +32,10 @@ def run(options: Options) -> None:
     from finetune.text import counted
 
     path = Path(options.file).expanduser()
-    found = open_lora(path, options.model)
-    check_layers(path, found, options.model)
-    write_lora(to, found, options.format, DTYPES[options.precision], Adapter.told_in(path))
-    if options.format == "kohya" and found.kind == "lora" and len(set(found.alphas.values())) > 1:
+    lora = open_lora(path, options.model)
+    check_layers(path, lora, options.model)
+    write_lora(to, lora, options.format, DTYPES[options.precision], Adapter.told_in(path))
+    if options.format == "kohya" and lora.kind == "lora" and len(set(lora.alphas.values())) > 1:
         print("note: its layers have different alphas, which diffusers reads wrongly; viewers do not")
-    left = f"; {counted(found.text_tensors, 'tensor')} for text encoders left out" if found.text_tensors else ""
-    print(f"{to}: {counted(len(found.layers()), 'layer')} in {options.format}'s layout, read back and compared{left}")
+    left = f"; {counted(lora.text_tensors, 'tensor')} for text encoders left out" if lora.text_tensors else ""
+    print(f"{to}: {counted(len(lora.layers()), 'layer')} in {options.format}'s layout, read back and compared{left}")

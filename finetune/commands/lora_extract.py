@@ -49,10 +49,10 @@ def run(options: Options) -> None:
     from finetune.text import counted
 
     places = {"--model": locate(options.model), "--base": locate(options.base)}
-    for name, found in places.items():
-        if found.scratch or not found.family.latent:
-            raise UsageError(f"{name} {found.name}: a pixel-space model takes no LoRA")
-    tuned, base = (open_source(found).unet(torch.float32).state_dict() for found in places.values())
+    for name, model_info in places.items():
+        if model_info.scratch or not model_info.family.latent:
+            raise UsageError(f"{name} {model_info.name}: a pixel-space model takes no LoRA")
+    tuned, base = (open_source(model_info).unet(torch.float32).state_dict() for model_info in places.values())
     if [(name, t.shape) for name, t in tuned.items()] != [(name, t.shape) for name, t in base.items()]:
         raise UsageError(f"--model {options.model} and --base {options.base} are models of different kinds")
     layers = [name.removesuffix(".weight") for name, t in tuned.items() if name.endswith(".weight") and t.ndim > 1]

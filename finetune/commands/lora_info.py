@@ -34,21 +34,21 @@ def run(options: Options) -> None:
     from finetune.text import counted
 
     path = Path(options.file).expanduser()
-    found = open_lora(path, options.model)
+    lora = open_lora(path, options.model)
     told = Adapter.told_in(path)
-    layers = found.layers()
-    numbers = sum(tensor.numel() for tensor in found.tensors.values())
-    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values()})
+    layers = lora.layers()
+    numbers = sum(tensor.numel() for tensor in lora.tensors.values())
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in lora.tensors.values()})
     rows: dict[str, Any] = {
         "file": f"{path} ({path.stat().st_size / 1e6:.1f} MB)",
-        "layout": found.layout,
-        "kind": found.kind,
-        "made for": found.family or "unknown",
-        "rank": _counts(found.ranks().values()),
-        "alpha": _counts(found.alphas.get(layer, "= rank") for layer in layers),
+        "layout": lora.layout,
+        "kind": lora.kind,
+        "made for": lora.family or "unknown",
+        "rank": _counts(lora.ranks().values()),
+        "alpha": _counts(lora.alphas.get(layer, "= rank") for layer in layers),
         "layers": f"{len(layers)}: {_counts(map(_place, layers))}",
         "numbers": f"{numbers / 1e6:.2f} M in {', '.join(dtypes)}",
-        "text": f"{counted(found.text_tensors, 'tensor')} for text encoders" if found.text_tensors else "",
+        "text": f"{counted(lora.text_tensors, 'tensor')} for text encoders" if lora.text_tensors else "",
     }
     rows |= {name: told.get(entry, "") for entry, name in _SHOWN.items()} | {"tags": _tags(told)}
     for name, text in rows.items():

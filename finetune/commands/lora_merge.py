@@ -49,7 +49,7 @@ def run(options: Options) -> None:
         open_lora(Path(file).expanduser(), options.model)  # before gigabytes are loaded in vain
     model = load_model(options.model, tokenizer=options.tokenizer)
     merged = merge_files(model.unet, options.file, strengths, options.model, option="--file")
-    for (path, found), strength in zip(merged, strengths, strict=True):
-        left = f"; {counted(found.text_tensors, 'tensor')} for text encoders left out" if found.text_tensors else ""
-        print(f"{path}: {counted(len(found.layers()), 'layer')}, strength {strength:g}{left}")
+    for (path, lora), strength in zip(merged, strengths, strict=True):
+        left = f"; {counted(lora.text_tensors, 'tensor')} for text encoders left out" if lora.text_tensors else ""
+        print(f"{path}: {counted(len(lora.layers()), 'layer')}, strength {strength:g}{left}")
     write_proved(model, to, options.format, precision=options.precision, told={})

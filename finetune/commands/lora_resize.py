@@ -35,10 +35,10 @@ def run(options: Options) -> None:
     from finetune.models.tensor_file import DTYPES
 
     path = Path(options.file).expanduser()
-    found = open_lora(path, options.model)
-    check_layers(path, found, options.model)
-    shapes = None if found.kind == "lora" else shapes_for(found, options.model)
-    made, kept = shortened(found, shapes, options.rank, options.energy)
+    lora = open_lora(path, options.model)
+    check_layers(path, lora, options.model)
+    shapes = None if lora.kind == "lora" else shapes_for(lora, options.model)
+    made, kept = shortened(lora, shapes, options.rank, options.energy)
     write_lora(to, made, "kohya", DTYPES[options.precision], Adapter.told_in(path))
     ranks = sorted(rank for rank in made.ranks().values() if rank)
     print(f"{to}: rank {ranks[0]} to {ranks[-1]}, {kept:.2%} of the squares of what it adds, read back and compared")

@@ -56,17 +56,17 @@ def run(options: Options, config: TrainConfig) -> None:
     check_sources(config.data)
     absent = None if options.memory is None else 1e9 * options.memory
     device = torch.device("cuda" if torch.cuda.is_available() or absent else "cpu")
-    found = locate(config.model)
-    check_resolution(found, config.resolution or found.resolution)
-    volumes = open_pictures(config, found, None)
-    resolved = resolve_for(config, found, volumes, device)
+    model_info = locate(config.model)
+    check_resolution(model_info, config.resolution or model_info.resolution)
+    volumes = open_pictures(config, model_info, None)
+    resolved = resolve_for(config, model_info, volumes, device)
     rows = {
         "model": f"{resolved.model}, {resolved.method}",
         **_pictures(volumes),
         "steps": f"{resolved.max_train_steps} of {resolved.global_batch}, learning rate {resolved.learning_rate:g}",
-        "memory": check_memory(resolved, found, device, absent),
+        "memory": check_memory(resolved, model_info, device, absent),
         "check": _check(resolved, volumes),
-        "disk": disk_line(resolved, disk_use(resolved, found, volumes), Path(config.output_dir or ".")),
+        "disk": disk_line(resolved, disk_use(resolved, model_info, volumes), Path(config.output_dir or ".")),
     }
     open_ones = {name: value for name, value in as_dict(resolved).items() if name not in config.given}
     useless = "lora_" if resolved.method == "full" else " "
@@ -84,7 +84,9 @@ def run(options: Options, config: TrainConfig) -> None:
     time = _time_of_earlier(Path(options.runs), resolved)
     if not time:
         steps = 0 if absent else options.timed_steps
-        time = _time_of_trial(resolved, found, volumes, device, steps) if steps else "not known: no run like this one"
+        time = (
+            _time_of_trial(resolved, model_info, volumes, device, steps) if steps else "not known: no run like this one"
+        )
     print(f"{'time':>11}  {time}", flush=True)
 
 
@@ -133,7 +135,7 @@ def _time_of_earlier(runs: Path, config: ResolvedConfig) -> str:
 
 
 def _time_of_trial(
-    config: ResolvedConfig, found: "Location", volumes: "Volumes", device: "torch.device", steps: int
+    config: ResolvedConfig, model_info: "Location", volumes: "Volumes", device: "torch.device", steps: int
 ) -> str:
     """By a few steps that are trained and thrown away."""
     from finetune.out_of_memory import means_out_of_memory
@@ -142,11 +144,11 @@ def _time_of_trial(
     from finetune.text import counted
 
     try:
-        seconds = seconds_per_step(config, found, volumes, device, steps=steps)
+        seconds = seconds_per_step(config, model_info, volumes, device, steps=steps)
     except (RuntimeError, MemoryError) as error:
         if not means_out_of_memory(error):
             raise
-        return f"not known: {out_of_memory(config, found, device)}"
+        return f"not known: {out_of_memory(config, model_info, device)}"
     minutes = seconds * config.max_train_steps / 60
     return f"about {minutes:.3g} minutes of steps, as fast as {counted(steps, 'step')} that were tried here"
 

@@ -47,16 +47,16 @@ def run(options: Options, config: TrainConfig) -> None:
         if is_inside(path, Path(source).expanduser()):
             where = f"--output {path} lies inside --data {source}"
             raise UsageError(f"{where}, which would be trained on; give one elsewhere")
-    found = locate(config.model)
-    check_resolution(found, config.resolution or found.resolution)
-    volumes = open_pictures(config, found, None)
+    model_info = locate(config.model)
+    check_resolution(model_info, config.resolution or model_info.resolution)
+    volumes = open_pictures(config, model_info, None)
     pictures = volumes.first
     counts, limit = [0] * len(pictures), 0
-    if found.family.latent:
-        tokenizer = open_source(found, config.tokenizer).tokenizer("tokenizer")
+    if model_info.family.latent:
+        tokenizer = open_source(model_info, config.tokenizer).tokenizer("tokenizer")
         counts = count_tokens(tokenizer, pictures.captions)
         limit = chunks_of(config.max_token_length) * (tokenizer.model_max_length - 2)
-    visits, cells, names = Live(pictures, found.family.inpainting), [], []
+    visits, cells, names = Live(pictures, model_info.family.inpainting), [], []
     for index in range(min(len(pictures), options.max_pictures)):
         pixels, geometry = visits.shown(index, example_key(config.seed, pictures.ids[index], 0))
         height, width, *_, target_height, target_width = geometry

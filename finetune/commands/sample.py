@@ -119,18 +119,20 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
         raise UsageError(f"--model {folder}: this run has exported nothing yet; the same training command finishes it")
     adapted = config is not None and made is not None and made.adapter
     base = config.model if config and adapted else options.model
-    found = locate(base)
-    if found.scratch:
+    model_info = locate(base)
+    if model_info.scratch:
         raise UsageError("--model ddpm is untrained; give the folder of a run")
-    if found.family.latent == (not options.prompt):
-        raise UsageError("give --prompt" if found.family.latent else f"--prompt cannot be used: {base} takes no text")
-    resolution = options.resolution or (config or found).resolution
-    _check_sizes(options, latent=found.family.latent)
+    if model_info.family.latent == (not options.prompt):
+        raise UsageError(
+            "give --prompt" if model_info.family.latent else f"--prompt cannot be used: {base} takes no text"
+        )
+    resolution = options.resolution or (config or model_info).resolution
+    _check_sizes(options, latent=model_info.family.latent)
     for pixels in (resolution, options.width, options.height):
         if pixels is not None:
-            check_resolution(found, pixels)
+            check_resolution(model_info, pixels)
     model = load_model(
-        found,
+        model_info,
         resolution=resolution,
         dtype=dtype,
         prediction_type=config.prediction_type if config else None,
@@ -140,7 +142,7 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
         vae=config.vae if config and adapted else None,
     )
     tokenizer = model.conditioner.tokenizer
-    if tokenizer and found.family.few_words and (spelt := spelt_words(tokenizer, options.prompt)):
+    if tokenizer and model_info.family.few_words and (spelt := spelt_words(tokenizer, options.prompt)):
         print(f"{base} does not know, and spells: {', '.join(spelt)}", file=sys.stderr)
     merge_files(model.unet, options.lora, options.strength, base, option="--lora")
     if adapted:

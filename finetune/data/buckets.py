@@ -41,8 +41,8 @@ class Buckets:
         first, last = -(-self.smallest // self.step), self.largest // self.step
         sides = [self.step * number for number in range(max(1, first), last + 1)]
         wide = [(side, max((s for s in sides if s * side <= most), default=0)) for side in sides]
-        found = {size for width, height in wide if height for size in ((width, height), (height, width))}
-        return sorted(found, key=lambda size: size[0] / size[1])
+        sizes = {size for width, height in wide if height for size in ((width, height), (height, width))}
+        return sorted(sizes, key=lambda size: size[0] / size[1])
 
     @cache  # noqa: B019 # many pictures are of few sizes
     def size(self, width: int, height: int) -> tuple[int, int]:

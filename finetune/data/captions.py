@@ -150,7 +150,7 @@ def _unread_beside(files: Sequence[str], pictures: Sequence[str], orphans: Seque
     """Files that look like captions and are none that are read: of another ending, or called otherwise."""
     names = {picture.casefold() for picture in pictures}
     stems = {os.path.splitext(name)[0] for name in names}
-    found: list[str] = []
+    unread: list[str] = []
     for file in files:
         stem, suffix = os.path.splitext(file)
         if is_metadata(file):
@@ -159,9 +159,9 @@ def _unread_beside(files: Sequence[str], pictures: Sequence[str], orphans: Seque
         beside = stem.casefold() in stems and suffix.lower() in _READ_ELSEWHERE
         table = suffix.lower() in (".json", ".jsonl", ".csv", ".tsv")
         if doubled or beside or table:
-            found.append(file)
+            unread.append(file)
     spelt = [file for file in orphans if os.path.splitext(file)[0].casefold() in stems]
-    return [*found, *(f"{file} (in other letters than its picture)" for file in spelt)]
+    return [*unread, *(f"{file} (in other letters than its picture)" for file in spelt)]
 
 
 def is_metadata(file: str) -> bool:

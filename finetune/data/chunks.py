@@ -178,9 +178,9 @@ def together(deals: Sequence[Deal], times: Sequence[int]) -> Deal:
     """Several sources as one, each so many times in an epoch; without the source and its parts."""
     visits = [[n * visits for visits in deal.visits] for n, deal in zip(times, deals, strict=True)]
     digest = deals[0].digest if tuple(times) == (1,) else wide_fold(*[deal.digest for deal in deals], *times)
-    found, counts = [deal.found for deal in deals], [deal.counts for deal in deals]
+    totals, counts = [deal.found for deal in deals], [deal.counts for deal in deals]
     return Deal(
-        None, parts=[], found=_added_up(found), counts=_added_up(counts), visits=_added_up(visits), digest=digest
+        None, parts=[], found=_added_up(totals), counts=_added_up(counts), visits=_added_up(visits), digest=digest
     )
 
 

@@ -114,10 +114,10 @@ class HuggingFaceDataset(PictureFiles):
 
 def _inside(path: str, folders: Sequence[Path]) -> Path:
     """The file that a row names. Raises ValueError where it lies in none of the folders, links followed."""
-    found = folders[0] / path
-    if not any(is_inside(found, folder) for folder in folders):
+    inside = folders[0] / path
+    if not any(is_inside(inside, folder) for folder in folders):
         raise ValueError(f"the row names a file outside of the dataset: {path}")
-    return found
+    return inside
 
 
 def _may_name_files_in(source: "str | datasets.Dataset") -> list[Path] | None:

@@ -34,11 +34,11 @@ def streamed(name: str, count: int, folder: Path, image_column: str, caption_col
     revision = _revision(name)
     of_dataset = folder / "rows" / wide_fold(name, image_column, caption_column)
     if revision is None:
-        found = max(of_dataset.glob("*"), key=lambda path: path.stat().st_mtime, default=None)
-        if found is None:
+        newest = max(of_dataset.glob("*"), key=lambda path: path.stat().st_mtime, default=None)
+        if newest is None:
             raise DataError(f"--data {name}: HF_HUB_OFFLINE is set, and no rows of it are kept in {folder}")
-        rows = kept(None, found, image_column, caption_column, count)
-        if len(rows) < count and not (found / WHOLE).exists():
+        rows = kept(None, newest, image_column, caption_column, count)
+        if len(rows) < count and not (newest / WHOLE).exists():
             raise DataError(
                 f"--data {name}: HF_HUB_OFFLINE is set, and only {len(rows)} rows of it are kept in {folder}"
             )

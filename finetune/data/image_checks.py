@@ -94,12 +94,12 @@ def _findings(
 
     def check(first: int) -> list[_Finding]:
         some = names[first : first + _TOGETHER]
-        found = [_located(source, first + number, name) for number, name in enumerate(some)]
-        places = [located[1] for located in found if not isinstance(located, Skipped) and located[1]]
+        infos = [_located(source, first + number, name) for number, name in enumerate(some)]
+        places = [located[1] for located in infos if not isinstance(located, Skipped) and located[1]]
         known = memory.known(places) if memory is not None else {}
         return [
             _Finding(located) if isinstance(located, Skipped) else _finding(*located, name, known, memory)
-            for located, name in zip(found, some, strict=True)
+            for located, name in zip(infos, some, strict=True)
         ]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

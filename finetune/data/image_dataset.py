@@ -199,8 +199,8 @@ class Pictures(Dataset[Example], ABC):
 
     def ledger(self) -> Ledger:
         """What became of everything that was found."""
-        found, trained, held = len(self) + len(self.quarantined), len(self.trained), len(self.held_out)
-        return Ledger(found, trained, len(self.quarantined), held_out=held, skipped=dict(self.aside))
+        total, trained, held = len(self) + len(self.quarantined), len(self.trained), len(self.held_out)
+        return Ledger(total, trained, len(self.quarantined), held_out=held, skipped=dict(self.aside))
 
     def notes(self) -> list[str]:
         """Lines for the user about what was found: what is left out, or looks wrong."""
@@ -252,12 +252,12 @@ class PictureFiles(Pictures):
     ) -> None:
         checked = check_images(names, self._file, memory)
         for place, name in enumerate(names):
-            found = checked[place]
+            info = checked[place]
             if bad and name in bad:
                 checked[place] = Skipped(name, bad[name])
-            elif not isinstance(found, Skipped) and (why := self._unfit_mask(place, found.size)):
+            elif not isinstance(info, Skipped) and (why := self._unfit_mask(place, info.size)):
                 checked[place] = Skipped(name, why)
-        good = {place: found for place, found in enumerate(checked) if not isinstance(found, Skipped)}
+        good = {place: info for place, info in enumerate(checked) if not isinstance(info, Skipped)}
         self.quarantined = [problem for problem in checked if isinstance(problem, Skipped)]
         if not good and not more:
             raise DataError(
@@ -268,12 +268,12 @@ class PictureFiles(Pictures):
         """Caption files without a picture, relative to the folder."""
         self.empty = list(empty)
         """Caption files beside a picture that say nothing, likewise."""
-        self.small = sum(_is_enlarged(transform, *found.size) for found in good.values())
+        self.small = sum(_is_enlarged(transform, *info.size) for info in good.values())
         """How many pictures are smaller than what they are trained in."""
         super().__init__(
             [names[place] for place in good],
             [captions[place] for place in good],
-            [found.digest for found in good.values()],
+            [info.digest for info in good.values()],
             trigger=trigger,
             transform=transform,
             repeats=[repeats[place] for place in good] if repeats else (),
@@ -325,7 +325,7 @@ class PictureFiles(Pictures):
             f"smaller than they are trained, and enlarged: {counted(self.small, 'picture')}": self.small,
             f"masks that are white all over, and so change nothing: {white}": white,
         }
-        return [line for line, found in lines.items() if found] + super().notes()
+        return [line for line, applies in lines.items() if applies] + super().notes()
 
 
 def _is_enlarged(transform: Preprocess, width: int, height: int) -> bool:

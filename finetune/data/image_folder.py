@@ -105,7 +105,7 @@ class ImageFolder(PictureFiles):
         self._repeated = bool(repeats)
         subjects = {name: name.split("/")[0].partition("_")[2] for name in self._names} if repeats else {}
         by_line = caption_lines == "chosen"
-        found = find_captions(
+        captions = find_captions(
             root,
             files,
             pictures=self._names,
@@ -115,23 +115,23 @@ class ImageFolder(PictureFiles):
             metadata=metadata,
             column=caption_column,
         )
-        self._count, self._caption_files = len(files), found.files
+        self._count, self._caption_files = len(files), captions.files
         self._others = Counter(ending(file) or "without an ending" for file in files if _is_strange(file))
         super().__init__(
             str(folder),
             self._names,
-            found.captions,
+            captions.captions,
             trigger=trigger,
             transform=transform,
             memory=memory,
-            bad=found.unreadable | {name: unusable[root / name] for name in beside if root / name in unusable},
+            bad=captions.unreadable | {name: unusable[root / name] for name in beside if root / name in unusable},
             repeats=repeats,
-            orphans=found.orphans,
-            empty=found.empty,
+            orphans=captions.orphans,
+            empty=captions.empty,
             more=metadata is not None,
         )
         self.masked = self.masked and bool(self._masks or self._alpha)
-        self.passed_over = found.passed_over
+        self.passed_over = captions.passed_over
         own = root.resolve()
         if not repeats and _REPEATED.fullmatch(own.name):
             self.passed_over.append(f"the folder's own name, {own.name}: give --data {own.parent} for what it says")
@@ -168,7 +168,7 @@ class ImageFolder(PictureFiles):
             f"files that are neither pictures nor captions: {kinds}": kinds,
             f"not read as repeats, since other folders hold pictures too: {listed(unused)}": unused,
         }
-        return super().notes() + [line for line, found in lines.items() if found] + self._warnings()
+        return super().notes() + [line for line, applies in lines.items() if applies] + self._warnings()
 
 
 def _project(root: Path, names: Sequence[str]) -> str:
@@ -193,8 +193,8 @@ def pictures_among(files: Sequence[str]) -> list[str]:
 
 def repeats_of(pictures: Sequence[str]) -> list[int]:
     """Of each picture, by the name of the folder that it lies in; none where not all are in such folders."""
-    found = [_REPEATED.fullmatch(name.split("/")[0]) if "/" in name else None for name in pictures]
-    repeats = [int(match[1]) for match in found if match and int(match[1])]
+    matches = [_REPEATED.fullmatch(name.split("/")[0]) if "/" in name else None for name in pictures]
+    repeats = [int(match[1]) for match in matches if match and int(match[1])]
     return repeats if len(repeats) == len(pictures) else []
 
 

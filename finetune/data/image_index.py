@@ -45,8 +45,8 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> "Stamp":
-        found = path.stat()
-        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+        status = path.stat()
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 class Known(NamedTuple):
@@ -114,8 +114,8 @@ class PictureMemory:
         names = [_name(path) for path, _ in files]
         with self._lock:
             rows = self._base.execute(query, names).fetchall()
-        found = {(row[0], row[1:4]): Known(row[4], None if row[5] is None else row[5:]) for row in rows}
-        asked = ((file, found.get((name, file[1]))) for file, name in zip(files, names, strict=True))
+        entries = {(row[0], row[1:4]): Known(row[4], None if row[5] is None else row[5:]) for row in rows}
+        asked = ((file, entries.get((name, file[1]))) for file, name in zip(files, names, strict=True))
         return {file: known for file, known in asked if known}
 
     def digest(self, path: Path, stamp: Stamp) -> str | None:

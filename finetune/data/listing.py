@@ -30,8 +30,8 @@ def _walk(folder: str, called: str, above: frozenset[str]) -> Iterator[str]:
     if real in above:  # a link back to where we came from
         return
     try:
-        with os.scandir(folder) as found:
-            entries = list(found)
+        with os.scandir(folder) as scanned:
+            entries = list(scanned)
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}") from error
     for entry in entries:
@@ -56,13 +56,13 @@ def links_out(folder: Path) -> list[str]:
         DataError: a folder cannot be listed.
     """
     root = os.path.realpath(folder)
-    found: list[str] = []
+    links: list[str] = []
     for place, folders, files in os.walk(folder, onerror=_refuse):
         for name in (*folders, *files):
             path = os.path.join(place, name)
             if os.path.islink(path) and not _is_below(os.path.realpath(path), root):
-                found.append(os.path.relpath(path, folder))
-    return sorted(found)
+                links.append(os.path.relpath(path, folder))
+    return sorted(links)
 
 
 def _is_below(path: str, root: str) -> bool:

@@ -42,9 +42,9 @@ def masks_of(files: Iterable[str], pictures: Iterable[str]) -> tuple[dict[str, s
     masks = [file for file in files if is_mask(file)]
     places = {composed(without_suffix(file)): file for file in masks}
     stems = ((picture, composed(os.path.splitext(picture)[0])) for picture in pictures) if masks else ()
-    found = {picture: places[stem] for picture, stem in stems if stem in places}
-    used = set(found.values())
-    return found, [file for file in masks if file not in used]
+    masked = {picture: places[stem] for picture, stem in stems if stem in places}
+    used = set(masked.values())
+    return masked, [file for file in masks if file not in used]
 
 
 class MaskInfo(NamedTuple):

@@ -54,7 +54,7 @@ def look(image: Image.Image) -> Look:
 
 def alike(looks: Sequence[Look], wanted: Sequence[int]) -> list[set[int]]:
     """Of each of the `wanted` numbers, the numbers of all others that are near duplicates of it."""
-    found: list[set[int]] = [set() for _ in wanted]
+    neighbors: list[set[int]] = [set() for _ in wanted]
     rows = np.concatenate([_versions(looks[index], _COARSE) for index in wanted])
     others = np.concatenate([_versions(each, _COARSE) for each in looks])
     aspects = np.array([each.aspect for each in looks])
@@ -63,18 +63,18 @@ def alike(looks: Sequence[Look], wanted: Sequence[int]) -> list[set[int]]:
         """Wanted pictures that are parts of this one."""
         for place in _promising(looks[index], aspects[list(wanted)], rows):
             if wanted[place] != index and _is_part(looks[wanted[place]], looks[index]):
-                found[place].add(index)
+                neighbors[place].add(index)
 
     def wholes_of(place: int) -> None:
         """Pictures that are parts of this wanted one."""
         for index in _promising(looks[wanted[place]], aspects, others):
             if index != wanted[place] and _is_part(looks[index], looks[wanted[place]]):
-                found[place].add(index)
+                neighbors[place].add(index)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(parts_of, range(len(looks))))
         list(pool.map(wholes_of, range(len(wanted))))
-    return found
+    return neighbors
 
 
 def _versions(of: Look, cells: int) -> Floats:

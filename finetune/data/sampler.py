@@ -131,12 +131,12 @@ class Sampler:
 
     def visited(self, steps: range, rank: int = 0, world: int = 1) -> list[int]:
         """The examples that one process visits in these steps, in the order of their first visits."""
-        found = dict[int, None]()
+        examples = dict[int, None]()
         for visit in self.all_visits(steps, rank, world):
-            found[visit.example] = None
-            if len(found) == self._trained:
+            examples[visit.example] = None
+            if len(examples) == self._trained:
                 break
-        return list(found)
+        return list(examples)
 
     def all_visits(self, steps: range, rank: int = 0, world: int = 1) -> Iterator[Visit]:
         """The visits of one process in these steps, one after the other."""

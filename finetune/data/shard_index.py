@@ -139,13 +139,13 @@ def _read(shard: Path, memory: PictureMemory | None) -> tuple[ShardIndex, list[S
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{shard}: not a whole tar file ({error}); fetch it again, or leave it out") from error
     masks = {mask[0]: mask for mask in members.masks}
-    found, lonely = masks_of(masks, [name for name, _, _ in members.pictures])
+    masked, lonely = masks_of(masks, [name for name, _, _ in members.pictures])
     pictures = [
         ShardPicture(
             place,
             members.texts.get(key_of(place[0]), {}),
             members.unreadable.get(key_of(place[0])),
-            masks.get(found.get(place[0], "")),
+            masks.get(masked.get(place[0], "")),
         )
         for place in members.pictures
     ]
@@ -181,8 +181,8 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, members: _Members) -> s
     if name.name.startswith("."):
         return "hidden files"
     if is_picture(member.name):
-        found = members.masks if is_mask(member.name) else members.pictures
-        found.append((member.name, member.offset_data, member.size))
+        places = members.masks if is_mask(member.name) else members.pictures
+        places.append((member.name, member.offset_data, member.size))
         return None
     if ending not in TEXT_SUFFIXES:
         return f"neither pictures nor captions: {ending or 'without an ending'}"

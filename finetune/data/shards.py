@@ -74,11 +74,11 @@ class TarShards(PictureFiles):
             raise DataError(f"{root}: no picture found in {', '.join(shard.name for shard in shards[:3])}")
         self._members = [member for member, _ in members]
         called = {shard: shard.relative_to(root).as_posix() for shard in shards}
-        captions = [_caption(found.texts, prompt, caption_lines) for _, found in members]
+        captions = [_caption(picture.texts, prompt, caption_lines) for _, picture in members]
         ids = [f"{called[member.shard]}/{member.name}" for member in self._members]
-        bad = {name: found.unreadable for name, (_, found) in zip(ids, members, strict=True) if found.unreadable}
+        bad = {name: picture.unreadable for name, (_, picture) in zip(ids, members, strict=True) if picture.unreadable}
         self._alpha, self.masked = masks == "files and alpha", masks != "none"
-        self._masks = {member: _member(member.shard, found.mask) for member, found in members if found.mask}
+        self._masks = {member: _member(member.shard, picture.mask) for member, picture in members if picture.mask}
         others = indices if part is None or part[0] == 0 else {}  # what is no picture is accounted for with the first
         self._lonely_masks = sum(index.lonely_masks for index in others.values())
         self._skipped = sum((Counter(index.skipped) for index in others.values()), Counter[str]())
@@ -106,8 +106,8 @@ class TarShards(PictureFiles):
         lonely = {"masks without a picture": self._lonely_masks} if self._lonely_masks else {}
         skipped = {**lonely, **dict(sorted(self._skipped.items())), **own.skipped}
         masks = len(set(self._masks.values()))
-        found = own.found + self._captions + masks + self._lonely_masks + sum(self._skipped.values())
-        return own._replace(found=found, captions=self._captions, masks=masks, skipped=skipped)
+        total = own.found + self._captions + masks + self._lonely_masks + sum(self._skipped.values())
+        return own._replace(found=total, captions=self._captions, masks=masks, skipped=skipped)
 
     def notes(self) -> list[str]:
         return [*super().notes(), *(f"in the shards, {why}: {count}" for why, count in sorted(self._skipped.items()))]
@@ -161,5 +161,5 @@ def find_shards(source: str, path: Path, files: Sequence[str]) -> tuple[list[Pat
 
 
 def _caption(texts: Mapping[str, Texts], prompt: str | None, lines: Literal["joined", "chosen"]) -> Caption:
-    found = ((ending[1:], texts.get(ending)) for ending in TEXT_SUFFIXES)
-    return first_caption((*found, ("prompt", prompt)), by_line=lines == "chosen")
+    candidates = ((ending[1:], texts.get(ending)) for ending in TEXT_SUFFIXES)
+    return first_caption((*candidates, ("prompt", prompt)), by_line=lines == "chosen")

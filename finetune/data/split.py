@@ -63,10 +63,10 @@ def held_out(pictures: Pictures, fraction: float, seed: int, memory: PictureMemo
             break
         if len(groups[candidate]) <= most and _leader(pictures, contents, groups[candidate]) == candidate:
             held |= groups[candidate]
-    found = sorted(held) if len(held) >= FEWEST else []
+    indices = sorted(held) if len(held) >= FEWEST else []
     if memory is not None:
-        memory.note_split(key, found)
-    return found
+        memory.note_split(key, indices)
+    return indices
 
 
 def shown_elsewhere(pictures: Pictures, held: Sequence[int]) -> list[int]:
@@ -135,7 +135,7 @@ class _Neighbours:
     def of(self, wanted: Sequence[int]) -> list[set[int]]:
         """Of each of these pictures."""
         near = alike(self._looks, wanted) if self._looks and wanted else [set[int]() for _ in wanted]
-        return [(self._same[self._contents[i]] | found) - {i} for i, found in zip(wanted, near, strict=True)]
+        return [(self._same[self._contents[i]] | similar) - {i} for i, similar in zip(wanted, near, strict=True)]
 
 
 def _looks(pictures: Pictures, count: int) -> list[Look]:

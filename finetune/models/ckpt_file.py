@@ -72,14 +72,14 @@ def read_pickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         raise ModelError(f"{path}: more than tensors, and not read: {_reason(error)}") from error
     except _READ_ERRORS as error:
         raise ModelError(f"{path}: not a pickle that torch has written: {_reason(error)}") from error
-    found = dict(_named(content, ""))
-    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    entries = dict(_named(content, ""))
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ModelError(f"{path}: holds no tensors with names")
     for name, tensor in tensors.items():
         if tensor.dtype not in NUMBER_FORMATS.values():
             raise ModelError(f"{path}: {_shown(name)} is {tensor.dtype}, for which a .safetensors has no place")
-    return _apart(tensors), [_shown(name) for name in found if name not in tensors]
+    return _apart(tensors), [_shown(name) for name in entries if name not in tensors]
 
 
 def _named(content: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -49,9 +49,9 @@ def clip_tokenizer(given: str | None, pad: str = END) -> CLIPTokenizer:
 
 
 def _installed() -> Path | None:
-    found = importlib.util.find_spec("open_clip")
-    if found is not None and found.origin and (Path(found.origin).parent / _PACKAGED).is_file():
-        return Path(found.origin).parent / _PACKAGED
+    spec = importlib.util.find_spec("open_clip")
+    if spec is not None and spec.origin and (Path(spec.origin).parent / _PACKAGED).is_file():
+        return Path(spec.origin).parent / _PACKAGED
     for repository in _REPOSITORIES:
         inside = "" if repository.startswith("openai") else "tokenizer/"
         files = [try_to_load_from_cache(repository, f"{inside}{name}") for name in ("vocab.json", "merges.txt")]

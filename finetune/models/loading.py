@@ -89,33 +89,33 @@ def load_model(
         UsageError: unknown name, or a resolution that the model cannot take.
         ModelError: a part is missing or damaged, or the hub is out of reach.
     """
-    found = name_or_path if isinstance(name_or_path, Location) else locate(str(name_or_path))
-    resolution = resolution or found.resolution
-    check_resolution(found, resolution)
+    model_info = name_or_path if isinstance(name_or_path, Location) else locate(str(name_or_path))
+    resolution = resolution or model_info.resolution
+    check_resolution(model_info, resolution)
     changes = {"prediction_type": prediction_type} if prediction_type else {}
-    if found.scratch:
-        return _from_scratch(found, resolution, changes, seed)
-    source = open_source(found, tokenizer)
+    if model_info.scratch:
+        return _from_scratch(model_info, resolution, changes, seed)
+    source = open_source(model_info, tokenizer)
     own = dict(source.config("scheduler"))
     scheduler = DDPMScheduler.from_config(own, **changes)
     unet = source.unet(dtype)
     if isinstance(unet, UNet2DModel):
         # Pipelines draw in the size of the config; the folder's own name would be the user's, in every export.
         unet.register_to_config(sample_size=resolution, _name_or_path="")
-        return _pixel_model(found, unet, scheduler)
+        return _pixel_model(model_info, unet, scheduler)
     sampler = _sampler(source.place, own, changes)
-    frozen = _frozen(found, source, max_token_length, clip_skip, vae)
+    frozen = _frozen(model_info, source, max_token_length, clip_skip, vae)
 
     def around(unet: UNet2DConditionModel) -> DiffusionPipeline:
         own = sampler.from_config(sampler.config)
-        return getattr(diffusers, found.family.pipeline)(unet=unet, scheduler=own, **frozen.parts)
+        return getattr(diffusers, model_info.family.pipeline)(unet=unet, scheduler=own, **frozen.parts)
 
     model = DiffusionModel(
         unet=unet,
         encoder=frozen.encoder,
         conditioner=frozen.conditioner,
         scheduler=scheduler,
-        family=found.family,
+        family=model_info.family,
         around=around,
         own_files=frozen.own_files,
     )
@@ -137,19 +137,19 @@ def without_library_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def check_resolution(found: Location, resolution: int) -> None:
+def check_resolution(model_info: Location, resolution: int) -> None:
     """Raise UsageError, naming the nearest that fit, unless the model can take pictures of this size."""
-    multiple = scratch_multiple(resolution) if found.scratch else found.multiple
+    multiple = scratch_multiple(resolution) if model_info.scratch else model_info.multiple
     if resolution % multiple:
         below, above = resolution // multiple * multiple, -(-resolution // multiple) * multiple
         fitting = f"{below} and {above}" if below else str(above)
         raise UsageError(
-            f"resolution = {resolution}: {found.name} takes multiples of {multiple} pixels; the nearest: {fitting}"
+            f"resolution = {resolution}: {model_info.name} takes multiples of {multiple} pixels; the nearest: {fitting}"
         )
 
 
 def load_frozen(
-    found: Location,
+    model_info: Location,
     *,
     max_token_length: int = 77,
     clip_skip: int | None = None,
@@ -157,9 +157,9 @@ def load_frozen(
     vae: str | None = None,
 ) -> "Frozen":
     """What `load_model` puts around the UNet, without it. Raises as it does."""
-    if not found.family.latent:
+    if not model_info.family.latent:
         return Frozen(PixelEncoder(), NoCondition())
-    return _frozen(found, open_source(found, tokenizer), max_token_length, clip_skip, vae)
+    return _frozen(model_info, open_source(model_info, tokenizer), max_token_length, clip_skip, vae)
 
 
 @dataclass
@@ -177,20 +177,22 @@ class Frozen:
 
 
 def _frozen(
-    found: Location, source: ModelSource, max_token_length: int, clip_skip: int | None, other_vae: str | None
+    model_info: Location, source: ModelSource, max_token_length: int, clip_skip: int | None, other_vae: str | None
 ) -> Frozen:
     try:
         with without_library_bars():
-            files = {part: source.own_files(part) for part in found.family.parts if part not in ("unet", "scheduler")}
+            files = {
+                part: source.own_files(part) for part in model_info.family.parts if part not in ("unet", "scheduler")
+            }
             if other_vae is None:
                 vae = source.vae()
             elif (file := Path(other_vae).expanduser()).is_file():
-                vae, files["vae"] = vae_from_file(file, found.family.layout or found.family.name), None
+                vae, files["vae"] = vae_from_file(file, model_info.family.layout or model_info.family.name), None
             else:
                 files["vae"] = _vae_folder(file)
                 vae = _other_vae(files["vae"], source)
             text: dict[str, Any] = {}
-            for part in found.family.parts:
+            for part in model_info.family.parts:
                 if part.startswith("text_encoder"):
                     text[part] = source.text_encoder(part)
                 elif part.startswith("tokenizer"):
@@ -215,7 +217,7 @@ def _frozen(
         conditioner = ClipConditioner(text["tokenizer"], text["text_encoder"], max_token_length, clip_skip)
         more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     own_files = {part: folder for part, folder in files.items() if folder}
-    return Frozen(VaeEncoder(vae), conditioner, {"vae": vae, **text, **more}, own_files, found.family.inpainting)
+    return Frozen(VaeEncoder(vae), conditioner, {"vae": vae, **text, **more}, own_files, model_info.family.inpainting)
 
 
 def _vae_folder(folder: Path) -> Path:
@@ -239,12 +241,12 @@ def _other_vae(folder: Path, source: ModelSource) -> AutoencoderKL:
     return vae
 
 
-def _from_scratch(found: Location, resolution: int, changes: dict[str, str], seed: int) -> DiffusionModel:
+def _from_scratch(model_info: Location, resolution: int, changes: dict[str, str], seed: int) -> DiffusionModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         unet = scratch_unet(resolution)
     scheduler = DDPMScheduler(num_train_timesteps=1000, **changes)
-    return _pixel_model(found, unet, scheduler)
+    return _pixel_model(model_info, unet, scheduler)
 
 
 def scratch_unet(resolution: int) -> UNet2DModel:
@@ -268,16 +270,16 @@ def scratch_unet(resolution: int) -> UNet2DModel:
     )
 
 
-def _pixel_model(found: Location, unet: UNet2DModel, scheduler: DDPMScheduler) -> DiffusionModel:
+def _pixel_model(model_info: Location, unet: UNet2DModel, scheduler: DDPMScheduler) -> DiffusionModel:
     def around(unet: UNet2DModel) -> DiffusionPipeline:
-        return getattr(diffusers, found.family.pipeline)(unet=unet, scheduler=scheduler)
+        return getattr(diffusers, model_info.family.pipeline)(unet=unet, scheduler=scheduler)
 
     return DiffusionModel(
         unet=unet.eval(),
         encoder=PixelEncoder(),
         conditioner=NoCondition(),
         scheduler=scheduler,
-        family=found.family,
+        family=model_info.family,
         around=around,
     )
 

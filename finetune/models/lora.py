@@ -250,8 +250,8 @@ class Adapter:
     def save_kohya(self, path: Path, told: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
         """Write the adapter's tensors, or an earlier `state` of them, in kohya's layout, with what is `told` of them
         as metadata."""
-        found = LoraFile(dict(self.state() if state is None else state), self.alphas(), 0)
-        write_kohya(path, found, told, self.unet.peft_config[self.name].r)
+        lora = LoraFile(dict(self.state() if state is None else state), self.alphas(), 0)
+        write_kohya(path, lora, told, self.unet.peft_config[self.name].r)
 
     def take_over(self, path: Path) -> int:
         """Start from a LoRA file in either layout; what it adds to the base is the same, whatever its alpha.
@@ -263,24 +263,24 @@ class Adapter:
             UsageError: its layers or its rank are not this adapter's.
             ModelError: it is damaged, or no LoRA for this UNet.
         """
-        found, state = read_lora(path, self._names()), self.state()
-        shapes = [{key: tuple(tensor.shape) for key, tensor in some.items()} for some in (found.tensors, state)]
+        lora, state = read_lora(path, self._names()), self.state()
+        shapes = [{key: tuple(tensor.shape) for key, tensor in some.items()} for some in (lora.tensors, state)]
         if shapes[0] != shapes[1]:
             key = min(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))
             theirs, ours = shapes[0].get(key, "missing"), shapes[1].get(key, "not adapted")
             what = "give its --rank and --lora_target_modules" if theirs != "missing" else "it has fewer layers"
-            place = f"init_lora {path} (for {found.family or 'another model'})"
+            place = f"init_lora {path} (for {lora.family or 'another model'})"
             raise UsageError(f"{place}: {key} is {theirs} there and {ours} here; {what}")
-        layers, alphas = found.layers(), self.alphas()
+        layers, alphas = lora.layers(), self.alphas()
         for layer, tensors in layers.items():
             rank = rank_of(tensors)
             if rank is not None:
-                share = found.alphas.get(layer, rank) / alphas[layer]
+                share = lora.alphas.get(layer, rank) / alphas[layer]
                 last = next(name for name in _SCALED if name in tensors)
                 tensors[last] = tensors[last].float() * share
         state = {f"{layer}.{name}": tensor.float() for layer, some in layers.items() for name, tensor in some.items()}
         set_peft_model_state_dict(self.unet, state, adapter_name=self.name)
-        return found.text_tensors
+        return lora.text_tensors
 
     def _names(self) -> dict[str, str]:
         weights = [name.replace(".base_layer.", ".") for name, _ in self.unet.named_parameters()]

@@ -80,26 +80,26 @@ def _renamed(key: str) -> str:
     key = key.replace("base_model.model.", "").replace(".default.weight", ".weight")
     if key.startswith("lycoris_"):
         return f"lora_unet_{key.removeprefix('lycoris_')}"
-    if found := _PROCESSOR.fullmatch(key):
-        layer, projection, matrix = found.groups()
+    if match := _PROCESSOR.fullmatch(key):
+        layer, projection, matrix = match.groups()
         return f"{layer}.{'to_out.0' if projection == 'to_out' else projection}.{_MATRIX[matrix]}"
-    if found := _NESTED.fullmatch(key):
-        return f"{found[1]}.{_MATRIX[found[2]]}"
-    if found := _DOTTED.fullmatch(key):
-        return f"lora_unet_{found[1].replace('.', '_')}.{found[2]}"
+    if match := _NESTED.fullmatch(key):
+        return f"{match[1]}.{_MATRIX[match[2]]}"
+    if match := _DOTTED.fullmatch(key):
+        return f"lora_unet_{match[1].replace('.', '_')}.{match[2]}"
     return key
 
 
 def _without_cores(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tucker's middle factor of a convolution, (rank, rank, height, width), multiplied into the lower one."""
-    found = dict(state)
+    merged = dict(state)
     for key in [key for key in state if key.endswith(".lora_mid.weight")]:
         below = key.replace("lora_mid", "lora_down")
-        if below not in found:
+        if below not in merged:
             raise ModelError(f"{below} is missing")
-        down = found[below].float().flatten(1)
-        found[below] = torch.einsum("mnhw,ni->mihw", found.pop(key).float(), down).to(state[below].dtype)
-    return found
+        down = merged[below].float().flatten(1)
+        merged[below] = torch.einsum("mnhw,ni->mihw", merged.pop(key).float(), down).to(state[below].dtype)
+    return merged
 
 
 _SCALED: Sequence[str] = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")
@@ -108,11 +108,11 @@ _SCALED: Sequence[str] = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a")
 
 def _with_scalars(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """LyCORIS' number for each layer, by which its update is multiplied, in one of its factors."""
-    found = dict(state)
+    scaled = dict(state)
     for key in [key for key in state if key.endswith(".scalar")]:
-        scalar, layer = found.pop(key), key.removesuffix(".scalar")
-        name = next((f"{layer}.{end}" for end in _SCALED if f"{layer}.{end}" in found), None)
+        scalar, layer = scaled.pop(key), key.removesuffix(".scalar")
+        name = next((f"{layer}.{end}" for end in _SCALED if f"{layer}.{end}" in scaled), None)
         if name is None:
             raise ModelError(f"{key}: a scalar of no layer")
-        found[name] = found[name] * scalar.to(found[name].dtype)
-    return found
+        scaled[name] = scaled[name] * scalar.to(scaled[name].dtype)
+    return scaled

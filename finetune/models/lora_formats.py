@@ -46,15 +46,15 @@ def to_kohya(state: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[s
         state: peft key -> tensor.
         alphas: layer -> alpha; its update is scaled by alpha / rank.
     """
-    found: dict[str, Tensor] = {}
+    converted: dict[str, Tensor] = {}
     for key, tensor in state.items():
         module, suffix = _parted(key.removeprefix(PEFT_PREFIX), _SUFFIXES)
         name = KOHYA_PREFIX + module.replace(".", "_")
         if suffix == MAGNITUDE:  # (out,) of a linear layer, (1, out, 1, 1) of a convolution
             tensor = tensor.reshape(-1, *[1] * max(1, tensor.ndim - 1))
-        found[f"{name}.{_SUFFIXES[suffix]}"] = tensor
-        found[f"{name}.alpha"] = torch.tensor(float(alphas[module]))
-    return found
+        converted[f"{name}.{_SUFFIXES[suffix]}"] = tensor
+        converted[f"{name}.alpha"] = torch.tensor(float(alphas[module]))
+    return converted
 
 
 def from_kohya(state: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -134,11 +134,11 @@ class LoraFile:
 
     def layers(self) -> dict[str, dict[str, Tensor]]:
         """Layer -> its tensors by peft's names, as `finetune.models.lora_math` takes them."""
-        found: dict[str, dict[str, Tensor]] = {}
+        by_layer: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self.tensors.items():
             layer, suffix = _parted(key.removeprefix(PEFT_PREFIX), _SUFFIXES)
-            found.setdefault(layer, {})[suffix] = tensor
-        return found
+            by_layer.setdefault(layer, {})[suffix] = tensor
+        return by_layer
 
 
 def read_lora(path: Path, names: Mapping[str, str] | None = None) -> LoraFile:
@@ -174,11 +174,11 @@ def read_lora(path: Path, names: Mapping[str, str] | None = None) -> LoraFile:
     try:
         if kohya:
             tensors, alphas = from_kohya(ours, names or {})
-            found = LoraFile(tensors, alphas, text, "kohya")
+            lora = LoraFile(tensors, alphas, text, "kohya")
         else:
             state = {f"{PEFT_PREFIX}{key.removeprefix(PEFT_PREFIX)}": tensor for key, tensor in ours.items()}
-            found = LoraFile(state, {}, text)
-        layers = found.layers()
+            lora = LoraFile(state, {}, text)
+        layers = lora.layers()
         if not layers:
             raise ModelError("it has no tensors for a UNet")
         for layer, tensors in layers.items():
@@ -187,7 +187,7 @@ def read_lora(path: Path, names: Mapping[str, str] | None = None) -> LoraFile:
     except ModelError as error:
         family = told_family(ours)
         raise ModelError(f"{path}: {error}{f'; it was made for {family}' if family else ''}") from error
-    return found if kohya else replace(found, alphas=_told_alphas(settings or _settings_beside(path), layers))
+    return lora if kohya else replace(lora, alphas=_told_alphas(settings or _settings_beside(path), layers))
 
 
 def _settings_beside(path: Path) -> dict[str, Any]:
@@ -235,49 +235,49 @@ _LYCORIS = {"dora": "locon", "loha": "loha", "lokr": "lokr"}
 """What LyCORIS, the network module of sd-scripts that knows them, calls the kinds that sd-scripts itself has not."""
 
 
-def write_kohya(path: Path, found: LoraFile, told: Mapping[str, str], rank: int | None = None) -> None:
+def write_kohya(path: Path, lora: LoraFile, told: Mapping[str, str], rank: int | None = None) -> None:
     """Write a file in kohya's layout.
 
     Args:
         path: the file.
-        found: what to write.
+        lora: what to write.
         told: metadata, beside what the tensors themselves say.
         rank: that was asked for; None: the most frequent.
     """
-    tensors = to_kohya(found.tensors, found.alphas)
-    digest, algorithm = data_digest(tensors), _LYCORIS.get(found.kind)
+    tensors = to_kohya(lora.tensors, lora.alphas)
+    digest, algorithm = data_digest(tensors), _LYCORIS.get(lora.kind)
     known = {
         "ss_network_module": "lycoris.kohya" if algorithm else "networks.lora",
-        "ss_network_dim": str(rank or _usual(found.ranks().values())),
-        "ss_network_alpha": f"{_usual(found.alphas.values()):g}",
+        "ss_network_dim": str(rank or _usual(lora.ranks().values())),
+        "ss_network_alpha": f"{_usual(lora.alphas.values()):g}",
         "sshs_model_hash": digest,
         "modelspec.hash_sha256": f"0x{digest}",
     }
     if algorithm:
-        arguments = {"algo": algorithm} | ({"dora_wd": True} if found.kind == "dora" else {})
+        arguments = {"algo": algorithm} | ({"dora_wd": True} if lora.kind == "dora" else {})
         known["ss_network_args"] = json.dumps(arguments)
     write_tensors(path, tensors, dict(told) | known)
 
 
-def write_peft(path: Path, found: LoraFile) -> None:
+def write_peft(path: Path, lora: LoraFile) -> None:
     """Write a file in peft's layout, rank and alpha of each layer in its metadata. Raises ModelError for a LoKr."""
-    if any(key.endswith(MAGNITUDE_OF_INPUTS) for key in found.tensors):
+    if any(key.endswith(MAGNITUDE_OF_INPUTS) for key in lora.tensors):
         raise ModelError("its DoRA has a norm for each input, where peft's has one for each output; keep to kohya")
-    if found.kind == "lokr":
+    if lora.kind == "lokr":
         raise ModelError("a LoKr does not say how its layers were factored, which peft needs to know; keep to kohya")
-    ranks, alphas = found.ranks(), found.alphas
+    ranks, alphas = lora.ranks(), lora.alphas
     rank, alpha = _usual(ranks.values()), _usual(alphas.values())
     settings: dict[str, Any] = {
-        "peft_type": "LOHA" if found.kind == "loha" else "LORA",
+        "peft_type": "LOHA" if lora.kind == "loha" else "LORA",
         "r": rank,
-        "alpha" if found.kind == "loha" else "lora_alpha": alpha,
+        "alpha" if lora.kind == "loha" else "lora_alpha": alpha,
         "rank_pattern": {layer: own for layer, own in ranks.items() if own != rank},
         "alpha_pattern": {layer: own for layer, own in alphas.items() if own != alpha},
         "target_modules": sorted(ranks),
     }
-    settings |= {"use_dora": True} if found.kind == "dora" else {}
+    settings |= {"use_dora": True} if lora.kind == "dora" else {}
     told = {f"{PEFT_PREFIX}{name}": value for name, value in settings.items()}
-    write_tensors(path, found.tensors, {"lora_adapter_metadata": json.dumps(told, sort_keys=True)})
+    write_tensors(path, lora.tensors, {"lora_adapter_metadata": json.dumps(told, sort_keys=True)})
 
 
 def _usual(numbers: Iterable[Any]) -> Any:

@@ -32,15 +32,15 @@ def open_lora(path: Path, model: str | None = None, *, option: str = "--file") -
     return read_lora(path, None if model is None else _layers_of(model)[0])
 
 
-def check_layers(path: Path, found: LoraFile, model: str | None) -> None:
+def check_layers(path: Path, lora: LoraFile, model: str | None) -> None:
     """Compare the layers of a LoRA with those of a UNet, by name and shape.
 
     Raises:
         ModelError: neither `model` nor the file tells which UNet, or a layer is none of it, or has another shape.
     """
-    shapes = shapes_for(found, model)
-    whose = f"--model {model}" if model is not None else found.family
-    for layer, tensors in found.layers().items():
+    shapes = shapes_for(lora, model)
+    whose = f"--model {model}" if model is not None else lora.family
+    for layer, tensors in lora.layers().items():
         if layer not in shapes:
             raise ModelError(f"{path}: {layer} is no layer of the UNet of {whose}")
         try:
@@ -48,38 +48,38 @@ def check_layers(path: Path, found: LoraFile, model: str | None) -> None:
         except RuntimeError:
             fits = False
         if not fits:
-            made = f"; it was made for {found.family}" if found.family else ""
+            made = f"; it was made for {lora.family}" if lora.family else ""
             raise ModelError(f"{path}: {layer} does not fit its shape {tuple(shapes[layer])} in {whose}{made}")
 
 
-def shapes_for(found: LoraFile, model: str | None) -> Mapping[str, torch.Size]:
+def shapes_for(lora: LoraFile, model: str | None) -> Mapping[str, torch.Size]:
     """Layer -> shape of its weight. Raises ModelError where neither `model` nor the file tells."""
     if model is not None:
         return _layers_of(model)[1]
-    if found.family is None:
+    if lora.family is None:
         raise ModelError("which model the LoRA was made for does not show in its tensors; give --model")
-    return family_layers(found.family)[1]
+    return family_layers(lora.family)[1]
 
 
 def _layers_of(model: str) -> tuple[dict[str, str], dict[str, torch.Size]]:
     if model in UNETS:
         return family_layers(model)  # which needs neither its files nor the hub
-    found = locate(model)
-    if found.scratch or not found.family.latent:
+    model_info = locate(model)
+    if model_info.scratch or not model_info.family.latent:
         raise UsageError(f"--model {model}: a pixel-space model takes no LoRA")
-    return layers_of(open_source(found).config("unet"))
+    return layers_of(open_source(model_info).config("unet"))
 
 
-def write_lora(path: Path, found: LoraFile, layout: Layout, dtype: torch.dtype, told: Mapping[str, str]) -> None:
+def write_lora(path: Path, lora: LoraFile, layout: Layout, dtype: torch.dtype, told: Mapping[str, str]) -> None:
     """Write a LoRA, read it back and compare it to the bit.
 
     Raises:
         RunError: what was read back is not what was to be written; the file is kept as `.rejected`.
         ModelError: as `write_peft`.
     """
-    tensors = {key: tensor.to(dtype).contiguous() for key, tensor in found.tensors.items()}
-    alphas = {layer: found.alphas.get(layer, float(rank or 1)) for layer, rank in found.ranks().items()}
-    rounded = replace(found, tensors=tensors, alphas=alphas)
+    tensors = {key: tensor.to(dtype).contiguous() for key, tensor in lora.tensors.items()}
+    alphas = {layer: lora.alphas.get(layer, float(rank or 1)) for layer, rank in lora.ranks().items()}
+    rounded = replace(lora, tensors=tensors, alphas=alphas)
     if layout == "kohya":
         write_kohya(path, rounded, told)
     else:
@@ -101,17 +101,17 @@ def _in_fp32(number: float) -> float:
 
 
 @torch.no_grad()
-def merge(unet: Any, found: LoraFile, strength: float) -> None:
+def merge(unet: Any, lora: LoraFile, strength: float) -> None:
     """Put a LoRA into the weights of a UNet, `strength` times. Raises ModelError for a layer that it has not."""
     weights = dict(unet.named_parameters())
-    for layer, tensors in found.layers().items():
+    for layer, tensors in lora.layers().items():
         weight = weights.get(f"{layer}.weight")
         if weight is None:
             raise ModelError(f"the model has no layer {layer}")
         try:
-            merged = changed(weight, tensors, found.alphas.get(layer), strength)
+            merged = changed(weight, tensors, lora.alphas.get(layer), strength)
         except RuntimeError as error:
-            base = found.family or "another model"
+            base = lora.family or "another model"
             raise ModelError(f"{layer} is {tuple(weight.shape)} here; the LoRA is for {base}") from error
         weight.copy_(merged)
 
@@ -138,22 +138,22 @@ def merge_files(
     paths = [Path(file).expanduser() for file in files]
     merged = []
     for path, strength in zip(paths, strengths or (1.0,) * len(paths), strict=True):
-        found = open_lora(path, model, option=option)
+        lora = open_lora(path, model, option=option)
         try:
-            merge(unet, found, strength)
+            merge(unet, lora, strength)
         except ModelError as error:
             raise ModelError(f"{path} does not fit --model {model}: {error}") from error
-        merged.append((path, found))
+        merged.append((path, lora))
     return merged
 
 
 def shortened(
-    found: LoraFile, shapes: Mapping[str, torch.Size] | None, rank: int | None, energy: float
+    lora: LoraFile, shapes: Mapping[str, torch.Size] | None, rank: int | None, energy: float
 ) -> tuple[LoraFile, float]:
     """A LoRA of lower rank, and the share of the update's squares that it keeps; see `factors`.
 
     Args:
-        found: LoRA, LoHa or LoKr.
+        lora: LoRA, LoHa or LoKr.
         shapes: of the layers' weights; a LoRA needs none.
         rank: the highest.
         energy: share of the squares to keep in each layer.
@@ -161,12 +161,12 @@ def shortened(
     Raises:
         ModelError: a DoRA, whose norms no plain LoRA has.
     """
-    if found.kind == "dora":
+    if lora.kind == "dora":
         raise ModelError("a DoRA's norms do not fit into a LoRA of another rank; merge it, and extract a LoRA")
     made: dict[str, dict[str, Tensor]] = {}
     kept, whole = 0.0, 0.0
-    for layer, tensors in found.layers().items():
-        alpha = found.alphas.get(layer)
+    for layer, tensors in lora.layers().items():
+        alpha = lora.alphas.get(layer)
         if shapes is None:
             up, down = tensors["lora_B.weight"], tensors["lora_A.weight"]
             shape = torch.Size((up.shape[0], *down.shape[1:]))

@@ -174,10 +174,10 @@ def _refuse_other_classes(name: str, folder: Path, family: Family) -> None:
     if not isinstance(index, dict):
         raise ModelError(f"--model {name}: model_index.json is no table of parts")
     for part in family.parts:
-        found, known = index.get(part), _CLASSES[part.removesuffix("_2")]
-        if found in (None, [None, None]):
+        class_name, known = index.get(part), _CLASSES[part.removesuffix("_2")]
+        if class_name in (None, [None, None]):
             continue
-        kind = ".".join(map(str, found)) if isinstance(found, list) else str(found)
+        kind = ".".join(map(str, class_name)) if isinstance(class_name, list) else str(class_name)
         if not re.fullmatch(rf"(diffusers|transformers)\.({known})", kind):
             raise ModelError(
                 f"--model {name}: model_index.json has {kind} as its {part}; no code of a model folder is run, and "

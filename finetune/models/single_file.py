@@ -243,13 +243,13 @@ class _Blocks:
         up = [outputs[start : start + layers + 1] for start in range(0, len(outputs), layers + 1)]
         middle = None if "middle_block.0" not in places else _depth(inside, "middle_block")
         whole = middle != 0 or "middle_block.2" not in places  # diffusers has one residual block there, or all three
-        found = cls(channels, down, middle, up)
+        blocks = cls(channels, down, middle, up)
         regular = all(len(level) == layers for level in down) and all(len(level) == layers + 1 for level in up)
         same = all(len({depth > 0 for depth in level}) == 1 for level in (*down, *up))
         as_deep = middle in (None, 0, max([1, *down[-1][-1:]]))  # as the lowest level: so diffusers builds it
         if not (regular and same and whole and as_deep and len(up) == len(down) == len(channels)):
-            raise ModelError(f"{path}: its UNet is of no block layout that is known: {found}")
-        return found
+            raise ModelError(f"{path}: its UNet is of no block layout that is known: {blocks}")
+        return blocks
 
     def config(self) -> dict[str, Any]:
         """The entries of a diffusers config that say so."""

@@ -51,22 +51,22 @@ class ModelSource(Protocol):
     def tokenizer(self, part: str) -> CLIPTokenizer: ...
 
 
-def open_source(found: Location, tokenizer: str | None = None) -> ModelSource:
+def open_source(model_info: Location, tokenizer: str | None = None) -> ModelSource:
     """The source of a located model that is not built from scratch.
 
     Args:
-        found: a folder or a file.
+        model_info: a folder or a file.
         tokenizer: for a file, see `clip_tokenizer`; a folder has its own.
 
     Raises:
         UsageError: a tokenizer for a folder.
     """
-    if found.checkpoint is not None:
-        return FileSource(found.checkpoint, tokenizer)
+    if model_info.checkpoint is not None:
+        return FileSource(model_info.checkpoint, tokenizer)
     if tokenizer is not None:
-        raise UsageError(f"tokenizer {tokenizer}: {found.name} has its own; this is for a checkpoint in one file")
-    assert found.folder is not None
-    return FolderSource(found.folder)
+        raise UsageError(f"tokenizer {tokenizer}: {model_info.name} has its own; this is for a checkpoint in one file")
+    assert model_info.folder is not None
+    return FolderSource(model_info.folder)
 
 
 class FolderSource:

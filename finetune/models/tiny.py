@@ -21,9 +21,9 @@ def tiny_folder(folder: Path = ASSETS) -> Path:
             raise ValueError(f"{folder / DIGESTS} is empty")
         for line in lines:
             digest, name = line.split(maxsplit=1)
-            found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-            if found != digest:
-                damage = f"its SHA-256 is {found}, it should be {digest}"
+            actual = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            if actual != digest:
+                damage = f"its SHA-256 is {actual}, it should be {digest}"
                 raise ModelError(f"{folder / name} is damaged: {damage}; install finetune-unet anew")
     except (OSError, ValueError) as error:
         raise ModelError(f"tiny cannot be read: {error}; install finetune-unet anew") from error

@@ -141,12 +141,12 @@ def save_part(part: Any, place: Path) -> None:
 def assign(module: nn.Module, state: dict[str, Tensor], place: Path) -> None:
     """Fill a module that was made without storage. Raises ModelError where tensors do not fit its config."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     if wrong:
         name = wrong[0]
         raise ModelError(
-            f"{place}: weights do not fit the config: {name} is {found.get(name, 'missing')}, "
+            f"{place}: weights do not fit the config: {name} is {shapes.get(name, 'missing')}, "
             f"expected {expected.get(name, 'none')} ({len(wrong)} such)"
         )
     module.load_state_dict(state, strict=True, assign=True)

@@ -29,7 +29,7 @@ class Places:
 
     def picture_folders(self) -> list[str]:
         """Folders that hold pictures or shards of them, the nearest first."""
-        found: list[Path] = []
+        folders: list[Path] = []
         level = list(self.data)
         for _ in range(_DEPTH):
             below: list[Path] = []
@@ -39,10 +39,10 @@ class Places:
                 except OSError:
                     continue
                 if any(is_picture(entry.name) or entry.suffix.lower() == SUFFIX for entry in entries):
-                    found.append(folder)
+                    folders.append(folder)
                 below += [e for e in entries if e.is_dir() and not e.name.startswith(".") and self._is_open(e)]
             level = below[:_MOST]
-        return [str(folder) for folder in found[:_MOST]]
+        return [str(folder) for folder in folders[:_MOST]]
 
     def pictures(self, given: str) -> Path:
         """The folder or file of pictures that was chosen. Raises UsageError where it does not lie in one of `data`."""

@@ -39,9 +39,9 @@ class Page:
         if not name or name not in self.places.run_names():
             return None
         with self._lock:
-            found = self._followers.setdefault(name, Follower(self.places.runs / name))
-            found.read()
-        return found
+            follower = self._followers.setdefault(name, Follower(self.places.runs / name))
+            follower.read()
+        return follower
 
     def look(self, *filled: Any) -> str:
         """A contact sheet of the pictures, and what is to be noticed about them."""

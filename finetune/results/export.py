@@ -49,8 +49,8 @@ def kohya_file(folder: Path, step: int | None = None) -> Path:
 def kohya_files(folder: Path) -> list[tuple[int | None, Path]]:
     """(step, file) of every LoRA in kohya's layout in a folder; the step of the final one is None."""
     name = re.escape(folder.resolve().name)
-    found = [(path, re.fullmatch(rf"{name}(?:-(\d{{6,}}))?\.safetensors", path.name)) for path in folder.glob("*")]
-    return [(int(match[1]) if match[1] else None, path) for path, match in sorted(found) if match]
+    matches = [(path, re.fullmatch(rf"{name}(?:-(\d{{6,}}))?\.safetensors", path.name)) for path in folder.glob("*")]
+    return [(int(match[1]) if match[1] else None, path) for path, match in sorted(matches) if match]
 
 
 def exported(folder: Path) -> Exported | None:
@@ -156,6 +156,6 @@ def discard_steps_after(folder: Path, step: int) -> None:
 def _refuse_foreign_parts(model: DiffusionModel, folder: Path) -> None:
     """A pipeline is replaced by a pipeline, but folders that only happen to be named like its parts are not."""
     parts = () if Adapter.of(model.unet) else model.family.parts
-    found = [name for name in parts if (folder / name).exists()]
-    if found and not has_own_parts(folder):
-        raise UsageError(f"{folder / found[0]} is in the way of the export, and {folder} is no diffusers pipeline")
+    foreign = [name for name in parts if (folder / name).exists()]
+    if foreign and not has_own_parts(folder):
+        raise UsageError(f"{folder / foreign[0]} is in the way of the export, and {folder} is no diffusers pipeline")

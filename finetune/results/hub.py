@@ -155,16 +155,16 @@ def pushed_files(folder: Path) -> list[Path]:
 
 
 def _exported(folder: Path) -> Exported:
-    found = exported(folder)
-    if found is None:
+    files = exported(folder)
+    if files is None:
         raise RunError(f"{folder}: there is no export to push")
-    return found
+    return files
 
 
 def _grids(folder: Path) -> list[Path]:
     """The sample grids, oldest first."""
-    found = [(int(match[1]), path) for path in folder.glob("samples/*") if (match := _GRID.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    grids = [(int(match[1]), path) for path in folder.glob("samples/*") if (match := _GRID.fullmatch(path.name))]
+    return [path for _, path in sorted(grids)]
 
 
 def model_card(folder: Path, repository: str, settings: Mapping[str, Any], *, inpainting: bool = False) -> str:
@@ -183,7 +183,7 @@ def model_card(folder: Path, repository: str, settings: Mapping[str, Any], *, in
     Raises:
         RunError: nothing was exported to the folder.
     """
-    found = _exported(folder)
+    files = _exported(folder)
     known = about()
     told = {
         name: _without_folders(value) if name in known and known[name].path else value
@@ -197,18 +197,18 @@ def model_card(folder: Path, repository: str, settings: Mapping[str, Any], *, in
         base_model=base,
         datasets=[source for source in sources if _hub_id(source)] or None,
         library_name="diffusers",
-        pipeline_tag="image-to-image" if inpainting else "text-to-image" if found.takes_text else _UNCONDITIONAL,
-        tags=[TAG, *(["lora"] if found.adapter else [])],
+        pipeline_tag="image-to-image" if inpainting else "text-to-image" if files.takes_text else _UNCONDITIONAL,
+        tags=[TAG, *(["lora"] if files.adapter else [])],
     )
-    kind = "A LoRA" if found.adapter else "A diffusion model"
+    kind = "A LoRA" if files.adapter else "A diffusion model"
     grid = "".join(f"![samples](samples/{path.name})\n\n" for path in _grids(folder)[-1:])
     given = _literal(with_trigger(told.get("prompt") or "", told.get("trigger")) or "your prompt")
-    given = given * found.takes_text + _HOLE * inpainting
+    given = given * files.takes_text + _HOLE * inpainting
     imports = "from PIL import Image\n" * inpainting
     return (
         f"---\n{front.to_yaml()}\n---\n\n# {repository.split('/')[-1]}\n\n"
         f"{kind}, trained{f' from `{base}`' if base else ''} with finetune-unet.\n\n{grid}"
-        f"```python\n{imports}{_loading(found.load.format(repository), found.adapter, model, base)}\n"
+        f"```python\n{imports}{_loading(files.load.format(repository), files.adapter, model, base)}\n"
         f"picture = pipeline({given}).images[0]\n```\n\n"
         f"Its settings, as a file for `finetune-unet --config`:\n\n```toml\n{tomli_w.dumps(told)}```\n"
     )

@@ -60,8 +60,8 @@ def grids(folder: Path) -> str:
 
 def _copies(folder: Path, step: int) -> str:
     """What is known of near copies in a grid."""
-    found = {line["step"]: line for line in json_lines(folder / tracking.COPIES)}
-    return f": {of_copies(found[step])}" if step in found else ""
+    records = {line["step"]: line for line in json_lines(folder / tracking.COPIES)}
+    return f": {of_copies(records[step])}" if step in records else ""
 
 
 def of_copies(record: Mapping[str, Any]) -> str:
@@ -71,8 +71,8 @@ def of_copies(record: Mapping[str, Any]) -> str:
 
 def last_grid(folder: Path) -> str:
     """The last grid alone."""
-    found = _steps(folder)
-    return _embedded(found[max(found)], f"pictures at step {max(found)}")[0] if found else ""
+    grids = _steps(folder)
+    return _embedded(grids[max(grids)], f"pictures at step {max(grids)}")[0] if grids else ""
 
 
 def pictures(folder: Path) -> str:
@@ -83,8 +83,8 @@ def pictures(folder: Path) -> str:
 
 def _steps(folder: Path) -> dict[int, Path]:
     """Step -> its grid."""
-    found = [(re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in (folder / "samples").glob("step-*.png")]
-    return {int(match[1]): path for match, path in found if match}
+    matches = [(re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in (folder / "samples").glob("step-*.png")]
+    return {int(match[1]): path for match, path in matches if match}
 
 
 def _embedded(path: Path, alt: str) -> tuple[str, int]:
@@ -157,9 +157,9 @@ def ledger(folder: Path) -> str:
     path = folder / "ledger.json"
     if not path.exists():
         return ""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    rows = {name.replace("_", " "): str(count) for name, count in found.items() if name != "skipped"}
-    rows |= {f"skipped: {why}": str(count) for why, count in found["skipped"].items()}
+    counts = json.loads(path.read_text(encoding="utf-8"))
+    rows = {name.replace("_", " "): str(count) for name, count in counts.items() if name != "skipped"}
+    rows |= {f"skipped: {why}": str(count) for why, count in counts["skipped"].items()}
     bad = [f"{line['path']}: {line['reason']}" for line in json_lines(folder / "quarantine.jsonl")]
     listed = "".join(f"<li>{escape(text)}</li>" for text in bad[:100])
     return table(rows) + (f"<h3>Quarantined</h3><ul>{listed}</ul>" if listed else "")

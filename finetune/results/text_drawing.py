@@ -23,13 +23,13 @@ _NO_CHARACTER = "\uffff"
 @cache
 def _fonts(size: int) -> tuple[Font, ...]:
     """Pillow's own font, then those of the system that are there."""
-    found: list[Font] = [ImageFont.load_default(size=size)]
+    fonts: list[Font] = [ImageFont.load_default(size=size)]
     for name in _SYSTEM_FONTS:
         try:
-            found.append(ImageFont.truetype(name, size))
+            fonts.append(ImageFont.truetype(name, size))
         except OSError:  # not on this machine
             continue
-    return tuple(found)
+    return tuple(fonts)
 
 
 @cache

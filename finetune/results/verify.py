@@ -77,10 +77,10 @@ def differing_from_kohya(adapter: Adapter, path: Path, state: Mapping[str, Tenso
 def _distance_of_updates(adapter: Adapter, path: Path) -> float:
     """The largest difference of any layer's update, relative to the largest update."""
     tensors, alphas = adapter.read_kohya(path, adapter.unet.device)
-    found = LoraFile(tensors, alphas, text_tensors=0)
-    theirs, ours = found.layers(), adapter.updates()
+    lora = LoraFile(tensors, alphas, text_tensors=0)
+    theirs, ours = lora.layers(), adapter.updates()
     differences = [
-        (update(theirs[layer], found.alphas[layer], ours[layer].shape) - ours[layer]).abs().max() for layer in ours
+        (update(theirs[layer], lora.alphas[layer], ours[layer].shape) - ours[layer]).abs().max() for layer in ours
     ]
     return (torch.stack(differences).max() / torch.stack([delta.abs().max() for delta in ours.values()]).max()).item()
 

@@ -30,10 +30,10 @@ from finetune.training.prior_prediction import Prior, untrained
 from finetune.training.trainer import Trainer
 
 
-def load_base(config: ResolvedConfig, found: Location, dtype: torch.dtype) -> DiffusionModel:
+def load_base(config: ResolvedConfig, model_info: Location, dtype: torch.dtype) -> DiffusionModel:
     """The base model as the run's config says, with an untrained adapter for a LoRA; `dtype` is its UNet's."""
     model = load_model(
-        found,
+        model_info,
         resolution=config.resolution,
         dtype=dtype,
         prediction_type=config.prediction_type,
@@ -68,7 +68,7 @@ _FIRST_STEP_BY = 60.0
 
 def assembled(
     config: ResolvedConfig,
-    found: Location,
+    model_info: Location,
     pictures: Pictures,
     device: torch.device,
     *,
@@ -81,7 +81,7 @@ def assembled(
 
     `told` hears how much is encoded: what, how many are, of how many.
     """
-    model = _load(config, found, device)
+    model = _load(config, model_info, device)
     encoded = encoded_for(
         config, model, pictures, steps=steps, validated=validated, parallel=parallel, at_most=_FIRST_STEP_BY, told=told
     )
@@ -145,10 +145,10 @@ def sampler(config: ResolvedConfig, pictures: Pictures) -> Sampler:
     )
 
 
-def _load(config: ResolvedConfig, found: Location, device: torch.device) -> DiffusionModel:
+def _load(config: ResolvedConfig, model_info: Location, device: torch.device) -> DiffusionModel:
     """The model on its device, with an adapter for LoRA: what is frozen in half precision, what has masters in fp32."""
     half = DTYPES[config.mixed_precision] if config.method == "lora" or config.full_bf16 else None
-    model = load_base(config, found, half or torch.float32).to(device)
+    model = load_base(config, model_info, half or torch.float32).to(device)
     if config.prior_prediction and (new := model.new_prediction_type) is not None:  # before anything is encoded
         raise UsageError(f"prior_prediction: the model does not predict {new} yet; leave prediction_type out")
     recompute(model.unet, config.gradient_checkpointing)

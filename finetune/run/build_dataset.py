@@ -43,12 +43,12 @@ _MASKS: dict[bool | None, Literal["files", "files and alpha", "none"]] = {
 """The masked_loss option -> what masks are."""
 
 
-def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) -> Volumes:
+def open_pictures(config: TrainConfig, model_info: Location, dataset: Rows | None) -> Volumes:
     """What is to be trained on, at the resolution of the run: of a large folder only the first volume is opened.
 
     Args:
         config: says where pictures and captions come from, and how they become squares.
-        found: the model that will learn them.
+        model_info: the model that will learn them.
         dataset: of the user's own, instead of `config.data`; also a `datasets.Dataset`.
 
     Raises:
@@ -65,14 +65,14 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
     folder = cache_folder(config.cache_dir)
     memory = PictureMemory(folder, strict=config.cache_strict) if folder else None
     deals = _dealt(config, sources, folder, memory)
-    opened = _opener(config, found, memory)
-    volume = partial(_volume, partial(_source, config, found, opened, folder), names_of(config.data), deals, times)
+    opened = _opener(config, model_info, memory)
+    volume = partial(_volume, partial(_source, config, model_info, opened, folder), names_of(config.data), deals, times)
     pictures = volume(0)
     if config.class_data:
         pictures = _with_class_pictures(config, pictures, opened)
     if config.validation_data:
         pictures = _with_validation_data(config.validation_data, pictures, opened)
-    _refuse_unusable(pictures, config.max_bad_fraction, captioned=found.family.latent)
+    _refuse_unusable(pictures, config.max_bad_fraction, captioned=model_info.family.latent)
     if not config.validation_data:
         fraction = config.validation_fraction
         fraction = default_fraction(pictures.subjects) if fraction is None else fraction
@@ -84,17 +84,17 @@ def open_pictures(config: TrainConfig, found: Location, dataset: Rows | None) ->
     whole = together(deals, times)
     counts = [len(pictures.trained), *whole.counts[1:]]
     visits = [pictures.epoch_visits, *whole.visits[1:]]
-    later = _later(volume, config, pictures, captioned=found.family.latent)
+    later = _later(volume, config, pictures, captioned=model_info.family.latent)
     return Volumes(pictures, counts=counts, visits=visits, found=whole.found, later=later, digest=whole.digest)
 
 
 def _refuse_links(sources: Sequence[Any]) -> None:
     """Raise DataError for a link that leads out of a folder of pictures."""
     for source in sources:
-        if isinstance(source, str) and (folder := Path(source).expanduser()).is_dir() and (found := links_out(folder)):
+        if isinstance(source, str) and (folder := Path(source).expanduser()).is_dir() and (links := links_out(folder)):
             raise DataError(
-                f"--data {source}: {counted(len(found), 'link')} out of the folder, which --no_follow_links refuses: "
-                f"{listed(found)}"
+                f"--data {source}: {counted(len(links), 'link')} out of the folder, which --no_follow_links refuses: "
+                f"{listed(links)}"
             )
 
 
@@ -113,18 +113,23 @@ def _volume(
 
 
 def _source(
-    config: TrainConfig, found: Location, opened: Callable[..., Pictures], folder: Path | None, deal: Deal, number: int
+    config: TrainConfig,
+    model_info: Location,
+    opened: Callable[..., Pictures],
+    folder: Path | None,
+    deal: Deal,
+    number: int,
 ) -> Pictures:
     """What one volume has of one source."""
     if not isinstance(deal.source, str) and not is_table(deal.source):
-        return _own_pictures(config, found, deal.source)
+        return _own_pictures(config, model_info, deal.source)
     streams = {"stream_rows": config.stream_rows, "kept_in": folder} if isinstance(deal.source, str) else {}
     return opened(deal.source, part=deal.parts[number], **streams)
 
 
-def _opener(config: TrainConfig, found: Location, memory: PictureMemory | None) -> Callable[..., Pictures]:
+def _opener(config: TrainConfig, model_info: Location, memory: PictureMemory | None) -> Callable[..., Pictures]:
     """`open_dataset`, as the options say."""
-    resolution = config.resolution or found.resolution
+    resolution = config.resolution or model_info.resolution
     return partial(
         open_dataset,
         prompt=config.prompt,
@@ -133,7 +138,7 @@ def _opener(config: TrainConfig, found: Location, memory: PictureMemory | None) 
         resize_mode=config.resize_mode,
         center_crop=config.center_crop,
         random_flip=config.random_flip,
-        buckets=_buckets(config, found, resolution),
+        buckets=_buckets(config, model_info, resolution),
         background=config.background,
         caption_lines=config.caption_lines,
         masks=_MASKS[config.masked_loss],
@@ -224,11 +229,11 @@ def _with_validation_data(source: str, pictures: Pictures, opened: Callable[...,
 
 def _refuse_unusable(pictures: Pictures, most: float, *, captioned: bool) -> None:
     """Raise DataError where more than this share is bad, and UsageError where there are no captions for all."""
-    bad, found = pictures.quarantined, len(pictures) + len(pictures.quarantined)
-    if len(bad) > most * found:
+    bad, total = pictures.quarantined, len(pictures) + len(pictures.quarantined)
+    if len(bad) > most * total:
         raise DataError(
-            f"{len(bad)} of {counted(found, 'picture')} cannot be trained on: {listed(list(map(str, bad)), 10)}; "
-            f"mend or remove them, or leave them out with --max_bad_fraction {ceil(100 * len(bad) / found) / 100:g}"
+            f"{len(bad)} of {counted(total, 'picture')} cannot be trained on: {listed(list(map(str, bad)), 10)}; "
+            f"mend or remove them, or leave them out with --max_bad_fraction {ceil(100 * len(bad) / total) / 100:g}"
         )
     if captioned and (empty := pictures.captions.count("")):
         without = listed([name for name, caption in zip(pictures.ids, pictures.captions, strict=True) if not caption])
@@ -239,26 +244,28 @@ def _refuse_unusable(pictures: Pictures, most: float, *, captioned: bool) -> Non
         )
 
 
-def _buckets(config: TrainConfig, found: Location, resolution: int) -> Buckets | None:
+def _buckets(config: TrainConfig, model_info: Location, resolution: int) -> Buckets | None:
     """The sizes that pictures become, as the options say, or as suits the model. None: squares."""
     wanted = config.aspect_ratio_bucketing
     if wanted is None:
-        wanted = found.family.latent and config.resize_mode == "crop"
+        wanted = model_info.family.latent and config.resize_mode == "crop"
     if not wanted:
         return None
     if config.resize_mode == "squash":
         raise UsageError("aspect_ratio_bucketing cannot be used with resize_mode squash")
-    sides = bucket_sides(resolution, found.multiple)
+    sides = bucket_sides(resolution, model_info.multiple)
     sides |= {name: value for name in sides if (value := getattr(config, name)) is not None}
-    if (step := sides["bucket_reso_steps"]) % found.multiple:
-        raise UsageError(f"bucket_reso_steps = {step}: {found.name} takes multiples of {found.multiple} pixels")
+    if (step := sides["bucket_reso_steps"]) % model_info.multiple:
+        raise UsageError(
+            f"bucket_reso_steps = {step}: {model_info.name} takes multiples of {model_info.multiple} pixels"
+        )
     smallest, largest = sides["min_bucket_reso"], sides["max_bucket_reso"]
     return Buckets(resolution, smallest, largest, step, bool(config.bucket_upscale))
 
 
-def _own_pictures(config: TrainConfig, found: Location, dataset: Rows) -> Pictures:
+def _own_pictures(config: TrainConfig, model_info: Location, dataset: Rows) -> Pictures:
     """A dataset of the user's: with our captions and preprocessing, or as it is where it has a `transform`."""
-    resolution = config.resolution or found.resolution
+    resolution = config.resolution or model_info.resolution
     own = getattr(dataset, "transform", None)
     if own is not None and not isinstance(own, Preprocess):
         raise UsageError(
@@ -276,7 +283,7 @@ def _own_pictures(config: TrainConfig, found: Location, dataset: Rows) -> Pictur
         resize_mode=config.resize_mode,
         center_crop=config.center_crop,
         random_flip=config.random_flip,
-        buckets=_buckets(config, found, resolution),
+        buckets=_buckets(config, model_info, resolution),
         background=config.background,
     )
     return OwnPictures(dataset, config.prompt, trigger=config.trigger, transform=how)

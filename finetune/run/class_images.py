@@ -23,13 +23,13 @@ _STEPS = 50
 _AT_ONCE = 4
 
 
-def draw_missing(config: TrainConfig, found: Location, device: torch.device) -> None:
+def draw_missing(config: TrainConfig, model_info: Location, device: torch.device) -> None:
     """Let the model, untrained, draw the class pictures that are wanted and not there.
 
     Raises:
         UsageError: it has to, and there is no `class_prompt`.
     """
-    if config.class_data is None or not found.family.latent:  # which cannot use it, as will be told
+    if config.class_data is None or not model_info.family.latent:  # which cannot use it, as will be told
         return
     folder = Path(config.class_data).expanduser()
     there = sum(map(is_picture, list_files(folder))) if folder.is_dir() else 0
@@ -42,9 +42,11 @@ def draw_missing(config: TrainConfig, found: Location, device: torch.device) -> 
     folder.mkdir(parents=True, exist_ok=True)
     drawn = f"{wanted - there} of {config.class_prompt!r}, drawn by {config.model}"
     print(f"class pictures: {drawn} to {folder}", flush=True)
-    half = DTYPES[resolve_precision(config.mixed_precision, device, small=found.family.is_small(found.resolution))]
+    half = DTYPES[
+        resolve_precision(config.mixed_precision, device, small=model_info.family.is_small(model_info.resolution))
+    ]
     model = load_model(
-        found,
+        model_info,
         dtype=half or torch.float32,
         max_token_length=config.max_token_length,
         clip_skip=config.clip_skip,
@@ -59,9 +61,9 @@ def draw_missing(config: TrainConfig, found: Location, device: torch.device) -> 
             model,
             [config.class_prompt],
             [int(path.stem.removeprefix("drawn-")) for path in some],
-            resolution=config.resolution or found.resolution,
+            resolution=config.resolution or model_info.resolution,
             num_inference_steps=config.num_inference_steps or _STEPS,
-            guidance_scale=found.family.guidance_scale,
+            guidance_scale=model_info.family.guidance_scale,
             at_once=_AT_ONCE,
         )
         for path, picture in zip(some, row, strict=True):

@@ -44,13 +44,13 @@ class DiskUse(NamedTuple):
         return self.checkpoint * self.checkpoints + self.exports
 
 
-def disk_use(config: ResolvedConfig, found: Location, volumes: Volumes) -> DiskUse:
+def disk_use(config: ResolvedConfig, model_info: Location, volumes: Volumes) -> DiskUse:
     """What training with this config writes, pictures and logs left out."""
-    learned, weights = _numbers(config, found)
+    learned, weights = _numbers(config, model_info)
     frozen = 0
-    if found.family.latent:
-        source = open_source(found)
-        frozen = sum(source.numbers(part) for part in found.family.parts if part[:4] in ("vae", "text"))
+    if model_info.family.latent:
+        source = open_source(model_info)
+        frozen = sum(source.numbers(part) for part in model_info.family.parts if part[:4] in ("vae", "text"))
     trained = 2 if config.full_bf16 else 4
     checkpoint = learned * (trained + 4 * (MOMENTS[config.optimizer] + bool(config.use_ema)))
     saves = max(1, _saves(config, volumes))
@@ -62,7 +62,7 @@ def disk_use(config: ResolvedConfig, found: Location, volumes: Volumes) -> DiskU
         exports += 4 * learned * (saves + 1)  # both layouts, and one for each checkpoint but the last
     else:
         exports += 4 * (weights + frozen)
-    return DiskUse(_encodings(config, found, volumes), checkpoint, kept, exports)
+    return DiskUse(_encodings(config, model_info, volumes), checkpoint, kept, exports)
 
 
 def disk_line(config: ResolvedConfig, use: DiskUse, output: Path) -> str:
@@ -85,17 +85,17 @@ def _said(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
 
 
-def _numbers(config: ResolvedConfig, found: Location) -> tuple[int, int]:
+def _numbers(config: ResolvedConfig, model_info: Location) -> tuple[int, int]:
     """Parameters that learn, and those of the UNet, counted on a UNet without memory."""
-    if config.method == "full" and not found.scratch:
-        weights = open_source(found).numbers("unet")
+    if config.method == "full" and not model_info.scratch:
+        weights = open_source(model_info).numbers("unet")
         return weights, weights
     with torch.device("meta"):
-        if found.scratch:
+        if model_info.scratch:
             unet = scratch_unet(config.resolution)
         else:
             unet = UNet2DConditionModel(
-                **UNet2DConditionModel.extract_init_dict(dict(open_source(found).config("unet")))[0]
+                **UNet2DConditionModel.extract_init_dict(dict(open_source(model_info).config("unet")))[0]
             )
     weights = sum(parameter.numel() for parameter in unet.parameters())
     if config.method == "lora":
@@ -110,19 +110,19 @@ def _saves(config: ResolvedConfig, volumes: Volumes) -> int:
     return sum(int((steps - 1) / period) for period in periods if period) + 1
 
 
-def _encodings(config: ResolvedConfig, found: Location, volumes: Volumes) -> float:
+def _encodings(config: ResolvedConfig, model_info: Location, volumes: Volumes) -> float:
     """Bytes of encodings of all pictures and captions."""
     if cache_folder(config.cache_dir) is None:
         return 0.0
     pictures, first = sum(volumes.counts), volumes.first
     pictures += len(first) - len(first.trained)
     each = _BYTES[config.cache_precision]
-    if not found.family.latent:
+    if not model_info.family.latent:
         return 0.0 if config.live_encoding else 3.0 * config.resolution**2 * pictures * (1 + first.flips)
-    source = open_source(found)
+    source = open_source(model_info)
     vae, unet = source.config("vae"), source.config("unet")
     positions = (config.resolution // 2 ** (len(vae["block_out_channels"]) - 1)) ** 2
-    versions = MASKS if found.family.inpainting else 1 + first.flips
+    versions = MASKS if model_info.family.inpainting else 1 + first.flips
     latents = 2 * vae["latent_channels"] * positions * each * versions * pictures
     captions = 0 if config.shuffle_caption else len(set(first.captions)) * len(volumes)
     states = captions * chunks_of(config.max_token_length) * _TOKENS * unet["cross_attention_dim"] * each

@@ -39,11 +39,11 @@ def has_risen(run: Run) -> bool:
     The best of many lies low by chance too. So each of the last is tested against it at 2.5 % divided by the number of
     validations that the run plans (Bonferroni's correction for having chosen the best among them).
     """
-    found, best = measured(run), best_step(run)
+    losses, best = measured(run), best_step(run)
     every = steps_between_validations(run)
     if best is None or every is None:
         return False
-    return rises(found, best, planned=ceil(run.config.max_train_steps / every))
+    return rises(losses, best, planned=ceil(run.config.max_train_steps / every))
 
 
 def rises(losses: Mapping[int, torch.Tensor], best: int, *, planned: int) -> bool:

@@ -40,18 +40,18 @@ def write_ledger(folder: Path, config: ResolvedConfig, volumes: Volumes, steps: 
             line = noted.get(number)
             same = line is not None and line["steps"] == own
             seen[number] = _Seen.noted(line) if same and line else _Seen.of(volumes.at(number), config, own)
-    found = _sum([volume.ledger for volume in seen.values()])
-    unseen = sum(found for number, found in enumerate(volumes.found) if number not in seen)
+    total = _sum([volume.ledger for volume in seen.values()])
+    unseen = sum(total for number, total in enumerate(volumes.found) if number not in seen)
     if unseen:
-        later = {**found.skipped, "not looked at: the run did not come to their volumes": unseen}
-        found = found._replace(found=found.found + unseen, skipped=later)
-    if not found.adds_up():
-        raise RunError(f"{LEDGER}: {found} does not add up")
+        later = {**total.skipped, "not looked at: the run did not come to their volumes": unseen}
+        total = total._replace(found=total.found + unseen, skipped=later)
+    if not total.adds_up():
+        raise RunError(f"{LEDGER}: {total} does not add up")
     visited = sum(volume.visited for volume in seen.values())
     told = {"visited": visited, "visits": steps * config.global_batch}
-    if visited < found.trained:
-        told["never_visited"] = found.trained - visited
-    record = found._asdict() | {"skipped": dict(found.skipped), "steps": steps} | told
+    if visited < total.trained:
+        told["never_visited"] = total.trained - visited
+    record = total._asdict() | {"skipped": dict(total.skipped), "steps": steps} | told
     write_whole(folder / LEDGER, json.dumps(record, indent=1) + "\n")
     _write_lines(folder / QUARANTINE, [bad for volume in seen.values() for bad in volume.quarantined])
 
@@ -70,7 +70,7 @@ def note_volume(folder: Path, config: ResolvedConfig, stretch: Stretch, pictures
     lines[stretch.volume] = {"volume": stretch.volume, "data": now, "steps": stretch.own.stop}
     lines[stretch.volume] |= _Seen.of(pictures, config, stretch.own.stop).as_dict()
     _write_lines(folder / VOLUMES, [lines[number] for number in sorted(lines)])
-    bad = [f"{found.path} ({found.reason})" for found in pictures.quarantined]
+    bad = [f"{image.path} ({image.reason})" for image in pictures.quarantined]
     told = [f"{counted(len(bad), 'picture')} quarantined: {listed(bad)}"] if bad else []
     told += [f"{counted(number, 'picture')} left aside: {why}" for why, number in pictures.aside.items()]
     if before is not None:  # all that was told then

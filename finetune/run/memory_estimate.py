@@ -63,18 +63,18 @@ def kept_numbers(unet: Mapping[str, Any], side: int, *, latent: bool) -> float:
     return total
 
 
-def needed_bytes(config: ResolvedConfig, found: Location, device: torch.device) -> float:
+def needed_bytes(config: ResolvedConfig, model_info: Location, device: torch.device) -> float:
     """What training takes where the UNet is: its weights, what learns, and a micro-batch on its way."""
-    latent, side, frozen = found.family.latent, config.resolution, 0
-    if found.scratch:
+    latent, side, frozen = model_info.family.latent, config.resolution, 0
+    if model_info.scratch:
         with torch.device("meta"):
             unet = scratch_unet(config.resolution)
         shape, weights = dict(unet.config), sum(p.numel() for p in unet.parameters())
     else:
-        source = open_source(found)
+        source = open_source(model_info)
         shape, weights = source.config("unet"), source.numbers("unet")
         if latent:
-            frozen = sum(source.numbers(part) for part in found.family.parts if part[:4] in ("vae", "text"))
+            frozen = sum(source.numbers(part) for part in model_info.family.parts if part[:4] in ("vae", "text"))
             side //= 2 ** (len(source.config("vae")["block_out_channels"]) - 1)
     kept = kept_numbers(shape, side, latent=latent) * config.train_batch_size
     needed = bytes_of(config, weights, kept)
@@ -104,12 +104,12 @@ def bytes_of(config: ResolvedConfig, weights: int, kept: float) -> float:
     return total
 
 
-def check_memory(config: ResolvedConfig, found: Location, device: torch.device, total: float | None = None) -> str:
+def check_memory(config: ResolvedConfig, model_info: Location, device: torch.device, total: float | None = None) -> str:
     """What training will take and what there is, as a line for the user; where that is too little, what would fit.
 
     Args:
         config: of the run.
-        found: its model.
+        model_info: its model.
         device: where the UNet runs.
         total: bytes of a GPU that is not here; None: what there is here.
 
@@ -120,34 +120,34 @@ def check_memory(config: ResolvedConfig, found: Location, device: torch.device, 
     if total is None and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
     total = memory_limit() if total is None else total
-    needed = needed_bytes(config, found, device)
+    needed = needed_bytes(config, model_info, device)
     told = f"about {needed / 1e9:.1f} GB of the {total / 1e9:.1f} GB {where}"
     if needed <= total:
         return told
-    less = takes_less(config, found, device, total)
+    less = takes_less(config, model_info, device, total)
     if needed <= 2 * total:
         return f"{told}, which may not suffice; {less}"
     pictures = f"{config.train_batch_size} x {config.resolution} px"
     raise UsageError(f"training {pictures} at once would take {told}; {less}")
 
 
-def out_of_memory(config: ResolvedConfig, found: Location, device: torch.device) -> str:
+def out_of_memory(config: ResolvedConfig, model_info: Location, device: torch.device) -> str:
     """What to say when it did not suffice, for smaller parts of a step either, which the trainer tries by itself."""
     if not config.fused_backward_pass:
         passes = config.train_batch_size * config.gradient_accumulation_steps
         config = replace(config, train_batch_size=1, gradient_accumulation_steps=passes)
-    foretold = needed_bytes(config, found, device)
-    less = takes_less(config, found, device, 0.9 * foretold)
+    foretold = needed_bytes(config, model_info, device)
+    less = takes_less(config, model_info, device, 0.9 * foretold)
     pictures = f"{config.train_batch_size} x {config.resolution} px"
     return f"out of memory, of which training {pictures} was thought to take about {foretold / 1e9:.1f} GB; {less}"
 
 
-def takes_less(config: ResolvedConfig, found: Location, device: torch.device, at_most: float) -> str:
+def takes_less(config: ResolvedConfig, model_info: Location, device: torch.device, at_most: float) -> str:
     """The options that take at most so many bytes and cost the least time, in words; or those that take the least."""
-    foretold, needed = needed_bytes(config, found, device), {}
-    for changes in _lighter(config, latent=found.family.latent):
+    foretold, needed = needed_bytes(config, model_info, device), {}
+    for changes in _lighter(config, latent=model_info.family.latent):
         new = {name: value for name, value in changes.items() if getattr(config, name) != value}
-        takes = needed_bytes(replace(config, **new), found, device)
+        takes = needed_bytes(replace(config, **new), model_info, device)
         if takes < foretold:
             needed[_said(new)] = takes
     fitting = [words for words, takes in needed.items() if takes <= at_most] or sorted(needed, key=needed.__getitem__)

@@ -67,13 +67,13 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def resolve_for(
-    config: TrainConfig, found: Location, volumes: Volumes, device: torch.device, *, processes: int = 1
+    config: TrainConfig, model_info: Location, volumes: Volumes, device: torch.device, *, processes: int = 1
 ) -> ResolvedConfig:
     """The config with every option decided for these pictures. Raises UsageError as `resolve` does."""
     pictures = volumes.first
     return resolve(
         config,
-        found,
+        model_info,
         pictures=sum(volumes.counts),
         visits=volumes.visits,
         varied_captions=len(set(pictures.captions[: pictures.subjects])) > 1,
@@ -86,7 +86,7 @@ def resolve_for(
 
 def resolve(
     config: TrainConfig,
-    found: Location,
+    model_info: Location,
     *,
     pictures: int,
     varied_captions: bool,
@@ -100,7 +100,7 @@ def resolve(
 
     Args:
         config: what the user gave.
-        found: the model it names.
+        model_info: the model it names.
         pictures: how many there are to train on.
         varied_captions: True when they do not all share one caption.
         device: where the UNet will run.
@@ -112,19 +112,19 @@ def resolve(
     Raises:
         UsageError: an option that this kind of model or method cannot use.
     """
-    method = config.method or default_method(found.family)
-    _refuse_unusable(config, found, method, buckets)
-    resolution = config.resolution or found.resolution
+    method = config.method or default_method(model_info.family)
+    _refuse_unusable(config, model_info, method, buckets)
+    resolution = config.resolution or model_info.resolution
     few = {"pictures": pictures, "resolution": resolution, "varied_captions": varied_captions}
-    suited = defaults(found.family, method, config.optimizer, **few, scratch=found.scratch)
-    suited |= bucket_sides(resolution, found.multiple) if buckets else {}
+    suited = defaults(model_info.family, method, config.optimizer, **few, scratch=model_info.scratch)
+    suited |= bucket_sides(resolution, model_info.multiple) if buckets else {}
     suited |= {"use_ema": False} if config.full_bf16 else {}
     one_pass = _one_pass(config, processes, buckets) if config.fused_backward_pass else {}
     suited |= one_pass
     derived = {name: value for name, value in suited.items() if getattr(config, name) is None} | one_pass
     processes = config.num_processes or processes
-    length = _length(config, found, suited | {"num_processes": processes}, pictures, visits or [pictures])
-    small = found.family.is_small(resolution)
+    length = _length(config, model_info, suited | {"num_processes": processes}, pictures, visits or [pictures])
+    small = model_info.family.is_small(resolution)
     steps = length["max_train_steps"] or 0
     return ResolvedConfig(
         config,
@@ -169,7 +169,7 @@ def _one_pass(config: TrainConfig, processes: int, buckets: Buckets | None) -> d
 
 
 def _length(
-    config: TrainConfig, found: Location, suited: Mapping[str, Any], pictures: int, visits: Sequence[int]
+    config: TrainConfig, model_info: Location, suited: Mapping[str, Any], pictures: int, visits: Sequence[int]
 ) -> dict[str, int | None]:
     """Epochs, steps and warm-up of the run."""
     factors = ("train_batch_size", "gradient_accumulation_steps", "num_processes")
@@ -180,18 +180,18 @@ def _length(
     steps = total_steps(pictures, visits, batch, epochs, config.max_train_steps)
     warmup = config.lr_warmup_steps
     if warmup is None:
-        warmup = warmup_steps(steps, found.family, config.resolution or found.resolution)
+        warmup = warmup_steps(steps, model_info.family, config.resolution or model_info.resolution)
     elif warmup >= steps:
         raise UsageError(f"lr_warmup_steps = {warmup}: the whole run has only {steps} steps; give a smaller one")
     return {"num_train_epochs": epochs, "max_train_steps": steps, "lr_warmup_steps": warmup}
 
 
-def _refuse_unusable(config: TrainConfig, found: Location, method: str, buckets: Buckets | None) -> None:
+def _refuse_unusable(config: TrainConfig, model_info: Location, method: str, buckets: Buckets | None) -> None:
     """Raise UsageError for the first option that was given and can do nothing here."""
     there = {
-        "text": found.family.latent,
-        "a model that takes text": found.family.latent,
-        "a checkpoint in one file": found.checkpoint is not None,
+        "text": model_info.family.latent,
+        "a model that takes text": model_info.family.latent,
+        "a checkpoint in one file": model_info.checkpoint is not None,
         "method lora": method == "lora",
         "lora_type lora, rslora or dora": method == "lora" and config.lora_type in ("lora", "rslora", "dora"),
         "an optimizer other than prodigy": config.optimizer != "prodigy",
@@ -213,31 +213,31 @@ def _refuse_unusable(config: TrainConfig, found: Location, method: str, buckets:
         "sample_every left out": config.sample_every is None,
     }
     why = {
-        "text": f"with {found.name}: a pixel-space model takes no text",
+        "text": f"with {model_info.name}: a pixel-space model takes no text",
         "method lora": "with method full; give --method lora",
     }
-    if not found.family.latent and method == "lora":
-        raise UsageError(f"method = lora: {found.name} is a pixel-space model; allowed is full")
-    if config.masked_loss and found.family.inpainting:
+    if not model_info.family.latent and method == "lora":
+        raise UsageError(f"method = lora: {model_info.name} is a pixel-space model; allowed is full")
+    if config.masked_loss and model_info.family.inpainting:
         raise UsageError(
-            f"masked_loss cannot be used with {found.name}: masks say where it paints, and all errors count"
+            f"masked_loss cannot be used with {model_info.name}: masks say where it paints, and all errors count"
         )
     if "single-file" in config.export_formats:
-        _check_single_file(found)
+        _check_single_file(model_info)
     for name, known in about().items():
         given = name in config.given and getattr(config, name) is not None
         if given and known.needs is not None and not there[known.needs]:
             raise UsageError(f"{name} cannot be used {why.get(known.needs, f'here: it needs {known.needs}')}")
 
 
-def _check_single_file(found: Location) -> None:
+def _check_single_file(model_info: Location) -> None:
     """Raise UsageError where a checkpoint in one file could not hold what is trained."""
-    layout = found.family.layout
+    layout = model_info.family.layout
     if layout is None:
-        raise UsageError(f"export_formats single-file: {found.family.description} has no such form")
-    heads, read = heads_in_one_file(layout, open_source(found).config("unet"))
+        raise UsageError(f"export_formats single-file: {model_info.family.description} has no such form")
+    heads, read = heads_in_one_file(layout, open_source(model_info).config("unet"))
     if heads != read:
         raise UsageError(
-            f"export_formats single-file: the UNet of {found.name} has {heads} attention heads, and programs that "
+            f"export_formats single-file: the UNet of {model_info.name} has {heads} attention heads, and programs that "
             f"open a single file would take it to have {read}; choose diffusers or unet"
         )

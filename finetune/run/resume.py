@@ -246,8 +246,8 @@ def _resume_folder(config: TrainConfig) -> Path:
         return Path(resume).absolute().parent
     base = default_folder(config)
     there = base.parent.iterdir() if base.parent.is_dir() else ()  # no glob: a name may hold brackets
-    found = [(re.fullmatch(rf"{re.escape(base.name)}-(\d+)", path.name), path) for path in there]
-    return max([(int(match[1]), path) for match, path in found if match], default=(0, base))[1]
+    matches = [(re.fullmatch(rf"{re.escape(base.name)}-(\d+)", path.name), path) for path in there]
+    return max([(int(match[1]), path) for match, path in matches if match], default=(0, base))[1]
 
 
 def _mark(config: ResolvedConfig, data: str) -> str:

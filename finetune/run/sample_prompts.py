@@ -84,10 +84,10 @@ def _read(path: Path) -> list[SamplePrompt]:
 
 def _of_tables(path: Path, text: str) -> list[str]:
     """The prompts of a .toml or .json file of sd-scripts, as lines."""
-    found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)["prompt"]
-    common = {} if isinstance(found, list) else {name: value for name, value in found.items() if name != "subset"}
+    tables = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)["prompt"]
+    common = {} if isinstance(tables, list) else {name: value for name, value in tables.items() if name != "subset"}
     lines: list[str] = []
-    for each in found if isinstance(found, list) else found["subset"]:
+    for each in tables if isinstance(tables, list) else tables["subset"]:
         said = common | ({"prompt": each} if isinstance(each, str) else each)
         settings = [f" --{_IN_TABLES.get(name, name)} {value}" for name, value in said.items() if name != "prompt"]
         lines.append(said["prompt"] + "".join(settings))

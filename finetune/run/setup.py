@@ -42,18 +42,18 @@ def resolve_run(
     config = with_earlier(with_absolute_paths(config))
     if dataset is None:
         check_sources(config.data)  # before a model is downloaded in vain
-    found = locate(config.model)
-    check_resolution(found, config.resolution or found.resolution)
-    draw_missing(config, found, device)
-    volumes = open_pictures(config, found, dataset)
-    resolved = resolve_for(config, found, volumes, device, processes=parallel.world)
-    return resolved, found, volumes
+    model_info = locate(config.model)
+    check_resolution(model_info, config.resolution or model_info.resolution)
+    draw_missing(config, model_info, device)
+    volumes = open_pictures(config, model_info, dataset)
+    resolved = resolve_for(config, model_info, volumes, device, processes=parallel.world)
+    return resolved, model_info, volumes
 
 
 def build_run(
     *,
     config: ResolvedConfig,
-    found: Location,
+    model_info: Location,
     volumes: Volumes,
     folder: RunFolder,
     accelerator: Accelerator,
@@ -67,7 +67,7 @@ def build_run(
     validation = plan_validation(config, pictures, earlier)
     model, encoded, trainer = assembled(
         config,
-        found,
+        model_info,
         pictures,
         accelerator.device,
         steps=volumes.own_steps(0, range(folder.step, config.max_train_steps), config.global_batch),
@@ -76,7 +76,7 @@ def build_run(
         told=events.progress,
     )
     samples = plan_samples(
-        config, latent=found.family.latent, captions=pictures.trained_captions, visits=volumes.epoch_visits
+        config, latent=model_info.family.latent, captions=pictures.trained_captions, visits=volumes.epoch_visits
     )
     about = about_run(model, identity(volumes), accelerator.device, parallel.world)
     events.phase("forgetting", folder.step)

@@ -145,9 +145,9 @@ def sizes(pictures: Pictures, most: int = 4) -> str:
         return "as they are"
     if transform.buckets is None:
         return f"{transform.resolution} px"
-    found = Counter(transform.size(*pictures.checked(index).size) for index in range(len(pictures)))
-    told = [f"{width}x{height}: {count}" for (height, width), count in found.most_common()]
-    return f"in {counted(len(found), 'size')} ({listed(told, most)})"
+    counts = Counter(transform.size(*pictures.checked(index).size) for index in range(len(pictures)))
+    told = [f"{width}x{height}: {count}" for (height, width), count in counts.most_common()]
+    return f"in {counted(len(counts), 'size')} ({listed(told, most)})"
 
 
 def encodings(encoded: Encoded, cache_dir: str | None) -> str:

@@ -14,7 +14,7 @@ from finetune.run.train_loader import Reading
 
 
 def seconds_per_step(
-    config: ResolvedConfig, found: Location, volumes: Volumes, device: torch.device, *, steps: int = 2
+    config: ResolvedConfig, model_info: Location, volumes: Volumes, device: torch.device, *, steps: int = 2
 ) -> float:
     """Train `steps` steps after a first one that warms up, and return the mean time of each.
 
@@ -27,7 +27,7 @@ def seconds_per_step(
     total = min(1 + steps, config.max_train_steps)
     with gpu_algorithms(deterministic=config.deterministic, tuned=False):
         wanted = volumes.own_steps(0, range(total), config.global_batch)
-        model, encoded, trainer = assembled(config, found, volumes.first, device, steps=wanted)
+        model, encoded, trainer = assembled(config, model_info, volumes.first, device, steps=wanted)
         with closing(Reading(config=config, model=model, volumes=volumes, first=encoded, trainer=trainer)) as reading:
             clock = time.perf_counter()
             for number, batches in zip(range(total), reading.steps(0), strict=False):

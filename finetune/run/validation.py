@@ -106,12 +106,12 @@ def validate(run: Run) -> None:
 
 def _record(step: int, losses: Tensor, first: Tensor | None) -> dict[str, Any]:
     """The loss in all and by band of noise, and its change since step 0: the mean, and where it is with 95 %."""
-    found: dict[str, Any] = {"step": step, "loss": losses.mean().item()}
-    found |= {f"loss_{name}": band(losses, name).mean().item() for name in BANDS}
+    record: dict[str, Any] = {"step": step, "loss": losses.mean().item()}
+    record |= {f"loss_{name}": band(losses, name).mean().item() for name in BANDS}
     if first is not None:
-        found["change"] = list(paired(first, losses))
-        found |= {f"change_{name}": list(paired(band(first, name), band(losses, name))) for name in BANDS}
-    return found
+        record["change"] = list(paired(first, losses))
+        record |= {f"change_{name}": list(paired(band(first, name), band(losses, name))) for name in BANDS}
+    return record
 
 
 def _told(record: dict[str, Any]) -> str:
@@ -129,14 +129,14 @@ def measured(run: Run) -> dict[int, Tensor]:
 
 def best_step(run: Run) -> int | None:
     """The step after the start with the least loss on what is held out; None where there was no validation yet."""
-    found = {step: losses.mean().nan_to_num(nan=inf).item() for step, losses in measured(run).items() if step}
-    return min(found, key=found.__getitem__, default=None)
+    means = {step: losses.mean().nan_to_num(nan=inf).item() for step, losses in measured(run).items() if step}
+    return min(means, key=means.__getitem__, default=None)
 
 
 def least_step(run: Run) -> int | None:
     """The step with the least loss on what is held out, the untrained model's among them."""
-    found = {step: losses.mean().nan_to_num(nan=inf).item() for step, losses in measured(run).items()}
-    return min(found, key=found.__getitem__, default=None)
+    means = {step: losses.mean().nan_to_num(nan=inf).item() for step, losses in measured(run).items()}
+    return min(means, key=means.__getitem__, default=None)
 
 
 def steps_between_validations(run: Run) -> int | Fraction | None:

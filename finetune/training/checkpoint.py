@@ -111,14 +111,14 @@ def discard_after(run_folder: Path, step: int) -> None:
 
 def checkpoints(run_folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint, oldest first."""
-    found = [(int(m[1]), p) for p in run_folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]
-    return sorted(found)
+    matches = [(int(m[1]), p) for p in run_folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name))]
+    return sorted(matches)
 
 
 def latest(run_folder: Path) -> Path | None:
     """The newest checkpoint's folder, whole or damaged, or None."""
-    found = checkpoints(run_folder)
-    return found[-1][1] if found else None
+    existing = checkpoints(run_folder)
+    return existing[-1][1] if existing else None
 
 
 def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
@@ -150,19 +150,19 @@ def verify(folder: Path) -> None:
         return
     try:
         told = dict(json.loads((folder / _MANIFEST).read_bytes()))
-        found = _digests([path for path in folder.iterdir() if path.name in told])
+        digests = _digests([path for path in folder.iterdir() if path.name in told])
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{folder} is not a whole checkpoint: {_MANIFEST}: {error}") from error
-    if bad := [name for name in told if told[name] != found.get(name)]:
-        how = "is not as it was written" if bad[0] in found else f"is missing, which {_MANIFEST} names"
+    if bad := [name for name in told if told[name] != digests.get(name)]:
+        how = "is not as it was written" if bad[0] in digests else f"is missing, which {_MANIFEST} names"
         raise RunError(f"{folder} is not a whole checkpoint: {bad[0]} {how}")
 
 
 def record(folder: Path) -> dict[str, Any]:
     """Its state.json: `step` done, and under `about` what `save` was told. Raises RunError as `load` does."""
     try:
-        found = json.loads((folder / _STATE).read_bytes())
-        return {"about": {}} | found | {"step": int(found["step"])}
+        state = json.loads((folder / _STATE).read_bytes())
+        return {"about": {}} | state | {"step": int(state["step"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{folder} is not a readable checkpoint: {_STATE}: {error}") from error
 

@@ -93,13 +93,13 @@ def _answers(unet: nn.Module, x_t: Tensor, t: int, cond: Mapping[str, Any], batc
     device = next(unet.parameters()).device
 
     def answers(size: int) -> Tensor:
-        found = []
+        outputs = []
         for start in range(0, len(x_t), size):
             part = slice(start, start + size)
             x, some = x_t[part].to(device), map_tensors(lambda tensor, part=part: tensor[part], cond)
             times = torch.full((len(x),), t, device=device)
-            found.append(prediction(unet, x, times, some).cpu())
-        return torch.cat(found)
+            outputs.append(prediction(unet, x, times, some).cpu())
+        return torch.cat(outputs)
 
     with _evaluated(unet):
         return halved_until_it_fits(answers, batch_size)

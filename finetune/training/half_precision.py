@@ -68,12 +68,12 @@ def check_share(*, sizes: int, steps: int, batch_size: int) -> float:
 
 def _layers(network: nn.Module) -> list[tuple[str, nn.Module]]:
     """The outermost modules of the kinds that are compared, by name."""
-    found: list[tuple[str, nn.Module]] = []
+    layers: list[tuple[str, nn.Module]] = []
     for name, module in network.named_modules():  # parents come before what they hold
-        inside = found and name.startswith(f"{found[-1][0]}.")
+        inside = layers and name.startswith(f"{layers[-1][0]}.")
         if isinstance(module, _LAYERS) and not inside:
-            found.append((name, module))
-    return found
+            layers.append((name, module))
+    return layers
 
 
 def _compare(name: str, layer: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], answer: Any) -> None:

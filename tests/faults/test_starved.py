@@ -28,7 +28,7 @@ def assert_told(said: str, *words: str) -> None:
 
 def test_a_full_disk_during_a_save(words: list[str], folder: Path, equal_after: Callable[[Path], None]) -> None:
     """The second save finds room for less than the smallest of its files."""
-    ended = run(words, folder, partial(small_files_at, ".checkpoint-4.part", 0, 1000))
+    ended = run(words, folder, partial(small_files_at, ".checkpoint-4.part", 0, 4000))
     assert ended.code == 1
     assert_told(ended.said, *FULL)
     assert [path.name for path in folder.glob("out/*checkpoint*")] == ["checkpoint-2"]
@@ -36,7 +36,7 @@ def test_a_full_disk_during_a_save(words: list[str], folder: Path, equal_after: 
 
 
 def test_a_full_disk_during_the_export(words: list[str], folder: Path, equal_after: Callable[[Path], None]) -> None:
-    ended = run(words, folder, partial(small_files_at, ".export.part", 0, 1000))
+    ended = run(words, folder, partial(small_files_at, ".export.part", 0, 4000))
     assert ended.code == 1
     assert_told(ended.said, *FULL)
     assert not (folder / "out/pytorch_lora_weights.safetensors").exists()
@@ -46,7 +46,7 @@ def test_a_full_disk_during_the_export(words: list[str], folder: Path, equal_aft
 
 def test_a_full_disk_while_encodings_are_kept(options: dict[str, object], folder: Path) -> None:
     given = typed({**options, "cache_dir": folder / "cache"})
-    ended = run(given, folder, partial(small_files_at, ".part", 0, 1000))  # of the first shard
+    ended = run(given, folder, partial(small_files_at, ".part", 0, 4000))  # of the first shard
     assert ended.code == 1
     assert_told(ended.said, *FULL, "disk I/O error")  # of the shard, or of the index
     assert not list((folder / "cache").rglob("*.part"))

@@ -86,8 +86,8 @@ def _cells(path: Path, text: str) -> str:
 
 def _words(path: Path, line: str, kind: str) -> list[str]:
     if kind in ("windows", "powershell"):
-        found = re.findall(r'(?:[^\s"\']|"[^"]*"|\'[^\']*\')+', line)
-        return [word.replace('"', "").replace("'", "") for word in found]
+        words = re.findall(r'(?:[^\s"\']|"[^"]*"|\'[^\']*\')+', line)
+        return [word.replace('"', "").replace("'", "") for word in words]
     try:
         return shlex.split(line, comments=True)
     except ValueError as error:

@@ -241,21 +241,21 @@ _RENAMED: Renamed = {
 
 def _as_it_is_said_now(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of an older preset under their newer names, without those of the program."""
-    found = {name: value for name, value in given.items() if not name.startswith(_OF_THE_PROGRAM)}
+    settings = {name: value for name, value in given.items() if not name.startswith(_OF_THE_PROGRAM)}
     for name, (part, entry) in _FLAT.items():
-        value = found.pop(name, None)
+        value = settings.pop(name, None)
         if value in (None, "", 0):
             continue
         if not entry:
-            found |= {part: value, "loss_weight_fn": "MIN_SNR_GAMMA"}
-        elif isinstance(found.get(part), dict) or part not in found:
-            found[part] = {entry: value} | (found.get(part) or {})
+            settings |= {part: value, "loss_weight_fn": "MIN_SNR_GAMMA"}
+        elif isinstance(settings.get(part), dict) or part not in settings:
+            settings[part] = {entry: value} | (settings.get(part) or {})
         else:  # the optimizer's name alone
-            found[part] = {part: found[part], entry: value}
-    if found.pop("train_text_encoder", None) is False:
-        found["text_encoder"] = {"train": False}
-        found.pop("text_encoder_learning_rate", None)
-    return found
+            settings[part] = {part: settings[part], entry: value}
+    if settings.pop("train_text_encoder", None) is False:
+        settings["text_encoder"] = {"train": False}
+        settings.pop("text_encoder_learning_rate", None)
+    return settings
 
 
 def take(given: Mapping[str, Any]) -> Taken:
