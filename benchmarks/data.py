@@ -38,11 +38,11 @@ from torchvision.transforms.v2 import functional
 
 import finetune as ft
 from finetune.cache.disk import DiskStore
-from finetune.data.image_index import PictureMemory
+from finetune.data.image_index import ImageIndex
 from finetune.data.sampler import Sampler
 from finetune.models.conditioners import NoCondition
 from finetune.models.encoders import VaeEncoder
-from finetune.models.fixed_batch import FixedParts
+from finetune.models.fixed_batch import FixedBatches
 from finetune.models.loading import Frozen
 from finetune.models.model_info import locate
 from finetune.run.build_dataset import open_pictures
@@ -72,7 +72,7 @@ def decode(work: Path) -> None:
     """Our decoding and preprocessing beside torchvision's own, on all cores."""
     folder = draw_pictures(work / "decode", 200, (1024, 768))
     files = sorted(folder.iterdir())
-    images = ft.ImageFolder(folder, "x", resolution=512, memory=PictureMemory(work / "memory"))
+    images = ft.ImageFolder(folder, "x", resolution=512, memory=ImageIndex(work / "memory"))
     transform = images.transform
     assert transform is not None
 
@@ -109,8 +109,8 @@ def encode(work: Path, device: str = "cpu") -> None:
         torch.nn.init.normal_(parameter, std=0.02)
     encoder = VaeEncoder(vae)
     folder = draw_pictures(work / "encode", count, (512, 384))
-    images = ft.ImageFolder(folder, "x", resolution=side, memory=PictureMemory(work / "memory"))
-    pixels = torch.rand(encoder.at_once(side, side), 3, side, side)
+    images = ft.ImageFolder(folder, "x", resolution=side, memory=ImageIndex(work / "memory"))
+    pixels = torch.rand(encoder.batch_size(side, side), 3, side, side)
     encoder.encode(pixels)
     bare = count / seconds(lambda: [encoder.encode(pixels).cpu() for _ in range(count // len(pixels))])
     whole = count / seconds(lambda: ft.encode(images, Frozen(encoder, NoCondition()), cache_dir=work / "cache"))
@@ -124,7 +124,7 @@ def second(work: Path) -> None:
     model = ft.load_model("tiny")
 
     def first_batch() -> None:
-        images = ft.ImageFolder(folder, "a thing", resolution=64, memory=PictureMemory(work / "memory"))
+        images = ft.ImageFolder(folder, "a thing", resolution=64, memory=ImageIndex(work / "memory"))
         next(ft.batches(ft.encode(images, model, cache_dir=work / "cache"), batch_size=4, steps=1))
 
     say(f"{count} small pictures, first run: to the first batch", f"{seconds(first_batch):.1f} s")
@@ -138,7 +138,7 @@ def opening(work: Path) -> None:
     for picture in list(folder.iterdir()):
         picture.with_suffix(".txt").write_text(f"picture {picture.stem}")
     for when in ("as new", "again"):
-        took = seconds(lambda: ft.ImageFolder(folder, resolution=64, memory=PictureMemory(work / "memory")))
+        took = seconds(lambda: ft.ImageFolder(folder, resolution=64, memory=ImageIndex(work / "memory")))
         say(f"{count} small pictures with captions, opened {when}", f"{took:.1f} s")
 
 
@@ -159,9 +159,9 @@ def million(work: Path) -> None:
         say(f"a million pictures with captions, the first volume opened {when}", f"{took:.1f} s", "under 60 s")
     more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     say("memory of it, beside the libraries", f"{more / 1e6:.0f} MB", "under 500 MB")
-    volumes = open_pictures(config, found, None)
+    chunks = open_pictures(config, found, None)
     for when in ("as new", "again"):
-        say(f"the next volume opened {when}, by a thread beside the steps", f"{seconds(lambda: volumes.at(1)):.1f} s")
+        say(f"the next volume opened {when}, by a thread beside the steps", f"{seconds(lambda: chunks.at(1)):.1f} s")
 
 
 def index(work: Path) -> None:
@@ -198,12 +198,12 @@ def loader(work: Path) -> None:
         """Encodings as large as those of 512 px, of which nothing is computed."""
 
         fingerprint = "none"
-        parts = FixedParts()
+        parts = FixedBatches()
 
         def encode(self, pixels: torch.Tensor) -> torch.Tensor:
             return torch.zeros(len(pixels), 8, 64, 64)
 
-        def at_once(self, height: int, width: int) -> int:
+        def batch_size(self, height: int, width: int) -> int:
             return 1
 
         def sample(self, stored: torch.Tensor, keys: torch.Tensor, purpose: str = "") -> torch.Tensor:
@@ -215,7 +215,7 @@ def loader(work: Path) -> None:
         def to(self, device: object) -> "Latents":
             return self
 
-    images = ft.ImageFolder(folder, "x", resolution=64, memory=PictureMemory(work / "memory"))
+    images = ft.ImageFolder(folder, "x", resolution=64, memory=ImageIndex(work / "memory"))
     for precision in ("fp32", "fp16"):
         frozen = Frozen(Latents(), NoCondition())
         encoded = ft.encode(images, frozen, cache_dir=work / "latents", precision=precision)

@@ -31,9 +31,9 @@ import finetune as ft
 from finetune.models.encoders import PixelEncoder
 from finetune.models.lora import Adapter
 from finetune.training import checkpoint
-from finetune.training.async_writer import Saving, copied
-from finetune.training.metrics import Arriving
-from finetune.training.nonfinite import Gate
+from finetune.training.async_writer import AsyncWriter, copied
+from finetune.training.metrics import DeviceScalars
+from finetune.training.nonfinite import FiniteGate
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -121,7 +121,7 @@ def checkpoints(work: Path, options: argparse.Namespace) -> None:
         return
     held, gaps, whole = [], [], []
     for _ in range(options.times):
-        with Saving() as saving:
+        with AsyncWriter() as saving:
             began = time.perf_counter()
             saving.begin(partial(write_all, work, trainer, *copies_of(trainer)))
             held.append(time.perf_counter() - began)
@@ -133,7 +133,7 @@ def checkpoints(work: Path, options: argparse.Namespace) -> None:
     say("  in a thread: on the disk after", f"{statistics.median(whole):.2f} s")
 
 
-def longest_gap(saving: Saving) -> float:
+def longest_gap(saving: AsyncWriter) -> float:
     """The longest time for which the saving thread lets no other run."""
     longest, before = 0.0, time.perf_counter()
     while saving.under_way:
@@ -145,14 +145,14 @@ def longest_gap(saving: Saving) -> float:
 
 def copies_of(trainer: ft.Trainer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What a save takes over from the trainer before training goes on: the adapter's tensors, and its state."""
-    adapter, state = Adapter.of(trainer.unet), copied(trainer.state_dict())
+    adapter, state = Adapter.attached_to(trainer.unet), copied(trainer.state_dict())
     assert state is not None
     return {name: t.to("cpu", copy=True) for name, t in adapter.state().items()} if adapter else {}, state
 
 
 def write_all(folder: Path, trainer: ft.Trainer, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     """The adapter's file for viewers, and the checkpoint."""
-    if adapter := Adapter.of(trainer.unet):
+    if adapter := Adapter.attached_to(trainer.unet):
         adapter.save_kohya(folder / "viewers.safetensors", {}, tensors)
     checkpoint.save(folder, state, keep=1)
 
@@ -171,11 +171,11 @@ def checks(work: Path, options: argparse.Namespace) -> None:
         weight=torch.ones(1),
     )
     steps = [seconds(lambda: trainer.step(batch).as_dict()) for _ in range(4)][1:]
-    gate, loss, norm = Gate(1, trainer.device), torch.ones(()), torch.ones(())
+    gate, loss, norm = FiniteGate(1, trainer.device), torch.ones(()), torch.ones(())
 
     def check() -> None:
         gate.shut(loss, norm)
-        Arriving(loss, norm).wait()
+        DeviceScalars(loss, norm).wait()
 
     once = statistics.median(seconds(check) for _ in range(1000))
     step = statistics.median(steps)

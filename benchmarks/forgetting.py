@@ -23,7 +23,7 @@ from draw_world import describe, draw, invent
 
 import finetune as ft
 from finetune.run.forgetting import MOST_PROMPTS, STATES, generic_prompts
-from finetune.training.forgetting import Questions, ask, drift
+from finetune.training.forgetting import Probe, probe_drift, record_probe
 
 RUNS: tuple[dict[str, Any], ...] = (
     *({"method": "lora", "learning_rate": r, "max_train_steps": s} for r, s in product((5e-4, 2e-3, 6e-3), (40, 160))),
@@ -58,23 +58,25 @@ class Meter:
         cond, empty = (
             self.model.conditioner.encode(texts) for texts in (generic_prompts("tiny")[:prompts], [""] * prompts)
         )
-        self.questions: Questions = ask(self.model.unet, objective, cond, empty, noise, states=states, batch_size=8)
+        self.questions: Probe = record_probe(
+            self.model.unet, objective, cond, empty, noise, states=states, batch_size=8
+        )
 
     def read(self, run: Path | None) -> float:
-        return drift(load_pipeline(run).unet, self.questions, batch_size=8)
+        return probe_drift(load_pipeline(run).unet, self.questions, batch_size=8)
 
 
 def obeyed(work: Path, options: dict[str, Any] | None) -> float:
     """The share of old prompts of which colour, ground and shape are drawn right, in the mean; made once."""
     run = None if options is None else work / "-".join(map(str, options.values()))
-    told = (run or work) / "obedience.json"
-    if not told.exists():
+    on_progress = (run or work) / "obedience.json"
+    if not on_progress.exists():
         if options is not None:
             given = [f"--{name}={value}" for name, value in options.items()]
             off = ("--sample_every", "0", "--validation_fraction", "0", "--forgetting_prompts", "0")
             command("--config", DEMO, *given, "--output_dir", run or "", "--overwrite_output_dir", *off)
-        told.write_text(json.dumps(obedience(load_pipeline(run))))
-    shares = json.loads(told.read_text())
+        on_progress.write_text(json.dumps(obedience(load_pipeline(run))))
+    shares = json.loads(on_progress.read_text())
     return float(np.mean([shares[name] for name in ("colour", "ground", "shape")]))
 
 
@@ -108,8 +110,10 @@ def compare_remedies(work: Path) -> None:
         shares = obedience(load_pipeline(run))
         kept = float(np.mean([shares[trait] for trait in ("colour", "ground", "shape")]))
         last = json.loads((run / "validation.jsonl").read_text().splitlines()[-1])
-        told = f"forgetting {meter.read(run):.1%}, obedience {kept:.1%}, validation loss {last['change'][0]:+.4f}"
-        say(f"LoRA, 160 steps at 2e-3, with {name}", told)
+        on_progress = (
+            f"forgetting {meter.read(run):.1%}, obedience {kept:.1%}, validation loss {last['change'][0]:+.4f}"
+        )
+        say(f"LoRA, 160 steps at 2e-3, with {name}", on_progress)
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ TURNS = range(-20, 21, 4)
 SHADES = (-0.09, -0.06, -0.03, 0.0, 0.03, 0.06, 0.09)
 
 
-class Reading(NamedTuple):
+class TrainDataLoader(NamedTuple):
     """What a world picture shows."""
 
     shape: str
@@ -47,7 +47,7 @@ class Reading(NamedTuple):
     ground: str
 
 
-def read(picture: Image.Image) -> Reading:
+def read(picture: Image.Image) -> TrainDataLoader:
     """Shape, colour and ground of a picture, (H, W) of any size from 32 pixels.
 
     The ground is the median of a frame of 3 pixels. The thing is what differs from it by more than half as much as
@@ -64,7 +64,7 @@ def read(picture: Image.Image) -> Reading:
     inside = next((area for area in smaller if area.sum() >= 12), np.asarray(mask) > 0)
     colour = np.median(pixels[inside], axis=0) if inside.any() else ground
     inks = {name: COLOURS[name] for name in INKS}
-    return Reading(_shape(mask), _nearest(colour, inks), _nearest(ground, GROUNDS))
+    return TrainDataLoader(_shape(mask), _nearest(colour, inks), _nearest(ground, GROUNDS))
 
 
 def _nearest(colour: Array, table: Mapping[str, Array]) -> str:

@@ -117,13 +117,13 @@ class RandomLatents:
         self.visits = self
         self.stored = torch.randn(8, side // 8, side // 8)
 
-    def ready(self, examples: Sequence[int]) -> None:
+    def ensure_encoded(self, examples: Sequence[int]) -> None:
         """All are in memory."""
 
     def load(self, index: int, key: int) -> Tensor:
         return self.stored + index
 
-    def assemble(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[Tensor]) -> ft.Batch:
+    def collate(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[Tensor]) -> ft.Batch:
         geometry = torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]] * len(indices))
         ids, weight = tuple(self.ids[i] for i in indices), torch.ones(len(indices))
         return ft.Batch(
@@ -167,7 +167,7 @@ def our_trainer(
 def our_loop(trainer: ft.Trainer, batches: Iterator[ft.Batch]) -> Iterator[Step]:
     """c: inside, a step of the loop of `fine_tune` without its log, samples and checkpoints."""
     with ahead(trainer.prepare(batch) for batch in batches) as steps:
-        yield lambda: trainer.take(next(steps))
+        yield lambda: trainer.run_prepared(next(steps))
 
 
 def unet_of(name: str, device: torch.device, dtype: torch.dtype, width: int = 320) -> UNet2DConditionModel:

@@ -91,8 +91,8 @@ def write_many(folder: Path) -> None:
     with (folder / "events.jsonl").open("w") as file:
         file.write(json.dumps({"at": time.time()} | begin) + "\n")
         for step in range(1, MANY + 1):
-            told = {"at": time.time(), "event": "step", "step": step, "loss": 1 / step, **more}
-            file.write(json.dumps(told) + "\n")
+            on_progress = {"at": time.time(), "event": "step", "step": step, "loss": 1 / step, **more}
+            file.write(json.dumps(on_progress) + "\n")
 
 
 def measure_many(page: Page, work: Path) -> None:
@@ -106,9 +106,9 @@ def measure_many(page: Page, work: Path) -> None:
     say(f"{MANY} events shown after the page was loaded", f"{time.perf_counter() - clock:.1f} s")
     delays = []
     for step in range(MANY + 1, MANY + 6):
-        told = {"at": time.time(), "event": "step", "step": step, "loss": 0.1, "seconds": 0.1, "left": 60}
+        on_progress = {"at": time.time(), "event": "step", "step": step, "loss": 0.1, "seconds": 0.1, "left": 60}
         with (folder / "events.jsonl").open("a") as file:
-            file.write(json.dumps(told | {"images_per_second": 10.0, "peak_memory_gb": 1.0}) + "\n")
+            file.write(json.dumps(on_progress | {"images_per_second": 10.0, "peak_memory_gb": 1.0}) + "\n")
         delays.append(until(lambda step=step: f"{step} of" in watched(page), 20))
     say("one more event after it, worst of 5", f"{max(delays):.2f} s", "2 s")
     shutil.rmtree(folder)
@@ -123,7 +123,7 @@ def serious(page: Page, axe: Path) -> list[str]:
     return [f"{each['id']}: {each['nodes'][0]['html'][:110]} ({len(each['nodes'])})" for each in bad]
 
 
-def look(browser: Any, address: str, work: Path, axe: Path | None) -> None:
+def make_thumbnail(browser: Any, address: str, work: Path, axe: Path | None) -> None:
     """Each tab, light and dark, wide and narrow."""
     for scheme in ("light", "dark"):
         for width in (1280, 390):
@@ -166,7 +166,7 @@ def main() -> None:
             say("first paint", f"{paint / 1000:.2f} s", "2 s")
             measure_runs(page, work)
             measure_many(page, work)
-            look(browser, address, work, options.axe)
+            make_thumbnail(browser, address, work, options.axe)
             browser.close()
     finally:
         server.terminate()

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from finetune.data.image_folder import ImageFolder
 from finetune.data.images import open_image
 from finetune.data.listing import is_picture
-from finetune.data.near_duplicates import alike, look
+from finetune.data.near_duplicates import make_thumbnail, near_duplicates
 from finetune.data.split import held_out
 
 PLANTED = 200
@@ -47,14 +47,14 @@ def main() -> None:
     originals = [open_image(path) for path in sorted(folder.rglob("*")) if is_picture(path.name)]
     count, rng = len(originals), random.Random(0)
     copies = [changed(originals[number % count], rng) for number in range(PLANTED)]
-    looks = [look(picture) for picture in (*originals, *copies)]
+    thumbnails = [make_thumbnail(picture) for picture in (*originals, *copies)]
 
     clock = time.perf_counter()
-    joined = alike(looks[:count], range(count))
+    joined = near_duplicates(thumbnails[:count], range(count))
     seconds = time.perf_counter() - clock
     pairs = sum(map(len, joined)) // 2
     print(f"{count} pictures compared with each other in {seconds:.1f} s: {pairs} of {count * (count - 1) // 2} pairs")
-    near = alike(looks, range(count, count + PLANTED))
+    near = near_duplicates(thumbnails, range(count, count + PLANTED))
     found = sum(number % count in of for number, of in enumerate(near))
     print(f"changed copies known: {found} of {PLANTED}")
 

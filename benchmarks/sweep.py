@@ -74,9 +74,9 @@ def line_of(row: dict[str, Any]) -> str:
     """A row for people."""
     if "out_of_memory" in row:
         return f"{row['case']:<24}out of memory"
-    beside = f"{row['bare_images_per_second']:9.1f}{row['ratio']:10.3f}" if "ratio" in row else " " * 19
+    inpainting_channels = f"{row['bare_images_per_second']:9.1f}{row['ratio']:10.3f}" if "ratio" in row else " " * 19
     ours = f"{row['images_per_second']:9.1f}{row['milliseconds']:9.1f}{row['share_of_matmul']:10.2f}"
-    return f"{row['case']:<24}{ours}{beside}{row['peak_gb']:7.1f}{row['first_step_seconds']:10.1f}s"
+    return f"{row['case']:<24}{ours}{inpainting_channels}{row['peak_gb']:7.1f}{row['first_step_seconds']:10.1f}s"
 
 
 def measure(case: str, device: torch.device, best: float, *, bare: bool) -> dict[str, Any]:

@@ -266,7 +266,7 @@ def take_turns(loops: dict[str, Step], options: argparse.Namespace) -> tuple[dic
         for name, step in loops.items():
             seconds[name].append(seconds_of(step, options.steps, options.device))
         rates.append(matmul_rate(options))
-    return {name: counted for name, (_warm_up, *counted) in seconds.items()}, max(rates)
+    return {name: pluralize for name, (_warm_up, *pluralize) in seconds.items()}, max(rates)
 
 
 def seconds_of(step: Step, times: int, device: torch.device) -> float:

@@ -100,8 +100,8 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 def measure_vae(work: Path) -> None:
     vae = vae_of_tiny()
     scenes = [invent(np.random.default_rng([11, i])) for i in range(200)]
-    world = [draw(scene, 64) for scene in scenes]
-    for name, pictures in (("200 unseen world pictures", world), ("100 butterflies", butterflies(100)[0])):
+    world_size = [draw(scene, 64) for scene in scenes]
+    for name, pictures in (("200 unseen world pictures", world_size), ("100 butterflies", butterflies(100)[0])):
         ratios = [psnr(*pair) for pair in zip(pictures, through_vae(vae, pictures), strict=True)]
         say(f"VAE, {name}: PSNR", f"{np.mean(ratios):.1f} dB ({min(ratios):.1f} at worst)", "24 dB")
     plain = [invent(np.random.default_rng([12, i]), unseen=True) for i in range(400)]

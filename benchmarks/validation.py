@@ -41,7 +41,7 @@ RUNS, SHORT = 40, 60
 
 
 @lru_cache(maxsize=1)
-def fresh(work: Path) -> ft.Encoded:
+def fresh(work: Path) -> ft.EncodedDataset:
     folder = pictures(work / "fresh", FRESH_SEED, FRESH)
     return ft.encode(ft.ImageFolder(folder, None, resolution=64), ft.load_model("tiny"), cache_dir=work / "cache")
 
@@ -73,8 +73,8 @@ def losses(work: Path, weights: Path | None) -> Tensor:
     """(FRESH, DRAWS) of the embedded model, or with the averaged weights of a checkpoint in its place."""
     model = ft.load_model("tiny")
     if weights is not None:
-        averaged = {name: tensor.float() for name, tensor in load_file(weights / "ema.safetensors").items()}
-        left = model.unet.load_state_dict(averaged, strict=False)
+        ema_weights = {name: tensor.float() for name, tensor in load_file(weights / "ema.safetensors").items()}
+        left = model.unet.load_state_dict(ema_weights, strict=False)
         assert not left.unexpected_keys
         assert not set(left.missing_keys) & {name for name, _ in model.unet.named_parameters()}
     objective = ft.NoisePrediction(model.scheduler, snr_gamma=5.0)
@@ -127,7 +127,7 @@ def measure_stop(work: Path) -> None:
 def measure_coverage(work: Path) -> None:
     """Short runs on 48 other pictures each: does the interval of the change hold the change on fresh ones?"""
     before = torch.tensor(kept(work / "before.json", lambda: losses(work, None).tolist()))
-    inside, beside = 0, []
+    inside, inpainting_channels = 0, []
     for seed in range(RUNS):
         data = pictures(work / f"short-data-{seed}", 300 + seed, 48)
         run = train(work / f"short-{seed}", data=str(data), seed=seed, num_train_epochs=None, max_train_steps=SHORT)
@@ -135,9 +135,9 @@ def measure_coverage(work: Path) -> None:
         true = paired(before, torch.tensor(after)).mean
         mean, low, high = validations(run)[-1]["change"]
         inside += low <= true <= high
-        beside.append((mean, true, (high - low) / 2))
+        inpainting_channels.append((mean, true, (high - low) / 2))
     say(f"{RUNS} runs of {SHORT} steps: the interval holds it", f"{inside} ({inside / RUNS:.0%})", "90 to 99 %")
-    told, true, half = np.mean(beside, axis=0)
+    told, true, half = np.mean(inpainting_channels, axis=0)
     say("  the change: told; true; half an interval (means)", f"{told:.4f}; {true:.4f}; {half:.4f}")
 
 
@@ -157,7 +157,7 @@ def measure_demo(work: Path) -> None:
 
     folder = work / "demo"
     with (
-        mock.patch.object(Events, "note", timed("events", Events.note)),
+        mock.patch.object(Events, "emit", timed("events", Events.emit)),
         mock.patch.object(recipe, "report", timed("report", recipe.report)),
         folder.with_suffix(".log").open("w") as log,
         redirect_stdout(log),

@@ -73,6 +73,6 @@ for epoch in range(1, args.epochs + 1):
         samples.mkdir(parents=True, exist_ok=True)
         ft.grid(pictures, [""], title=f"epoch {epoch}").save(samples / f"{epoch:04}.png")
 
-with trainer.in_full():
+with trainer.export_weights():
     ft.export(model, args.output)
 print(f'DDPMPipeline.from_pretrained("{args.output}")')

@@ -215,8 +215,8 @@ def pipeline(vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: 
 
 
 def train(
-    run: Path, network: nn.Module, encoder: Encoder, objective: Any, source: ft.Encoded, *, steps: int, batch: int,
-    peak: float, seed: int,
+    run: Path, network: nn.Module, encoder: Encoder, objective: Any, source: ft.EncodedDataset, *, steps: int,
+    batch: int, peak: float, seed: int,
 ) -> ft.Ema:  # fmt: skip
     """Train `network` for `steps` optimizer steps, from the last checkpoint in `run` if there is one.
 
@@ -305,7 +305,7 @@ def train_unet(work: Path, assets: Path, *, pictures: int, steps: int, seed: int
     source = ft.encode(
         World(pictures, seed + 1),
         dataclasses.replace(model, conditioner=Tokens(tokenizer, text_encoder)),
-        captioning=ft.CaptionVisits(dropout=0.1),
+        captioning=ft.CaptionAugmentation(dropout=0.1),
         seed=seed,
     )
     painter = Painter(model.unet, text_encoder.requires_grad_(True))

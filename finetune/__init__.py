@@ -5,15 +5,16 @@ The names below are imported when they are first used, so that `import finetune`
 
 import importlib
 import importlib.metadata
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune.batch import Batch
     from finetune.cache.encode import encode
-    from finetune.cache.encoded_dataset import Encoded, as_batch
+    from finetune.cache.encoded_dataset import EncodedDataset, as_batch
     from finetune.config import TrainConfig, load_config
     from finetune.data.buckets import Buckets
-    from finetune.data.caption_augmentation import CaptionVisits
+    from finetune.data.caption_augmentation import CaptionAugmentation
     from finetune.data.datasets import HuggingFaceDataset, open_dataset
     from finetune.data.image_dataset import Example
     from finetune.data.image_folder import ImageFolder
@@ -27,17 +28,17 @@ if TYPE_CHECKING:
     from finetune.results.sampling import draw_pictures, grid
     from finetune.training.ema import Ema
     from finetune.training.metrics import StepMetrics
-    from finetune.training.micro_batch import Prepared
-    from finetune.training.objective import Noised, NoisePrediction
+    from finetune.training.micro_batch import PreparedStep
+    from finetune.training.objective import NoisedBatch, NoisePrediction
     from finetune.training.trainer import Trainer
 
 _HOMES = {
     "batch": ("Batch",),
     "cache.encode": ("encode",),
-    "cache.encoded_dataset": ("Encoded", "as_batch"),
+    "cache.encoded_dataset": ("EncodedDataset", "as_batch"),
     "config": ("TrainConfig", "load_config"),
     "data.buckets": ("Buckets",),
-    "data.caption_augmentation": ("CaptionVisits",),
+    "data.caption_augmentation": ("CaptionAugmentation",),
     "data.datasets": ("HuggingFaceDataset", "open_dataset"),
     "data.image_folder": ("ImageFolder",),
     "data.loader": ("batches", "training_steps"),
@@ -50,21 +51,28 @@ _HOMES = {
     "results.export": ("export",),
     "results.sampling": ("draw_pictures", "grid"),
     "training.ema": ("Ema",),
-    "training.objective": ("NoisePrediction", "Noised"),
+    "training.objective": ("NoisePrediction", "NoisedBatch"),
     "training.metrics": ("StepMetrics",),
-    "training.micro_batch": ("Prepared",),
+    "training.micro_batch": ("PreparedStep",),
     "training.trainer": ("Trainer",),
 }
+_RENAMED = {
+    "CaptionVisits": "CaptionAugmentation",
+    "Encoded": "EncodedDataset",
+    "Noised": "NoisedBatch",
+    "Prepared": "PreparedStep",
+}
+"""Names of version 0.1 -> names of today."""
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Batch",
     "Buckets",
-    "CaptionVisits",
+    "CaptionAugmentation",
     "DataError",
     "DiffusionModel",
     "Ema",
-    "Encoded",
+    "EncodedDataset",
     "Example",
     "FinetuneError",
     "HuggingFaceDataset",
@@ -72,8 +80,8 @@ __all__ = [
     "Interrupted",
     "ModelError",
     "NoisePrediction",
-    "Noised",
-    "Prepared",
+    "NoisedBatch",
+    "PreparedStep",
     "Preprocess",
     "RunError",
     "StepMetrics",
@@ -100,6 +108,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.metadata.version("finetune-unet")
+    if name in _RENAMED:
+        warnings.warn(f"finetune.{name} is now finetune.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+        name = _RENAMED[name]
     if name not in _HOME_OF:
         raise AttributeError(f"module 'finetune' has no attribute {name!r}")
     return getattr(importlib.import_module(f"finetune.{_HOME_OF[name]}"), name)

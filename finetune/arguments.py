@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from finetune.config import alternatives, fitted, readable, suggest
 from finetune.errors import UsageError
-from finetune.option_info import about_field
+from finetune.option_info import info_of_field
 from finetune.options import meanings
 
 PROGRAM = "finetune-unet"
@@ -48,9 +48,9 @@ def _unknown(flags: Sequence[str], sections: Mapping[str, type]) -> UsageError:
     if len(meant) == 1:
         ((flag, hint),) = meant.items()
         return UsageError(f"unknown option {flag}{hint}")
-    told = ", ".join(f"{flag} ({hint.removeprefix('; ')})" if hint else flag for flag, hint in meant.items())
+    hints = ", ".join(f"{flag} ({hint.removeprefix('; ')})" if hint else flag for flag, hint in meant.items())
     way = f"; {PROGRAM} import --file FILE takes another tool's command line or config over" if len(meant) > 2 else ""
-    return UsageError(f"unknown options: {told}{way}")
+    return UsageError(f"unknown options: {hints}{way}")
 
 
 def _parted(word: str) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ def _fields(section: type) -> list[tuple[dataclasses.Field[Any], Any]]:
 
 def _names(field: dataclasses.Field[Any], hint: Any) -> list[str]:
     """What an option may be called: its name, that of other tools, and the `no_` form of a switch."""
-    return [field.name, *about_field(field).names, *([f"no_{field.name}"] if bool in alternatives(hint) else [])]
+    return [field.name, *info_of_field(field).names, *([f"no_{field.name}"] if bool in alternatives(hint) else [])]
 
 
 def _with_dashes(name: str) -> set[str]:

@@ -28,7 +28,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def each_json_line(path: Path) -> Iterator[dict[str, Any]]:
-    """The same one by one: there may be as many as a run has steps."""
+    """Yield the whole lines of a file of JSON lines one by one: there may be as many as a run has steps."""
     if path.exists():
         with path.open(encoding="utf-8") as file:
             yield from (json.loads(line) for line in file if line.endswith("\n"))

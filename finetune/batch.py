@@ -11,7 +11,7 @@ Tree = TypeVar("Tree")
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
-    """The same tree of mappings and dataclasses, with `function` of each tensor in its place.
+    """Return a copy of a tree of mappings and dataclasses with `function` applied to each tensor.
 
     SDXL's `added_cond_kwargs` is such a mapping, one level down.
     """
@@ -65,7 +65,7 @@ def as_input(cond: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Whole:
+class GlobalStep:
     """An optimizer step of which several processes compute a part each, or whose examples weigh differently."""
 
     ids: tuple[str, ...]
@@ -99,14 +99,14 @@ class Batch:
     """(B, 1, H/8, W/8) in [0, 1]: how much an error counts there; None: wholly, everywhere."""
     extra: Tensor | None = None
     """Channels appended to the UNet's input (inpainting), (B, C, H/8, W/8)."""
-    whole: Whole | None = None
+    global_step: GlobalStep | None = None
     """The step that it belongs to; None: its examples, and those of the batches given with it, are all."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch with its tensors on `device`; the keys stay on the CPU, where draws are made."""
+        """Return the batch with its tensors on `device`; the keys stay on the CPU, where draws are made."""
         return replace(moved(self, device), keys=self.keys)
 
     def split(self, size: int) -> Iterator["Batch"]:
@@ -123,5 +123,5 @@ class Batch:
                 of_class=self.of_class[part],
                 mask=None if self.mask is None else self.mask[part],
                 extra=None if self.extra is None else self.extra[part],
-                whole=self.whole,
+                global_step=self.global_step,
             )

@@ -20,7 +20,7 @@ from finetune.data.data_source import check_sources
 from finetune.errors import INTERRUPTED, Elsewhere, FinetuneError, Interrupted, UsageError
 from finetune.models.families import FAMILIES
 from finetune.models.model_info import check_name
-from finetune.options import SECTIONS, about
+from finetune.options import SECTIONS, option_info
 
 VERBS = {
     "sample": "draw pictures with a trained model",
@@ -157,8 +157,8 @@ def _dispatch(argv: list[str]) -> int:
     elif not FLAG.fullmatch(argv[0]):
         words = list(dict.fromkeys(verb.split()[0] for verb in VERBS))
         meant = f"; did you mean {SYNONYMS[argv[0]]}?" if argv[0] in SYNONYMS else suggest(argv[0], words)
-        known = f"{meant} (commands: {', '.join(words)}; options alone train)"
-        raise UsageError(f"unknown command {argv[0]!r}{known}")
+        hint = f"{meant} (commands: {', '.join(words)}; options alone train)"
+        raise UsageError(f"unknown command {argv[0]!r}{hint}")
     elif _asks_for_help(argv):
         show_help(TRAIN_SECTIONS, PROGRAM, f"{_overview()}\n{_EXIT_CODES}")
     else:
@@ -214,12 +214,14 @@ def _run_verb(verb: str, argv: list[str]) -> None:
         show_help(sections, f"{PROGRAM} {verb}", f"{PROGRAM} {verb}: {VERBS[verb]}")
         return
     given = parse(sections, argv)
-    own = {field.name: given.pop(field.name) for field in dataclasses.fields(command.Options) if field.name in given}
+    own_options = {
+        field.name: given.pop(field.name) for field in dataclasses.fields(command.Options) if field.name in given
+    }
     for field in dataclasses.fields(command.Options):
         has_default = (field.default, field.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)
-        if not has_default and field.name not in own:
+        if not has_default and field.name not in own_options:
             raise UsageError(f"{verb} needs --{field.name}")
-    command.run(command.Options(**own), *([_config(given)] if trains else []))
+    command.run(command.Options(**own_options), *([_config(given)] if trains else []))
 
 
 def _asks_for_help(argv: Sequence[str]) -> bool:
@@ -243,27 +245,30 @@ def _config(given: dict[str, Any]) -> TrainConfig:
     if len(sources) == 1 and sources[0].endswith((".toml", ".json")):
         from finetune.commands.foreign.sd_scripts_dataset import read_dataset
 
-        taken = read_dataset(Path(sources[0]))
-        for line in (*taken.notes, *(f"not taken over: {setting}: {why}" for setting, why in taken.left.items())):
+        imported = read_dataset(Path(sources[0]))
+        for line in (
+            *imported.notes,
+            *(f"not taken over: {setting}: {why}" for setting, why in imported.skipped.items()),
+        ):
             print(f"{sources[0]}: {line}")
-        options = taken.ours | {name: value for name, value in options.items() if name != "data"}
+        options = imported.ours | {name: value for name, value in options.items() if name != "data"}
     return TrainConfig(**options)
 
 
 def _over(flags: dict[str, Any], of_file: dict[str, Any]) -> dict[str, Any]:
     """The options of a file under those that are given as flags. A length as a flag replaces both kinds of the file."""
-    lengths = {name for name, known in about().items() if known.change == "length"}
+    lengths = {name for name, info in option_info().items() if info.change == "length"}
     replaced = lengths if lengths & flags.keys() else set[str]()
     return {name: value for name, value in of_file.items() if name not in replaced} | flags
 
 
 def _overview() -> str:
     """What the command does, in one screenful."""
-    told: dict[str, str] = {}
+    rows: dict[str, str] = {}
     for verb, text in VERBS.items():
         first, _, second = verb.partition(" ")
-        told[first] = f"{told[first]}, {second}" if first in told else f"{GROUPS[first]}: {second}" if second else text
-    verbs = "\n".join(f"  {name:<10}{text}" for name, text in told.items())
+        rows[first] = f"{rows[first]}, {second}" if first in rows else f"{GROUPS[first]}: {second}" if second else text
+    verbs = "\n".join(f"  {name:<10}{text}" for name, text in rows.items())
     own = {family.name: f"{family.description}; {family.resolution} pixels" for family in FAMILIES.values()}
     for name in [name for name, family in FAMILIES.items() if family.inpainting]:  # in the line of what they come from
         del own[name]

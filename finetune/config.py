@@ -30,7 +30,7 @@ from finetune.options import (
     SampleOptions,
     TrainingOptions,
     ValidationOptions,
-    about,
+    option_info,
     option_types,
 )
 
@@ -77,7 +77,7 @@ class TrainConfig(OutputOptions, SampleOptions, ValidationOptions, TrainingOptio
 
     def __init__(self, **options: Any) -> None:
         given = {name: checked(name, value) for name, value in _canonical(options).items()}
-        _settle(self, {field.name: field.default for field in dataclasses.fields(TrainConfig)} | given, given)
+        _freeze(self, {field.name: field.default for field in dataclasses.fields(TrainConfig)} | given, given)
 
     given: typing.ClassVar[frozenset[str]]
     """Names of the options that were given (of each instance; no option itself): all others may be derived."""
@@ -123,7 +123,7 @@ class ResolvedConfig(TrainConfig):
     guidance_scale: float
 
     def __init__(self, config: TrainConfig, **derived: Any) -> None:
-        _settle(self, as_dict(config) | {name: checked(name, value) for name, value in derived.items()}, config.given)
+        _freeze(self, as_dict(config) | {name: checked(name, value) for name, value in derived.items()}, config.given)
         if undecided := [name for name in ResolvedConfig.__annotations__ if getattr(self, name) in (None, "auto")]:
             raise UsageError(f"{', '.join(undecided)}: left open")
 
@@ -133,31 +133,31 @@ class ResolvedConfig(TrainConfig):
         return self.train_batch_size * self.gradient_accumulation_steps * self.num_processes
 
 
-def _settle(config: TrainConfig, values: Mapping[str, Any], given: typing.Iterable[str]) -> None:
+def _freeze(config: TrainConfig, values: Mapping[str, Any], given: typing.Iterable[str]) -> None:
     """Write the values past the frozen `__setattr__`. Raises UsageError for one out of its range."""
     config.__dict__.update(values, given=frozenset(given))
-    for name, known in about().items():
+    for name, info in option_info().items():
         value = getattr(config, name)
         numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-        if known.range is not None and not all(map(known.range.holds, numbers)):
-            raise UsageError(f"{name} = {value}: allowed is {known.range.allowed}")
+        if info.range is not None and not all(map(info.range.holds, numbers)):
+            raise UsageError(f"{name} = {value}: allowed is {info.range.allowed}")
 
 
-def suggest(word: str, known: typing.Iterable[str]) -> str:
+def suggest(word: str, names: typing.Iterable[str]) -> str:
     """'; did you mean X?' when something known is near, or is what we call it, or why there is none; or nothing."""
-    known, bare = list(known), word.lstrip("-")
+    names, bare = list(names), word.lstrip("-")
     if bare in ELSEWHERE:
         return f"; {ELSEWHERE[bare]}"
-    ours = next((name for name, meaning in about().items() if bare in meaning.called), bare)
-    if (ours := word.replace(bare, ours)) in known:
+    ours = next((name for name, meaning in option_info().items() if bare in meaning.called), bare)
+    if (ours := word.replace(bare, ours)) in names:
         return f"; did you mean {ours}?"
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    matches = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def accepted_names() -> dict[str, str]:
     """Every name under which an option may be given -> the option."""
-    others = {other: name for name, known in about().items() for other in known.names}
+    others = {other: name for name, info in option_info().items() for other in info.names}
     return {name: name for name in option_types()} | others
 
 
@@ -252,7 +252,7 @@ def replace(config: Config, given: frozenset[str] | None = None, /, **changes: A
     """A copy with some options changed, checked again. What was given stays given, unless `given` says otherwise."""
     changed = copy.copy(config)
     new = {name: checked(name, value) for name, value in _canonical(changes).items()}
-    _settle(changed, as_dict(config) | new, config.given if given is None else given)
+    _freeze(changed, as_dict(config) | new, config.given if given is None else given)
     return changed
 
 

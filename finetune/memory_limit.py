@@ -7,27 +7,27 @@ import psutil
 _V2, _V1 = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 
-def memory_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+def memory_limit(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
     """Bytes in all.
 
     Args:
         root: where the system shows control groups.
         own: the file that says in which of them this process is.
     """
-    limits = [limit for limit, _ in _groups(root, own)]
+    limits = [limit for limit, _ in _groups(root, membership)]
     return min([psutil.virtual_memory().total, *limits])
 
 
-def memory_available(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+def memory_available(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int:
     """Bytes that are free. The arguments are those of `memory_limit`."""
-    left = [max(0, limit - used) for limit, used in _groups(root, own)]
+    left = [max(0, limit - used) for limit, used in _groups(root, membership)]
     return min([psutil.virtual_memory().available, *left])
 
 
-def _groups(root: Path, own: Path) -> list[tuple[int, int]]:
+def _groups(root: Path, membership: Path) -> list[tuple[int, int]]:
     """(limit, in use) of the control groups around this process that have a limit, in either version of them."""
     try:
-        places = [line.rstrip("\n").split(":", 2) for line in own.read_text().splitlines()]
+        places = [line.rstrip("\n").split(":", 2) for line in membership.read_text().splitlines()]
     except OSError:  # no Linux
         return []
     groups: list[tuple[int, int]] = []

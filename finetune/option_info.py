@@ -24,7 +24,7 @@ BELOW_ONE = Range("from 0 up to (not including) 1", lambda value: 0 <= value < 1
 
 
 @dataclass(frozen=True)
-class About:
+class OptionInfo:
     """What an option means, beside its type, its default and the docstring below it."""
 
     range: Range | None = None
@@ -46,11 +46,11 @@ class About:
     """Decided already by any dataset of the user's own, or by one that has a transform."""
 
 
-def option(default: Any, range: Range | None = None, **about: Any) -> Any:
-    """A field of a section with what is known `About` it."""
-    return dataclasses.field(default=default, metadata={"about": About(range, **about)})
+def option(default: Any, range: Range | None = None, **info: Any) -> Any:
+    """A field of a section with what is known `OptionInfo` it."""
+    return dataclasses.field(default=default, metadata={"about": OptionInfo(range, **info)})
 
 
-def about_field(field: dataclasses.Field[Any]) -> About:
+def info_of_field(field: dataclasses.Field[Any]) -> OptionInfo:
     """What is known about one option, of a section or of a command."""
-    return field.metadata.get("about", About())
+    return field.metadata.get("about", OptionInfo())

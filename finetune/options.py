@@ -15,7 +15,16 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
-from finetune.option_info import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, POSITIVE, SHARE, About, about_field, option
+from finetune.option_info import (
+    AT_LEAST_ONE,
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    OptionInfo,
+    info_of_field,
+    option,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +135,7 @@ class DataOptions:
     caption_lines: Literal["joined", "chosen"] = option("joined", needs="text", called=("enable_wildcard",))
     """joined: a caption of several lines is one. chosen: each line is one, and each visit takes one of them."""
     shuffle_caption: bool = option(False, needs="text")
-    """The parts of a caption between commas come in another order at each visit, which encodes it anew."""
+    """The parts of a caption between commas come in another order at each visit, which encodes it again."""
     keep_tokens: int | None = option(None, NOT_NEGATIVE, needs="shuffle_caption")
     """So many of these parts, from the first, stay where they are. Default: none."""
     max_token_length: Literal[77, 150, 225] = option(77, needs="text")
@@ -353,10 +362,10 @@ def option_types() -> dict[str, Any]:
 
 
 @cache
-def about() -> dict[str, About]:
+def option_info() -> dict[str, OptionInfo]:
     """Option name -> what is known about it, in the order of the sections."""
     fields = [field for section in SECTIONS.values() for field in dataclasses.fields(section)]
-    return {field.name: about_field(field) for field in fields}
+    return {field.name: info_of_field(field) for field in fields}
 
 
 def meanings(section: type) -> dict[str, str]:

@@ -17,12 +17,12 @@ def fold(*parts: int | str) -> int:
 
 
 def wide_fold(*parts: int | str) -> str:
-    """The same as 32 hexadecimal digits: no two contents will ever share one."""
+    """Hash values as `fold` does, to 32 hexadecimal digits: no two contents will ever share one."""
     return _hash(parts, 16).hex()
 
 
-def _hash(parts: tuple[int | str, ...], size: int) -> bytes:
-    text = "\x1f".join(f"{type(part).__name__}:{len(str(part))}:{part}" for part in parts)
+def _hash(values: tuple[int | str, ...], size: int) -> bytes:
+    text = "\x1f".join(f"{type(part).__name__}:{len(str(part))}:{part}" for part in values)
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=size).digest()
 
 

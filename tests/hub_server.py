@@ -131,13 +131,13 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.command == "GET":
             self.hub.downloads.append(path)
-        about = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        option_info = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
             first, last = int(part[1]), min(int(part[2]), len(content) - 1)
-            about["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-            self._send(content[first : last + 1], 206, about)
+            option_info["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            self._send(content[first : last + 1], 206, option_info)
         else:
-            self._send(content, 200, about)
+            self._send(content, 200, option_info)
 
     def _send(self, answer: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
         content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()

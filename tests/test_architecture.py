@@ -31,7 +31,7 @@ LAYERS = [
     {"config"},
     {"options"},
     {"option_info"},
-    {"errors", "text"},
+    {"deprecation", "errors", "text"},
 ]
 """From the top down; a part imports only from layers below it, or from itself."""
 
@@ -136,3 +136,11 @@ def test_every_public_name_exists() -> None:
         assert getattr(finetune, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         finetune.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["CaptionVisits", "Encoded", "Noised", "Prepared"])
+def test_a_public_name_of_before_goes_on_working(name: str) -> None:
+    import finetune
+
+    with pytest.warns(DeprecationWarning, match=rf"finetune\.{name} is now finetune\.(\w+)"):
+        assert isinstance(getattr(finetune, name), type)

@@ -16,7 +16,7 @@ from finetune.cli import VERBS, main, parse_train
 from finetune.config import ELSEWHERE, TrainConfig, config_text
 from finetune.errors import DataError, Interrupted
 from finetune.models.families import FAMILIES
-from finetune.options import SECTIONS, about, option_types
+from finetune.options import SECTIONS, option_info, option_types
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -368,7 +368,7 @@ def test_reader_who_leaves_early() -> None:
 
 
 def test_what_other_tools_call_an_option_names_one_thing() -> None:
-    called = [name for known in about().values() for name in (*known.names, *known.called)]
+    called = [name for known in option_info().values() for name in (*known.names, *known.called)]
     assert len(called) == len(set(called))
     assert not set(called) & (set(option_types()) | set(ELSEWHERE))
     assert not set(option_types()) & set(ELSEWHERE)

@@ -6,7 +6,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from finetune.config import load_config
 from finetune.models.families import FAMILIES
-from finetune.models.model_info import Location
+from finetune.models.model_info import ModelInfo
 from finetune.run.resolve_config import resolve
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -22,7 +22,7 @@ def test_the_promised_configs_are_there() -> None:
 def test_every_config_loads_and_resolves(path: Path) -> None:
     config = load_config(path)
     family = FAMILIES[config.model]
-    found = Location(config.model, family, folder=None, resolution=family.resolution, multiple=8)
+    found = ModelInfo(config.model, family, folder=None, resolution=family.resolution, multiple=8)
     device = torch.device("cuda" if config.mixed_precision == "fp16" else "cpu")
     resolved = resolve(config, found, pictures=1000, varied_captions=True, device=device)
     assert resolved.max_train_steps

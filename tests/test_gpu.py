@@ -122,10 +122,10 @@ def test_a_step_waits_for_nothing(pictures: Path, method: str, cuda_graphs: bool
     trainer, all_batches = trained(pictures, method, cuda_graphs=cuda_graphs)
     with ahead(trainer.prepare(batch) for batch in all_batches) as steps:
         for _ in range(4):  # makes the optimizer's state, and records the graph
-            trainer.take(next(steps))
+            trainer.run_prepared(next(steps))
         torch.cuda.set_sync_debug_mode("error")
         try:
-            made = [trainer.take(step) for step in steps]
+            made = [trainer.run_prepared(step) for step in steps]
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(0 < metrics.loss < 10 for metrics in made)

@@ -18,7 +18,7 @@ from tests.test_recipe import options
 from tests.tiny_sdxl import make_tiny_sdxl
 
 
-class Rows(Dataset[Any]):
+class MapDataset(Dataset[Any]):
     def __len__(self) -> int:
         return 2
 
@@ -35,9 +35,9 @@ class Stream(IterableDataset[Any]):
     ("config", "dataset", "message"),
     [
         ({"data": "x"}, None, r"config is a dict: give a finetune.TrainConfig"),
-        (ft.TrainConfig(), DataLoader(Rows()), "the dataset is a DataLoader, .*: give its .dataset"),
+        (ft.TrainConfig(), DataLoader(MapDataset()), "the dataset is a DataLoader, .*: give its .dataset"),
         (ft.TrainConfig(), Stream(), "the dataset is a torch IterableDataset, .*: give a map-style dataset"),
-        (ft.TrainConfig(data="x"), Rows(), "data and a dataset are given: give one of them"),
+        (ft.TrainConfig(data="x"), MapDataset(), "data and a dataset are given: give one of them"),
     ],
 )
 def test_what_is_no_config_or_dataset_is_told(config: Any, dataset: Any, message: str) -> None:

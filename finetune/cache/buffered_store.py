@@ -10,7 +10,7 @@ SHARD_SECONDS = 30.0
 """A shard is written when one of these is reached: what a killed process loses."""
 
 
-class Gathered:
+class BufferedStore:
     """A store whose items, put one by one, come to another store together; they can be loaded at once.
 
     Args:
@@ -45,8 +45,8 @@ class Gathered:
         self._waiting, self._kinds, self._bytes = {}, {}, 0
 
     def load(self, keys: Sequence[str]) -> list[Item]:
-        kept = [key for key in keys if key not in self._waiting]
-        stored = dict(zip(kept, self._store.load(kept), strict=True)) if kept else {}
+        written = [key for key in keys if key not in self._waiting]
+        stored = dict(zip(written, self._store.load(written), strict=True)) if written else {}
         return [stored[key] if key in stored else self._waiting[key] for key in keys]
 
     def mark_used(self, keys: Sequence[str]) -> None:

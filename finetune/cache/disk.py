@@ -90,25 +90,25 @@ class DiskStore:
             raise UsageError(f"cache_dir {folder}: {error}; give another --cache_dir, or none") from error
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        wanted = list(dict.fromkeys(keys))
-        present = {row[0] for row in self._rows("SELECT key FROM items WHERE key IN", wanted)}
-        return [key for key in wanted if key not in present]
+        distinct = list(dict.fromkeys(keys))
+        present = {row[0] for row in self._rows("SELECT key FROM items WHERE key IN", distinct)}
+        return [key for key in distinct if key not in present]
 
     def claim(self, keys: Sequence[str]) -> list[str]:
-        """See `Store.claim`. Raises UsageError where the folder cannot be written."""
+        """Claim keys as `Store.claim` does. Raises UsageError where the folder cannot be written."""
         writer = self._opened_writer()
         with self.locked():
             open_keys = self.missing(keys)
             held = self._rows("SELECT writer, key FROM claims WHERE key IN", open_keys)
-            gone = {name for name in {row[0] for row in held} if dead(self.folder, name)}
-            self.base.executemany("DELETE FROM claims WHERE writer = ?", [(name,) for name in gone])
-            taken = {key for name, key in held if name not in gone and name != writer.name}
-            mine = [key for key in open_keys if key not in taken]
+            dead_writers = {name for name in {row[0] for row in held} if dead(self.folder, name)}
+            self.base.executemany("DELETE FROM claims WHERE writer = ?", [(name,) for name in dead_writers])
+            claimed = {key for name, key in held if name not in dead_writers and name != writer.name}
+            mine = [key for key in open_keys if key not in claimed]
             self.base.executemany("INSERT OR REPLACE INTO claims VALUES (?, ?)", [(key, writer.name) for key in mine])
         return mine
 
     def put(self, kind: Kind, items: Mapping[str, Item]) -> None:
-        """See `Store.put`. Raises RunError where the disk is full, and UsageError where it cannot be written."""
+        """Keep items as `Store.put` does. Raises RunError for a full disk, UsageError where it cannot be written."""
         if not items:
             return
         name = f"{uuid4().hex}.safetensors"
@@ -136,13 +136,13 @@ class DiskStore:
             scratch.unlink(missing_ok=True)
 
     def load(self, keys: Sequence[str]) -> list[Item]:
-        """See `Store.load`. Raises DataError for an item that is damaged."""
+        """Read items as `Store.load` does. Raises DataError for an item that is damaged."""
         locations = {
             key: (shard, tensors, crc)
             for key, shard, tensors, crc in self._rows("SELECT key, shard, tensors, crc FROM items WHERE key IN", keys)
         }
-        if gone := [key for key in keys if key not in locations]:
-            raise DataError(f"cache_dir {self.folder}: an encoding is gone ({gone[0]}); start again")
+        if missing := [key for key in keys if key not in locations]:
+            raise DataError(f"cache_dir {self.folder}: an encoding is gone ({missing[0]}); start again")
         return [self._read(key, *locations[key]) for key in keys]
 
     def close(self) -> None:
@@ -164,7 +164,7 @@ class DiskStore:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Inside, no other process writes to the index; what was written counts if nothing is raised.
+        """Hold the index so that no other process writes to it; changes are committed unless an error is raised.
 
         Raises:
             RunError: the disk is full, or the index damaged.
@@ -207,8 +207,8 @@ class DiskStore:
         return self._writer
 
     def _read(self, key: str, shard: int, tensors: str, crc: int) -> Item:
-        parts = json.loads(tensors)
-        pieces = [self._bytes(shard, begin, end) for _, _, _, begin, end in parts]
+        entries = json.loads(tensors)
+        pieces = [self._bytes(shard, begin, end) for _, _, _, begin, end in entries]
         if _checksum(pieces) != crc:
             raise DataError(
                 f"cache_dir {self.folder}: an encoding is damaged ({key}); "
@@ -216,7 +216,7 @@ class DiskStore:
             )
         return {
             name: torch.frombuffer(piece, dtype=_DTYPES[dtype]).reshape(shape)
-            for (name, dtype, shape, _, _), piece in zip(parts, pieces, strict=True)
+            for (name, dtype, shape, _, _), piece in zip(entries, pieces, strict=True)
         }
 
     def _bytes(self, shard: int, begin: int, end: int) -> bytearray:
@@ -262,20 +262,20 @@ def today() -> int:
 
 
 def _places(content: bytes) -> dict[str, tuple[str, list[int], int, int]]:
-    """Of a safetensors file: tensor -> dtype, shape, and where its bytes lie in the file."""
+    """Read a safetensors header: tensor -> dtype, shape, and where its bytes lie in the file."""
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     return {
-        name: (about["dtype"], about["shape"], *[8 + length + offset for offset in about["data_offsets"]])
-        for name, about in header.items()
+        name: (entry["dtype"], entry["shape"], *[8 + length + offset for offset in entry["data_offsets"]])
+        for name, entry in header.items()
         if name != "__metadata__"
     }
 
 
 def _row(places: Mapping[str, Any], key: str, item: Item, content: bytes) -> tuple[str, int]:
     """What the index says of an item: JSON of name, dtype, shape, begin and end of each tensor; the checksum."""
-    parts = [(name, *places[f"{key}.{name}"]) for name in item]
-    return json.dumps(parts), _checksum([content[begin:end] for *_, begin, end in parts])
+    entries = [(name, *places[f"{key}.{name}"]) for name in item]
+    return json.dumps(entries), _checksum([content[begin:end] for *_, begin, end in entries])
 
 
 def _checksum(pieces: Iterable[bytes | bytearray]) -> int:

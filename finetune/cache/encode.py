@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune.cache.buffered_store import Gathered
+from finetune.cache.buffered_store import BufferedStore
 from finetune.cache.disk import open_store
-from finetune.cache.encode_loop import Made, Work, fill
-from finetune.cache.encoded_dataset import Conditions, Encoded, LiveConditions
-from finetune.cache.image_source import Kept, Live
-from finetune.cache.lazy_encoder import Demand
+from finetune.cache.encode_loop import EncodeJob, EncodeStats, fill
+from finetune.cache.encoded_dataset import CachedTextEmbeddings, EncodedDataset, LiveTextEmbeddings
+from finetune.cache.image_source import CachedImages, LiveImages
+from finetune.cache.lazy_encoder import LazyEncoder
 from finetune.cache.store import Item
-from finetune.data.caption_augmentation import CaptionVisits
-from finetune.data.image_dataset import Pictures
-from finetune.data.inpainting import shown, small
-from finetune.data.user_dataset import Rows, as_pictures
+from finetune.data.caption_augmentation import CaptionAugmentation
+from finetune.data.image_dataset import ImageDataset
+from finetune.data.inpainting import small, visible
+from finetune.data.user_dataset import MapDataset, as_pictures
 from finetune.errors import DataError
 from finetune.models.conditioners import Conditioner
 from finetune.models.encoders import Encoder
@@ -26,25 +26,25 @@ from finetune.models.tensor_file import DTYPES
 
 
 def encode(
-    dataset: Pictures | Rows,
+    dataset: ImageDataset | MapDataset,
     model: DiffusionModel | Frozen,
     *,
     live: bool = False,
-    captioning: CaptionVisits = CaptionVisits(),  # noqa: B008 # frozen
+    captioning: CaptionAugmentation = CaptionAugmentation(),  # noqa: B008 # frozen
     seed: int = 0,
     cache_dir: str | Path | None = None,
     precision: str = "fp32",
     any_environment: bool = False,
     visited: Iterable[tuple[int, int | None]] | None = None,
     at_most: float | None = None,
-    told: Callable[[str, int, int], None] | None = None,
-) -> Encoded:
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> EncodedDataset:
     """Make a dataset ready for training: what is not encoded yet, by an earlier run or another process, is encoded.
 
     Encodings are known by their content: by the picture's bytes, the part of it that is trained, the VAE and the number
     format; by the caption and the text encoders; and by the device, threads and libraries that computed them. Flips
     keep two encodings; a random crop is drawn once per picture.
-    With `live`, pictures are encoded at each visit instead, with crop and flip drawn anew; so are captions that are
+    With `live`, pictures are encoded at each visit instead, with crop and flip drawn again; so are captions that are
     shuffled. What is no longer needed leaves the device.
 
     Args:
@@ -68,22 +68,24 @@ def encode(
         RunError: it cannot be written (any more).
     """
     pictures = as_pictures(dataset)
-    wanted = [(index, None) for index in range(len(pictures))] if visited is None else list(visited)
-    store = Gathered(open_store(cache_dir))
-    works, conditions = list[Work](), LiveConditions(model.conditioner)
+    planned = [(index, None) for index in range(len(pictures))] if visited is None else list(visited)
+    store = BufferedStore(open_store(cache_dir))
+    works, conditions = list[EncodeJob](), LiveTextEmbeddings(model.conditioner)
     if not captioning.shuffle:
-        conditions = Conditions(store, model.conditioner, precision, _maker(model.conditioner, any_environment))
-        works.append(_captions(pictures, conditions, [index for index, _ in wanted]))
-    visits: Kept | Live = Live(pictures, model.inpainting)
+        conditions = CachedTextEmbeddings(
+            store, model.conditioner, precision, _maker(model.conditioner, any_environment)
+        )
+        works.append(_captions(pictures, conditions, [index for index, _ in planned]))
+    visits: CachedImages | LiveImages = LiveImages(pictures, model.inpainting)
     if not live:
         maker = _maker(model.encoder, any_environment)
-        visits = Kept(
+        visits = CachedImages(
             store=store, pictures=pictures, encoder=maker, precision=precision, seed=seed, inpainting=model.inpainting
         )
-        works.append(_pictures(visits, model.encoder, wanted))
-    made = _filled(store, works, at_most, told)
-    demands = [Demand(store, work) for work, done in zip(works, made, strict=True) if done.left]
-    return Encoded(
+        works.append(_pictures(visits, model.encoder, planned))
+    made = _filled(store, works, at_most, on_progress)
+    lazy_encoders = [LazyEncoder(store, work) for work, done in zip(works, made, strict=True) if done.left]
+    return EncodedDataset(
         pictures=pictures,
         shapes=pictures.shapes(),
         visits=visits,
@@ -93,18 +95,21 @@ def encode(
         captioning=captioning,
         made=made,
         store=store,
-        demands=demands,
+        lazy_encoders=lazy_encoders,
         inpainting=model.encoder if model.inpainting else None,
     )
 
 
 def _filled(
-    store: Gathered, works: Sequence[Work], at_most: float | None, told: Callable[[str, int, int], None] | None
-) -> list[Made]:
-    made = list[Made]()
+    store: BufferedStore,
+    works: Sequence[EncodeJob],
+    at_most: float | None,
+    on_progress: Callable[[str, int, int], None] | None,
+) -> list[EncodeStats]:
+    made = list[EncodeStats]()
     with closing(store):  # or what was claimed would stay so
         for work in works:
-            made.append(fill(store, work, at_most, told))
+            made.append(fill(store, work, at_most, on_progress))
             if not made[-1].left:
                 work.network.to("cpu")
     return made
@@ -116,13 +121,13 @@ def _maker(network: Encoder | Conditioner, any_environment: bool) -> str:
     return network.fingerprint if exact else f"{network.fingerprint} on {network.environment}"
 
 
-def _captions(pictures: Pictures, conditions: Conditions, indices: Iterable[int]) -> Work:
+def _captions(pictures: ImageDataset, conditions: CachedTextEmbeddings, indices: Iterable[int]) -> EncodeJob:
     """The captions of pictures, and the empty one, through their conditioner."""
     conditioner = conditions.conditioner
     texts = dict.fromkeys([*[text for index in dict.fromkeys(indices) for text in pictures.texts(index)], ""])
-    wanted = {conditions.key(text): text for text in texts}
+    texts_by_key = {conditions.key(text): text for text in texts}
 
-    def of(index: int, _: int) -> list[str]:
+    def keys_of(index: int, _: int) -> list[str]:
         return [conditions.key(text) for text in (*pictures.texts(index), "")]
 
     def compute(_: Sequence[str], captions: Sequence[str]) -> list[Item]:
@@ -131,46 +136,52 @@ def _captions(pictures: Pictures, conditions: Conditions, indices: Iterable[int]
             {name: tensor[row : row + 1].clone() for name, tensor in stored.items()} for row in range(len(captions))
         ]
 
-    return Work(
+    return EncodeJob(
         kind="caption",
-        keys=list(wanted),
-        of=of,
-        prepare=wanted.__getitem__,
+        keys=list(texts_by_key),
+        keys_of=keys_of,
+        prepare=texts_by_key.__getitem__,
         compute=compute,
-        at_once=lambda _: conditioner.at_once,
+        batch_size=lambda _: conditioner.batch_size,
         network=conditioner,
     )
 
 
-def _pictures(kept: Kept, encoder: Encoder, visits: Iterable[tuple[int, int | None]]) -> Work:
+def _pictures(images: CachedImages, encoder: Encoder, visits: Iterable[tuple[int, int | None]]) -> EncodeJob:
     """The pictures, in each version that is wanted of them, through the encoder."""
-    wanted = {
-        kept.key(index, version): (index, version) for index, key in visits for version in kept.versions(index, key)
+    variants = {
+        images.key(index, version): (index, version) for index, key in visits for version in images.versions(index, key)
     }
 
-    def of(index: int, key: int) -> list[str]:
-        return [kept.key(index, version) for version in kept.versions(index, key)]
+    def keys_of(index: int, key: int) -> list[str]:
+        return [images.key(index, version) for version in images.versions(index, key)]
 
     def prepare(key: str) -> Tensor:
-        return kept.pixels(*wanted[key])
+        return images.pixels(*variants[key])
 
-    def at_once(pixels: Tensor) -> int:
-        return encoder.at_once(pixels.shape[-2], pixels.shape[-1])
+    def batch_size(pixels: Tensor) -> int:
+        return encoder.batch_size(pixels.shape[-2], pixels.shape[-1])
 
     def compute(keys: Sequence[str], pixels: Sequence[Tensor]) -> list[Item]:
-        seen = torch.stack(list(pixels))
-        stored = encoder.encode(shown(seen)).cpu()
+        batch = torch.stack(list(pixels))
+        stored = encoder.encode(visible(batch)).cpu()
         for key, row in zip(keys, stored, strict=True):
             if not row.float().isfinite().all():
-                raise DataError(f"{kept.pictures.ids[wanted[key][0]]}: its encoding is not finite")
-        items: list[Item] = [{"stored": _rounded(row, kept.precision).clone()} for row in stored]
-        if seen.shape[1] == 3:
+                raise DataError(f"{images.pictures.ids[variants[key][0]]}: its encoding is not finite")
+        items: list[Item] = [{"stored": _rounded(row, images.precision).clone()} for row in stored]
+        if batch.shape[1] == 3:
             return items
-        masks = small(seen[:, 3:], (stored.shape[-2], stored.shape[-1])).to(torch.uint8)
+        masks = small(batch[:, 3:], (stored.shape[-2], stored.shape[-1])).to(torch.uint8)
         return [{**item, "mask": mask.clone()} for item, mask in zip(items, masks, strict=True)]
 
-    return Work(
-        kind="picture", keys=list(wanted), of=of, prepare=prepare, compute=compute, at_once=at_once, network=encoder
+    return EncodeJob(
+        kind="picture",
+        keys=list(variants),
+        keys_of=keys_of,
+        prepare=prepare,
+        compute=compute,
+        batch_size=batch_size,
+        network=encoder,
     )
 
 

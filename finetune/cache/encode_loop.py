@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
-from finetune.cache.buffered_store import Gathered
+from finetune.cache.buffered_store import BufferedStore
 from finetune.cache.store import Item, Kind
 from finetune.models.conditioners import Conditioner
 from finetune.models.encoders import Encoder
@@ -32,19 +32,19 @@ _WAIT = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class EncodeJob:
     """Items of one kind, and how they are made."""
 
     kind: Kind
     keys: Sequence[str]
     """Each once, in the order in which they are wanted."""
-    of: Callable[[int, int], Sequence[str]]
+    keys_of: Callable[[int, int], Sequence[str]]
     """Number of an example, key of a visit -> the keys of all that the visit may need."""
     prepare: Callable[[str], Any]
     """Key -> what is needed to compute its item; runs in a thread of its own."""
     compute: Callable[[Sequence[str], Sequence[Any]], Sequence[Item]]
     """Keys, and what was prepared for them, all of one shape -> their items."""
-    at_once: Callable[[Any], int]
+    batch_size: Callable[[Any], int]
     """What was prepared -> how many like it are best computed together."""
     network: Encoder | Conditioner
     """What computes."""
@@ -54,7 +54,7 @@ Group = tuple[list[str], list[Any]]
 """Keys, and what was prepared for them."""
 
 
-class Made(NamedTuple):
+class EncodeStats(NamedTuple):
     """What became of what was wanted."""
 
     kind: Kind
@@ -67,12 +67,12 @@ class Made(NamedTuple):
 
 
 def fill(
-    store: Gathered,
-    work: Work,
+    store: BufferedStore,
+    work: EncodeJob,
     at_most: float | None = None,
-    told: Callable[[str, int, int], None] | None = None,
-) -> Made:
-    """See to it that each key has its item. Threads prepare; what they do overlaps with what this one computes.
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> EncodeStats:
+    """Compute the missing items of a store. Threads prepare items while this one computes.
 
     Args:
         store: to be filled.
@@ -92,12 +92,12 @@ def fill(
     try:
         while missing and not late():
             before = new
-            for keys, prepared in together(_ahead(pool, work.prepare, _claimed(store, missing)), work.at_once):
+            for keys, prepared in group_by_shape(_ahead(pool, work.prepare, _claimed(store, missing)), work.batch_size):
                 store.put(work.kind, dict(zip(keys, work.compute(keys, prepared), strict=True)))
                 new += len(keys)
                 bar.update(len(keys))
-                if told:
-                    told(f"encoding {work.kind}s", new, total)
+                if on_progress:
+                    on_progress(f"encoding {work.kind}s", new, total)
                 if late():
                     break
             store.write()
@@ -110,11 +110,11 @@ def fill(
         pool.shutdown(cancel_futures=True)
         bar.close()
     store.mark_used(work.keys)
-    return Made(work.kind, len(work.keys), new, len(missing))
+    return EncodeStats(work.kind, len(work.keys), new, len(missing))
 
 
-def _claimed(store: Gathered, keys: Sequence[str]) -> Iterator[str]:
-    """Those of the keys that nobody else computes, claimed a few at a time."""
+def _claimed(store: BufferedStore, keys: Sequence[str]) -> Iterator[str]:
+    """Yield the keys that no other process computes, claimed a few at a time."""
     for start in range(0, len(keys), CLAIMED_AT_ONCE):
         yield from store.claim(keys[start : start + CLAIMED_AT_ONCE])
 
@@ -132,13 +132,13 @@ def _ahead(pool: ThreadPoolExecutor, prepare: Callable[[str], Any], keys: Iterab
         yield first, future.result()
 
 
-def together(items: Iterable[tuple[str, Any]], at_once: Callable[[Any], int]) -> Iterator[Group]:
+def group_by_shape(items: Iterable[tuple[str, Any]], batch_size: Callable[[Any], int]) -> Iterator[Group]:
     """Keys and what was prepared for them, by shape: groups of so many as are best, and at the end what is left."""
     waiting: dict[Any, list[tuple[str, Any]]] = {}
     for key, prepared in items:
         shape = getattr(prepared, "shape", None)
         waiting.setdefault(shape, []).append((key, prepared))
-        if len(waiting[shape]) >= at_once(prepared):
+        if len(waiting[shape]) >= batch_size(prepared):
             yield _group(waiting.pop(shape))
     yield from map(_group, waiting.values())
 

@@ -10,24 +10,24 @@ from torch import Tensor
 
 from finetune import seeding
 from finetune.batch import Batch
-from finetune.cache.encode_loop import Made
-from finetune.cache.image_source import Kept, Live
+from finetune.cache.encode_loop import EncodeStats
+from finetune.cache.image_source import CachedImages, LiveImages
 from finetune.cache.keys import caption_key
-from finetune.cache.lazy_encoder import Demand
-from finetune.cache.loss_masks import Masks
+from finetune.cache.lazy_encoder import LazyEncoder
+from finetune.cache.loss_masks import LossMasks
 from finetune.cache.store import Item, Store
-from finetune.data.caption_augmentation import CaptionVisits
-from finetune.data.image_dataset import Pictures
-from finetune.data.inpainting import drawn_mask, shown, small
+from finetune.data.caption_augmentation import CaptionAugmentation
+from finetune.data.image_dataset import ImageDataset
+from finetune.data.inpainting import drawn_mask, small, visible
 from finetune.data.transforms import normalize
 from finetune.errors import DataError, UsageError
 from finetune.models.conditioners import Conditioner
 from finetune.models.encoders import Encoder
-from finetune.models.image_condition import beside, with_shown
+from finetune.models.image_condition import inpainting_channels, split_inpainting_latents
 from finetune.models.loading import DiffusionModel
 
 
-class Conditions:
+class CachedTextEmbeddings:
     """What the conditioner has stored for captions, read from a store; the last few stay at hand.
 
     Args:
@@ -45,10 +45,10 @@ class Conditions:
         self._at_hand: OrderedDict[str, Item] = OrderedDict()
 
     def key(self, caption: str) -> str:
-        """Of what is stored for a caption."""
+        """Return the cache key of a caption's embedding."""
         return caption_key(caption, self.maker, self.precision)
 
-    def of(self, captions: Sequence[str]) -> Item:
+    def get(self, captions: Sequence[str]) -> Item:
         """Tensors of first size B, floats as fp32."""
         rows = [self._row(caption) for caption in captions]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
@@ -64,43 +64,43 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class LiveConditions:
+class LiveTextEmbeddings:
     """Captions encoded at each visit, where there are too many different ones to keep."""
 
     conditioner: Conditioner
 
-    def of(self, captions: Sequence[str]) -> Item:
+    def get(self, captions: Sequence[str]) -> Item:
         """Tensors of first size B, floats as fp32."""
         return {name: tensor.cpu().float() for name, tensor in self.conditioner.encode(captions).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
+class EncodedDataset:
     """A dataset ready to be visited: `batches` draws from it."""
 
-    pictures: Pictures
+    pictures: ImageDataset
     shapes: Sequence[int]
     """Of each example; what has the same one can be computed together."""
-    visits: Kept | Live
+    visits: CachedImages | LiveImages
     """The part that worker processes get a copy of."""
     encoder: Encoder | None
     """Encodes at each visit; None where encodings are kept."""
     conditioner: Conditioner
-    conditions: Conditions | LiveConditions
-    captioning: CaptionVisits
-    made: Sequence[Made]
+    conditions: CachedTextEmbeddings | LiveTextEmbeddings
+    captioning: CaptionAugmentation
+    made: Sequence[EncodeStats]
     """How much of it was encoded for this, and how much was there."""
     store: Store
     """Of all that is kept."""
-    demands: Sequence[Demand] = ()
+    lazy_encoders: Sequence[LazyEncoder] = ()
     """What is encoded when a visit comes to it."""
     inpainting: Encoder | None = None
     """What has made what an inpainting UNet is shown; None: it is another UNet."""
 
     @cached_property
-    def masks(self) -> Masks:
-        """Of the pictures."""
-        return Masks(self.pictures, self.visits)
+    def masks(self) -> LossMasks:
+        """The loss masks of the pictures."""
+        return LossMasks(self.pictures, self.visits)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -108,26 +108,26 @@ class Encoded:
     @property
     def live(self) -> bool:
         """Whether a visit needs an encoder, which nothing else can use meanwhile."""
-        kept = self.encoder is None and isinstance(self.conditions, Conditions)
-        return not kept or any(not demand.met for demand in self.demands)
+        cached = self.encoder is None and isinstance(self.conditions, CachedTextEmbeddings)
+        return not cached or any(not lazy_encoder.done for lazy_encoder in self.lazy_encoders)
 
     def needs(self, network: Encoder | Conditioner | None) -> bool:
         """Whether visits to come need it: it stays on its device."""
-        if any(demand.work.network is network and not demand.met for demand in self.demands):
+        if any(lazy_encoder.work.network is network and not lazy_encoder.done for lazy_encoder in self.lazy_encoders):
             return True
-        live = isinstance(self.conditions, LiveConditions) and network is self.conditioner
+        live = isinstance(self.conditions, LiveTextEmbeddings) and network is self.conditioner
         return live or (network is not None and network is self.encoder)
 
-    def ready(self, visits: Sequence[tuple[int, int]]) -> None:
+    def ensure_encoded(self, visits: Sequence[tuple[int, int]]) -> None:
         """Encode what these visits, number of the example and key of each, need, and nothing has encoded yet."""
-        for demand in self.demands:
-            if not demand.met:
-                demand.need(visits)
+        for lazy_encoder in self.lazy_encoders:
+            if not lazy_encoder.done:
+                lazy_encoder.encode_for(visits)
 
     def close(self) -> None:
         """Keep what was encoded last; nothing more is going to be visited."""
-        for demand in self.demands:
-            demand.close()
+        for lazy_encoder in self.lazy_encoders:
+            lazy_encoder.close()
         self.store.close()
 
     @property
@@ -146,7 +146,7 @@ class Encoded:
 
     @property
     def class_examples(self) -> Sequence[int]:
-        """Those that take turns in being visited as often as all others together."""
+        """Indices of the class pictures, which together are visited as often as all others together."""
         return self.pictures.class_pictures
 
     @property
@@ -159,21 +159,21 @@ class Encoded:
         """Visits of an epoch."""
         return self.pictures.epoch_visits
 
-    def assemble(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[tuple[Tensor, Sequence[int]]]) -> Batch:
+    def collate(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[tuple[Tensor, Sequence[int]]]) -> Batch:
         """Loaded visits -> Batch on the CPU. Raises DataError when the pictures differ in size."""
         ids = tuple(self.ids[index] for index in indices)
         stored, extra = _stack([row[0] for row in loaded], ids), None
         if self.encoder is not None:
             stored = encoded_pixels(self.encoder, stored)
         if self.inpainting is not None:
-            stored, extra = with_shown(self.inpainting, stored, keys)
+            stored, extra = split_inpainting_latents(self.inpainting, stored, keys)
         geometry = torch.tensor([row[1] for row in loaded])
         visits = zip(indices, keys.tolist(), strict=True)
         captions = [self.captioning.caption(self.pictures.texts(index), key) for index, key in visits]
-        cond = self.conditioner.kwargs(self.conditions.of(captions), geometry)
+        cond = self.conditioner.kwargs(self.conditions.get(captions), geometry)
         weight = torch.tensor([self.pictures.weights[index] for index in indices])
         of_class = tuple(index >= self.pictures.subjects for index in indices)
-        mask = self.masks.of(indices, keys, (stored.shape[-2], stored.shape[-1])) if extra is None else None
+        mask = self.masks.get(indices, keys, (stored.shape[-2], stored.shape[-1])) if extra is None else None
         return Batch(
             stored=stored,
             cond=cond,
@@ -190,12 +190,13 @@ class Encoded:
 def encoded_pixels(encoder: Encoder, pixels: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) uint8 -> what the encoder stores of them, on the CPU.
 
-    With a mask (B, 4, H, W): beside it what is stored of what the mask leaves, and the mask, as `with_shown` takes it.
+    With a mask (B, 4, H, W), the encoding of what the mask leaves and the mask follow along the channels, as
+    `split_inpainting_latents` takes them.
     """
     stored = encoder.encode(normalize(pixels[:, :3])).cpu()
     if pixels.shape[1] == 3:
         return stored
-    left = encoder.encode(shown(pixels)).cpu()
+    left = encoder.encode(visible(pixels)).cpu()
     return torch.cat([stored, left, small(pixels[:, 3:], (stored.shape[-2], stored.shape[-1]))], dim=1)
 
 
@@ -234,7 +235,9 @@ def as_batch(
     if model.inpainting:
         masks = torch.stack([drawn_mask(key, height, width) for key in keys.tolist()]) if masks is None else masks
         left = model.encoder.encode(pixels * (masks == 0).to(pixels.device))
-        extra = beside(model.encoder, left.cpu(), small(masks.cpu(), (left.shape[-2], left.shape[-1])), keys)
+        extra = inpainting_channels(
+            model.encoder, left.cpu(), small(masks.cpu(), (left.shape[-2], left.shape[-1])), keys
+        )
     batch = Batch(
         stored=stored, cond=cond, keys=keys, geometry=geometry, ids=ids, weight=torch.ones(len(ids)), extra=extra
     )

@@ -11,16 +11,16 @@ from finetune import seeding
 from finetune.cache.keys import picture_key
 from finetune.cache.store import Store
 from finetune.data import inpainting
-from finetune.data.image_dataset import Pictures
+from finetune.data.image_dataset import ImageDataset
 from finetune.data.images import to_rgb
 from finetune.data.masks import weights
-from finetune.data.transforms import Placement
+from finetune.data.transforms import Crop
 
 _DIMMED = 0.25
 """How much light is left of what does not count."""
 
 
-class Version(NamedTuple):
+class CacheVariant(NamedTuple):
     """Which of the encodings of a picture."""
 
     flip: bool
@@ -30,13 +30,13 @@ class Version(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedImages:
     """Visits to encodings that are kept in a store. A random crop is that of the picture's first visit."""
 
     in_memory = True
 
     store: Store
-    pictures: Pictures
+    pictures: ImageDataset
     encoder: str
     """Its fingerprint, and the environment that it runs in."""
     precision: str
@@ -49,44 +49,46 @@ class Kept:
 
         For inpainting the picture's encoding, that of what is left of it, and the mask: (2C + 1, h, w).
         """
-        placement, flip = self.placed(index, key)
+        placement, flip = self.crop_and_flip(index, key)
         versions = self._visited(index, key, flip)
-        whole, *more = self.store.load([self._key(index, placement, version) for version in versions])
-        parts = [whole["stored"], *(part for left in more for part in (left["stored"], left["mask"]))]
-        stored = torch.cat([part.float() for part in parts]) if more else parts[0]
+        first, *more = self.store.load([self._key(index, placement, version) for version in versions])
+        tensors = [first["stored"], *(part for left in more for part in (left["stored"], left["mask"]))]
+        stored = torch.cat([part.float() for part in tensors]) if more else tensors[0]
         return stored.float() if stored.is_floating_point() else stored, placement.geometry(flip)
 
-    def placed(self, index: int, key: int) -> tuple[Placement, bool]:
+    def crop_and_flip(self, index: int, key: int) -> tuple[Crop, bool]:
         """What is trained on of the picture, and whether it is mirrored."""
         return self._placement(index), self.pictures.flips and _flipped(key)
 
-    def seen(self, index: int, key: int) -> Tensor:
+    def preview_pixels(self, index: int, key: int) -> Tensor:
         """(3, H, W) uint8: the pixels whose encoding `load` answers."""
-        pixels = self.pixels(index, self._visited(index, key, self.placed(index, key)[1])[-1])
+        pixels = self.pixels(index, self._visited(index, key, self.crop_and_flip(index, key)[1])[-1])
         return inpainting.for_people(pixels) if self.inpainting else pixels
 
-    def versions(self, index: int, key: int | None) -> list[Version]:
+    def versions(self, index: int, key: int | None) -> list[CacheVariant]:
         """All that a visit with this key may need of a picture; None: any visit."""
         masks: list[int | None] = [None]
         if self.inpainting and key is None and self.pictures.mask_digest(index) is None:
             masks += range(inpainting.MASKS)
         elif self.inpainting:
             masks.append(self._mask_of(index, key or 0))
-        return [Version(flip, mask) for flip in ((False, True) if self.pictures.flips else (False,)) for mask in masks]
+        return [
+            CacheVariant(flip, mask) for flip in ((False, True) if self.pictures.flips else (False,)) for mask in masks
+        ]
 
-    def _visited(self, index: int, key: int, flip: bool) -> list[Version]:
+    def _visited(self, index: int, key: int, flip: bool) -> list[CacheVariant]:
         """What the visit with this key is made of."""
-        return [Version(flip), *([Version(flip, self._mask_of(index, key))] if self.inpainting else ())]
+        return [CacheVariant(flip), *([CacheVariant(flip, self._mask_of(index, key))] if self.inpainting else ())]
 
     def _mask_of(self, index: int, key: int) -> int:
         return 0 if self.pictures.mask_digest(index) is not None else inpainting.number_of(key)
 
-    def key(self, index: int, version: Version) -> str:
-        """Of the encoding of one version of a picture."""
+    def key(self, index: int, version: CacheVariant) -> str:
+        """Return the cache key of one variant of a picture."""
         return self._key(index, self._placement(index), version)
 
-    def _key(self, index: int, placement: Placement, version: Version) -> str:
-        digest, background, covered = self.pictures.checked(index).digest, self.pictures.background, ""
+    def _key(self, index: int, placement: Crop, version: CacheVariant) -> str:
+        digest, background, covered = self.pictures.image_info(index).digest, self.pictures.background, ""
         if version.mask is not None:
             file = self.pictures.mask_digest(index)
             mask = self._drawn_from(index, version.mask) if file is None else f"{file} over black"
@@ -104,7 +106,7 @@ class Kept:
     def _drawn_from(self, index: int, number: int) -> int:
         return seeding.example_key(self.seed, self.pictures.ids[index], number)
 
-    def pixels(self, index: int, version: Version) -> Tensor:
+    def pixels(self, index: int, version: CacheVariant) -> Tensor:
         """(3, H, W) uint8 that are to be encoded, or with a mask (4, H, W).
 
         Raises:
@@ -123,18 +125,18 @@ class Kept:
             key=self._drawn_from(index, version.mask),
         )
 
-    def _placement(self, index: int) -> Placement:
+    def _placement(self, index: int) -> Crop:
         first_visit = seeding.example_key(self.seed, self.pictures.ids[index], 0)
-        return self.pictures.placement(self.pictures.checked(index).size, first_visit)
+        return self.pictures.placement(self.pictures.image_info(index).size, first_visit)
 
 
 @dataclass(frozen=True)
-class Live:
-    """Visits to the pictures themselves; crop, flip and what an inpainting model paints are drawn anew each time."""
+class LiveImages:
+    """Visits to the pictures themselves; crop, flip and what an inpainting model paints are drawn again each time."""
 
     in_memory = False
 
-    pictures: Pictures
+    pictures: ImageDataset
     inpainting: bool = False
 
     def load(self, index: int, key: int, flip: bool | None = None) -> tuple[Tensor, tuple[int, ...]]:
@@ -151,33 +153,33 @@ class Live:
             pixels = _with_mask(pixels, self.pictures, index=index, placement=placement, flip=flip, key=key)
         return pixels, placement.geometry(flip)
 
-    def shown(self, index: int, key: int) -> tuple[Tensor, tuple[int, ...]]:
+    def masked_preview(self, index: int, key: int) -> tuple[Tensor, tuple[int, ...]]:
         """What `load` answers, not mirrored, for people: dark where a mask lets no error count, grey where it hides."""
         pixels, geometry = self.load(index, key, flip=False)
         if self.inpainting:
             pixels = inpainting.for_people(pixels)
         elif (mask := self.pictures.mask(index)) is not None:
-            light = weights(mask, self.placed(index, key)[0], False, (pixels.shape[1], pixels.shape[2]))
+            light = weights(mask, self.crop_and_flip(index, key)[0], False, (pixels.shape[1], pixels.shape[2]))
             pixels = (pixels * (_DIMMED + (1 - _DIMMED) * light)).to(torch.uint8)
         return pixels, geometry
 
-    def placed(self, index: int, key: int) -> tuple[Placement, bool]:
+    def crop_and_flip(self, index: int, key: int) -> tuple[Crop, bool]:
         """What is trained on of the picture, and whether it is mirrored."""
-        return self.pictures.placement(self.pictures.checked(index).size, key), self.pictures.flips and _flipped(key)
+        return self.pictures.placement(self.pictures.image_info(index).size, key), self.pictures.flips and _flipped(key)
 
-    def seen(self, index: int, key: int) -> Tensor:
+    def preview_pixels(self, index: int, key: int) -> Tensor:
         """The pixels that `load` answers, for people."""
         pixels, _ = self.load(index, key)
         return inpainting.for_people(pixels) if self.inpainting else pixels
 
 
-def _opaque(pictures: Pictures, index: int) -> Image.Image:
+def _opaque(pictures: ImageDataset, index: int) -> Image.Image:
     """The picture as RGB: of our own datasets they come so, and upright."""
     image = pictures[index].image
     return image if image.mode == "RGB" else to_rgb(image, background=pictures.background)
 
 
-def _with_mask(pixels: Tensor, pictures: Pictures, index: int, placement: Placement, flip: bool, key: int) -> Tensor:
+def _with_mask(pixels: Tensor, pictures: ImageDataset, index: int, placement: Crop, flip: bool, key: int) -> Tensor:
     """(4, H, W): pixels, and 255 where a model is to paint: as the picture's own mask says, or drawn from the key."""
     mask = pictures.mask(index) if pictures.mask_digest(index) is not None else None
     if mask is not None:

@@ -1,19 +1,19 @@
 """Content keys: what an encoding is made of, so that another picture, crop or VAE has another key."""
 
-from finetune.data.transforms import PREPROCESSING, WHITE, Placement
+from finetune.data.transforms import PREPROCESSING, WHITE, Crop
 from finetune.seeding import wide_fold
 
 
 def picture_key(
     digest: str,
-    placement: Placement,
+    placement: Crop,
     flip: bool,
     encoder: str,
     precision: str,
     background: str = WHITE,
     covered: str = "",
 ) -> str:
-    """Of what the encoder made of a part of a picture.
+    """Return the cache key of an encoded crop of a picture.
 
     Args:
         digest: of the picture.
@@ -24,12 +24,12 @@ def picture_key(
         background: the colour behind it.
         covered: what hides some of it.
     """
-    seen = digest if background == WHITE else f"{digest} {background}"  # a key of versions without backgrounds holds
+    content = digest if background == WHITE else f"{digest} {background}"  # a key of versions without backgrounds holds
     (a, b), (c, d), (e, f) = placement.scaled, placement.corner, placement.size
-    seen += f" but {covered}" * bool(covered)
-    return wide_fold(f"picture {PREPROCESSING} {seen} {a} {b} {c} {d} {e} {f} {flip} {encoder} {precision}")
+    content += f" but {covered}" * bool(covered)
+    return wide_fold(f"picture {PREPROCESSING} {content} {a} {b} {c} {d} {e} {f} {flip} {encoder} {precision}")
 
 
 def caption_key(caption: str, conditioner: str, precision: str) -> str:
-    """Of what the conditioner with this fingerprint and environment made of a caption."""
+    """Return the cache key of a caption embedded by the conditioner with this fingerprint and environment."""
     return wide_fold("caption", caption, conditioner, precision)

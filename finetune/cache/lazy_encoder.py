@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from finetune.cache.buffered_store import Gathered
-from finetune.cache.encode_loop import AHEAD, THREADS, Work, together
+from finetune.cache.buffered_store import BufferedStore
+from finetune.cache.encode_loop import AHEAD, THREADS, EncodeJob, group_by_shape
 
 
-class Demand:
+class LazyEncoder:
     """What `fill` has left, computed as far as visits need it. Threads prepare what comes next meanwhile.
 
     No other process is waited for: what two of them come to at the same time is computed by both, to the same bits.
@@ -18,7 +18,7 @@ class Demand:
         work: what is wanted, in the order of the visits.
     """
 
-    def __init__(self, store: Gathered, work: Work) -> None:
+    def __init__(self, store: BufferedStore, work: EncodeJob) -> None:
         self.store, self.work = store, work
         missing = store.missing(work.keys)
         store.claim([])  # a folder that cannot be written is told before the first step
@@ -27,16 +27,16 @@ class Demand:
         self._pool = ThreadPoolExecutor(THREADS)
 
     @property
-    def met(self) -> bool:
+    def done(self) -> bool:
         """Whether nothing is left."""
         return not self._left
 
-    def need(self, visits: Iterable[tuple[int, int]]) -> None:
+    def encode_for(self, visits: Iterable[tuple[int, int]]) -> None:
         """Compute what is missing for these visits, number of the example and key of each."""
-        wanted = dict.fromkeys(key for visit in visits for key in self.work.of(*visit))
-        for keys, prepared in together(self._missing(wanted), self.work.at_once):
+        missing = dict.fromkeys(key for visit in visits for key in self.work.keys_of(*visit))
+        for keys, prepared in group_by_shape(self._missing(missing), self.work.batch_size):
             self.store.put(self.work.kind, dict(zip(keys, self.work.compute(keys, prepared), strict=True)))
-        if self.met:
+        if self.done:
             self.close()
             self.work.network.to("cpu")
 
@@ -45,7 +45,7 @@ class Demand:
         self._pool.shutdown(cancel_futures=True)
 
     def _missing(self, keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
-        """Those of the keys that nobody has computed yet, with what is prepared for them."""
+        """Yield the keys without an item, with what is prepared for them."""
         for key in keys:
             if key not in self._left:
                 continue

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from finetune.cache.image_source import Kept, Live
-from finetune.data.image_dataset import Pictures
+from finetune.cache.image_source import CachedImages, LiveImages
+from finetune.data.image_dataset import ImageDataset
 from finetune.data.masks import weights
-from finetune.data.transforms import Placement
+from finetune.data.transforms import Crop
 
 MOST = 256 * 2**20
 """Bytes of masks at hand: 16,000 of latents at 512 px, 256 of pixels."""
 
 
-class Masks:
+class LossMasks:
     """Makes them, and keeps those that were made last.
 
     Args:
@@ -23,12 +23,12 @@ class Masks:
         visits: to these pictures.
     """
 
-    def __init__(self, pictures: Pictures, visits: Kept | Live) -> None:
+    def __init__(self, pictures: ImageDataset, visits: CachedImages | LiveImages) -> None:
         self._pictures, self._visits = pictures, visits
-        self._at_hand: OrderedDict[tuple[int, Placement, bool], Tensor | None] = OrderedDict()
+        self._at_hand: OrderedDict[tuple[int, Crop, bool], Tensor | None] = OrderedDict()
         self._bytes = 0
 
-    def of(self, indices: Sequence[int], keys: Tensor, size: tuple[int, int]) -> Tensor | None:
+    def get(self, indices: Sequence[int], keys: Tensor, size: tuple[int, int]) -> Tensor | None:
         """(B, 1, h, w) for visits with these keys and latents of this size; None where no picture has a mask."""
         if not self._pictures.masked:
             return None
@@ -38,7 +38,7 @@ class Masks:
         return torch.stack([torch.ones(1, *size) if mask is None else mask for mask in masks])
 
     def _one(self, index: int, key: int, size: tuple[int, int]) -> Tensor | None:
-        placement, flip = self._visits.placed(index, key)
+        placement, flip = self._visits.crop_and_flip(index, key)
         name = (index, placement, flip)
         if name not in self._at_hand:
             mask = self._pictures.mask(index)

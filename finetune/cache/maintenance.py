@@ -38,7 +38,7 @@ def verify(store: DiskStore) -> tuple[int, list[str]]:
     """Read every item, and take those out of the index whose bytes are not what was written.
 
     Returns:
-        How many are sound, and the keys of those that were taken out; the next run encodes these anew.
+        How many are sound, and the keys of those that were taken out; the next run encodes these again.
     """
     (total,) = store.base.execute("SELECT COUNT(*) FROM items").fetchone()
     damaged: list[str] = []
@@ -76,30 +76,30 @@ def prune(store: DiskStore, *, unused_days: int | None, max_bytes: float | None)
     with store.locked():
         shards = store.base.execute("SELECT id, name, bytes, used FROM shards ORDER BY used DESC, id DESC").fetchall()
         filled = {row[0] for row in store.base.execute("SELECT DISTINCT shard FROM items")}
-        kept: set[str] = set()
+        referenced: set[str] = set()
         room = max_bytes if max_bytes is not None else float("inf")
         for shard, name, size, used in shards:
             old = unused_days is not None and today() - used >= unused_days
             room -= size
             if shard in filled and not old and room >= 0:
-                kept.add(name)
+                referenced.add(name)
                 continue
             store.base.execute("DELETE FROM items WHERE shard = ?", (shard,))
             store.base.execute("DELETE FROM shards WHERE id = ?", (shard,))
-        files = [file for file in (store.folder / SHARDS).iterdir() if file.name not in kept]
+        files = [file for file in (store.folder / SHARDS).iterdir() if file.name not in referenced]
         doomed = [file for file in files if not _alive(store, file)]
-        gone = [file for file in (store.folder / WRITERS).glob("*") if dead(store.folder, file.name)]
-        store.base.executemany("DELETE FROM claims WHERE writer = ?", [(file.name,) for file in gone])
+        dead_writers = [file for file in (store.folder / WRITERS).glob("*") if dead(store.folder, file.name)]
+        store.base.executemany("DELETE FROM claims WHERE writer = ?", [(file.name,) for file in dead_writers])
     freed = 0
     for file in doomed:  # the index has let go of them
         freed += file.stat().st_size
         file.unlink()
-    for file in gone:
+    for file in dead_writers:
         file.unlink()
     return freed
 
 
 def _alive(store: DiskStore, file: Path) -> bool:
     """Whether it is a shard that a living process is writing (.NAME.safetensors.WRITER.part)."""
-    parts = file.name.split(".")
-    return parts[-1] == "part" and not dead(store.folder, parts[-2])
+    fields = file.name.split(".")
+    return fields[-1] == "part" and not dead(store.folder, fields[-2])

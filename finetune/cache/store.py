@@ -18,11 +18,11 @@ class Store(Protocol):
     """Content key -> tensors. Items never change, so a key that is there needs no second look."""
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of the keys that have no item yet, each once, in their order."""
+        """Return the keys that have no item yet, each once, in their order."""
         ...
 
     def claim(self, keys: Sequence[str]) -> list[str]:
-        """Those of the missing keys that this process shall compute: no other does, while this one lives."""
+        """Return the missing keys that this process is to compute; no other process computes them while it lives."""
         ...
 
     def put(self, kind: Kind, items: Mapping[str, Item]) -> None:

@@ -38,7 +38,7 @@ def run(options: Options, config: TrainConfig) -> None:
     config = with_absolute_paths(config)
     model_info = locate(config.model)
     check_resolution(model_info, config.resolution or model_info.resolution)
-    volumes = open_pictures(config, model_info, None)
+    chunks = open_pictures(config, model_info, None)
     frozen = load_frozen(
         model_info,
         max_token_length=config.max_token_length,
@@ -47,8 +47,8 @@ def run(options: Options, config: TrainConfig) -> None:
         vae=config.vae,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for number in range(len(volumes)):
-        pictures = volumes.at(number)
+    for number in range(len(chunks)):
+        pictures = chunks.at(number)
         frozen.encoder.to(device)
         frozen.conditioner.to(device)
         with gpu_algorithms(deterministic=config.deterministic, tuned=False):  # as training does
@@ -60,7 +60,7 @@ def run(options: Options, config: TrainConfig) -> None:
                 precision=config.cache_precision,
                 any_environment=config.cache_any_environment,
             )
-        told = encodings(encoded, config.cache_dir)
-        print(told if len(volumes) == 1 else f"{told} (volume {number + 1} of {len(volumes)})", flush=True)
+        summary = encodings(encoded, config.cache_dir)
+        print(summary if len(chunks) == 1 else f"{summary} (volume {number + 1} of {len(chunks)})", flush=True)
         for line in pictures.notes():
             print(f"note: {line}")

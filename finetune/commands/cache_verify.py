@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Read every encoding that is kept; what is damaged is taken out, and encoded anew by the next run."""
+    """Read every encoding that is kept; what is damaged is taken out, and encoded again by the next run."""
 
     cache_dir: str | None = None
     """The cache folder. Default: finetune-unet in the user's cache folder."""
@@ -15,10 +15,10 @@ def run(options: Options) -> None:
     """Print how many are sound, and those that were not. Raises UsageError where there is no cache."""
     from finetune.cache.disk import existing_store
     from finetune.cache.maintenance import verify
-    from finetune.text import counted
+    from finetune.text import pluralize
 
     store = existing_store(options.cache_dir)
     sound, damaged = verify(store)
-    print(f"{store.folder}: {counted(sound, 'encoding')} as written, {len(damaged)} damaged")
+    print(f"{store.folder}: {pluralize(sound, 'encoding')} as written, {len(damaged)} damaged")
     for key in damaged:
         print(f"{key}: damaged, taken out")

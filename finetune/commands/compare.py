@@ -5,7 +5,7 @@ from pathlib import Path
 
 from finetune.config import as_dict, load_resolved
 from finetune.errors import UsageError
-from finetune.options import about
+from finetune.options import option_info
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ def run(options: Options) -> None:
     for folder in folders:
         if not (folder / "config.toml").is_file():
             raise UsageError(f"--runs {folder}: no run there")
-    free = {name for name, known in about().items() if known.change == "free"}
+    free = {name for name, info in option_info().items() if info.change == "free"}
     settings = [
         {name: value for name, value in as_dict(load_resolved(folder / "config.toml")).items() if name not in free}
         for folder in folders

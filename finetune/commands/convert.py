@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.atomic_io import as_readable_as, flush_to_disk, new_file
 from finetune.errors import ModelError, RunError, UsageError
-from finetune.text import counted, listed
+from finetune.text import join_limited, pluralize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ def run(options: Options) -> None:
         raise RunError(f"{to} cannot be written: {error}") from error
     finally:
         scratch.unlink(missing_ok=True)
-    left = f"; left out: {listed(others)}" if others else ""
-    print(f"{to}: {counted(len(tensors), 'tensor')}{left}")
+    left = f"; left out: {join_limited(others)}" if others else ""
+    print(f"{to}: {pluralize(len(tensors), 'tensor')}{left}")
     try:
         print(f"a checkpoint of {inspect(to, '--to').family}: --model {to}")
     except ModelError as error:

@@ -7,7 +7,7 @@ from typing import Literal
 from finetune.atomic_io import new_file
 from finetune.config import load_resolved
 from finetune.errors import UsageError
-from finetune.text import counted, listed
+from finetune.text import join_limited, pluralize
 
 Format = Literal["kohya", "peft", "diffusers", "single-file", "unet"]
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -52,10 +52,10 @@ def run(options: Options) -> None:
         raise UsageError("--base goes with --format single-file")
     to = new_file("--to", options.to)
     from finetune.models.single_file import inspect
-    from finetune.run.load_trained import left_out, load_trained, write_proved
+    from finetune.run.load_trained import left_out, load_trained, write_verified
 
     base = None if options.base is None else inspect(Path(options.base).expanduser(), "--base")
-    model, told = load_trained(config, folder, options.step, ema=options.ema)
-    write_proved(model, to, options.format, precision=options.precision, told=told, base=base)
+    model, metadata = load_trained(config, folder, options.step, ema=options.ema)
+    write_verified(model, to, options.format, precision=options.precision, metadata=metadata, base=base)
     if options.format == "single-file" and base is None and (left := left_out(config, to)):
-        print(f"left out, {counted(len(left), 'tensor')} of {config.model}: {listed(left)}; --base copies them")
+        print(f"left out, {pluralize(len(left), 'tensor')} of {config.model}: {join_limited(left)}; --base copies them")

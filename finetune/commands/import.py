@@ -9,8 +9,8 @@ from pathlib import Path
 from finetune.atomic_io import new_file, write_whole
 from finetune.commands.foreign import diffusers_scripts, kohya_ss, onetrainer, sd_scripts
 from finetune.commands.foreign.command_line import read_command_line
+from finetune.commands.foreign.imported_config import ImportedConfig
 from finetune.commands.foreign.sd_scripts_dataset import take_dataset
-from finetune.commands.foreign.taken import Taken
 from finetune.config import TrainConfig, config_text
 from finetune.errors import UsageError
 
@@ -38,20 +38,20 @@ def run(options: Options) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--file {path}: {getattr(error, 'strerror', None) or 'no text'}") from error
     to = new_file("--to", options.to)
-    taken = _taken(path, text)
-    if not taken.ours.get("model") and "method" in taken.ours:
-        taken.notes.append("no model is named: give --model, or tiny is trained")
-    write_whole(to, config_text(TrainConfig(**taken.ours)) + _comments(taken))
-    for note in taken.notes:
+    imported = _imported(path, text)
+    if not imported.ours.get("model") and "method" in imported.ours:
+        imported.notes.append("no model is named: give --model, or tiny is trained")
+    write_whole(to, config_text(TrainConfig(**imported.ours)) + _comments(imported))
+    for note in imported.notes:
         print(f"note: {note}")
-    for setting, why in taken.left.items():
+    for setting, why in imported.skipped.items():
         print(f"left: {setting}: {why}")
-    print(f"{to}: {len(taken.ours)} settings from {taken.tool}, {len(taken.left)} left out")
-    missing = "" if taken.ours.get("data") else " --data ./images"
+    print(f"{to}: {len(imported.ours)} settings from {imported.tool}, {len(imported.skipped)} left out")
+    missing = "" if imported.ours.get("data") else " --data ./images"
     print(f"to train: finetune-unet --config {shlex.quote(str(to))}{missing}")
 
 
-def _taken(path: Path, text: str) -> Taken:
+def _imported(path: Path, text: str) -> ImportedConfig:
     if path.suffix == ".json":
         return _from_json(path, text)
     if path.suffix == ".toml":
@@ -65,17 +65,17 @@ def _taken(path: Path, text: str) -> Taken:
     line = read_command_line(path, text)
     if line.script.startswith(("train_text_to_image", "train_dreambooth", "train_unconditional")):
         launched = {name: line.launcher[name] for name in ("mixed_precision",) if name in line.launcher}
-        taken = diffusers_scripts.take({**launched, **line.options}, line.script)
+        imported = diffusers_scripts.take({**launched, **line.options}, line.script)
     elif line.script.endswith(("train_network.py", "train_db.py", "fine_tune.py", "sdxl_train.py")):
-        taken = sd_scripts.take(line.options, line.script, path.parent)
+        imported = sd_scripts.take(line.options, line.script, path.parent)
     else:
         raise UsageError(f"--file {path}: {line.script} is no script of sd-scripts or diffusers that can be taken over")
     for name, variable in line.unknown.items():
-        taken.leave(name, variable, "a variable that the file does not set; give the option itself")
-    return taken
+        imported.skip(name, variable, "a variable that the file does not set; give the option itself")
+    return imported
 
 
-def _from_json(path: Path, text: str) -> Taken:
+def _from_json(path: Path, text: str) -> ImportedConfig:
     try:
         given = json.loads(text)
     except ValueError as error:
@@ -88,11 +88,11 @@ def _from_json(path: Path, text: str) -> Taken:
         return kohya_ss.take(given, path.parent)
     simple = isinstance(given, dict) and "data_backend_config" in {name.lstrip("-") for name in given}
     what = "a config of SimpleTuner, which is not read" if simple else "no config of OneTrainer"
-    known = "configs of OneTrainer and of kohya_ss, and dataset files of sd-scripts"
-    raise UsageError(f"--file {path}: {what}; what is read of .json are {known}")
+    readable = "configs of OneTrainer and of kohya_ss, and dataset files of sd-scripts"
+    raise UsageError(f"--file {path}: {what}; what is read of .json are {readable}")
 
 
-def _comments(taken: Taken) -> str:
+def _comments(imported: ImportedConfig) -> str:
     """What was left, below the settings, so that the file says it too."""
-    lines = [*taken.notes, *(f"not taken over: {setting}: {why}" for setting, why in taken.left.items())]
-    return "\n" + "".join(f"# {' '.join(line.split())}\n" for line in [f"Imported from {taken.tool}.", *lines])
+    lines = [*imported.notes, *(f"not taken over: {setting}: {why}" for setting, why in imported.skipped.items())]
+    return "\n" + "".join(f"# {' '.join(line.split())}\n" for line in [f"Imported from {imported.tool}.", *lines])

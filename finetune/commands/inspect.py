@@ -9,7 +9,7 @@ from finetune.errors import UsageError
 
 if TYPE_CHECKING:
     from finetune.batch import Batch
-    from finetune.cache.encoded_dataset import Encoded
+    from finetune.cache.encoded_dataset import EncodedDataset
     from finetune.training.trainer import Trainer
 
 
@@ -51,25 +51,25 @@ def run(options: Options) -> None:
     if not config.data:
         raise UsageError(f"--run {folder}: it learned from a dataset of a program's own, which is not here")
     model_info, device = locate(config.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    volumes = open_pictures(config, model_info, None)
-    if not is_data_of(folder, identity(volumes)):
+    chunks = open_pictures(config, model_info, None)
+    if not is_data_of(folder, identity(chunks)):
         print("note: the pictures, their names or captions are others than those of the run")
-    ((volume, own),) = volumes.stretches(range(options.step - 1, options.step), config.global_batch)
-    _, encoded, trainer = assembled(config, model_info, volumes.at(volume), device, steps=own)
+    ((chunk, steps),) = chunks.chunk_steps(range(options.step - 1, options.step), config.global_batch)
+    _, encoded, trainer = assembled(config, model_info, chunks.at(chunk), device, steps=steps)
     (batches,) = training_steps(
-        encoded, batch_size=config.global_batch, steps=own.stop, seed=config.seed, start=own.start
+        encoded, batch_size=config.global_batch, steps=steps.stop, seed=config.seed, start=steps.start
     )
     losses = _losses(trainer, batches, folder, options.step, config.max_train_steps)
     timesteps = [int(t) for part in trainer.prepare(*batches).parts for t in part.drawn.t]
-    captions, pixels = _seen(encoded, batches)
+    captions, pixels = _pixels(encoded, batches)
     tokens, limit = encoded.conditioner.token_counts(captions), encoded.conditioner.token_limit
     ids = [name for batch in batches for name in batch.ids]
     names = []
     for number, name in enumerate(ids):
         loss = f", loss {losses[number]:.4f}" if losses else ""
         names.append(f"t {timesteps[number]}{loss}: {name}")
-        told = f", {tokens[number]} of {limit} tokens" if limit else ""
-        print(f"{name}: timestep {timesteps[number]}{loss}{told}, {captions[number]!r}")
+        length = f", {tokens[number]} of {limit} tokens" if limit else ""
+        print(f"{name}: timestep {timesteps[number]}{loss}{length}, {captions[number]!r}")
     path = Path(options.output).expanduser() if options.output else folder / f"step-{options.step}.png"
     try:
         contact_sheet(pixels, names, captions, tokens, limit).save(path)
@@ -86,8 +86,8 @@ def _losses(trainer: "Trainer", batches: "tuple[Batch, ...]", folder: Path, step
 
     there = dict(checkpoint.checkpoints(folder))
     if step > 1 and step - 1 not in there:
-        known = ", ".join(str(kept + 1) for kept in (0, *there) if kept < last)
-        print(f"the loss cannot be computed again: no checkpoint {step - 1}; it can for these steps: {known}")
+        steps = ", ".join(str(saved + 1) for saved in (0, *there) if saved < last)
+        print(f"the loss cannot be computed again: no checkpoint {step - 1}; it can for these steps: {steps}")
         return []
     if step > 1:
         trainer.load_state_dict(checkpoint.load(there[step - 1]))
@@ -101,7 +101,7 @@ def _losses(trainer: "Trainer", batches: "tuple[Batch, ...]", folder: Path, step
     return losses.tolist()
 
 
-def _seen(encoded: "Encoded", batches: "tuple[Batch, ...]") -> "tuple[list[str], list]":
+def _pixels(encoded: "EncodedDataset", batches: "tuple[Batch, ...]") -> "tuple[list[str], list]":
     """Caption and pixels of each example, as the step had them."""
     captions, pixels = [], []
     places = {name: index for index, name in enumerate(encoded.ids)}
@@ -109,5 +109,5 @@ def _seen(encoded: "Encoded", batches: "tuple[Batch, ...]") -> "tuple[list[str],
         for name, key in zip(batch.ids, batch.keys.tolist(), strict=True):
             index = places[name]
             captions.append(encoded.captioning.caption(encoded.pictures.texts(index), key))
-            pixels.append(encoded.visits.seen(index, key))
+            pixels.append(encoded.visits.preview_pixels(index, key))
     return captions, pixels

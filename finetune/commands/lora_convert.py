@@ -29,13 +29,13 @@ def run(options: Options) -> None:
     from finetune.models.lora import Adapter
     from finetune.models.lora_tools import check_layers, open_lora, write_lora
     from finetune.models.tensor_file import DTYPES
-    from finetune.text import counted
+    from finetune.text import pluralize
 
     path = Path(options.file).expanduser()
     lora = open_lora(path, options.model)
     check_layers(path, lora, options.model)
-    write_lora(to, lora, options.format, DTYPES[options.precision], Adapter.told_in(path))
+    write_lora(to, lora, options.format, DTYPES[options.precision], Adapter.read_metadata(path))
     if options.format == "kohya" and lora.kind == "lora" and len(set(lora.alphas.values())) > 1:
         print("note: its layers have different alphas, which diffusers reads wrongly; viewers do not")
-    left = f"; {counted(lora.text_tensors, 'tensor')} for text encoders left out" if lora.text_tensors else ""
-    print(f"{to}: {counted(len(lora.layers()), 'layer')} in {options.format}'s layout, read back and compared{left}")
+    left = f"; {pluralize(lora.text_tensors, 'tensor')} for text encoders left out" if lora.text_tensors else ""
+    print(f"{to}: {pluralize(len(lora.layers()), 'layer')} in {options.format}'s layout, read back and compared{left}")

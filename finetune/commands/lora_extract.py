@@ -46,7 +46,7 @@ def run(options: Options) -> None:
     from finetune.models.source import open_source
     from finetune.models.tensor_file import DTYPES
     from finetune.results.lora_metadata import architecture
-    from finetune.text import counted
+    from finetune.text import pluralize
 
     places = {"--model": locate(options.model), "--base": locate(options.base)}
     for name, model_info in places.items():
@@ -58,10 +58,10 @@ def run(options: Options) -> None:
     layers = [name.removesuffix(".weight") for name, t in tuned.items() if name.endswith(".weight") and t.ndim > 1]
     if not options.conv:
         layers = [layer for layer in layers if tuned[f"{layer}.weight"].shape[2:].numel() == 1]
-    made, kept, left = difference(tuned, base, layers, options.rank, options.energy)
+    made, energy, left = difference(tuned, base, layers, options.rank, options.energy)
     family = places["--base"].family
     version = architecture(family.layout or family.name, "epsilon")[0]
-    told = {"ss_base_model_version": version, "ss_output_name": to.stem, "modelspec.title": to.stem}
-    write_lora(to, made, "kohya", DTYPES[options.precision], told)
-    more = f"; {counted(left, 'tensor')} that no LoRA can hold changed too" if left else ""
-    print(f"{to}: {counted(len(made.alphas), 'layer')}, {kept:.2%} of the squares of the change, read back{more}")
+    metadata = {"ss_base_model_version": version, "ss_output_name": to.stem, "modelspec.title": to.stem}
+    write_lora(to, made, "kohya", DTYPES[options.precision], metadata)
+    more = f"; {pluralize(left, 'tensor')} that no LoRA can hold changed too" if left else ""
+    print(f"{to}: {pluralize(len(made.alphas), 'layer')}, {energy:.2%} of the squares of the change, read back{more}")

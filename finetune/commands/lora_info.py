@@ -31,11 +31,11 @@ def run(options: Options) -> None:
     """Print the table. Raises UsageError for no file, and ModelError for one that is no LoRA of a UNet."""
     from finetune.models.lora import Adapter
     from finetune.models.lora_tools import open_lora
-    from finetune.text import counted
+    from finetune.text import pluralize
 
     path = Path(options.file).expanduser()
     lora = open_lora(path, options.model)
-    told = Adapter.told_in(path)
+    metadata = Adapter.read_metadata(path)
     layers = lora.layers()
     numbers = sum(tensor.numel() for tensor in lora.tensors.values())
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in lora.tensors.values()})
@@ -48,9 +48,9 @@ def run(options: Options) -> None:
         "alpha": _counts(lora.alphas.get(layer, "= rank") for layer in layers),
         "layers": f"{len(layers)}: {_counts(map(_place, layers))}",
         "numbers": f"{numbers / 1e6:.2f} M in {', '.join(dtypes)}",
-        "text": f"{counted(lora.text_tensors, 'tensor')} for text encoders" if lora.text_tensors else "",
+        "text": f"{pluralize(lora.text_tensors, 'tensor')} for text encoders" if lora.text_tensors else "",
     }
-    rows |= {name: told.get(entry, "") for entry, name in _SHOWN.items()} | {"tags": _tags(told)}
+    rows |= {name: metadata.get(entry, "") for entry, name in _SHOWN.items()} | {"tags": _tags(metadata)}
     for name, text in rows.items():
         if text:
             print(f"{name:>10}  {text}")
@@ -71,8 +71,8 @@ def _place(layer: str) -> str:
     return "projections" if "proj" in layer else "convolutions" if "conv" in layer else "others"
 
 
-def _tags(told: "dict[str, str]") -> str:
+def _tags(metadata: "dict[str, str]") -> str:
     counts: Counter[str] = Counter()
-    for tags in json.loads(told.get("ss_tag_frequency", "{}")).values():
+    for tags in json.loads(metadata.get("ss_tag_frequency", "{}")).values():
         counts.update(tags)
     return ", ".join(f"{tag} ({count})" for tag, count in counts.most_common(_TAGS))

@@ -42,14 +42,14 @@ def run(options: Options) -> None:
     to = new_file("--to", options.to)
     from finetune.models.loading import load_model
     from finetune.models.lora_tools import merge_files, open_lora
-    from finetune.run.load_trained import write_proved
-    from finetune.text import counted
+    from finetune.run.load_trained import write_verified
+    from finetune.text import pluralize
 
     for file in options.file:
         open_lora(Path(file).expanduser(), options.model)  # before gigabytes are loaded in vain
     model = load_model(options.model, tokenizer=options.tokenizer)
     merged = merge_files(model.unet, options.file, strengths, options.model, option="--file")
     for (path, lora), strength in zip(merged, strengths, strict=True):
-        left = f"; {counted(lora.text_tensors, 'tensor')} for text encoders left out" if lora.text_tensors else ""
-        print(f"{path}: {counted(len(lora.layers()), 'layer')}, strength {strength:g}{left}")
-    write_proved(model, to, options.format, precision=options.precision, told={})
+        left = f"; {pluralize(lora.text_tensors, 'tensor')} for text encoders left out" if lora.text_tensors else ""
+        print(f"{path}: {pluralize(len(lora.layers()), 'layer')}, strength {strength:g}{left}")
+    write_verified(model, to, options.format, precision=options.precision, metadata={})

@@ -38,10 +38,10 @@ def run(options: Options) -> None:
     lora = open_lora(path, options.model)
     check_layers(path, lora, options.model)
     shapes = None if lora.kind == "lora" else shapes_for(lora, options.model)
-    made, kept = shortened(lora, shapes, options.rank, options.energy)
-    write_lora(to, made, "kohya", DTYPES[options.precision], Adapter.told_in(path))
+    made, energy = shortened(lora, shapes, options.rank, options.energy)
+    write_lora(to, made, "kohya", DTYPES[options.precision], Adapter.read_metadata(path))
     ranks = sorted(rank for rank in made.ranks().values() if rank)
-    print(f"{to}: rank {ranks[0]} to {ranks[-1]}, {kept:.2%} of the squares of what it adds, read back and compared")
+    print(f"{to}: rank {ranks[0]} to {ranks[-1]}, {energy:.2%} of the squares of what it adds, read back and compared")
 
 
 def check_target(rank: int | None, energy: float) -> None:

@@ -14,8 +14,8 @@ from finetune.option_info import NOT_NEGATIVE, POSITIVE, option
 if TYPE_CHECKING:
     import torch
 
-    from finetune.data.chunks import Volumes
-    from finetune.models.model_info import Location
+    from finetune.data.chunks import Chunks
+    from finetune.models.model_info import ModelInfo
 
 WITH_TRAINING_OPTIONS = True
 
@@ -58,15 +58,15 @@ def run(options: Options, config: TrainConfig) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() or absent else "cpu")
     model_info = locate(config.model)
     check_resolution(model_info, config.resolution or model_info.resolution)
-    volumes = open_pictures(config, model_info, None)
-    resolved = resolve_for(config, model_info, volumes, device)
+    chunks = open_pictures(config, model_info, None)
+    resolved = resolve_for(config, model_info, chunks, device)
     rows = {
         "model": f"{resolved.model}, {resolved.method}",
-        **_pictures(volumes),
+        **_pictures(chunks),
         "steps": f"{resolved.max_train_steps} of {resolved.global_batch}, learning rate {resolved.learning_rate:g}",
         "memory": check_memory(resolved, model_info, device, absent),
-        "check": _check(resolved, volumes),
-        "disk": disk_line(resolved, disk_use(resolved, model_info, volumes), Path(config.output_dir or ".")),
+        "check": _check(resolved, chunks),
+        "disk": disk_line(resolved, disk_use(resolved, model_info, chunks), Path(config.output_dir or ".")),
     }
     open_ones = {name: value for name, value in as_dict(resolved).items() if name not in config.given}
     useless = "lora_" if resolved.method == "full" else " "
@@ -75,43 +75,43 @@ def run(options: Options, config: TrainConfig) -> None:
         for name, value in open_ones.items()
         if name in ResolvedConfig.__annotations__ and not name.startswith(useless)
     }
-    rows["decided"] = ", ".join(f"{name} {_said(value)}" for name, value in decided.items())
+    rows["decided"] = ", ".join(f"{name} {_formatted(value)}" for name, value in decided.items())
     for name, text in rows.items():
         if text:
             print(f"{name:>11}  {text}")
-    for line in volumes.first.notes():
+    for line in chunks.first.notes():
         print(f"{'note':>11}  {line}")
     time = _time_of_earlier(Path(options.runs), resolved)
     if not time:
         steps = 0 if absent else options.timed_steps
         time = (
-            _time_of_trial(resolved, model_info, volumes, device, steps) if steps else "not known: no run like this one"
+            _time_of_trial(resolved, model_info, chunks, device, steps) if steps else "not known: no run like this one"
         )
     print(f"{'time':>11}  {time}", flush=True)
 
 
-def _check(config: ResolvedConfig, volumes: "Volumes") -> str:
+def _check(config: ResolvedConfig, chunks: "Chunks") -> str:
     """What it costs to compare half precision with fp32."""
-    from finetune.text import counted
+    from finetune.text import pluralize
     from finetune.training.half_precision import check_share
 
     if config.mixed_precision == "no":
         return ""
-    sizes = len(set(volumes.first.shapes()))
+    sizes = len(set(chunks.first.shapes()))
     share = check_share(sizes=sizes, steps=config.max_train_steps, batch_size=config.global_batch)
-    where = f"on {counted(sizes, 'size')} before its first step"
+    where = f"on {pluralize(sizes, 'size')} before its first step"
     return f"each layer in {config.mixed_precision} against fp32, {where}: about {100 * share:.1g} % of the run"
 
 
-def _pictures(volumes: "Volumes") -> dict[str, str]:
-    from finetune.run.summary import sizes, volumes_row
+def _pictures(chunks: "Chunks") -> dict[str, str]:
+    from finetune.run.summary import chunks_row, sizes
 
-    pictures = volumes.first
-    told = pictures.ledger()
-    several = {"volumes": f"{sum(volumes.counts)} pictures in {volumes_row(volumes)}"} if len(volumes) > 1 else {}
+    pictures = chunks.first
+    ledger = pictures.ledger()
+    several = {"volumes": f"{sum(chunks.counts)} pictures in {chunks_row(chunks)}"} if len(chunks) > 1 else {}
     return several | {
-        "pictures": f"{told.trained} to train on, {told.held_out} held out, {told.quarantined} quarantined, "
-        f"{told.captions} caption files; {sizes(pictures)}",
+        "pictures": f"{ledger.trained} to train on, {ledger.held_out} held out, {ledger.quarantined} quarantined, "
+        f"{ledger.captions} caption files; {sizes(pictures)}",
         "captions": ", ".join(f"{count} from {source}" for source, count in pictures.sources.items()),
     }
 
@@ -135,25 +135,25 @@ def _time_of_earlier(runs: Path, config: ResolvedConfig) -> str:
 
 
 def _time_of_trial(
-    config: ResolvedConfig, model_info: "Location", volumes: "Volumes", device: "torch.device", steps: int
+    config: ResolvedConfig, model_info: "ModelInfo", chunks: "Chunks", device: "torch.device", steps: int
 ) -> str:
     """By a few steps that are trained and thrown away."""
     from finetune.out_of_memory import means_out_of_memory
     from finetune.run.memory_estimate import out_of_memory
     from finetune.run.trial import seconds_per_step
-    from finetune.text import counted
+    from finetune.text import pluralize
 
     try:
-        seconds = seconds_per_step(config, model_info, volumes, device, steps=steps)
+        seconds = seconds_per_step(config, model_info, chunks, device, steps=steps)
     except (RuntimeError, MemoryError) as error:
         if not means_out_of_memory(error):
             raise
         return f"not known: {out_of_memory(config, model_info, device)}"
     minutes = seconds * config.max_train_steps / 60
-    return f"about {minutes:.3g} minutes of steps, as fast as {counted(steps, 'step')} that were tried here"
+    return f"about {minutes:.3g} minutes of steps, as fast as {pluralize(steps, 'step')} that were tried here"
 
 
-def _said(value: object) -> str:
+def _formatted(value: object) -> str:
     if isinstance(value, tuple):
         return " ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -28,7 +28,7 @@ def run(options: Options, config: TrainConfig) -> None:
         UsageError: `max_pictures` below 1, or the sheet cannot be written.
         DataError: as for training.
     """
-    from finetune.cache.image_source import Live
+    from finetune.cache.image_source import LiveImages
     from finetune.models.conditioners import chunks_of, count_tokens
     from finetune.models.loading import check_resolution
     from finetune.models.model_info import locate
@@ -37,7 +37,7 @@ def run(options: Options, config: TrainConfig) -> None:
     from finetune.run.build_dataset import open_pictures
     from finetune.run.summary import sizes
     from finetune.seeding import example_key
-    from finetune.text import counted
+    from finetune.text import pluralize
 
     if options.max_pictures < 1:
         raise UsageError(f"--max_pictures {options.max_pictures}: allowed is 1 or more")
@@ -49,16 +49,16 @@ def run(options: Options, config: TrainConfig) -> None:
             raise UsageError(f"{where}, which would be trained on; give one elsewhere")
     model_info = locate(config.model)
     check_resolution(model_info, config.resolution or model_info.resolution)
-    volumes = open_pictures(config, model_info, None)
-    pictures = volumes.first
+    chunks = open_pictures(config, model_info, None)
+    pictures = chunks.first
     counts, limit = [0] * len(pictures), 0
     if model_info.family.latent:
         tokenizer = open_source(model_info, config.tokenizer).tokenizer("tokenizer")
         counts = count_tokens(tokenizer, pictures.captions)
         limit = chunks_of(config.max_token_length) * (tokenizer.model_max_length - 2)
-    visits, cells, names = Live(pictures, model_info.family.inpainting), [], []
+    visits, cells, names = LiveImages(pictures, model_info.family.inpainting), [], []
     for index in range(min(len(pictures), options.max_pictures)):
-        pixels, geometry = visits.shown(index, example_key(config.seed, pictures.ids[index], 0))
+        pixels, geometry = visits.masked_preview(index, example_key(config.seed, pictures.ids[index], 0))
         height, width, *_, target_height, target_width = geometry
         cells.append(pixels)
         names.append(f"{target_width}x{target_height} of {width}x{height}: {pictures.ids[index]}")
@@ -67,9 +67,9 @@ def run(options: Options, config: TrainConfig) -> None:
         sheet.save(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"--output {path} cannot be written: {error}") from error
-    print(f"{path}: {len(cells)} of {counted(len(pictures), 'picture')}, {sizes(pictures)}")
-    if len(volumes) > 1:
-        print(f"note: these are the first of {len(volumes)} volumes; the others are looked at when a run comes to them")
+    print(f"{path}: {len(cells)} of {pluralize(len(pictures), 'picture')}, {sizes(pictures)}")
+    if len(chunks) > 1:
+        print(f"note: these are the first of {len(chunks)} volumes; the others are looked at when a run comes to them")
     for line in pictures.notes():
         print(f"note: {line}")
     for name, count in zip(pictures.ids, counts, strict=True):

@@ -84,8 +84,8 @@ def run(options: Options) -> None:
     guidance_scale = options.guidance_scale
     if guidance_scale is None:
         guidance_scale = (config or model.family).guidance_scale
-    beside = (recorded.parent if config else Path()) / "samples"
-    output = Path(options.output).expanduser() if options.output else beside
+    samples = (recorded.parent if config else Path()) / "samples"
+    output = Path(options.output).expanduser() if options.output else samples
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -142,7 +142,7 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
         vae=config.vae if config and adapted else None,
     )
     tokenizer = model.conditioner.tokenizer
-    if tokenizer and model_info.family.few_words and (spelt := spelt_words(tokenizer, options.prompt)):
+    if tokenizer and model_info.family.tiny_vocabulary and (spelt := spelt_words(tokenizer, options.prompt)):
         print(f"{base} does not know, and spells: {', '.join(spelt)}", file=sys.stderr)
     merge_files(model.unet, options.lora, options.strength, base, option="--lora")
     if adapted:
@@ -191,11 +191,11 @@ def _begin(options: Options, model: "DiffusionModel", resolution: int) -> "tuple
     smallest, largest, step = bucket_sides(resolution, max(8, cast(Any, model.pipeline()).vae_scale_factor)).values()
     buckets = Buckets(resolution, smallest, largest, step, upscale=True)
     placed = Preprocess(resolution, buckets=buckets).place(*picture.size, key=0)
-    shown = to_pil_image(placed.pixels(picture))
+    image = to_pil_image(placed.pixels(picture))
     if options.mask is None:
-        return None, Start(shown, options.denoising_strength)
+        return None, Start(image, options.denoising_strength)
     mask = open_mask(Path(options.mask).expanduser())
-    return Hole(shown, to_pil_image(placed_mask(mask, placed, flip=False))), None
+    return Hole(image, to_pil_image(placed_mask(mask, placed, flip=False))), None
 
 
 def _save(rows: "list[list[Image]]", prompts: tuple[str, ...], seed: int, output: Path) -> None:

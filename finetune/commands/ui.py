@@ -35,9 +35,9 @@ def run(options: Options) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise UsageError("ui needs a package: pip install 'finetune-unet[ui]'")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it would ask the network
-    from finetune.page.allowed_paths import Places
+    from finetune.page.allowed_paths import AllowedPaths
 
-    places = Places([Path(folder) for folder in options.data], Path(options.work))
+    places = AllowedPaths([Path(folder) for folder in options.data], Path(options.work))
     from finetune.page.app import Page, build
     from finetune.page.serving import serve
 

@@ -9,7 +9,7 @@ from finetune import seeding
 
 
 @dataclass(frozen=True)
-class CaptionVisits:
+class CaptionAugmentation:
     """How the caption of a visit comes from those of its picture; all of it drawn from the visit's key."""
 
     dropout: float = 0.0
@@ -32,8 +32,8 @@ class CaptionVisits:
     def _shuffled(self, caption: str, key: int) -> str:
         if self.trigger and caption.startswith(f"{self.trigger} "):
             return f"{self.trigger} {self._shuffled(caption.removeprefix(f'{self.trigger} '), key)}"
-        parts = [part.strip() for part in caption.split(",")]
+        tags = [part.strip() for part in caption.split(",")]
         count = self.keep_tokens or 0
-        kept, moved = parts[:count], parts[count:]
+        first, moved = tags[:count], tags[count:]
         order = torch.randperm(len(moved), generator=seeding.generator(key, "caption order")).tolist()
-        return ", ".join([*kept, *[moved[place] for place in order]])
+        return ", ".join([*first, *[moved[place] for place in order]])

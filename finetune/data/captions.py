@@ -34,7 +34,7 @@ class Caption(NamedTuple):
     """More texts for the same picture; each visit takes one of all."""
 
 
-class FoundCaptions(NamedTuple):
+class CaptionResult(NamedTuple):
     """What `find_captions` has found."""
 
     captions: list[Caption]
@@ -66,8 +66,8 @@ def first_caption(candidates: Iterable[tuple[str, Texts]], *, by_line: bool = Fa
         texts = [given] if isinstance(given, str) else given or []
         if by_line:
             texts = [line for text in texts for line in text.splitlines()]
-        if said := [joined for text in texts if (joined := _without_breaks(text))]:
-            return Caption(said[0], source, tuple(said[1:]))
+        if lines := [joined for text in texts if (joined := _without_breaks(text))]:
+            return Caption(lines[0], source, tuple(lines[1:]))
     return Caption("", "none")
 
 
@@ -85,7 +85,7 @@ def find_captions(
     by_line: bool = False,
     metadata: Mapping[str, Texts] | None = None,
     column: str = COLUMN,
-) -> FoundCaptions:
+) -> CaptionResult:
     """The caption of each picture.
 
     In order of precedence: NAME.txt beside the picture; NAME.caption beside it; metadata.parquet, metadata.jsonl or
@@ -111,20 +111,20 @@ def find_captions(
     for file in files:
         stem, suffix = os.path.splitext(file)
         if suffix.lower() in CAPTION_SUFFIXES:
-            beside = sidecars.setdefault(stem, {})
-            doubled += [file] if suffix.lower() in beside else []  # cat.TXT beside cat.txt
-            beside.setdefault(suffix.lower(), file)
+            files_by_suffix = sidecars.setdefault(stem, {})
+            doubled += [file] if suffix.lower() in files_by_suffix else []  # cat.TXT beside cat.txt
+            files_by_suffix.setdefault(suffix.lower(), file)
     unread: list[str] = []
     metadata = read_metadata(folder, files, pictures, column, unread) if metadata is None else metadata
-    by_composed = {composed(stem): beside for stem, beside in sidecars.items() if not stem.isascii()}
+    by_composed = {composed(stem): files_by_suffix for stem, files_by_suffix in sidecars.items() if not stem.isascii()}
 
     captions, empty, unreadable, stems = list[Caption](), dict[str, None](), dict[str, str](), set[str]()
     for picture in pictures:
         stem = os.path.splitext(picture)[0]
-        beside = sidecars.get(stem) or (by_composed.get(composed(stem), {}) if by_composed else {})
-        stems.update(os.path.splitext(file)[0] for file in beside.values())
-        texts = _read_sidecars(folder, picture, beside, unreadable) if beside else {}
-        empty |= {beside[suffix]: None for suffix, text in texts.items() if not text.strip()}
+        files_by_suffix = sidecars.get(stem) or (by_composed.get(composed(stem), {}) if by_composed else {})
+        stems.update(os.path.splitext(file)[0] for file in files_by_suffix.values())
+        texts = _read_sidecars(folder, picture, files_by_suffix, unreadable) if files_by_suffix else {}
+        empty |= {files_by_suffix[suffix]: None for suffix, text in texts.items() if not text.strip()}
         candidates = (
             (CAPTION_SUFFIXES[0][1:], texts.get(CAPTION_SUFFIXES[0])),
             (CAPTION_SUFFIXES[1][1:], texts.get(CAPTION_SUFFIXES[1])),
@@ -133,11 +133,13 @@ def find_captions(
             ("folder", (subjects or {}).get(picture)),
         )
         captions.append(first_caption(candidates, by_line=by_line))
-    orphans = [file for stem, beside in sidecars.items() if stem not in stems for file in beside.values()]
+    orphans = [
+        file for stem, files_by_suffix in sidecars.items() if stem not in stems for file in files_by_suffix.values()
+    ]
     read = sum(map(len, sidecars.values())) - len(orphans) + sum(map(is_metadata, files))
     orphans += doubled
     unread += _unread_beside(files, pictures, orphans)
-    return FoundCaptions(
+    return CaptionResult(
         captions=captions, orphans=orphans, empty=list(empty), unreadable=unreadable, files=read, passed_over=unread
     )
 
@@ -156,9 +158,9 @@ def _unread_beside(files: Sequence[str], pictures: Sequence[str], orphans: Seque
         if is_metadata(file):
             continue
         doubled = stem.casefold() in names and suffix.lower() in (*CAPTION_SUFFIXES, *_READ_ELSEWHERE)
-        beside = stem.casefold() in stems and suffix.lower() in _READ_ELSEWHERE
+        belongs = stem.casefold() in stems and suffix.lower() in _READ_ELSEWHERE
         table = suffix.lower() in (".json", ".jsonl", ".csv", ".tsv")
-        if doubled or beside or table:
+        if doubled or belongs or table:
             unread.append(file)
     spelt = [file for file in orphans if os.path.splitext(file)[0].casefold() in stems]
     return [*unread, *(f"{file} (in other letters than its picture)" for file in spelt)]
@@ -169,15 +171,17 @@ def is_metadata(file: str) -> bool:
     return file.endswith(METADATA) and os.path.basename(file) in METADATA
 
 
-def _read_sidecars(folder: Path, picture: str, beside: Mapping[str, str], unreadable: dict[str, str]) -> dict[str, str]:
+def _read_sidecars(
+    folder: Path, picture: str, sidecars: Mapping[str, str], unreadable: dict[str, str]
+) -> dict[str, str]:
     """The texts of the files beside a picture, by their endings; what is not UTF-8 is noted as unreadable."""
     texts: dict[str, str] = {}
     for suffix in CAPTION_SUFFIXES:
         try:
-            if suffix in beside:
-                texts[suffix] = _decoded(f"{folder}/{beside[suffix]}")
+            if suffix in sidecars:
+                texts[suffix] = _decoded(f"{folder}/{sidecars[suffix]}")
         except UnicodeDecodeError as error:
-            name = os.path.basename(beside[suffix])
+            name = os.path.basename(sidecars[suffix])
             unreadable[picture] = f"{name} is not UTF-8 at byte {error.start}; save it as UTF-8"
     return texts
 
@@ -293,7 +297,7 @@ def _json_rows(file: Path, column: str) -> _Rows:
 
 
 def _parquet_rows(file: Path, column: str) -> _Rows:
-    """The same of a metadata.parquet."""
+    """Read the rows of a metadata.parquet."""
     from pyarrow import ArrowException, parquet  # late: only who has such a file waits for it
 
     try:
@@ -316,7 +320,7 @@ def _name_and_text(where: str, row: Any, column: str) -> tuple[str, Texts]:
 
 
 def _csv_rows(file: Path, column: str) -> _Rows:
-    """The same of a metadata.csv."""
+    """Read the rows of a metadata.csv."""
     reader = csv.DictReader(io.StringIO(_read_text(file)), strict=True)
     try:
         if "file_name" not in (reader.fieldnames or ()):

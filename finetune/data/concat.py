@@ -10,16 +10,16 @@ from PIL import Image
 
 from finetune.data.captions import Caption
 from finetune.data.data_source import called
-from finetune.data.image_checks import Checked, Skipped
-from finetune.data.image_dataset import Example, Ledger, Pictures
+from finetune.data.image_checks import ImageInfo, RejectedImage
+from finetune.data.image_dataset import Example, ImageDataset, Ledger
 
 
-class Part(NamedTuple):
+class ConcatPart(NamedTuple):
     """One of the datasets."""
 
     name: str
     """What the ids of its pictures begin with; "": they stay as they are."""
-    pictures: Pictures
+    pictures: ImageDataset
     repeats: int
     """How many times each of its own repeats comes in an epoch; 0: it is held out."""
     weight: float = 1.0
@@ -37,13 +37,13 @@ class Part(NamedTuple):
         return Counter({renamed.get(name, name): count for name, count in self.pictures.sources.items()})
 
 
-class Joined(Pictures):
+class ConcatDataset(ImageDataset):
     """The pictures of several datasets that share one transform, one dataset after the other.
 
     An id is the name of the dataset and the id there: "cats/a.png".
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[ConcatPart]) -> None:
         self._parts = list(parts)
         self._ends = list(accumulate(len(part.pictures) for part in parts))
         texts = [part.pictures.texts(index) for part in parts for index in range(len(part.pictures))]
@@ -61,7 +61,7 @@ class Joined(Pictures):
         self.sources = sum((part.sources() for part in parts), Counter())
         self.passed_over = [line for part in parts for line in part.pictures.passed_over]
         self.quarantined = [
-            Skipped(part.named(bad.path), bad.reason) for part in parts for bad in part.pictures.quarantined
+            RejectedImage(part.named(bad.path), bad.reason) for part in parts for bad in part.pictures.quarantined
         ]
 
     def __getitem__(self, index: int) -> Example:
@@ -80,29 +80,32 @@ class Joined(Pictures):
     def mask_digests(self) -> Sequence[str]:
         return [digest for part in self._parts for digest in part.pictures.mask_digests]
 
-    def checked(self, index: int) -> Checked:
+    def image_info(self, index: int) -> ImageInfo:
         part, place = self._place(index)
-        return part.pictures.checked(place)
+        return part.pictures.image_info(place)
 
     def ledger(self) -> Ledger:
-        whole, own = [part.pictures.ledger() for part in self._parts], super().ledger()
-        return own._replace(
-            found=sum(ledger.found for ledger in whole),
-            captions=sum(ledger.captions for ledger in whole),
-            masks=sum(ledger.masks for ledger in whole),
-            skipped=sum((Counter(ledger.skipped) for ledger in whole), Counter(own.skipped)),
+        ledgers, joint = [part.pictures.ledger() for part in self._parts], super().ledger()
+        return joint._replace(
+            found=sum(ledger.found for ledger in ledgers),
+            captions=sum(ledger.captions for ledger in ledgers),
+            masks=sum(ledger.masks for ledger in ledgers),
+            skipped=sum((Counter(ledger.skipped) for ledger in ledgers), Counter(joint.skipped)),
         )
 
     def notes(self) -> list[str]:
-        told = [("" if isinstance(part.pictures, Joined) else part.name, part.pictures.notes()) for part in self._parts]
-        return [f"{name}: {line}" if name else line for name, lines in told for line in lines]
+        notes = [
+            ("" if isinstance(part.pictures, ConcatDataset) else part.name, part.pictures.notes())
+            for part in self._parts
+        ]
+        return [f"{name}: {line}" if name else line for name, lines in notes for line in lines]
 
-    def _place(self, index: int) -> tuple[Part, int]:
+    def _place(self, index: int) -> tuple[ConcatPart, int]:
         number = bisect_right(self._ends, index)
         return self._parts[number], index - (self._ends[number - 1] if number else 0)
 
 
-def with_class_pictures(name: str, subject: Pictures, kind: Pictures, weight: float) -> Joined:
+def with_class_pictures(name: str, subject: ImageDataset, kind: ImageDataset, weight: float) -> ConcatDataset:
     """The pictures of a subject, and after them those of its kind, so that the kind is not forgotten.
 
     In an epoch the kind is seen as often as the subject, its pictures in turn, and counts `weight` times as much. The
@@ -115,7 +118,7 @@ def with_class_pictures(name: str, subject: Pictures, kind: Pictures, weight: fl
         kind: what is to be remembered.
         weight: of the prior loss (Ruiz et al. 2022, "DreamBooth", eq. 2).
     """
-    return Joined([Part(name, subject, 1), Part("class", kind, 1, weight, remembered=True)])
+    return ConcatDataset([ConcatPart(name, subject, 1), ConcatPart("class", kind, 1, weight, remembered=True)])
 
 
 def names_of(sources: Sequence[str]) -> list[str]:

@@ -17,9 +17,9 @@ from finetune.data.buckets import Buckets
 from finetune.data.captions import Texts, first_caption, is_metadata
 from finetune.data.data_source import check_source, is_pattern
 from finetune.data.hub_dataset import CAPTION_COLUMN, IMAGE_COLUMN, kept
-from finetune.data.image_dataset import PictureFiles
+from finetune.data.image_dataset import ImageFileDataset
 from finetune.data.image_folder import FolderPart, ImageFolder
-from finetune.data.image_index import PictureMemory, Stamp
+from finetune.data.image_index import FileStamp, ImageIndex
 from finetune.data.images import PictureFile, Row
 from finetune.data.listing import PICTURE_SUFFIXES, ending, list_files
 from finetune.data.shards import SUFFIX, TarShards, find_shards
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _TABLE_SUFFIXES = (".parquet", ".arrow")
 
 
-class HuggingFaceDataset(PictureFiles):
+class HuggingFaceDataset(ImageFileDataset):
     """The rows of a `datasets.Dataset` with a column of pictures, and perhaps one of captions.
 
     Args:
@@ -69,7 +69,7 @@ class HuggingFaceDataset(PictureFiles):
         buckets: Buckets | None = None,
         background: str = WHITE,
         caption_lines: Literal["joined", "chosen"] = "joined",
-        memory: PictureMemory | None = None,
+        memory: ImageIndex | None = None,
         image_column: str = IMAGE_COLUMN,
         caption_column: str = CAPTION_COLUMN,
         part: Sequence[int] | None = None,
@@ -139,7 +139,7 @@ def _origin(pictures: "datasets.Dataset") -> Path | None:
     chunks = pictures.data.column("picture").chunks
     if not files or any(chunk.null_count or chunk.field("bytes").null_count for chunk in chunks):
         return None
-    return Path("rows") / wide_fold(pictures._fingerprint, *[f"{file} {Stamp.of(Path(file))}" for file in files])
+    return Path("rows") / wide_fold(pictures._fingerprint, *[f"{file} {FileStamp.read(Path(file))}" for file in files])
 
 
 def _picture_column(rows: "datasets.Dataset", column: str) -> "datasets.Dataset":

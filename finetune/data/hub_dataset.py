@@ -82,7 +82,7 @@ def kept(
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Inside, no other run fills the folder: it waits, and finds what this one has kept."""
+    """Lock the folder, so that another run that fills it waits and finds what this one has kept."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
@@ -105,8 +105,8 @@ def _fill(
 ) -> None:
     """Write chunks of the rows to come, `there` of which were written before."""
     chunk, size, number = list[dict[str, Any]](), 0, there
-    wanted = islice(_arriving(rows, there), None if count is None else count - there)  # which asks for none in vain
-    for row in tqdm(wanted, "keeping rows", count, initial=there, unit="", delay=3, leave=False, disable=None):
+    arriving = islice(_arriving(rows, there), None if count is None else count - there)  # which asks for none in vain
+    for row in tqdm(arriving, "keeping rows", count, initial=there, unit="", delay=3, leave=False, disable=None):
         picture = _picture(row, number, image_column, from_hub=from_hub)
         chunk.append({image_column: picture, caption_column: _caption(row, number, caption_column)})
         size += len(picture["bytes"]) if picture and picture["bytes"] else 0
@@ -121,7 +121,7 @@ def _fill(
 
 
 def _undecoded(rows: "datasets.IterableDataset", column: str) -> "datasets.IterableDataset":
-    """The same stream with pictures as the bytes that they are: decoded and written again they would be others."""
+    """Return the stream with pictures as bytes, undecoded: encoding them again would change them."""
     import datasets
 
     if rows.features is None or not isinstance(rows.features.get(column), datasets.Image):
@@ -178,8 +178,8 @@ def _picture(row: Mapping[str, Any], number: int, column: str, *, from_hub: bool
 def _losslessly(image: Image.Image) -> bytes:
     """A picture that comes decoded as a file, with its orientation and colour profile."""
     file = io.BytesIO()
-    known = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
-    image.save(file, "PNG" if known else "TIFF", exif=image.getexif())
+    supported = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+    image.save(file, "PNG" if supported else "TIFF", exif=image.getexif())
     return file.getvalue()
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from finetune.data.image_index import Known, PictureMemory, Stamp
+from finetune.data.image_index import FileStamp, ImageIndex, IndexEntry
 from finetune.data.images import READ_ERRORS, Member, PictureFile, Row, decoded_size, digest_of, read_file, reason_of
 
 _LONGEST_STRIP = 50
@@ -23,7 +23,7 @@ _NOTED = 1000
 
 
 @dataclass(frozen=True)
-class Skipped:
+class RejectedImage:
     """A picture that is left out, and why."""
 
     path: str
@@ -34,7 +34,7 @@ class Skipped:
         return f"{self.path}: {self.reason}"
 
 
-class Checked(NamedTuple):
+class ImageInfo(NamedTuple):
     """What is known of a picture that can be read."""
 
     size: tuple[int, int]
@@ -43,12 +43,12 @@ class Checked(NamedTuple):
     """Of the file's bytes: another one is another picture."""
 
 
-Place = tuple[Path, Stamp]
+Place = tuple[Path, FileStamp]
 """Under what path and stamp a file is remembered."""
 
 
 class _Finding(NamedTuple):
-    verdict: Checked | Skipped
+    verdict: ImageInfo | RejectedImage
     place: Place | None = None
     """Where the bytes were found; None: not in a file of their own."""
     new: bool = False
@@ -56,8 +56,8 @@ class _Finding(NamedTuple):
 
 
 def check_images(
-    names: Sequence[str], source: Callable[[int], PictureFile], memory: PictureMemory | None = None
-) -> list[Checked | Skipped]:
+    names: Sequence[str], source: Callable[[int], PictureFile], memory: ImageIndex | None = None
+) -> list[ImageInfo | RejectedImage]:
     """Decode every picture in full, in threads: what it is, or why it must be left out.
 
     Args:
@@ -65,7 +65,7 @@ def check_images(
         source: position in `names` -> where the picture is; may raise ValueError with the reason that there is none.
         memory: of earlier runs, which spares the reading of files that are unchanged, and takes up what is new.
     """
-    verdicts: list[Checked | Skipped] = []
+    verdicts: list[ImageInfo | RejectedImage] = []
     with tqdm(total=len(names), desc="checking pictures", unit="", delay=3, leave=False, disable=None) as bar:
         new: list[_Finding] = []
         for findings in _findings(names, source, memory):
@@ -81,24 +81,24 @@ def check_images(
 def stamped(source: PictureFile) -> Place | None:
     """Under what path and stamp a file is remembered; None: it is no file of its own."""
     if isinstance(source, Member):  # it changes only with its shard
-        return source.place, Stamp.of(source.shard)
+        return source.place, FileStamp.read(source.shard)
     if isinstance(source, Row):
-        return source.place, Stamp(0, 0, 0)
-    return (source, Stamp.of(source)) if isinstance(source, Path) else None
+        return source.place, FileStamp(0, 0, 0)
+    return (source, FileStamp.read(source)) if isinstance(source, Path) else None
 
 
 def _findings(
-    names: Sequence[str], source: Callable[[int], PictureFile], memory: PictureMemory | None
+    names: Sequence[str], source: Callable[[int], PictureFile], memory: ImageIndex | None
 ) -> Iterator[list[_Finding]]:
     """A few at a time, in order."""
 
     def check(first: int) -> list[_Finding]:
         some = names[first : first + _TOGETHER]
         infos = [_located(source, first + number, name) for number, name in enumerate(some)]
-        places = [located[1] for located in infos if not isinstance(located, Skipped) and located[1]]
-        known = memory.known(places) if memory is not None else {}
+        places = [located[1] for located in infos if not isinstance(located, RejectedImage) and located[1]]
+        entries = memory.lookup(places) if memory is not None else {}
         return [
-            _Finding(located) if isinstance(located, Skipped) else _finding(*located, name, known, memory)
+            _Finding(located) if isinstance(located, RejectedImage) else _finding(*located, name, entries, memory)
             for located, name in zip(infos, some, strict=True)
         ]
 
@@ -108,19 +108,19 @@ def _findings(
 
 def _located(
     source: Callable[[int], PictureFile], position: int, name: str
-) -> tuple[PictureFile, Place | None] | Skipped:
+) -> tuple[PictureFile, Place | None] | RejectedImage:
     try:
         file = source(position)
         return file, stamped(file)
     except READ_ERRORS as error:
-        return Skipped(name, reason_of(error))
+        return RejectedImage(name, reason_of(error))
 
 
 def _finding(
-    file: PictureFile, place: Place | None, name: str, known: dict[Place, Known], memory: PictureMemory | None
+    file: PictureFile, place: Place | None, name: str, entries: dict[Place, IndexEntry], memory: ImageIndex | None
 ) -> _Finding:
     """What a picture is, by memory if it can be."""
-    digest, size = known.get(place, (None, None)) if place else (None, None)
+    digest, size = entries.get(place, (None, None)) if place else (None, None)
     remembered = digest is not None and size is not None
     try:
         content = b"" if digest else read_file(file)
@@ -130,15 +130,15 @@ def _finding(
         if size is None:
             size = decoded_size(content or read_file(file), name)
     except READ_ERRORS as error:
-        return _Finding(Skipped(name, reason_of(error)))
+        return _Finding(RejectedImage(name, reason_of(error)))
     if max(size) > _LONGEST_STRIP * min(size):
         shape = f"{size[0]} x {size[1]} pixels"
-        return _Finding(Skipped(name, f"{shape}: one side is over {_LONGEST_STRIP} times the other"))
-    return _Finding(Checked(size, digest), place, new=not remembered)
+        return _Finding(RejectedImage(name, f"{shape}: one side is over {_LONGEST_STRIP} times the other"))
+    return _Finding(ImageInfo(size, digest), place, new=not remembered)
 
 
-def _remember(memory: PictureMemory, new: Sequence[_Finding]) -> None:
-    good = [(finding.place, finding.verdict) for finding in new if isinstance(finding.verdict, Checked)]
+def _remember(memory: ImageIndex, new: Sequence[_Finding]) -> None:
+    good = [(finding.place, finding.verdict) for finding in new if isinstance(finding.verdict, ImageInfo)]
     memory.note(
         [(*place, checked.digest) for place, checked in good if place],
         [(checked.digest, checked.size) for _, checked in good],

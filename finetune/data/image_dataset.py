@@ -10,13 +10,14 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from finetune.data.captions import TRIGGER, Caption, placed_trigger, with_trigger
-from finetune.data.image_checks import Checked, Skipped, check_images
-from finetune.data.image_index import PictureMemory
+from finetune.data.image_checks import ImageInfo, RejectedImage, check_images
+from finetune.data.image_index import ImageIndex
 from finetune.data.images import PictureFile, open_alpha, open_image
 from finetune.data.masks import MaskInfo, open_mask
-from finetune.data.transforms import WHITE, Placement, Preprocess, whole
+from finetune.data.transforms import WHITE, Crop, Preprocess, whole
+from finetune.deprecation import Renamed
 from finetune.errors import DataError
-from finetune.text import counted, listed
+from finetune.text import join_limited, pluralize
 
 
 class Example(NamedTuple):
@@ -48,11 +49,13 @@ class Ledger(NamedTuple):
     """Why -> how many."""
 
     def adds_up(self) -> bool:
-        told = self.trained + self.quarantined + self.held_out + self.captions + self.masks + sum(self.skipped.values())
-        return self.found == told
+        total = (
+            self.trained + self.quarantined + self.held_out + self.captions + self.masks + sum(self.skipped.values())
+        )
+        return self.found == total
 
 
-class Pictures(Dataset[Example], ABC):
+class ImageDataset(Dataset[Example], ABC):
     """A map-style dataset that is ready to be encoded.
 
     Args:
@@ -72,7 +75,7 @@ class Pictures(Dataset[Example], ABC):
     """How many, from the first, are of what is to be learned; class pictures follow."""
     weights: Sequence[float]
     """How much each counts in the loss of a step, beside the others."""
-    quarantined: Sequence[Skipped] = ()
+    quarantined: Sequence[RejectedImage] = ()
     """Pictures that were found and cannot be trained on."""
     held_out: Sequence[int] = ()
     """Numbers of pictures that are never trained on, but validated on."""
@@ -121,8 +124,10 @@ class Pictures(Dataset[Example], ABC):
     def __getitem__(self, index: int) -> Example:
         """Raises DataError if the picture can be read no longer."""
 
+    checked = Renamed("image_info")
+
     @abstractmethod
-    def checked(self, index: int) -> Checked:
+    def image_info(self, index: int) -> ImageInfo:
         """Size and digest of the picture. Raises DataError as `__getitem__` does, where it must be opened for that."""
 
     def mask(self, index: int) -> Image.Image | None:
@@ -130,12 +135,12 @@ class Pictures(Dataset[Example], ABC):
         return None
 
     def mask_digest(self, index: int) -> str | None:
-        """Of the file that is the picture's mask; None: there is none."""
+        """Return the digest of the picture's mask file; None: there is none."""
         return None
 
     @property
     def mask_digests(self) -> Sequence[str]:
-        """Of all files that are masks."""
+        """Return the digests of all mask files."""
         return ()
 
     @property
@@ -152,15 +157,15 @@ class Pictures(Dataset[Example], ABC):
         """All captions of a picture; each visit takes one of them."""
         return (self.captions[index], *self._more.get(index, ()))
 
-    def placement(self, size: tuple[int, int], key: int) -> Placement:
+    def placement(self, size: tuple[int, int], key: int) -> Crop:
         """What is trained on of a picture of this width and height; a random crop is drawn from the key."""
         return whole(*size) if self.transform is None else self.transform.place(*size, key)
 
     def shapes(self) -> list[int]:
-        """Of each picture a number, the same for all that are trained in the same size."""
+        """Return a number for each picture, the same for all that are trained in the same size."""
         if self.transform is None or self.transform.buckets is None:  # of one size, or made so
             return [0] * len(self)
-        sizes = [self.transform.size(*self.checked(index).size) for index in range(len(self))]
+        sizes = [self.transform.size(*self.image_info(index).size) for index in range(len(self))]
         numbers = {size: number for number, size in enumerate(sorted(set(sizes)))}
         return [numbers[size] for size in sizes]
 
@@ -206,17 +211,17 @@ class Pictures(Dataset[Example], ABC):
         """Lines for the user about what was found: what is left out, or looks wrong."""
         lines = []
         if self.passed_over and any(source in ("prompt", "folder", "none") for source in self.sources):
-            lines.append(f"not read as captions: {listed(self.passed_over)}")
+            lines.append(f"not read as captions: {join_limited(self.passed_over)}")
         if self.triggerless:
-            captions = counted(self.triggerless, "caption")
+            captions = pluralize(self.triggerless, "caption")
             lines.append(f"[trigger] stands in {captions}, but no --trigger is given: it is left out")
         if self.glued:
-            captions, better = counted(len(self.glued), "caption"), placed_trigger(self.glued[0])
+            captions, better = pluralize(len(self.glued), "caption"), placed_trigger(self.glued[0])
             lines.append(f"the trigger is put in front of {captions}; better say where it belongs: {better!r}")
         return lines
 
 
-class PictureFiles(Pictures):
+class ImageFileDataset(ImageDataset):
     """What the layouts share: every picture found is decoded once, and those that cannot be read are left out.
 
     `where`, for messages, is what they are in; `names`, `captions` and `_file` speak of all pictures found, the
@@ -243,7 +248,7 @@ class PictureFiles(Pictures):
         *,
         trigger: str | None,
         transform: Preprocess,
-        memory: PictureMemory | None,
+        memory: ImageIndex | None,
         bad: Mapping[str, str] | None = None,
         repeats: Sequence[int] = (),
         orphans: Sequence[str] = (),
@@ -254,14 +259,15 @@ class PictureFiles(Pictures):
         for place, name in enumerate(names):
             info = checked[place]
             if bad and name in bad:
-                checked[place] = Skipped(name, bad[name])
-            elif not isinstance(info, Skipped) and (why := self._unfit_mask(place, info.size)):
-                checked[place] = Skipped(name, why)
-        good = {place: info for place, info in enumerate(checked) if not isinstance(info, Skipped)}
-        self.quarantined = [problem for problem in checked if isinstance(problem, Skipped)]
+                checked[place] = RejectedImage(name, bad[name])
+            elif not isinstance(info, RejectedImage) and (why := self._unfit_mask(place, info.size)):
+                checked[place] = RejectedImage(name, why)
+        good = {place: info for place, info in enumerate(checked) if not isinstance(info, RejectedImage)}
+        self.quarantined = [problem for problem in checked if isinstance(problem, RejectedImage)]
         if not good and not more:
             raise DataError(
-                f"{where}: none of {counted(len(names), 'picture')} can be trained on; the first: {self.quarantined[0]}"
+                f"{where}: none of {pluralize(len(names), 'picture')} can be trained on; "
+                f"the first: {self.quarantined[0]}"
             )
         self._places, self._checked = list(good), list(good.values())
         self.orphans = list(orphans)
@@ -312,17 +318,17 @@ class PictureFiles(Pictures):
         image = open_image(self._file(self._places[index]), self.ids[index], digest, self.background)
         return Example(image, self.captions[index], self.ids[index])
 
-    def checked(self, index: int) -> Checked:
+    def image_info(self, index: int) -> ImageInfo:
         return self._checked[index]
 
     def notes(self) -> list[str]:
         reasons = [f"{bad.path} ({bad.reason})" for bad in self.quarantined]
         white = sum(info.white for info in self._mask_infos.values())
         lines = {
-            f"{counted(len(reasons), 'picture')} quarantined: {listed(reasons)}": reasons,
-            f"caption files without a picture, {len(self.orphans)}: {listed(self.orphans)}": self.orphans,
-            f"empty caption files, {len(self.empty)}: {listed(self.empty)}": self.empty,
-            f"smaller than they are trained, and enlarged: {counted(self.small, 'picture')}": self.small,
+            f"{pluralize(len(reasons), 'picture')} quarantined: {join_limited(reasons)}": reasons,
+            f"caption files without a picture, {len(self.orphans)}: {join_limited(self.orphans)}": self.orphans,
+            f"empty caption files, {len(self.empty)}: {join_limited(self.empty)}": self.empty,
+            f"smaller than they are trained, and enlarged: {pluralize(self.small, 'picture')}": self.small,
             f"masks that are white all over, and so change nothing: {white}": white,
         }
         return [line for line, applies in lines.items() if applies] + super().notes()

@@ -9,14 +9,14 @@ from typing import Literal, NamedTuple
 
 from finetune.data.buckets import Buckets
 from finetune.data.captions import CAPTION_SUFFIXES, COLUMN, Texts, find_captions, is_metadata
-from finetune.data.image_dataset import Ledger, PictureFiles
-from finetune.data.image_index import PictureMemory
+from finetune.data.image_dataset import ImageFileDataset, Ledger
+from finetune.data.image_index import ImageIndex
 from finetune.data.images import PictureFile
 from finetune.data.listing import PICTURE_SUFFIXES, ending, is_picture, list_files
 from finetune.data.masks import checked_masks, is_mask, masks_of
 from finetune.data.transforms import WHITE, Preprocess
 from finetune.errors import DataError, UsageError
-from finetune.text import listed
+from finetune.text import join_limited
 
 _REPEATED = re.compile(r"(\d{1,3})_(.+)")
 """A folder's name in the layout of sd-scripts: repeats and subject. A year has four digits."""
@@ -36,7 +36,7 @@ class FolderPart(NamedTuple):
     """Whether the others also lie in folders called N_SUBJECT, if these do."""
 
 
-class ImageFolder(PictureFiles):
+class ImageFolder(ImageFileDataset):
     """The pictures in a folder, at any depth, with the captions beside them (see `find_captions`).
 
     Where all pictures lie in folders called N_SUBJECT, as sd-scripts has them, each comes N times in an epoch, and the
@@ -75,7 +75,7 @@ class ImageFolder(PictureFiles):
         background: str = WHITE,
         caption_lines: Literal["joined", "chosen"] = "joined",
         masks: Literal["files", "files and alpha", "none"] = "files",
-        memory: PictureMemory | None = None,
+        memory: ImageIndex | None = None,
         part: FolderPart | None = None,
         caption_column: str = COLUMN,
     ) -> None:
@@ -97,8 +97,8 @@ class ImageFolder(PictureFiles):
             raise UsageError(project)
         if not self._names:
             raise DataError(f"{folder}: no picture found; allowed are {' '.join(PICTURE_SUFFIXES)}")
-        beside, self._lonely_masks = masks_of(files, self._names)
-        self._masks = {root / picture: root / mask for picture, mask in beside.items()}
+        masks_by_picture, self._lonely_masks = masks_of(files, self._names)
+        self._masks = {root / picture: root / mask for picture, mask in masks_by_picture.items()}
         self._alpha, self.masked = masks == "files and alpha", masks != "none"
         self._mask_infos, unusable = checked_masks(self._masks if self.masked else {}, memory)
         repeats = repeats_of(self._names) if repeated else []
@@ -124,7 +124,8 @@ class ImageFolder(PictureFiles):
             trigger=trigger,
             transform=transform,
             memory=memory,
-            bad=captions.unreadable | {name: unusable[root / name] for name in beside if root / name in unusable},
+            bad=captions.unreadable
+            | {name: unusable[root / name] for name in masks_by_picture if root / name in unusable},
             repeats=repeats,
             orphans=captions.orphans,
             empty=captions.empty,
@@ -132,9 +133,11 @@ class ImageFolder(PictureFiles):
         )
         self.masked = self.masked and bool(self._masks or self._alpha)
         self.passed_over = captions.passed_over
-        own = root.resolve()
-        if not repeats and _REPEATED.fullmatch(own.name):
-            self.passed_over.append(f"the folder's own name, {own.name}: give --data {own.parent} for what it says")
+        resolved = root.resolve()
+        if not repeats and _REPEATED.fullmatch(resolved.name):
+            self.passed_over.append(
+                f"the folder's own name, {resolved.name}: give --data {resolved.parent} for what it says"
+            )
 
     def _file(self, place: int) -> PictureFile:
         return self._root / self._names[place]
@@ -143,30 +146,32 @@ class ImageFolder(PictureFiles):
         strange = {f"neither pictures nor captions: {ending}": count for ending, count in sorted(self._others.items())}
         orphans = {"caption files without a picture": len(self.orphans)} if self.orphans else {}
         orphans |= {"masks without a picture": len(self._lonely_masks)} if self._lonely_masks else {}
-        own = super().ledger()
-        skipped = {**orphans, **strange, **own.skipped}
+        ledger = super().ledger()
+        skipped = {**orphans, **strange, **ledger.skipped}
         masks = len(set(self._masks.values()))
-        return own._replace(found=self._count, captions=self._caption_files, masks=masks, skipped=skipped)
+        return ledger._replace(found=self._count, captions=self._caption_files, masks=masks, skipped=skipped)
 
     def _warnings(self) -> list[str]:
         """What looks as if it were not meant so."""
         ignored = sum(self._others.values())
         lines = [f"most files are not read: {ignored} of {self._count}"] if 2 * ignored > self._count else []
         stems = {os.path.splitext(name)[0] for name in self._names}
-        beside = [name for name in self._names if _MASK_NAME.fullmatch(stem := os.path.splitext(name)[0]) and
+        mask_like = [name for name in self._names if _MASK_NAME.fullmatch(stem := os.path.splitext(name)[0]) and
                   _MASK_NAME.sub(r"\1", stem) in stems]  # fmt: skip
-        if beside:
-            lines.append(f"trained as pictures, though called like masks: {listed(beside)}; a mask is NAME.mask.png")
+        if mask_like:
+            lines.append(
+                f"trained as pictures, though called like masks: {join_limited(mask_like)}; a mask is NAME.mask.png"
+            )
         return lines
 
     def notes(self) -> list[str]:
-        kinds = listed([f"{count} {suffix}" for suffix, count in sorted(self._others.items())])
+        kinds = join_limited([f"{count} {suffix}" for suffix, count in sorted(self._others.items())])
         named = sorted({name.split("/")[0] for name in self.ids if _REPEATED.match(name)})
-        unused = [] if self._repeated else named
+        unused, lonely = [] if self._repeated else named, self._lonely_masks
         lines = {
-            f"masks without a picture, {len(self._lonely_masks)}: {listed(self._lonely_masks)}": self._lonely_masks,
+            f"masks without a picture, {len(lonely)}: {join_limited(lonely)}": lonely,
             f"files that are neither pictures nor captions: {kinds}": kinds,
-            f"not read as repeats, since other folders hold pictures too: {listed(unused)}": unused,
+            f"not read as repeats, since other folders hold pictures too: {join_limited(unused)}": unused,
         }
         return super().notes() + [line for line, applies in lines.items() if applies] + self._warnings()
 
@@ -187,12 +192,12 @@ def _project(root: Path, names: Sequence[str]) -> str:
 
 
 def pictures_among(files: Sequence[str]) -> list[str]:
-    """Those that are to be trained on."""
+    """Return the files that are pictures to train on."""
     return [file for file in files if is_picture(file) and not is_mask(file)]
 
 
 def repeats_of(pictures: Sequence[str]) -> list[int]:
-    """Of each picture, by the name of the folder that it lies in; none where not all are in such folders."""
+    """Return how many times each picture comes in an epoch, by its folder's name; [] unless all lie in such folders."""
     matches = [_REPEATED.fullmatch(name.split("/")[0]) if "/" in name else None for name in pictures]
     repeats = [int(match[1]) for match in matches if match and int(match[1])]
     return repeats if len(repeats) == len(pictures) else []

@@ -35,7 +35,7 @@ _VARIABLES = 500
 """In one query: every SQLite admits 999."""
 
 
-class Stamp(NamedTuple):
+class FileStamp(NamedTuple):
     """What tells, without reading it, that a file is the one that was read before."""
 
     size: int
@@ -44,12 +44,12 @@ class Stamp(NamedTuple):
     inode: int
 
     @classmethod
-    def of(cls, path: Path) -> "Stamp":
+    def read(cls, path: Path) -> "FileStamp":
         status = path.stat()
         return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-class Known(NamedTuple):
+class IndexEntry(NamedTuple):
     """What is remembered of a file."""
 
     digest: str
@@ -69,7 +69,7 @@ def _is_damaged(base: sqlite3.Connection) -> bool:
     return answer != "ok"
 
 
-class PictureMemory:
+class ImageIndex:
     """A small database of pictures that could be read: file -> digest of its bytes -> width and height; and of what
     takes long to find about many: which are held out, and what lies in a shard.
 
@@ -77,7 +77,7 @@ class PictureMemory:
 
     Args:
         folder: of the database; made if need be. One that cannot be written is read from.
-        strict: trust no stamp: every file is hashed anew.
+        strict: trust no stamp: every file is hashed again.
 
     Raises:
         UsageError: the folder holds something else under its name, or cannot be made.
@@ -101,7 +101,7 @@ class PictureMemory:
         except (OSError, sqlite3.Error) as error:
             raise UsageError(f"cache_dir {folder}: {error}; give another --cache_dir, or none") from error
 
-    def known(self, files: Sequence[tuple[Path, Stamp]]) -> dict[tuple[Path, Stamp], Known]:
+    def lookup(self, files: Sequence[tuple[Path, FileStamp]]) -> dict[tuple[Path, FileStamp], IndexEntry]:
         """What is known of the bytes that these files, a few hundred at most, had with these stamps; those that are
         not among it are new, or not to be trusted.
         """
@@ -114,21 +114,23 @@ class PictureMemory:
         names = [_name(path) for path, _ in files]
         with self._lock:
             rows = self._base.execute(query, names).fetchall()
-        entries = {(row[0], row[1:4]): Known(row[4], None if row[5] is None else row[5:]) for row in rows}
+        entries = {(row[0], row[1:4]): IndexEntry(row[4], None if row[5] is None else row[5:]) for row in rows}
         asked = ((file, entries.get((name, file[1]))) for file, name in zip(files, names, strict=True))
-        return {file: known for file, known in asked if known}
+        return {file: entry for file, entry in asked if entry}
 
-    def digest(self, path: Path, stamp: Stamp) -> str | None:
-        """Of the bytes that the file had with this stamp; None: not known, or not to be trusted."""
-        known = self.known([(path, stamp)]).get((path, stamp))
-        return known.digest if known else None
+    def digest(self, path: Path, stamp: FileStamp) -> str | None:
+        """Return the digest that the file had with this stamp; None: not known, or not to be trusted."""
+        entry = self.lookup([(path, stamp)]).get((path, stamp))
+        return entry.digest if entry else None
 
     def size(self, digest: str) -> tuple[int, int] | None:
         """Width and height of the picture with these bytes; None: it was not decoded before."""
         row = self._row("SELECT width, height FROM pictures WHERE digest = ?", (digest,))
         return (row[0], row[1]) if row else None
 
-    def note(self, files: Iterable[tuple[Path, Stamp, str]], pictures: Iterable[tuple[str, tuple[int, int]]]) -> None:
+    def note(
+        self, files: Iterable[tuple[Path, FileStamp, str]], pictures: Iterable[tuple[str, tuple[int, int]]]
+    ) -> None:
         """Remember the digests of files, and the sizes of pictures that were decoded in full."""
         if not self._writable:
             return
@@ -151,7 +153,7 @@ class PictureMemory:
             with self._lock, contextlib.suppress(sqlite3.OperationalError), self._base:
                 self._base.execute("INSERT OR REPLACE INTO splits VALUES (?, ?)", (key, json.dumps(held_out)))
 
-    def shard(self, path: Path, stamp: Stamp) -> str | None:
+    def shard(self, path: Path, stamp: FileStamp) -> str | None:
         """What was noted of the shard with this stamp; None: nothing was, or it is not to be trusted."""
         if self._strict:
             return None
@@ -165,14 +167,14 @@ class PictureMemory:
         """What was noted of the pictures with these rising numbers, or of all, in a shard that `shard` knows."""
         query = "SELECT content FROM shard_pictures WHERE shard = ?"
         if numbers is None:
-            parts = [(f"{query} ORDER BY number", ())]
+            queries = [(f"{query} ORDER BY number", ())]
         else:
             some = [numbers[at : at + _VARIABLES] for at in range(0, len(numbers), _VARIABLES)]
-            parts = [(f"{query} AND number IN ({', '.join('?' * len(part))}) ORDER BY number", part) for part in some]
+            queries = [(f"{query} AND number IN ({', '.join('?' * len(part))}) ORDER BY number", part) for part in some]
         with self._lock:
-            return [row[0] for text, part in parts for row in self._base.execute(text, (_name(path), *part))]
+            return [row[0] for text, part in queries for row in self._base.execute(text, (_name(path), *part))]
 
-    def note_shard(self, path: Path, stamp: Stamp, content: str, pictures: Iterable[str]) -> None:
+    def note_shard(self, path: Path, stamp: FileStamp, content: str, pictures: Iterable[str]) -> None:
         """Remember what it holds in all, and each picture: to know that, all of its headers are read."""
         if not self._writable:
             return

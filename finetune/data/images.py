@@ -192,21 +192,21 @@ _ABOUT_PIXELS = (b"tRNS", b"eXIf", b"gAMA", b"sRGB")
 
 
 def _pixels_of_png(content: bytes) -> bytes:
-    """The same PNG without texts, profile and whatever else is not about its pixels, or has a wrong checksum."""
-    kept, at = [_PNG], len(_PNG)
+    """Return the PNG without texts, profile and other chunks that do not affect its pixels or have a wrong checksum."""
+    chunks, at = [_PNG], len(_PNG)
     while at + 12 <= len(content):
         (size,) = struct.unpack_from(">I", content, at)
         kind, end = content[at + 4 : at + 8], at + 12 + size
         sound = struct.pack(">I", zlib.crc32(content[at + 4 : end - 4])) == content[end - 4 : end]
         if kind[:1].isupper() or (kind in _ABOUT_PIXELS and sound):
-            kept.append(content[at:end])
+            chunks.append(content[at:end])
         at = end
-    return b"".join(kept)
+    return b"".join(chunks)
 
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Those that are read here; HEIC too, where the package for it is installed."""
+    """Return the formats that are read; HEIC is among them where its package is installed."""
     Image.init()  # all formats, before threads race to register them
     try:
         from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
@@ -287,7 +287,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # Not ImageOps.exif_transpose: it writes the EXIF block anew, and fails on blocks that can be read but not written.
+    # Not ImageOps.exif_transpose: it writes the EXIF block again, and fails on blocks that can be read but not written.
     orientation = _orientation(image)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from finetune.data.masks import weights
-from finetune.data.transforms import Placement, normalize
+from finetune.data.transforms import Crop, normalize
 from finetune.seeding import fold
 
 MASKS = 8
@@ -68,7 +68,7 @@ def _stroke(draw: ImageDraw.ImageDraw, source: random.Random, width: int, height
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
 
 
-def placed_mask(mask: Image.Image, placement: Placement, flip: bool) -> Tensor:
+def placed_mask(mask: Image.Image, placement: Crop, flip: bool) -> Tensor:
     """(1, H, W) uint8 of a mask that comes with its picture: 255 where that is rather white than black.
 
     Args:
@@ -78,7 +78,7 @@ def placed_mask(mask: Image.Image, placement: Placement, flip: bool) -> Tensor:
     return (weights(mask, placement, flip, placement.size) >= 0.5).to(torch.uint8) * 255
 
 
-def shown(pixels: Tensor) -> Tensor:
+def visible(pixels: Tensor) -> Tensor:
     """Pixels uint8 (B, 3, H, W), or with a mask (B, 4, H, W) -> fp32 (B, 3, H, W) in [-1, 1], 0 where that covers them.
 
     So do diffusers' pipelines cover what they hand to the VAE.

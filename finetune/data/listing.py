@@ -74,7 +74,7 @@ def _refuse(error: OSError) -> None:
 
 
 def ending(name: str) -> str:
-    """Of a file's name, in small letters, with its dot."""
+    """Return the suffix of a file's name in lower case, with its dot."""
     return os.path.splitext(name)[1].lower()
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from finetune.batch import Batch, Whole
+from finetune.batch import Batch, GlobalStep
 from finetune.data.sampler import Sampler, Visit
 from finetune.errors import UsageError
 from finetune.seeding import example_key
@@ -23,7 +23,7 @@ class Examples(Protocol):
 
     @property
     def shapes(self) -> Sequence[int]:
-        """Of each example; what has the same one can be computed together."""
+        """A number for each example; examples of one number have one size and can be computed together."""
         ...
 
     @property
@@ -33,7 +33,7 @@ class Examples(Protocol):
 
     @property
     def class_examples(self) -> Sequence[int]:
-        """Those that take turns in being visited as often as all others together."""
+        """Indices of the class pictures, which together are visited as often as all others together."""
         ...
 
     @property
@@ -44,12 +44,12 @@ class Examples(Protocol):
     @property
     def visits(self) -> "Visits": ...
 
-    def ready(self, visits: Sequence[tuple[int, int]]) -> None:
-        """See to it that these, number of the example and key of each, can be loaded; runs in the training process,
+    def ensure_encoded(self, visits: Sequence[tuple[int, int]]) -> None:
+        """Encode what these visits (index, sample key) need and is not there yet; runs in the training process,
         just before they are."""
         ...
 
-    def assemble(self, indices: Sequence[int], keys: torch.Tensor, loaded: Sequence[Any]) -> Batch:
+    def collate(self, indices: Sequence[int], keys: torch.Tensor, loaded: Sequence[Any]) -> Batch:
         """Loaded visits of one shape -> a Batch; runs in the training process."""
         ...
 
@@ -99,7 +99,7 @@ def training_steps(
     num_workers: int = 0,
     device: torch.device | str = "cpu",
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
 ) -> Iterator[tuple[Batch, ...]]:
     """The optimizer steps `start` to `steps` (not included), each of `batch_size` examples: a batch for each shape.
 
@@ -127,23 +127,25 @@ def training_steps(
         class_examples=source.class_examples,
     )
     weight = batch_size * sampler.mean_weight(source.weights)
-    shared = world > 1 or len(set(source.weights)) > 1
+    shared = world_size > 1 or len(set(source.weights)) > 1
     loader = DataLoader(
         _Loads(source.visits),
-        batch_sampler=_Plan(_plan(source, sampler, seed=seed, steps=range(start, steps), rank=rank, world=world)),
+        batch_sampler=_Plan(
+            _plan(source, sampler, seed=seed, steps=range(start, steps), rank=rank, world_size=world_size)
+        ),
         num_workers=0 if source.visits.in_memory else num_workers,
         collate_fn=_keep,
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # DataLoader draws a seed for its workers; not from the global one
     )
     for step, items in enumerate(_received(loader), start):
-        whole = _whole(source, weight, *sampler.share(step, rank, world)) if shared else None
+        global_step = _whole(source, weight, *sampler.share(step, rank, world_size)) if shared else None
         alike: dict[int, list[tuple[int, int, Any]]] = {}
         for item in items:
             alike.setdefault(source.shapes[item[0]], []).append(item)
-        parts = [zip(*some, strict=True) for some in alike.values()]
-        made = [source.assemble(indices, torch.tensor(keys), loaded) for indices, keys, loaded in parts]
-        yield tuple(replace(batch.to(device), whole=whole) for batch in made)
+        groups = [zip(*some, strict=True) for some in alike.values()]
+        made = [source.collate(indices, torch.tensor(keys), loaded) for indices, keys, loaded in groups]
+        yield tuple(replace(batch.to(device), global_step=global_step) for batch in made)
 
 
 def _received(loaded: Iterable[list[Any]]) -> Iterator[list[Any]]:
@@ -174,26 +176,28 @@ def batches(
     """
     if len(set(source.shapes)) > 1:
         raise UsageError("batches: the pictures are of several shapes; use training_steps, and Trainer.step(*batches)")
-    whole = training_steps(
+    steps_of_run = training_steps(
         source, batch_size=batch_size, steps=steps, seed=seed, start=start, num_workers=num_workers, device=device
     )
-    for (batch,) in whole:
+    for (batch,) in steps_of_run:
         yield batch
 
 
 def _plan(
-    source: Examples, sampler: Sampler, seed: int, steps: range, rank: int, world: int
+    source: Examples, sampler: Sampler, seed: int, steps: range, rank: int, world_size: int
 ) -> Iterator[list[tuple[int, int]]]:
     """This process's visits of each step, index and key, ready to be loaded."""
     for step in steps:
-        visits, own = sampler.share(step, rank, world)
-        keyed = [(visit.example, example_key(seed, source.ids[visit.example], visit.number)) for visit in visits[own]]
-        source.ready(keyed)
+        visits, local_slice = sampler.share(step, rank, world_size)
+        keyed = [
+            (visit.example, example_key(seed, source.ids[visit.example], visit.number)) for visit in visits[local_slice]
+        ]
+        source.ensure_encoded(keyed)
         yield keyed
 
 
-def _whole(source: Examples, weight: float, visits: list[Visit], own: slice) -> Whole:
-    return Whole(tuple(source.ids[visit.example] for visit in visits), weight, own.start)
+def _whole(source: Examples, weight: float, visits: list[Visit], local_slice: slice) -> GlobalStep:
+    return GlobalStep(tuple(source.ids[visit.example] for visit in visits), weight, local_slice.start)
 
 
 class _Plan:

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finetune.data.image_checks import stamped
-from finetune.data.image_index import PictureMemory, Stamp
+from finetune.data.image_index import FileStamp, ImageIndex
 from finetune.data.images import PictureFile, digest_of, open_image, read_file
 from finetune.data.listing import composed
-from finetune.data.transforms import Placement
+from finetune.data.transforms import Crop
 from finetune.errors import DataError
 
 SUFFIXES = (".mask.png", "-masklabel.png")
@@ -63,22 +63,22 @@ class MaskInfo(NamedTuple):
 
 
 def checked_masks(
-    masks: Mapping[Key, PictureFile], memory: PictureMemory | None = None
+    masks: Mapping[Key, PictureFile], memory: ImageIndex | None = None
 ) -> tuple[dict[Key, MaskInfo], dict[Key, str]]:
     """Picture -> what is known of its mask, and picture -> why its mask cannot be used.
 
     `memory`, of earlier runs, spares the reading of masks that are unchanged, and takes up what is new.
     """
     infos, bad = {}, {}
-    files, sizes = list[tuple[Path, Stamp, str]](), list[tuple[str, tuple[int, int]]]()
+    files, sizes = list[tuple[Path, FileStamp, str]](), list[tuple[str, tuple[int, int]]]()
 
     def check(file: PictureFile) -> MaskInfo:
         place = stamped(file)
-        known = memory.digest(*place) if memory is not None and place else None
-        if memory is not None and known:
+        digest = memory.digest(*place) if memory is not None and place else None
+        if memory is not None and digest:
             for white in (True, False):
-                if size := memory.size(_as_mask(known, white=white)):
-                    return MaskInfo(known, size, white)
+                if size := memory.size(_as_mask(digest, white=white)):
+                    return MaskInfo(digest, size, white)
         mask = open_mask(file)
         if not mask.getbbox():
             raise DataError("it is black all over")
@@ -110,7 +110,7 @@ def open_mask(file: PictureFile, digest: str | None = None) -> Image.Image:
     return open_image(file, digest=digest, background="black").convert("L")
 
 
-def weights(mask: Image.Image, placement: Placement, flip: bool, size: tuple[int, int]) -> Tensor:
+def weights(mask: Image.Image, placement: Crop, flip: bool, size: tuple[int, int]) -> Tensor:
     """(1, h, w) in [0, 1] for a latent of this size: the mean of the mask over what each position stands for.
 
     Args:
@@ -119,5 +119,5 @@ def weights(mask: Image.Image, placement: Placement, flip: bool, size: tuple[int
         size: h and w.
     """
     height, width = placement.original
-    whole = mask if mask.size == (width, height) else mask.resize((width, height), Image.Resampling.BILINEAR)
-    return F.interpolate(placement.pixels(whole, flip)[None] / 255, size, mode="area")[0]
+    resized = mask if mask.size == (width, height) else mask.resize((width, height), Image.Resampling.BILINEAR)
+    return F.interpolate(placement.pixels(resized, flip)[None] / 255, size, mode="area")[0]

@@ -37,7 +37,7 @@ _BEST = 3
 """Parts whose neighbourhood is looked at."""
 
 
-class Look(NamedTuple):
+class Thumbnail(NamedTuple):
     """What is compared of a picture."""
 
     thumbnail: Floats
@@ -46,71 +46,71 @@ class Look(NamedTuple):
     """Width / height."""
 
 
-def look(image: Image.Image) -> Look:
+def make_thumbnail(image: Image.Image) -> Thumbnail:
     """What is compared of a picture."""
     small = (image if image.mode == "RGB" else to_rgb(image)).resize((SIDE, SIDE), Image.Resampling.BOX)
-    return Look(np.asarray(small, np.float32), image.width / image.height)
+    return Thumbnail(np.asarray(small, np.float32), image.width / image.height)
 
 
-def alike(looks: Sequence[Look], wanted: Sequence[int]) -> list[set[int]]:
-    """Of each of the `wanted` numbers, the numbers of all others that are near duplicates of it."""
-    neighbors: list[set[int]] = [set() for _ in wanted]
-    rows = np.concatenate([_versions(looks[index], _COARSE) for index in wanted])
-    others = np.concatenate([_versions(each, _COARSE) for each in looks])
-    aspects = np.array([each.aspect for each in looks])
+def near_duplicates(thumbnails: Sequence[Thumbnail], indices: Sequence[int]) -> list[set[int]]:
+    """Return, for each of `indices`, the indices of all near duplicates of that picture."""
+    neighbors: list[set[int]] = [set() for _ in indices]
+    rows = np.concatenate([_versions(thumbnails[index], _COARSE) for index in indices])
+    others = np.concatenate([_versions(each, _COARSE) for each in thumbnails])
+    aspects = np.array([each.aspect for each in thumbnails])
 
     def parts_of(index: int) -> None:
         """Wanted pictures that are parts of this one."""
-        for place in _promising(looks[index], aspects[list(wanted)], rows):
-            if wanted[place] != index and _is_part(looks[wanted[place]], looks[index]):
+        for place in _promising(thumbnails[index], aspects[list(indices)], rows):
+            if indices[place] != index and _is_part(thumbnails[indices[place]], thumbnails[index]):
                 neighbors[place].add(index)
 
     def wholes_of(place: int) -> None:
         """Pictures that are parts of this wanted one."""
-        for index in _promising(looks[wanted[place]], aspects, others):
-            if index != wanted[place] and _is_part(looks[index], looks[wanted[place]]):
+        for index in _promising(thumbnails[indices[place]], aspects, others):
+            if index != indices[place] and _is_part(thumbnails[index], thumbnails[indices[place]]):
                 neighbors[place].add(index)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(parts_of, range(len(looks))))
-        list(pool.map(wholes_of, range(len(wanted))))
+        list(pool.map(parts_of, range(len(thumbnails))))
+        list(pool.map(wholes_of, range(len(indices))))
     return neighbors
 
 
-def _versions(of: Look, cells: int) -> Floats:
+def _versions(thumbnail: Thumbnail, cells: int) -> Floats:
     """(2, 3 cells²): the picture as it is, and mirrored, ready to be multiplied with others."""
-    whole = _cells(of.thumbnail, np.array([[0.0, 0.0, SIDE, SIDE]]), cells)
-    return _normalized(np.concatenate([whole, whole[:, :, ::-1]]))
+    full = _cells(thumbnail.thumbnail, np.array([[0.0, 0.0, SIDE, SIDE]]), cells)
+    return _normalized(np.concatenate([full, full[:, :, ::-1]]))
 
 
-def _promising(whole: Look, aspects: NDArray[np.float64], rows: Floats) -> list[int]:
+def _promising(larger: Thumbnail, aspects: NDArray[np.float64], rows: Floats) -> list[int]:
     """Which of some pictures, of these aspects and two rows each, may be parts of a whole one."""
     numbers = []
-    steps = np.round(np.log(aspects / whole.aspect) / _STEP).astype(int)
+    steps = np.round(np.log(aspects / larger.aspect) / _STEP).astype(int)
     for step in np.unique(steps):
         (among,) = np.nonzero(steps == step)
-        parts = _normalized(_cells(whole.thumbnail, _grid(float(np.exp(step * _STEP))), _COARSE))
-        scores = (parts @ rows.reshape(len(aspects), 2, -1)[among].reshape(2 * len(among), -1).T).max(axis=0)
+        crops = _normalized(_cells(larger.thumbnail, _grid(float(np.exp(step * _STEP))), _COARSE))
+        scores = (crops @ rows.reshape(len(aspects), 2, -1)[among].reshape(2 * len(among), -1).T).max(axis=0)
         numbers += among[scores.reshape(-1, 2).max(axis=1) > _PROMISING].tolist()
     return numbers
 
 
-def _is_part(part: Look, whole: Look) -> bool:
+def _is_part(part: Thumbnail, larger: Thumbnail) -> bool:
     """Whether the one shows all of the other, or a part of it: looks closer and closer around the best of the grid."""
-    boxes = _grid(part.aspect / whole.aspect)
-    scores = _normalized(_cells(whole.thumbnail, boxes, _COARSE)) @ _versions(part, _COARSE).T
+    boxes = _grid(part.aspect / larger.aspect)
+    scores = _normalized(_cells(larger.thumbnail, boxes, _COARSE)) @ _versions(part, _COARSE).T
     fine = _versions(part, _FINE)
     for number in np.argsort(-scores, axis=None)[:_BEST]:
         place, mirrored = divmod(int(number), 2)
         box, width = boxes[place], _STEP * SIDE / 2
         for _ in range(4):
-            near = box + width * _AROUND
-            near[:, 2:] = near[:, 2:].clip(SIDE / 3, SIDE)
-            near[:, :2] = near[:, :2].clip(0, SIDE - near[:, 2:])
-            closer = _normalized(_cells(whole.thumbnail, near, _FINE)) @ fine[mirrored]
+            nearby = box + width * _AROUND
+            nearby[:, 2:] = nearby[:, 2:].clip(SIDE / 3, SIDE)
+            nearby[:, :2] = nearby[:, :2].clip(0, SIDE - nearby[:, 2:])
+            closer = _normalized(_cells(larger.thumbnail, nearby, _FINE)) @ fine[mirrored]
             if closer.max() > _ALIKE:
                 return True
-            box, width = near[int(closer.argmax())], width / 2
+            box, width = nearby[int(closer.argmax())], width / 2
     return False
 
 
@@ -142,16 +142,16 @@ def _cells(thumbnail: Floats, boxes: NDArray[np.float64], cells: int) -> Floats:
     down, right = (boxes[:, [at]] + boxes[:, [at + 2]] * edges for at in (0, 1))
     top, left = (np.minimum(at.astype(int), SIDE - 1) for at in (down, right))
     below = (down - top).astype(np.float32)[:, :, None, None]
-    beside = (right - left).astype(np.float32)[:, None, :, None]
+    widths = (right - left).astype(np.float32)[:, None, :, None]
     rows = sums[top] * (1 - below) + sums[top + 1] * below
     box, row = np.arange(len(boxes))[:, None, None], np.arange(cells + 1)[:, None]
-    corners = rows[box, row, left[:, None]] * (1 - beside) + rows[box, row, left[:, None] + 1] * beside
+    corners = rows[box, row, left[:, None]] * (1 - widths) + rows[box, row, left[:, None] + 1] * widths
     seen = corners[:, 1:, 1:] - corners[:, :-1, 1:] - corners[:, 1:, :-1] + corners[:, :-1, :-1]
     return seen.astype(np.float32, copy=False)
 
 
-def _normalized(seen: Floats) -> Floats:
+def _normalized(cells: Floats) -> Floats:
     """(N, cells, cells, 3) -> (N, 3 cells²): each channel without its mean, all of them of length 1; 0 where flat."""
-    flat = (seen - seen.mean(axis=(1, 2), keepdims=True)).reshape(len(seen), -1)
+    flat = (cells - cells.mean(axis=(1, 2), keepdims=True)).reshape(len(cells), -1)
     length = np.linalg.norm(flat, axis=1, keepdims=True)
     return np.divide(flat, length, out=np.zeros_like(flat), where=length > 1e-3)

@@ -13,8 +13,8 @@ DEPTH = 2
 
 
 @contextmanager
-def ahead(items: Iterator[Item], *, wanted: Callable[[], bool] = lambda: True) -> Iterator[Iterator[Item]]:
-    """Inside, an iterator over the same items, the next two of which are made by one thread before they are asked for.
+def ahead(items: Iterator[Item], *, allowed: Callable[[], bool] = lambda: True) -> Iterator[Iterator[Item]]:
+    """Yield an iterator over `items`, the next two of which a thread prepares.
 
     What making one raises is raised where it is asked for. At the end of the block the thread is over.
 
@@ -27,7 +27,7 @@ def ahead(items: Iterator[Item], *, wanted: Callable[[], bool] = lambda: True) -
     def taken() -> Iterator[Item]:
         coming: deque[Future[Any]] = deque()
         while True:
-            while len(coming) <= DEPTH and wanted():
+            while len(coming) <= DEPTH and allowed():
                 coming.append(thread.submit(next, items, end))
             item: Any = coming.popleft().result() if coming else next(items, end)
             if item is end:

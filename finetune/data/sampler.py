@@ -79,10 +79,10 @@ class Sampler:
 
     def mean_weight(self, weights: Sequence[float]) -> float:
         """The mean over the visits of an epoch of what each example weighs."""
-        own = sum(weights[example] for example in self._examples.tolist())
+        total = sum(weights[example] for example in self._examples.tolist())
         turns = self._size - len(self._examples)
         theirs = sum(weights[example] for example in self._class_examples.tolist())
-        return (own + (turns * theirs / len(self._class_examples) if turns else 0.0)) / self._size
+        return (total + (turns * theirs / len(self._class_examples) if turns else 0.0)) / self._size
 
     def _visited(self, visits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The example of each visit, and how many times it was visited before."""
@@ -110,7 +110,7 @@ class Sampler:
     def _shapes_of(self, visits: np.ndarray) -> np.ndarray:
         return self._shapes[self._visited(visits)[0]]
 
-    def share(self, step: int, rank: int = 0, world: int = 1) -> tuple[list[Visit], slice]:
+    def share(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[list[Visit], slice]:
         """The visits of a step, those of one shape after each other, and which of them one process computes.
 
         Args:
@@ -121,47 +121,47 @@ class Sampler:
         Raises:
             UsageError: there are more processes than visits.
         """
-        if world > self.batch_size:
-            raise UsageError(f"{world} processes for steps of {self.batch_size} examples: some had nothing to do")
+        if world_size > self.batch_size:
+            raise UsageError(f"{world_size} processes for steps of {self.batch_size} examples: some had nothing to do")
         alike: dict[int, list[Visit]] = {}
         for visit in self.visits(step):
             alike.setdefault(self._shape_of[visit.example], []).append(visit)
-        together = [visit for some in alike.values() for visit in some]
-        return together, slice(rank * len(together) // world, (rank + 1) * len(together) // world)
+        visits = [visit for some in alike.values() for visit in some]
+        return visits, slice(rank * len(visits) // world_size, (rank + 1) * len(visits) // world_size)
 
-    def visited(self, steps: range, rank: int = 0, world: int = 1) -> list[int]:
+    def visited(self, steps: range, rank: int = 0, world_size: int = 1) -> list[int]:
         """The examples that one process visits in these steps, in the order of their first visits."""
         examples = dict[int, None]()
-        for visit in self.all_visits(steps, rank, world):
+        for visit in self.all_visits(steps, rank, world_size):
             examples[visit.example] = None
             if len(examples) == self._trained:
                 break
         return list(examples)
 
-    def all_visits(self, steps: range, rank: int = 0, world: int = 1) -> Iterator[Visit]:
+    def all_visits(self, steps: range, rank: int = 0, world_size: int = 1) -> Iterator[Visit]:
         """The visits of one process in these steps, one after the other."""
         for step in steps:
-            visits, own = self.share(step, rank, world)
-            yield from visits[own]
+            visits, local_slice = self.share(step, rank, world_size)
+            yield from visits[local_slice]
 
     def _steps(self, number: int) -> np.ndarray:
         """The steps of a round, a row each of visits as `_order` has them."""
-        own, _ = self._order(number)
-        early = self._order(number - 1)[1] if number else own[:0]
-        shapes = self._shapes_of(own)
+        visits, _ = self._order(number)
+        early = self._order(number - 1)[1] if number else visits[:0]
+        shapes = self._shapes_of(visits)
         by_shape = np.argsort(shapes, kind="stable")
         alike = np.split(by_shape, np.flatnonzero(np.diff(shapes[by_shape])) + 1)
         alike.sort(key=len)  # places in the order, of one shape each; the most frequent last
         begun = early.tolist()
         if begun:
             room = self.batch_size - len(begun)
-            begun += own[alike[-1][:room]].tolist()
+            begun += visits[alike[-1][:room]].tolist()
             alike[-1] = alike[-1][room:]
         rows, places, loose = [], [], []
         for same in alike:
             left = len(same) % self.batch_size
-            loose.append([(place, int(own[place])) for place in same[:left].tolist()])
-            rows.append(own[same[left:]].reshape(-1, self.batch_size))
+            loose.append([(place, int(visits[place])) for place in same[:left].tolist()])
+            rows.append(visits[same[left:]].reshape(-1, self.batch_size))
             places.append(same[left :: self.batch_size])
         for step in _packed([(-1, visit) for visit in begun], loose, self.batch_size):
             rows.append(np.array([[visit for _, visit in step]]))

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from finetune.data.captions import CAPTION_SUFFIXES, Texts
-from finetune.data.image_index import PictureMemory, Stamp
+from finetune.data.image_index import FileStamp, ImageIndex
 from finetune.data.listing import is_picture
 from finetune.data.masks import is_mask, masks_of
 from finetune.errors import DataError
@@ -60,14 +60,14 @@ class ShardIndex:
     """Why -> how many."""
 
 
-def index_of(shard: Path, memory: PictureMemory | None) -> ShardIndex:
+def index_of(shard: Path, memory: ImageIndex | None) -> ShardIndex:
     """What a shard holds in all, from `memory` if it is known there. Raises DataError as `pictures_of`."""
     remembered = _remembered(shard, memory)
     return _read(shard, memory)[0] if remembered is None else remembered
 
 
 def pictures_of(
-    shard: Path, memory: PictureMemory | None, numbers: Sequence[int] | None = None
+    shard: Path, memory: ImageIndex | None, numbers: Sequence[int] | None = None
 ) -> tuple[ShardIndex, list[ShardPicture]]:
     """What a shard holds in all, and its pictures with these numbers, from `memory` if they are known there.
 
@@ -87,9 +87,9 @@ def pictures_of(
     return index, pictures if numbers is None else [pictures[number] for number in numbers]
 
 
-def _remembered(shard: Path, memory: PictureMemory | None) -> ShardIndex | None:
+def _remembered(shard: Path, memory: ImageIndex | None) -> ShardIndex | None:
     try:
-        text = memory.shard(shard, Stamp.of(shard)) if memory is not None else None
+        text = memory.shard(shard, FileStamp.read(shard)) if memory is not None else None
     except OSError as error:
         raise DataError(f"{shard}: {error.strerror}") from error
     remembered = json.loads(text) if text is not None else {}
@@ -119,11 +119,11 @@ class _Members:
     captions: int = 0
 
 
-def _read(shard: Path, memory: PictureMemory | None) -> tuple[ShardIndex, list[ShardPicture]]:
+def _read(shard: Path, memory: ImageIndex | None) -> tuple[ShardIndex, list[ShardPicture]]:
     """Read all headers and captions, and remember what they say."""
     members, skipped = _Members(), Counter[str]()
     try:
-        stamp = Stamp.of(shard)
+        stamp = FileStamp.read(shard)
         with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             before = -1
             while (member := tar.next()) is not None:

@@ -9,8 +9,8 @@ from typing import Literal
 from finetune.data.buckets import Buckets
 from finetune.data.captions import Caption, Texts, first_caption
 from finetune.data.data_source import folder_of, is_pattern
-from finetune.data.image_dataset import Ledger, PictureFiles
-from finetune.data.image_index import PictureMemory
+from finetune.data.image_dataset import ImageFileDataset, Ledger
+from finetune.data.image_index import ImageIndex
 from finetune.data.images import Member, PictureFile
 from finetune.data.listing import is_picture
 from finetune.data.masks import checked_masks
@@ -21,7 +21,7 @@ from finetune.errors import DataError, UsageError
 SUFFIX = ".tar"
 
 
-class TarShards(PictureFiles):
+class TarShards(ImageFileDataset):
     """The pictures in tar files, KEY.jpg or another ending, with KEY.txt, KEY.caption or KEY.json beside them, and
     KEY.mask.png.
 
@@ -58,7 +58,7 @@ class TarShards(PictureFiles):
         background: str = WHITE,
         caption_lines: Literal["joined", "chosen"] = "joined",
         masks: Literal["files", "files and alpha", "none"] = "files",
-        memory: PictureMemory | None = None,
+        memory: ImageIndex | None = None,
         part: Sequence[int] | None = None,
     ) -> None:
         transform = Preprocess(
@@ -102,19 +102,19 @@ class TarShards(PictureFiles):
         return self._members[place]
 
     def ledger(self) -> Ledger:
-        own = super().ledger()
+        ledger = super().ledger()
         lonely = {"masks without a picture": self._lonely_masks} if self._lonely_masks else {}
-        skipped = {**lonely, **dict(sorted(self._skipped.items())), **own.skipped}
+        skipped = {**lonely, **dict(sorted(self._skipped.items())), **ledger.skipped}
         masks = len(set(self._masks.values()))
-        total = own.found + self._captions + masks + self._lonely_masks + sum(self._skipped.values())
-        return own._replace(found=total, captions=self._captions, masks=masks, skipped=skipped)
+        total = ledger.found + self._captions + masks + self._lonely_masks + sum(self._skipped.values())
+        return ledger._replace(found=total, captions=self._captions, masks=masks, skipped=skipped)
 
     def notes(self) -> list[str]:
         return [*super().notes(), *(f"in the shards, {why}: {count}" for why, count in sorted(self._skipped.items()))]
 
 
 def _opened(
-    shards: Sequence[Path], memory: PictureMemory | None, part: Sequence[int] | None
+    shards: Sequence[Path], memory: ImageIndex | None, part: Sequence[int] | None
 ) -> tuple[list[tuple[Member, ShardPicture]], dict[Path, ShardIndex]]:
     """The pictures with these rising numbers, counted through all shards, or all; and what each shard holds in all."""
     members, indices = list[tuple[Member, ShardPicture]](), dict[Path, ShardIndex]()

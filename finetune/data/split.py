@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
-from finetune.data.image_dataset import Pictures
-from finetune.data.image_index import PictureMemory
-from finetune.data.near_duplicates import Look, alike, look
+from finetune.data.image_dataset import ImageDataset
+from finetune.data.image_index import ImageIndex
+from finetune.data.near_duplicates import Thumbnail, make_thumbnail, near_duplicates
 from finetune.seeding import fold, wide_fold
 
 FEWEST = 2
@@ -33,7 +33,7 @@ def default_fraction(pictures: int) -> float:
     return min(_FRACTION, _MOST / pictures) if pictures >= _FEWEST_TO_SPLIT else 0.0
 
 
-def held_out(pictures: Pictures, fraction: float, seed: int, memory: PictureMemory | None = None) -> list[int]:
+def held_out(pictures: ImageDataset, fraction: float, seed: int, memory: ImageIndex | None = None) -> list[int]:
     """The numbers of the pictures that are held out, of those of the subject.
 
     Near duplicates are together on one side: that which the largest of them draws from its bytes and the seed. So a
@@ -50,8 +50,8 @@ def held_out(pictures: Pictures, fraction: float, seed: int, memory: PictureMemo
         return []
     contents = _contents(pictures)
     key = wide_fold(_METHOD, seed, repr(fraction), *contents)
-    if memory is not None and (known := memory.split(key)) is not None:
-        return known
+    if memory is not None and (remembered := memory.split(key)) is not None:
+        return remembered
     draws = [fold(seed, "held out", content) / 2**63 for content in contents]
     order = sorted(range(len(draws)), key=draws.__getitem__)
     candidates = order[: max(_SPARE, sum(draw < fraction for draw in draws))]
@@ -69,19 +69,19 @@ def held_out(pictures: Pictures, fraction: float, seed: int, memory: PictureMemo
     return indices
 
 
-def shown_elsewhere(pictures: Pictures, held: Sequence[int]) -> list[int]:
-    """Those of the pictures held out that are near duplicates of one that is trained on."""
+def shown_elsewhere(pictures: ImageDataset, held: Sequence[int]) -> list[int]:
+    """Return the held-out pictures that are near duplicates of a picture that is trained on."""
     contents, trained = _contents(pictures, len(pictures)), set(range(len(pictures))).difference(held)
     neighbours = _Neighbours(pictures, contents)
-    return [index for index, near in zip(held, neighbours.of(held), strict=True) if near & trained]
+    return [index for index, similar in zip(held, neighbours.find(held), strict=True) if similar & trained]
 
 
-def _contents(pictures: Pictures, count: int | None = None) -> list[str]:
+def _contents(pictures: ImageDataset, count: int | None = None) -> list[str]:
     """A digest of each of the first `count` pictures, unless given of all of the subject."""
     count = pictures.subjects if count is None else count
     if len(pictures.contents) == len(pictures):
         return list(pictures.contents[:count])
-    return [pictures.checked(index).digest for index in range(count)]
+    return [pictures.image_info(index).digest for index in range(count)]
 
 
 class _Rank(NamedTuple):
@@ -92,31 +92,33 @@ class _Rank(NamedTuple):
     place: int
 
 
-def _leader(pictures: Pictures, contents: Sequence[str], group: set[int]) -> int:
+def _leader(pictures: ImageDataset, contents: Sequence[str], group: set[int]) -> int:
     def rank(index: int) -> _Rank:
-        width, height = pictures.checked(index).size
+        width, height = pictures.image_info(index).size
         return _Rank(width * height, contents[index], -index)
 
     return max(group, key=rank)
 
 
-def _groups(pictures: Pictures, contents: Sequence[str], candidates: Sequence[int], most: int) -> dict[int, set[int]]:
+def _groups(
+    pictures: ImageDataset, contents: Sequence[str], candidates: Sequence[int], most: int
+) -> dict[int, set[int]]:
     """Each candidate with all that it is joined to by near duplicates; groups of more than `most` are not finished."""
-    neighbours, known = _Neighbours(pictures, contents), dict[int, set[int]]()
+    neighbours, reached = _Neighbours(pictures, contents), dict[int, set[int]]()
     frontier = list(candidates)
     while True:
-        known |= zip(frontier, neighbours.of(frontier), strict=True)
-        groups = {candidate: _reached(candidate, known) for candidate in candidates}
+        reached |= zip(frontier, neighbours.find(frontier), strict=True)
+        groups = {candidate: _reached(candidate, reached) for candidate in candidates}
         open_groups = [group for group in groups.values() if len(group) <= most]
-        frontier = sorted(set().union(*open_groups) - known.keys())
+        frontier = sorted(set().union(*open_groups) - reached.keys())
         if not frontier:
             return groups
 
 
-def _reached(start: int, known: dict[int, set[int]]) -> set[int]:
+def _reached(start: int, groups: dict[int, set[int]]) -> set[int]:
     reached, waiting = {start}, [start]
     while waiting:
-        new = known.get(waiting.pop(), set()) - reached
+        new = groups.get(waiting.pop(), set()) - reached
         reached |= new
         waiting += new
     return reached
@@ -125,23 +127,25 @@ def _reached(start: int, known: dict[int, set[int]]) -> set[int]:
 class _Neighbours:
     """The near duplicates of pictures: exact ones always, others where there are not too many to compare them all."""
 
-    def __init__(self, pictures: Pictures, contents: Sequence[str]) -> None:
+    def __init__(self, pictures: ImageDataset, contents: Sequence[str]) -> None:
         self._same: dict[str, set[int]] = {}
         for index, content in enumerate(contents):
             self._same.setdefault(content, set()).add(index)
         self._contents = contents
-        self._looks = _looks(pictures, len(contents)) if len(contents) <= MOST_COMPARED else []
+        self._thumbnails = _thumbnails(pictures, len(contents)) if len(contents) <= MOST_COMPARED else []
 
-    def of(self, wanted: Sequence[int]) -> list[set[int]]:
-        """Of each of these pictures."""
-        near = alike(self._looks, wanted) if self._looks and wanted else [set[int]() for _ in wanted]
-        return [(self._same[self._contents[i]] | similar) - {i} for i, similar in zip(wanted, near, strict=True)]
+    def find(self, indices: Sequence[int]) -> list[set[int]]:
+        """Return the near duplicates of each of these pictures."""
+        similar = [set[int]() for _ in indices]
+        if self._thumbnails and indices:
+            similar = near_duplicates(self._thumbnails, indices)
+        return [(self._same[self._contents[i]] | some) - {i} for i, some in zip(indices, similar, strict=True)]
 
 
-def _looks(pictures: Pictures, count: int) -> list[Look]:
-    def of(index: int) -> Look:
-        return look(pictures[index].image)
+def _thumbnails(pictures: ImageDataset, count: int) -> list[Thumbnail]:
+    def thumbnail(index: int) -> Thumbnail:
+        return make_thumbnail(pictures[index].image)
 
     with ThreadPoolExecutor() as pool:
-        told = tqdm(pool.map(of, range(count)), total=count, desc="comparing pictures", delay=3, leave=False)
-        return list(told)
+        progress = tqdm(pool.map(thumbnail, range(count)), total=count, desc="comparing pictures", delay=3, leave=False)
+        return list(progress)

@@ -15,10 +15,10 @@ from finetune.seeding import uniform
 WHITE = "white"
 
 PREPROCESSING = 1
-"""Raised when the same picture and `Placement` come to other pixels: what was encoded before is then encoded anew."""
+"""Raised when the same picture and `Crop` come to other pixels: what was encoded before is then encoded again."""
 
 
-class Placement(NamedTuple):
+class Crop(NamedTuple):
     """Which pixels of a picture are trained on: scaled to a size, and a rectangle cut out of that."""
 
     original: tuple[int, int]
@@ -43,9 +43,9 @@ class Placement(NamedTuple):
         return (*self.original, top, self.scaled[1] - width - left if flip else left, height, width)
 
 
-def whole(width: int, height: int) -> Placement:
+def whole(width: int, height: int) -> Crop:
     """The picture as it is."""
-    return Placement((height, width), (height, width), (0, 0), (height, width))
+    return Crop((height, width), (height, width), (0, 0), (height, width))
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,12 @@ class Preprocess:
         """Pixels and geometry of an upright RGB picture; a pure function of picture, key and flip.
 
         Returns:
-            pixels (3, H, W) uint8, and geometry (6,) int64, see `Placement.geometry`.
+            pixels (3, H, W) uint8, and geometry (6,) int64, see `Crop.geometry`.
         """
         placement = self.place(image.width, image.height, key)
         return placement.pixels(image, flip), torch.tensor(placement.geometry(flip))
 
-    def place(self, width: int, height: int, key: int) -> Placement:
+    def place(self, width: int, height: int, key: int) -> Crop:
         """Where the result lies in a picture of this size; a random crop is drawn from the key."""
         size = self.size(width, height)
         scaled = size if self.resize_mode == "squash" else _covering(size, width, height)
@@ -101,7 +101,7 @@ class Preprocess:
         else:
             place = uniform(torch.tensor([key]), "crop").item()  # one draw: only one side has room
             corner = int(place * (spare[0] + 1)), int(place * (spare[1] + 1))
-        return Placement((height, width), scaled, corner, size)
+        return Crop((height, width), scaled, corner, size)
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Height and width of the result for a picture of this size."""

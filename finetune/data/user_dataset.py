@@ -6,14 +6,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
 from finetune.data.captions import first_caption
-from finetune.data.image_checks import Checked
-from finetune.data.image_dataset import Example, Pictures
+from finetune.data.image_checks import ImageInfo
+from finetune.data.image_dataset import Example, ImageDataset
 from finetune.data.images import digest_of, to_rgb
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError, UsageError
 
 
-class Rows(Protocol):
+class MapDataset(Protocol):
     """Any map-style dataset of (PIL picture, caption, id)."""
 
     def __len__(self) -> int: ...
@@ -21,7 +21,7 @@ class Rows(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class OwnPictures(Pictures):
+class UserDataset(ImageDataset):
     """Rows of (picture, caption, id) that are trained on like a folder of pictures.
 
     Args:
@@ -37,7 +37,7 @@ class OwnPictures(Pictures):
 
     def __init__(
         self,
-        rows: Rows,
+        rows: MapDataset,
         prompt: str | None = None,
         *,
         trigger: str | None = None,
@@ -45,7 +45,7 @@ class OwnPictures(Pictures):
     ):
         if not len(rows):
             raise DataError("the dataset is empty")
-        self._rows, self._known = rows, dict[int, Checked]()
+        self._rows, self._known = rows, dict[int, ImageInfo]()
         ids, texts, contents = (getattr(rows, name, None) for name in ("ids", "captions", "contents"))
         if ids is None or texts is None:
             opened = [_checked(rows[index], index) for index in range(len(rows))]
@@ -61,10 +61,10 @@ class OwnPictures(Pictures):
     def __getitem__(self, index: int) -> Example:
         return Example(_checked(self._rows[index], index)[0], self.captions[index], self.ids[index])
 
-    def checked(self, index: int) -> Checked:
+    def image_info(self, index: int) -> ImageInfo:
         if index not in self._known:
             image = to_rgb(self[index].image)
-            self._known[index] = Checked(image.size, _digest(image))
+            self._known[index] = ImageInfo(image.size, _digest(image))
         return self._known[index]
 
 
@@ -81,12 +81,12 @@ def refuse_unindexed(dataset: object) -> None:
         )
 
 
-def as_pictures(dataset: Pictures | Rows) -> Pictures:
+def as_pictures(dataset: ImageDataset | MapDataset) -> ImageDataset:
     """The dataset if it is one of ours; rows of the user's own are checked, and keep a Preprocess that they have."""
-    if isinstance(dataset, Pictures):
+    if isinstance(dataset, ImageDataset):
         return dataset
     refuse_unindexed(dataset)
-    return OwnPictures(dataset, transform=getattr(dataset, "transform", None))
+    return UserDataset(dataset, transform=getattr(dataset, "transform", None))
 
 
 def _digest(image: Image.Image) -> str:

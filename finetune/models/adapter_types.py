@@ -26,13 +26,13 @@ def settings_of(
     kind: Kind, rank: int, alpha: float, dropout: float, target_modules: Sequence[str], block_ranks: Mapping[str, float]
 ) -> Any:
     """peft's config for a kind of adapter; see `finetune.models.lora.add_lora`."""
-    if any(own < 1 or own != int(own) for own in block_ranks.values()):
+    if any(ranks < 1 or ranks != int(ranks) for ranks in block_ranks.values()):
         raise UsageError("block_rank: a rank is a whole number, 1 or more")
-    own = {_pattern(begin, block_ranks): int(rank) for begin, rank in block_ranks.items()}
-    if kind == "rslora" and own:
+    ranks = {_pattern(begin, block_ranks): int(rank) for begin, rank in block_ranks.items()}
+    if kind == "rslora" and ranks:
         why = "with rslora each rank has an alpha of its own, and diffusers reads such files wrongly"
         raise UsageError(f"block_rank: {why}")
-    shared: dict[str, Any] = {"r": rank, "target_modules": list(target_modules), "rank_pattern": own}
+    shared: dict[str, Any] = {"r": rank, "target_modules": list(target_modules), "rank_pattern": ranks}
     if kind == "loha":
         return LoHaConfig(alpha=alpha, **shared)  # pyright: ignore[reportArgumentType]
     if kind == "lokr":
@@ -56,8 +56,8 @@ def _pattern(begin: str, begins: Iterable[str]) -> str:
 def read_settings(settings: dict[str, Any]) -> Any:
     """peft's config from what a file says of a LoHa or LoKr."""
     kind = {"LOHA": LoHaConfig, "LOKR": LoKrConfig}[settings["peft_type"]]
-    known = set(kind.__dataclass_fields__)
-    return kind(**{name: value for name, value in settings.items() if name in known})
+    fields = set(kind.__dataclass_fields__)
+    return kind(**{name: value for name, value in settings.items() if name in fields})
 
 
 def kind_of(settings: Any) -> Kind:

@@ -93,13 +93,13 @@ def _named(content: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each tensor contiguous, and with memory of its own where another one shares it: a file has no place for that."""
-    seen: set[int] = set()
+    storages: set[int] = set()
     apart = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().to_dense().contiguous()
         place, size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-        apart[name] = tensor.clone() if place in seen or size > tensor.nbytes else tensor
-        seen.add(place)
+        apart[name] = tensor.clone() if place in storages or size > tensor.nbytes else tensor
+        storages.add(place)
     return apart
 
 

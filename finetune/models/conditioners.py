@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finetune.models.environment import numeric_environment
-from finetune.models.fixed_batch import FixedParts, captions_at_once
+from finetune.models.fixed_batch import FixedBatches, caption_batch_size
 from finetune.models.weights import fingerprint
 
 
@@ -22,7 +22,7 @@ class Conditioner(Protocol):
 
     tokenizer: CLIPTokenizer | None
     """What cuts prompts into tokens; None where there are no prompts."""
-    parts: FixedParts
+    fixed_batches: FixedBatches
     """Computes prompts in parts of one size."""
 
     @property
@@ -40,7 +40,7 @@ class Conditioner(Protocol):
         ...
 
     @property
-    def at_once(self) -> int:
+    def batch_size(self) -> int:
         """How many prompts `encode` computes together: give it as many, where there are."""
         ...
 
@@ -69,10 +69,10 @@ class NoCondition:
 
     tokenizer = None
     token_limit = 0
-    at_once = 1
+    batch_size = 1
     fingerprint = "none"
     environment = ""
-    parts = FixedParts()
+    fixed_batches = FixedBatches()
 
     def to(self, device: torch.device | str) -> Self:
         return self
@@ -116,7 +116,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int) -> T
     return torch.tensor(result)
 
 
-def joined(states: Sequence[Tensor]) -> Tensor:
+def join_chunks(states: Sequence[Tensor]) -> Tensor:
     """Hidden states of the chunks, (B, 77, D) each -> (B, L, D): one pair of marks around the words of all."""
     if len(states) == 1:
         return states[0]
@@ -155,7 +155,7 @@ class ClipConditioner:
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder.requires_grad_(False).eval()
         self.chunks = chunks_of(max_token_length)
-        self.parts = FixedParts()
+        self.fixed_batches = FixedBatches()
         self.clip_skip = clip_skip
 
     @cached_property
@@ -185,16 +185,16 @@ class ClipConditioner:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts -> {"encoder_hidden_states": (B, L, D)} with L = 77, or 75 x chunks + 2."""
-        (states,) = self.parts(self._states, self.tokenize(prompts), self.at_once)
+        (states,) = self.fixed_batches(self._states, self.tokenize(prompts), self.batch_size)
         return {"encoder_hidden_states": states}
 
     @property
-    def at_once(self) -> int:
-        return self.parts.size(captions_at_once(self.text_encoder.device))
+    def batch_size(self) -> int:
+        return self.fixed_batches.size(caption_batch_size(self.text_encoder.device))
 
     def _states(self, tokens: Tensor) -> tuple[Tensor]:
         tokens = tokens.to(self.text_encoder.device)
-        return (joined([self._hidden(tokens[:, i]) for i in range(self.chunks)]),)
+        return (join_chunks([self._hidden(tokens[:, i]) for i in range(self.chunks)]),)
 
     def _hidden(self, tokens: Tensor) -> Tensor:
         if self.clip_skip is None or self.clip_skip == 1:
@@ -238,7 +238,7 @@ class SdxlConditioner:
         for encoder in text_encoders:
             encoder.requires_grad_(False).eval()
         self.chunks = chunks_of(max_token_length)
-        self.parts = FixedParts()
+        self.fixed_batches = FixedBatches()
         self.clip_skip = clip_skip or 2
         self.zeros_for_empty = zeros_for_empty
 
@@ -267,19 +267,19 @@ class SdxlConditioner:
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts -> {"encoder_hidden_states": (B, L, D1 + D2), "text_embeds": (B, P)}."""
         tokens = torch.stack([tokenize(tokenizer, prompts, self.chunks) for tokenizer in self.tokenizers], dim=1)
-        states, pooled = self.parts(self._states, tokens, self.at_once)
+        states, pooled = self.fixed_batches(self._states, tokens, self.batch_size)
         return {"encoder_hidden_states": states, "text_embeds": pooled}
 
     @property
-    def at_once(self) -> int:
-        return self.parts.size(captions_at_once(self.text_encoders[0].device))
+    def batch_size(self) -> int:
+        return self.fixed_batches.size(caption_batch_size(self.text_encoders[0].device))
 
     def _states(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids (B, encoders, chunks, 77) -> hidden states of both side by side, and the pooled embedding."""
         sides, pooled = [], []
         for encoder, ids in zip(self.text_encoders, tokens.to(self.text_encoders[0].device).unbind(1), strict=True):
             answers = [encoder(ids[:, i], output_hidden_states=True) for i in range(self.chunks)]
-            sides.append(joined([answer.hidden_states[-self.clip_skip] for answer in answers]))
+            sides.append(join_chunks([answer.hidden_states[-self.clip_skip] for answer in answers]))
             pooled.append(answers[0][0])  # the projection, of the encoder that has one
         return torch.cat(sides, dim=-1), pooled[-1]
 
@@ -292,12 +292,12 @@ class SdxlConditioner:
         }
 
     def pipeline_arguments(self, prompt: str, negative_prompt: str) -> Mapping[str, Any]:
-        wanted, unwanted = self.encode([prompt]), self.encode([negative_prompt])
+        positive, unwanted = self.encode([prompt]), self.encode([negative_prompt])
         if self.zeros_for_empty and not negative_prompt:
             unwanted = {name: torch.zeros_like(tensor) for name, tensor in unwanted.items()}
         return {
-            "prompt_embeds": wanted["encoder_hidden_states"],
-            "pooled_prompt_embeds": wanted["text_embeds"],
+            "prompt_embeds": positive["encoder_hidden_states"],
+            "pooled_prompt_embeds": positive["text_embeds"],
             "negative_prompt_embeds": unwanted["encoder_hidden_states"],
             "negative_pooled_prompt_embeds": unwanted["text_embeds"],
         }

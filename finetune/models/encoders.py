@@ -12,14 +12,14 @@ from torch import Tensor
 
 from finetune import seeding
 from finetune.models.environment import numeric_environment
-from finetune.models.fixed_batch import FixedParts, pictures_at_once
+from finetune.models.fixed_batch import FixedBatches, image_batch_size
 from finetune.models.weights import fingerprint
 
 
 class Encoder(Protocol):
     """The frozen way from pixels in [-1, 1] to what the UNet denoises, and back."""
 
-    parts: FixedParts
+    fixed_batches: FixedBatches
     """Computes pictures in parts of one size."""
 
     @property
@@ -36,7 +36,7 @@ class Encoder(Protocol):
         """(B, 3, H, W) in [-1, 1] -> what is stored of each picture."""
         ...
 
-    def at_once(self, height: int, width: int) -> int:
+    def batch_size(self, height: int, width: int) -> int:
         """How many pictures of this size `encode` computes together: give it as many, where there are."""
         ...
 
@@ -54,13 +54,13 @@ class Encoder(Protocol):
 class VaeEncoder:
     """A frozen AutoencoderKL. Scaling and shift factors come from its config.
 
-    What is stored is the posterior's mean and std, (B, 2C, H/f, W/f), so that every visit can sample it anew
+    What is stored is the posterior's mean and std, (B, 2C, H/f, W/f), so that every visit can sample it again
     (Kingma & Welling 2013, eq. 10), as live encoding would.
     """
 
     def __init__(self, vae: AutoencoderKL):
         self.vae = vae.requires_grad_(False).eval()
-        self.parts = FixedParts()
+        self.fixed_batches = FixedBatches()
         self.scaling_factor: float = vae.config["scaling_factor"]
         self.shift_factor: float = vae.config.get("shift_factor") or 0.0
 
@@ -82,11 +82,11 @@ class VaeEncoder:
 
         A picture's bits do not depend on its neighbours.
         """
-        (stored,) = self.parts(self._posteriors, pixels, self.at_once(pixels.shape[-2], pixels.shape[-1]))
+        (stored,) = self.fixed_batches(self._posteriors, pixels, self.batch_size(pixels.shape[-2], pixels.shape[-1]))
         return stored
 
-    def at_once(self, height: int, width: int) -> int:
-        return self.parts.size(pictures_at_once(self.vae.device, height, width))
+    def batch_size(self, height: int, width: int) -> int:
+        return self.fixed_batches.size(image_batch_size(self.vae.device, height, width))
 
     def _posteriors(self, pixels: Tensor) -> tuple[Tensor]:
         posteriors = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
@@ -110,7 +110,7 @@ class PixelEncoder:
 
     fingerprint = "pixels"
     environment = ""
-    parts = FixedParts()
+    fixed_batches = FixedBatches()
 
     def to(self, device: torch.device | str) -> Self:
         return self
@@ -119,7 +119,7 @@ class PixelEncoder:
         """(B, 3, H, W) in [-1, 1] -> uint8; exact for pixels that came from bytes."""
         return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
-    def at_once(self, height: int, width: int) -> int:
+    def batch_size(self, height: int, width: int) -> int:
         return 1
 
     def sample(self, stored: Tensor, keys: Tensor, purpose: str = "latent sample") -> Tensor:

@@ -23,7 +23,7 @@ class Family:
     """The repository on the Hugging Face hub that the short name stands for; None when built or embedded here."""
     pipeline: str = "StableDiffusionPipeline"
     """The class of diffusers that draws with it."""
-    parts: tuple[str, ...] = _STABLE_DIFFUSION
+    components: tuple[str, ...] = _STABLE_DIFFUSION
     """The folders of that pipeline."""
     layout: str | None = None
     """Whose layout it has in a checkpoint in one file: "sd15", "sd21" or "sdxl"; None: there is none for it."""
@@ -31,19 +31,19 @@ class Family:
     """A network that gains nothing from half precision on a CPU."""
     inpainting: bool = False
     """Its UNet is shown a picture with a hole beside x_t, and paints what belongs there."""
-    few_words: bool = False
+    tiny_vocabulary: bool = False
     """Its tokenizer knows so few words that others are worth telling."""
-    world: str = "everyday"
+    probe_prompts: str = "everyday"
     """What it knew before: a list of prompts in `assets/prompts`."""
     guidance_scale: float = 7.5
     """Classifier-free guidance that its pictures look best with."""
-    suited: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    default_overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Method, or "both" -> options whose defaults are this family's own."""
 
     @property
     def latent(self) -> bool:
         """True: a VAE and a text encoder stand around the UNet. False: pixel space."""
-        return "vae" in self.parts
+        return "vae" in self.components
 
     def is_small(self, resolution: int) -> bool:
         """Whether its network at this resolution gains nothing from half precision on a CPU."""
@@ -71,10 +71,10 @@ _OWN: dict[str, Family] = {
             1024,
             "stabilityai/stable-diffusion-xl-base-1.0",
             pipeline="StableDiffusionXLPipeline",
-            parts=_TWO_ENCODERS,
+            components=_TWO_ENCODERS,
             layout="sdxl",
             guidance_scale=5.0,
-            suited={
+            default_overrides={
                 "both": {"train_batch_size": 1, "gradient_accumulation_steps": 4},
                 "full": {"learning_rate": 1e-6},
             },
@@ -84,27 +84,27 @@ _OWN: dict[str, Family] = {
             "a pixel-space UNet2DModel, from scratch",
             64,
             pipeline="DDPMPipeline",
-            parts=("unet", "scheduler"),
+            components=("unet", "scheduler"),
         ),
         Family(
             "tiny",
             "an embedded Stable Diffusion for trying things out, no download",
             64,
             small=True,
-            few_words=True,
-            world="tiny",
+            tiny_vocabulary=True,
+            probe_prompts="tiny",
             guidance_scale=3.0,
-            suited=TINY,
+            default_overrides=TINY,
         ),
     )
 }
 
 
-def _inpainting(of: str, hub_id: str, pipeline: str, resolution: int) -> Family:
-    base = _OWN[of]
+def _inpainting(base_name: str, hub_id: str, pipeline: str, resolution: int) -> Family:
+    base = _OWN[base_name]
     description = f"{base.description.removesuffix(' (v-prediction)')}, inpainting"
     changes = {"hub_id": hub_id, "pipeline": pipeline, "resolution": resolution, "inpainting": True}
-    return replace(base, name=f"{of}-inpainting", description=description, **changes)
+    return replace(base, name=f"{base_name}-inpainting", description=description, **changes)
 
 
 _INPAINT, _XL_INPAINT = "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"
@@ -166,7 +166,7 @@ def defaults(
     }
     if not family.latent:
         values |= _pixel_defaults(pictures, resolution, scratch=scratch)
-    values |= dict(family.suited.get("both", {})) | dict(family.suited.get(method, {}))
+    values |= dict(family.default_overrides.get("both", {})) | dict(family.default_overrides.get(method, {}))
     return values | _optimizer_defaults(optimizer, method, values["learning_rate"])
 
 
@@ -186,14 +186,14 @@ def _pixel_defaults(pictures: int, resolution: int, *, scratch: bool) -> dict[st
     and butterflies after 1000.
     """
     small = resolution <= 64
-    epochs, seen = (100, 16_000) if small else (50, 50_000)
+    epochs, images = (100, 16_000) if small else (50, 50_000)
     return {
         "train_batch_size": 16,
         "learning_rate": 4e-4 if small and scratch else 1e-4,
         "lr_scheduler": "constant" if small else "cosine",
         "adam_beta1": 0.95 if small else 0.9,
         "use_ema": small,
-        "num_train_epochs": max(epochs, ceil(seen / pictures)) if scratch else epochs,
+        "num_train_epochs": max(epochs, ceil(images / pictures)) if scratch else epochs,
         "num_inference_steps": 50,
         "eval_batch_size": 16,
     }

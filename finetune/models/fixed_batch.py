@@ -17,18 +17,18 @@ _PIXELS = 4 * 512**2
 """Together, at most, unless one has more: an H100 encodes four pictures at 512 px in 2.5 times the time of one."""
 
 
-def captions_at_once(device: torch.device) -> int:
+def caption_batch_size(device: torch.device) -> int:
     """How many captions a text encoder on `device` computes at once: one by one on a CPU, which gains nothing."""
     return 1 if device.type == "cpu" else _CAPTIONS
 
 
-def pictures_at_once(device: torch.device, height: int, width: int) -> int:
+def image_batch_size(device: torch.device, height: int, width: int) -> int:
     """How many pictures of so many pixels a VAE on `device` computes at once."""
     return 1 if device.type == "cpu" else max(1, min(_PICTURES, _PIXELS // (height * width)))
 
 
 @dataclass
-class FixedParts:
+class FixedBatches:
     """Computes rows in parts of one fixed size, and in smaller ones from the moment that memory runs out."""
 
     most: int | None = None
@@ -51,14 +51,16 @@ class FixedParts:
         """
 
         def attempt(size: int) -> tuple[Tensor, ...]:
-            answers = in_parts(compute, rows, size)
+            answers = run_in_fixed_batches(compute, rows, size)
             self.most = self.most if size == usual else size
             return answers
 
         return halved_until_it_fits(attempt, self.size(usual))
 
 
-def in_parts(compute: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor, size: int) -> tuple[Tensor, ...]:
+def run_in_fixed_batches(
+    compute: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor, size: int
+) -> tuple[Tensor, ...]:
     """What `compute` answers to rows, (B, ...), computed in parts of `size`, the last of which is filled with zeros.
 
     Args:
@@ -66,6 +68,6 @@ def in_parts(compute: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor, size
     """
     answers = []
     for part in rows.split(size):
-        whole = torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])
-        answers.append([answer[: len(part)] for answer in compute(whole)])
+        padded = torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])
+        answers.append([answer[: len(part)] for answer in compute(padded)])
     return tuple(torch.cat(column) for column in zip(*answers, strict=True))

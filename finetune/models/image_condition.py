@@ -6,7 +6,7 @@ from torch import Tensor
 from finetune.models.encoders import Encoder
 
 
-def with_shown(encoder: Encoder, stored: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+def split_inpainting_latents(encoder: Encoder, stored: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """What is stored of pictures alone, and the channels for the UNet.
 
     Args:
@@ -19,19 +19,19 @@ def with_shown(encoder: Encoder, stored: Tensor, keys: Tensor) -> tuple[Tensor, 
     """
     channels = stored.shape[1] // 2
     pictures, left, mask = stored.split([channels, channels, 1], dim=1)
-    return pictures, beside(encoder, left, mask, keys)
+    return pictures, inpainting_channels(encoder, left, mask, keys)
 
 
-def nothing_shown(encoder: Encoder, keys: Tensor, side: int) -> Tensor:
-    """The same channels for pictures of `side` pixels of which everything is to be painted: keys (B,), so (B, 1 + C).
+def fully_masked_channels(encoder: Encoder, keys: Tensor, side: int) -> Tensor:
+    """Return the channels for pictures of `side` pixels of which everything is to be painted: keys (B,), so (B, 1 + C).
 
     The encoder is used where it is; the answer is on the CPU.
     """
     stored = encoder.encode(torch.zeros(1, 3, side, side)).cpu()
     mask = torch.ones(len(keys), 1, *stored.shape[2:])
-    return beside(encoder, stored.expand(len(keys), -1, -1, -1), mask, keys)
+    return inpainting_channels(encoder, stored.expand(len(keys), -1, -1, -1), mask, keys)
 
 
-def beside(encoder: Encoder, left: Tensor, mask: Tensor, keys: Tensor) -> Tensor:
+def inpainting_channels(encoder: Encoder, left: Tensor, mask: Tensor, keys: Tensor) -> Tensor:
     """The channels for the UNet, (B, 1 + C, h, w), of what is stored of what is left (B, 2C, h, w) and the mask."""
     return torch.cat([mask, encoder.sample(left, keys, "sample of what is shown")], dim=1)

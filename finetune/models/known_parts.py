@@ -70,8 +70,8 @@ def _read(path: Path) -> Mapping[str, Any]:
 def _of_scheduler(config: Mapping[str, Any]) -> Iterator[str]:
     kind = config.get("_class_name")
     if kind not in SCHEDULERS:
-        known = ", ".join(name.removesuffix("Scheduler") for name in SCHEDULERS)
-        yield f"{kind} may be another noise process than is trained here; known schedulers are {known}"
+        supported = ", ".join(name.removesuffix("Scheduler") for name in SCHEDULERS)
+        yield f"{kind} may be another noise process than is trained here; known schedulers are {supported}"
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in PREDICTIONS:
         yield f"prediction_type is {prediction}; choose a model with one of {', '.join(PREDICTIONS)}"

@@ -170,7 +170,7 @@ def _openclip(text_encoder: Any, prefix: str) -> dict[str, Tensor]:
             tensors[prefix + theirs] = state[ours]
         else:
             thirds.setdefault(prefix + theirs, []).append(state[ours])
-    tensors |= {name: torch.cat(parts) for name, parts in thirds.items()}
+    tensors |= {name: torch.cat(projections) for name, projections in thirds.items()}
     if "text_projection.weight" in state:
         tensors[f"{prefix}text_projection"] = state["text_projection.weight"].T.contiguous()
     return tensors

@@ -20,7 +20,7 @@ from finetune.errors import ModelError, UsageError
 from finetune.models.conditioners import ClipConditioner, Conditioner, NoCondition, SdxlConditioner
 from finetune.models.encoders import Encoder, PixelEncoder, VaeEncoder
 from finetune.models.families import Family
-from finetune.models.model_info import Location, locate, scratch_multiple
+from finetune.models.model_info import ModelInfo, locate, scratch_multiple
 from finetune.models.source import ModelSource, open_source, vae_from, vae_from_file
 
 
@@ -34,9 +34,9 @@ class DiffusionModel:
     scheduler: DDPMScheduler
     """The training schedule; a DDPMScheduler made from the folder's config, whatever sampler that names."""
     family: Family
-    around: Callable[[Any], DiffusionPipeline]
+    make_pipeline: Callable[[Any], DiffusionPipeline]
     """A UNet -> the pipeline around it, with the folder's own sampler."""
-    own_files: Mapping[str, Path] = field(default_factory=dict)
+    component_dirs: Mapping[str, Path] = field(default_factory=dict)
     """Frozen part -> the folder it was read from; a checkpoint in one file has none."""
     new_prediction_type: str | None = None
     """What the UNet is to predict, where that is not what its folder says."""
@@ -48,7 +48,7 @@ class DiffusionModel:
 
     def pipeline(self) -> DiffusionPipeline:
         """A diffusers pipeline over the live UNet (no copy of any weight)."""
-        return self.around(self.unet)
+        return self.make_pipeline(self.unet)
 
     def to(self, device: torch.device | str) -> Self:
         """Move the UNet and the frozen parts."""
@@ -59,7 +59,7 @@ class DiffusionModel:
 
 
 def load_model(
-    name_or_path: str | Path | Location,
+    name_or_path: str | Path | ModelInfo,
     *,
     resolution: int | None = None,
     dtype: torch.dtype = torch.float32,
@@ -89,26 +89,26 @@ def load_model(
         UsageError: unknown name, or a resolution that the model cannot take.
         ModelError: a part is missing or damaged, or the hub is out of reach.
     """
-    model_info = name_or_path if isinstance(name_or_path, Location) else locate(str(name_or_path))
+    model_info = name_or_path if isinstance(name_or_path, ModelInfo) else locate(str(name_or_path))
     resolution = resolution or model_info.resolution
     check_resolution(model_info, resolution)
     changes = {"prediction_type": prediction_type} if prediction_type else {}
     if model_info.scratch:
         return _from_scratch(model_info, resolution, changes, seed)
     source = open_source(model_info, tokenizer)
-    own = dict(source.config("scheduler"))
-    scheduler = DDPMScheduler.from_config(own, **changes)
+    scheduler_config = dict(source.config("scheduler"))
+    scheduler = DDPMScheduler.from_config(scheduler_config, **changes)
     unet = source.unet(dtype)
     if isinstance(unet, UNet2DModel):
         # Pipelines draw in the size of the config; the folder's own name would be the user's, in every export.
         unet.register_to_config(sample_size=resolution, _name_or_path="")
         return _pixel_model(model_info, unet, scheduler)
-    sampler = _sampler(source.place, own, changes)
+    sampler = _sampler(source.place, scheduler_config, changes)
     frozen = _frozen(model_info, source, max_token_length, clip_skip, vae)
 
-    def around(unet: UNet2DConditionModel) -> DiffusionPipeline:
-        own = sampler.from_config(sampler.config)
-        return getattr(diffusers, model_info.family.pipeline)(unet=unet, scheduler=own, **frozen.parts)
+    def make_pipeline(unet: UNet2DConditionModel) -> DiffusionPipeline:
+        own_sampler = sampler.from_config(sampler.config)
+        return getattr(diffusers, model_info.family.pipeline)(unet=unet, scheduler=own_sampler, **frozen.components)
 
     model = DiffusionModel(
         unet=unet,
@@ -116,17 +116,17 @@ def load_model(
         conditioner=frozen.conditioner,
         scheduler=scheduler,
         family=model_info.family,
-        around=around,
-        own_files=frozen.own_files,
+        make_pipeline=make_pipeline,
+        component_dirs=frozen.component_dirs,
     )
-    if prediction_type != own.get("prediction_type", "epsilon"):
+    if prediction_type != scheduler_config.get("prediction_type", "epsilon"):
         model.new_prediction_type = prediction_type
     return model
 
 
 @contextmanager
 def without_library_bars() -> Iterator[None]:
-    """Inside, transformers and diffusers draw no bars for loading files; ours say what matters."""
+    """Turn off the progress bars of transformers and diffusers for loading files."""
     loggers = [library for library in (transformers_logging, diffusers_logging) if library.is_progress_bar_enabled()]
     for library in loggers:
         library.disable_progress_bar()
@@ -137,7 +137,7 @@ def without_library_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def check_resolution(model_info: Location, resolution: int) -> None:
+def check_resolution(model_info: ModelInfo, resolution: int) -> None:
     """Raise UsageError, naming the nearest that fit, unless the model can take pictures of this size."""
     multiple = scratch_multiple(resolution) if model_info.scratch else model_info.multiple
     if resolution % multiple:
@@ -149,7 +149,7 @@ def check_resolution(model_info: Location, resolution: int) -> None:
 
 
 def load_frozen(
-    model_info: Location,
+    model_info: ModelInfo,
     *,
     max_token_length: int = 77,
     clip_skip: int | None = None,
@@ -168,21 +168,23 @@ class Frozen:
 
     encoder: Encoder
     conditioner: Conditioner
-    parts: Mapping[str, Any] = field(default_factory=dict)
+    components: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the pipeline beside UNet and scheduler."""
-    own_files: Mapping[str, Path] = field(default_factory=dict)
+    component_dirs: Mapping[str, Path] = field(default_factory=dict)
     """See `DiffusionModel`."""
     inpainting: bool = False
     """See `DiffusionModel`."""
 
 
 def _frozen(
-    model_info: Location, source: ModelSource, max_token_length: int, clip_skip: int | None, other_vae: str | None
+    model_info: ModelInfo, source: ModelSource, max_token_length: int, clip_skip: int | None, other_vae: str | None
 ) -> Frozen:
     try:
         with without_library_bars():
             files = {
-                part: source.own_files(part) for part in model_info.family.parts if part not in ("unet", "scheduler")
+                part: source.component_dirs(part)
+                for part in model_info.family.components
+                if part not in ("unet", "scheduler")
             }
             if other_vae is None:
                 vae = source.vae()
@@ -192,7 +194,7 @@ def _frozen(
                 files["vae"] = _vae_folder(file)
                 vae = _other_vae(files["vae"], source)
             text: dict[str, Any] = {}
-            for part in model_info.family.parts:
+            for part in model_info.family.components:
                 if part.startswith("text_encoder"):
                     text[part] = source.text_encoder(part)
                 elif part.startswith("tokenizer"):
@@ -216,8 +218,10 @@ def _frozen(
     else:
         conditioner = ClipConditioner(text["tokenizer"], text["text_encoder"], max_token_length, clip_skip)
         more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    own_files = {part: folder for part, folder in files.items() if folder}
-    return Frozen(VaeEncoder(vae), conditioner, {"vae": vae, **text, **more}, own_files, model_info.family.inpainting)
+    component_dirs = {part: folder for part, folder in files.items() if folder}
+    return Frozen(
+        VaeEncoder(vae), conditioner, {"vae": vae, **text, **more}, component_dirs, model_info.family.inpainting
+    )
 
 
 def _vae_folder(folder: Path) -> Path:
@@ -231,17 +235,17 @@ def _vae_folder(folder: Path) -> Path:
 def _other_vae(folder: Path, source: ModelSource) -> AutoencoderKL:
     """The VAE in another folder. Raises ModelError for one with other latents."""
     vae = vae_from(folder)
-    own = source.config("vae")
+    vae_config = source.config("vae")
     for name, ours, theirs in (
-        ("latent channels", own["latent_channels"], vae.config["latent_channels"]),
-        ("levels", len(own["block_out_channels"]), len(vae.config["block_out_channels"])),
+        ("latent channels", vae_config["latent_channels"], vae.config["latent_channels"]),
+        ("levels", len(vae_config["block_out_channels"]), len(vae.config["block_out_channels"])),
     ):
         if ours != theirs:
             raise ModelError(f"vae {folder}: it has {theirs} {name}, the model needs {ours}")
     return vae
 
 
-def _from_scratch(model_info: Location, resolution: int, changes: dict[str, str], seed: int) -> DiffusionModel:
+def _from_scratch(model_info: ModelInfo, resolution: int, changes: dict[str, str], seed: int) -> DiffusionModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         unet = scratch_unet(resolution)
@@ -270,8 +274,8 @@ def scratch_unet(resolution: int) -> UNet2DModel:
     )
 
 
-def _pixel_model(model_info: Location, unet: UNet2DModel, scheduler: DDPMScheduler) -> DiffusionModel:
-    def around(unet: UNet2DModel) -> DiffusionPipeline:
+def _pixel_model(model_info: ModelInfo, unet: UNet2DModel, scheduler: DDPMScheduler) -> DiffusionModel:
+    def make_pipeline(unet: UNet2DModel) -> DiffusionPipeline:
         return getattr(diffusers, model_info.family.pipeline)(unet=unet, scheduler=scheduler)
 
     return DiffusionModel(
@@ -280,7 +284,7 @@ def _pixel_model(model_info: Location, unet: UNet2DModel, scheduler: DDPMSchedul
         conditioner=NoCondition(),
         scheduler=scheduler,
         family=model_info.family,
-        around=around,
+        make_pipeline=make_pipeline,
     )
 
 

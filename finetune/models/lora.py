@@ -115,8 +115,8 @@ def load_lora(unet: Any, folder: str | Path, name: str | None = None) -> None:
         ModelError: the file is damaged, or does not fit.
     """
     path = Path(folder) / LORA_FILE
-    told = Adapter.settings_in(Path(folder))
-    settings = {key.removeprefix(PEFT_PREFIX): value for key, value in told.items()}
+    metadata = Adapter.read_config(Path(folder))
+    settings = {key.removeprefix(PEFT_PREFIX): value for key, value in metadata.items()}
     try:
         if settings.get("peft_type", "LORA") == "LORA":
             unet.load_lora_adapter(folder, prefix="unet", weight_name=LORA_FILE, adapter_name=name)
@@ -161,12 +161,12 @@ class Adapter:
     """What diffusers calls an adapter that was added without a name."""
 
     @staticmethod
-    def of(unet: nn.Module) -> "Adapter | None":
+    def attached_to(unet: nn.Module) -> "Adapter | None":
         """The adapter on this UNet, if there is one."""
         return Adapter(unet) if getattr(unet, "peft_config", None) else None
 
     @staticmethod
-    def saved_in(folder: Path) -> bool:
+    def exists_in(folder: Path) -> bool:
         """True where `save` has written to this folder."""
         return (folder / LORA_FILE).is_file()
 
@@ -199,15 +199,15 @@ class Adapter:
         self.unet.unload_lora()
 
     @staticmethod
-    def told_in(path: Path) -> dict[str, str]:
+    def read_metadata(path: Path) -> dict[str, str]:
         """What a kohya file says of its run; not what follows from its tensors."""
         with safe_open(path, "pt") as file:
-            told: dict[str, str] = file.metadata() or {}
-        beside = ("ss_network_", LORA_ADAPTER_METADATA_KEY)
-        return {name: text for name, text in told.items() if not name.startswith(beside) and "hash" not in name}
+            metadata: dict[str, str] = file.metadata() or {}
+        prefixes = ("ss_network_", LORA_ADAPTER_METADATA_KEY)
+        return {name: text for name, text in metadata.items() if not name.startswith(prefixes) and "hash" not in name}
 
     @staticmethod
-    def settings_in(folder: Path) -> dict[str, Any]:
+    def read_config(folder: Path) -> dict[str, Any]:
         """What the file saved in `folder` says of its adapter. Raises ModelError when it is damaged."""
         try:
             with safe_open(folder / LORA_FILE, "pt") as file:
@@ -218,7 +218,7 @@ class Adapter:
     @staticmethod
     def how_to_load(folder: Path) -> str:
         """Python that puts the adapter saved in `folder` on a `pipeline`; the folder's name is to be filled in."""
-        settings = Adapter.settings_in(folder)
+        settings = Adapter.read_config(folder)
         load = 'pipeline.load_lora_weights("{}")'
         if settings.get(f"{PEFT_PREFIX}peft_type", "LORA") != "LORA":
             load = 'import finetune\nfinetune.load_lora(pipeline.unet, "{}")'
@@ -240,20 +240,20 @@ class Adapter:
         settings = self.unet.peft_config[self.name].to_dict()
         if "lora_dropout" in settings:
             settings["lora_dropout"] = 0.0
-        told = {f"unet.{n}": v for n, v in settings.items()}
+        metadata = {f"unet.{n}": v for n, v in settings.items()}
         if prediction_type is not None:
-            told[_PREDICTION_TYPE] = prediction_type
-        text = json.dumps(told, sort_keys=True, default=sorted)
+            metadata[_PREDICTION_TYPE] = prediction_type
+        text = json.dumps(metadata, sort_keys=True, default=sorted)
         # `save_file` would make the file private to the user
         (folder / LORA_FILE).write_bytes(save(self.state(dtype), {LORA_ADAPTER_METADATA_KEY: text}))
 
-    def save_kohya(self, path: Path, told: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
+    def save_kohya(self, path: Path, metadata: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
         """Write the adapter's tensors, or an earlier `state` of them, in kohya's layout, with what is `told` of them
         as metadata."""
         lora = LoraFile(dict(self.state() if state is None else state), self.alphas(), 0)
-        write_kohya(path, lora, told, self.unet.peft_config[self.name].r)
+        write_kohya(path, lora, metadata, self.unet.peft_config[self.name].r)
 
-    def take_over(self, path: Path) -> int:
+    def init_from(self, path: Path) -> int:
         """Start from a LoRA file in either layout; what it adds to the base is the same, whatever its alpha.
 
         Returns:
@@ -295,7 +295,7 @@ class Adapter:
 
     @contextmanager
     def rounded(self) -> Iterator[None]:
-        """Inside, the trained adapter has the base's dtype, which is what diffusers rounds a loaded one to."""
+        """Cast the trained adapter to the base's dtype for a while, as diffusers does with a loaded one."""
         learned = {parameter: parameter.data for parameter in trainable(self.unet)}
         dtype = self.unet.dtype  # diffusers looks through the whole module for it
         try:
@@ -307,11 +307,11 @@ class Adapter:
                 parameter.data = data
 
     def replaced_by_file(self, folder: Path) -> AbstractContextManager[None]:
-        """Inside, the UNet has the adapter that was saved in `folder` in place of its own."""
+        """Replace the UNet's adapter for a while by the one saved in `folder`."""
         return self._replaced(lambda: load_lora(self.unet, folder, _RELOADED))
 
     def replaced_by_kohya(self, path: Path) -> AbstractContextManager[None]:
-        """Inside, the UNet has the adapter of a kohya file in place of its own, as diffusers reads it."""
+        """Replace the UNet's adapter for a while by that of a kohya file, as diffusers reads it."""
 
         def load() -> None:
             state, alphas, *_ = StableDiffusionLoraLoaderMixin.lora_state_dict(load_file(path))

@@ -235,7 +235,7 @@ _LYCORIS = {"dora": "locon", "loha": "loha", "lokr": "lokr"}
 """What LyCORIS, the network module of sd-scripts that knows them, calls the kinds that sd-scripts itself has not."""
 
 
-def write_kohya(path: Path, lora: LoraFile, told: Mapping[str, str], rank: int | None = None) -> None:
+def write_kohya(path: Path, lora: LoraFile, metadata: Mapping[str, str], rank: int | None = None) -> None:
     """Write a file in kohya's layout.
 
     Args:
@@ -246,7 +246,7 @@ def write_kohya(path: Path, lora: LoraFile, told: Mapping[str, str], rank: int |
     """
     tensors = to_kohya(lora.tensors, lora.alphas)
     digest, algorithm = data_digest(tensors), _LYCORIS.get(lora.kind)
-    known = {
+    defaults = {
         "ss_network_module": "lycoris.kohya" if algorithm else "networks.lora",
         "ss_network_dim": str(rank or _usual(lora.ranks().values())),
         "ss_network_alpha": f"{_usual(lora.alphas.values()):g}",
@@ -255,8 +255,8 @@ def write_kohya(path: Path, lora: LoraFile, told: Mapping[str, str], rank: int |
     }
     if algorithm:
         arguments = {"algo": algorithm} | ({"dora_wd": True} if lora.kind == "dora" else {})
-        known["ss_network_args"] = json.dumps(arguments)
-    write_tensors(path, tensors, dict(told) | known)
+        defaults["ss_network_args"] = json.dumps(arguments)
+    write_tensors(path, tensors, dict(metadata) | defaults)
 
 
 def write_peft(path: Path, lora: LoraFile) -> None:
@@ -276,8 +276,8 @@ def write_peft(path: Path, lora: LoraFile) -> None:
         "target_modules": sorted(ranks),
     }
     settings |= {"use_dora": True} if lora.kind == "dora" else {}
-    told = {f"{PEFT_PREFIX}{name}": value for name, value in settings.items()}
-    write_tensors(path, lora.tensors, {"lora_adapter_metadata": json.dumps(told, sort_keys=True)})
+    metadata = {f"{PEFT_PREFIX}{name}": value for name, value in settings.items()}
+    write_tensors(path, lora.tensors, {"lora_adapter_metadata": json.dumps(metadata, sort_keys=True)})
 
 
 def _usual(numbers: Iterable[Any]) -> Any:

@@ -52,7 +52,7 @@ def family_layers(family: str) -> tuple[dict[str, str], dict[str, torch.Size]]:
 
 
 def layers_of(config: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, torch.Size]]:
-    """The same for the UNet of a config."""
+    """Return the names of the layers of the UNet with this config."""
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(dict(config))
     state: Mapping[str, torch.Tensor] = unet.state_dict()

@@ -100,15 +100,15 @@ def factors(
         u, s, v = torch.linalg.svd(small @ other.T, full_matrices=False)
         u, v = left @ u, v @ right.T
     else:
-        whole = tensors[""] if "" in tensors else update(tensors, alpha, shape)
-        u, s, v = torch.linalg.svd(whole.float().flatten(1), full_matrices=False)
+        delta = tensors[""] if "" in tensors else update(tensors, alpha, shape)
+        u, s, v = torch.linalg.svd(delta.float().flatten(1), full_matrices=False)
     shares = (s**2).cumsum(0) / (s**2).sum().clamp_min(torch.finfo().tiny)
     enough = int((shares < energy).sum()) + 1
-    kept = min(enough, len(s), rank or len(s))
-    root = s[:kept].sqrt()
-    down = (root[:, None] * v[:kept]).reshape(kept, *shape[1:])
-    up = (u[:, :kept] * root).reshape(-1, kept, *[1] * (len(shape) - 2))
-    return {"lora_A.weight": down.contiguous(), "lora_B.weight": up.contiguous()}, shares[kept - 1].item()
+    new_rank = min(enough, len(s), rank or len(s))
+    root = s[:new_rank].sqrt()
+    down = (root[:, None] * v[:new_rank]).reshape(new_rank, *shape[1:])
+    up = (u[:, :new_rank] * root).reshape(-1, new_rank, *[1] * (len(shape) - 2))
+    return {"lora_A.weight": down.contiguous(), "lora_B.weight": up.contiguous()}, shares[new_rank - 1].item()
 
 
 def _factor(tensors: Mapping[str, Tensor], name: str, core: str) -> Tensor:

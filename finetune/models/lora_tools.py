@@ -44,10 +44,10 @@ def check_layers(path: Path, lora: LoraFile, model: str | None) -> None:
         if layer not in shapes:
             raise ModelError(f"{path}: {layer} is no layer of the UNet of {whose}")
         try:
-            fits = update(tensors, None, shapes[layer]).shape == shapes[layer]
+            matches = update(tensors, None, shapes[layer]).shape == shapes[layer]
         except RuntimeError:
-            fits = False
-        if not fits:
+            matches = False
+        if not matches:
             made = f"; it was made for {lora.family}" if lora.family else ""
             raise ModelError(f"{path}: {layer} does not fit its shape {tuple(shapes[layer])} in {whose}{made}")
 
@@ -70,7 +70,7 @@ def _layers_of(model: str) -> tuple[dict[str, str], dict[str, torch.Size]]:
     return layers_of(open_source(model_info).config("unet"))
 
 
-def write_lora(path: Path, lora: LoraFile, layout: Layout, dtype: torch.dtype, told: Mapping[str, str]) -> None:
+def write_lora(path: Path, lora: LoraFile, layout: Layout, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
     """Write a LoRA, read it back and compare it to the bit.
 
     Raises:
@@ -81,7 +81,7 @@ def write_lora(path: Path, lora: LoraFile, layout: Layout, dtype: torch.dtype, t
     alphas = {layer: lora.alphas.get(layer, float(rank or 1)) for layer, rank in lora.ranks().items()}
     rounded = replace(lora, tensors=tensors, alphas=alphas)
     if layout == "kohya":
-        write_kohya(path, rounded, told)
+        write_kohya(path, rounded, metadata)
     else:
         write_peft(path, rounded)
     try:
@@ -164,7 +164,7 @@ def shortened(
     if lora.kind == "dora":
         raise ModelError("a DoRA's norms do not fit into a LoRA of another rank; merge it, and extract a LoRA")
     made: dict[str, dict[str, Tensor]] = {}
-    kept, whole = 0.0, 0.0
+    energy_kept, energy_total = 0.0, 0.0
     for layer, tensors in lora.layers().items():
         alpha = lora.alphas.get(layer)
         if shapes is None:
@@ -174,8 +174,8 @@ def shortened(
             shape = shapes[layer]
         made[layer], share = factors(tensors, alpha, shape, rank=rank, energy=energy)
         size = _squares(made[layer])
-        kept, whole = kept + size, whole + size / max(share, 1e-30)
-    return _from_layers(made), kept / whole if whole else 1.0
+        energy_kept, energy_total = energy_kept + size, energy_total + size / max(share, 1e-30)
+    return _from_layers(made), energy_kept / energy_total if energy_total else 1.0
 
 
 def difference(
@@ -195,21 +195,21 @@ def difference(
         none of the layers.
     """
     made: dict[str, dict[str, Tensor]] = {}
-    kept, whole, left = 0.0, 0.0, 0
-    wanted = {f"{layer}.weight": layer for layer in layers}
+    energy_kept, energy_total, left = 0.0, 0.0, 0
+    layer_of = {f"{layer}.weight": layer for layer in layers}
     for name, weight in tuned.items():
         delta = weight.float() - base[name].float()
         size = delta.square().sum().item()
-        whole += size
-        if size and name in wanted:
-            layer = wanted[name]
+        energy_total += size
+        if size and name in layer_of:
+            layer = layer_of[name]
             made[layer], share = factors({"": delta}, None, delta.shape, rank=rank, energy=energy)
-            kept += share * size
+            energy_kept += share * size
         else:
             left += size > 0
     if not made:
         raise UsageError("the two models do not differ in any layer that a LoRA could take")
-    return _from_layers(made), kept / whole, left
+    return _from_layers(made), energy_kept / energy_total, left
 
 
 def _squares(tensors: Mapping[str, Tensor]) -> float:

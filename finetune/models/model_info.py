@@ -46,7 +46,7 @@ _FILES = {
 
 
 @dataclass(frozen=True)
-class Location:
+class ModelInfo:
     """A model that can be loaded."""
 
     name: str
@@ -71,8 +71,8 @@ def check_name(name: str) -> None:
     """Raise UsageError for what can be neither a family, nor a local folder, nor a repository on the hub."""
     if name in FAMILIES or Path(name).expanduser().exists() or _may_be_on_the_hub(name):
         return
-    near = difflib.get_close_matches(name, FAMILIES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    matches = difflib.get_close_matches(name, FAMILIES, n=1)
+    hint = f"; did you mean {matches[0]}?" if matches else ""
     raise UsageError(f"--model {name}: no such folder, and not one of {', '.join(FAMILIES)} or a hub id{hint}")
 
 
@@ -81,7 +81,7 @@ def _may_be_on_the_hub(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).parent.is_dir()
 
 
-def locate(name: str) -> Location:
+def locate(name: str) -> ModelInfo:
     """Find a model by family name, local folder or hub id (downloaded if it is not in the hub cache yet).
 
     Raises:
@@ -91,7 +91,7 @@ def locate(name: str) -> Location:
     check_name(name)
     if name == "ddpm":
         family = FAMILIES["ddpm"]
-        return Location(name, family, folder=None, resolution=family.resolution, multiple=8)
+        return ModelInfo(name, family, folder=None, resolution=family.resolution, multiple=8)
     if name == "tiny":
         return _inspect(name, tiny_folder())
     if name in FAMILIES:
@@ -108,7 +108,7 @@ def scratch_multiple(resolution: int) -> int:
     return 8 if resolution <= 64 else 32
 
 
-def _from_hub(name: str, hub_id: str) -> Location:
+def _from_hub(name: str, hub_id: str) -> ModelInfo:
     configs = _download(hub_id, HUB_CONFIGS)  # before gigabytes are fetched in vain
     _kind(name, configs)
     refuse_unknown_parts(name, configs)
@@ -173,19 +173,19 @@ def _refuse_other_classes(name: str, folder: Path, family: Family) -> None:
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     if not isinstance(index, dict):
         raise ModelError(f"--model {name}: model_index.json is no table of parts")
-    for part in family.parts:
-        class_name, known = index.get(part), _CLASSES[part.removesuffix("_2")]
+    for part in family.components:
+        class_name, expected = index.get(part), _CLASSES[part.removesuffix("_2")]
         if class_name in (None, [None, None]):
             continue
         kind = ".".join(map(str, class_name)) if isinstance(class_name, list) else str(class_name)
-        if not re.fullmatch(rf"(diffusers|transformers)\.({known})", kind):
+        if not re.fullmatch(rf"(diffusers|transformers)\.({expected})", kind):
             raise ModelError(
                 f"--model {name}: model_index.json has {kind} as its {part}; no code of a model folder is run, and "
-                f"allowed is {known.replace('|', ', ')}"
+                f"allowed is {expected.replace('|', ', ')}"
             )
 
 
-def _inspect(name: str, folder: Path) -> Location:
+def _inspect(name: str, folder: Path) -> ModelInfo:
     unet = _kind(name, folder)
     family = _family(name, unet)
     _refuse_other_classes(name, folder, family)
@@ -195,19 +195,19 @@ def _inspect(name: str, folder: Path) -> Location:
             raise ModelError(f"--model {name}: part missing: {file}")
     blocks = len(_listed(unet, "block_out_channels", folder / "unet/config.json"))
     if not family.latent:
-        return Location(
+        return ModelInfo(
             name, family, folder=folder, resolution=_side(unet, family.resolution), multiple=2 ** (blocks - 1)
         )
     vae = read_json(folder / "vae/config.json")
     family = _as_it_takes(name, family, unet.get("in_channels"), vae.get("latent_channels"))
     factor = 2 ** (len(_listed(vae, "block_out_channels", folder / "vae/config.json")) - 1)
     multiple = max(factor, 8)  # less than 8 is what pipelines refuse
-    return Location(
+    return ModelInfo(
         name, family, folder=folder, resolution=_side(unet, family.resolution // factor) * factor, multiple=multiple
     )
 
 
-def _in_a_file(name: str, path: Path) -> Location:
+def _in_a_file(name: str, path: Path) -> ModelInfo:
     """A checkpoint in one file."""
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise ModelError(
@@ -217,7 +217,7 @@ def _in_a_file(name: str, path: Path) -> Location:
     checkpoint = inspect(path)
     unet = checkpoint.configs["unet"]
     family = _as_it_takes(name, FAMILIES[checkpoint.family], unet["in_channels"], 4)
-    return Location(name, family, folder=None, resolution=unet["sample_size"] * 8, multiple=8, checkpoint=checkpoint)
+    return ModelInfo(name, family, folder=None, resolution=unet["sample_size"] * 8, multiple=8, checkpoint=checkpoint)
 
 
 def _as_it_takes(name: str, family: Family, channels: Any, latents: Any) -> Family:
@@ -246,7 +246,7 @@ def _needed(folder: Path, family: Family) -> Iterator[str]:
     """The files that a model of this kind cannot be loaded without."""
     if not family.latent:
         yield "unet/diffusion_pytorch_model.safetensors"
-    for part in family.parts:
+    for part in family.components:
         yield from (f"{part}/{file}" for file in _FILES[part.removesuffix("_2")])
         # Without either, transformers makes a tokenizer of two words, and says nothing.
         if part.startswith("tokenizer") and not (folder / part / "tokenizer.json").is_file():

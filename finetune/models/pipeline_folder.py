@@ -1,4 +1,4 @@
-"""Writing a model as a pipeline folder: what was trained anew, what stayed frozen as the base's own files."""
+"""Writing a model as a pipeline folder: what was trained again, what stayed frozen as the base's own files."""
 
 import shutil
 from pathlib import Path
@@ -22,7 +22,7 @@ def write_pipeline(model: DiffusionModel, folder: Path, dtype: torch.dtype = tor
 
     The files of frozen parts are copied byte for byte, so that they load wherever the base loads. In another `dtype`
     than fp32 their weights are cast, under the names that the base's file gives them. The parts of a checkpoint in
-    one file are written anew, under names that every version of transformers reads.
+    one file are written again, under names that every version of transformers reads.
 
     Args:
         model: without an adapter.
@@ -31,11 +31,11 @@ def write_pipeline(model: DiffusionModel, folder: Path, dtype: torch.dtype = tor
     """
     pipeline: Any = model.pipeline()
     pipeline.save_config(folder)
-    for part in model.family.parts:
+    for part in model.family.components:
         module: Any = getattr(pipeline, part)
         place = folder / part
-        if part in model.own_files:
-            _copy(model.own_files[part], place, dtype)
+        if part in model.component_dirs:
+            _copy(model.component_dirs[part], place, dtype)
             continue
         written = in_dtype(module, dtype) if isinstance(module, nn.Module) else module
         save_part(written, place)

@@ -107,8 +107,11 @@ def _says_velocity(path: Path) -> bool:
     """Whether the file's metadata say that it predicts velocity, as trainers and mergers write it."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        said = json.loads(file.read(length)).get("__metadata__") or {}
-    return said.get("modelspec.prediction_type") in ("v", "v_prediction") or said.get("ss_v_parameterization") == "True"
+        metadata = json.loads(file.read(length)).get("__metadata__") or {}
+    return (
+        metadata.get("modelspec.prediction_type") in ("v", "v_prediction")
+        or metadata.get("ss_v_parameterization") == "True"
+    )
 
 
 def _prediction_type(path: Path, family: str, header: Mapping[str, Any]) -> str:
@@ -153,7 +156,7 @@ def _configs(
 
 
 def _unet(path: Path, shapes: Shapes, family: str, prediction_type: str) -> dict[str, Any]:
-    xl, blocks = family == "sdxl", _Blocks.of(path, shapes)
+    xl, blocks = family == "sdxl", _Blocks.read(path, shapes)
     cross = next(shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight"))
     config: dict[str, Any] = {
         "_class_name": "UNet2DConditionModel",
@@ -222,7 +225,7 @@ class _Blocks:
     """The same on the way up, from the lowest level on."""
 
     @classmethod
-    def of(cls, path: Path, shapes: Shapes) -> "_Blocks":
+    def read(cls, path: Path, shapes: Shapes) -> "_Blocks":
         """Read from the keys. Raises ModelError where levels are built so that diffusers has no config for them."""
         inside = [key.removeprefix(UNET) for key in shapes if key.startswith(UNET)]
         places = {".".join(key.split(".")[:2]) for key in inside}
@@ -242,12 +245,14 @@ class _Blocks:
         layers = len(down[0])
         up = [outputs[start : start + layers + 1] for start in range(0, len(outputs), layers + 1)]
         middle = None if "middle_block.0" not in places else _depth(inside, "middle_block")
-        whole = middle != 0 or "middle_block.2" not in places  # diffusers has one residual block there, or all three
+        has_attention = (
+            middle != 0 or "middle_block.2" not in places
+        )  # diffusers has one residual block there, or all three
         blocks = cls(channels, down, middle, up)
         regular = all(len(level) == layers for level in down) and all(len(level) == layers + 1 for level in up)
         same = all(len({depth > 0 for depth in level}) == 1 for level in (*down, *up))
         as_deep = middle in (None, 0, max([1, *down[-1][-1:]]))  # as the lowest level: so diffusers builds it
-        if not (regular and same and whole and as_deep and len(up) == len(down) == len(channels)):
+        if not (regular and same and has_attention and as_deep and len(up) == len(down) == len(channels)):
             raise ModelError(f"{path}: its UNet is of no block layout that is known: {blocks}")
         return blocks
 
@@ -259,7 +264,7 @@ class _Blocks:
             "down_block_types": ["CrossAttnDownBlock2D" if level[0] else "DownBlock2D" for level in self.down],
             "up_block_types": ["CrossAttnUpBlock2D" if level[0] else "UpBlock2D" for level in self.up],
         }
-        down, up = ([_said(level) for level in levels] for levels in (self.down, self.up))
+        down, up = ([_formatted(level) for level in levels] for levels in (self.down, self.up))
         if down != [1] * len(down):
             config["transformer_layers_per_block"] = down
         if up != down[::-1]:
@@ -275,7 +280,7 @@ def _depth(keys: Sequence[str], place: str) -> int:
     return len({key.removeprefix(begin).split(".")[0] for key in keys if key.startswith(begin)})
 
 
-def _said(level: list[int]) -> int | list[int]:
+def _formatted(level: list[int]) -> int | list[int]:
     """The depths of a level as diffusers says them: one number where they are equal, 1 where there is no attention."""
     return level if len(set(level)) > 1 else max(level[0], 1)
 

@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from finetune.errors import ModelError, UsageError
 from finetune.models.clip_tokenizer import END, clip_tokenizer
 from finetune.models.ldm_keys import UNET, VAE, is_vae_attention, newer_vae_key, openclip_keys, unet_keys, vae_keys
-from finetune.models.model_info import Location, read_json
+from finetune.models.model_info import ModelInfo, read_json
 from finetune.models.single_file import CLIP, OPENCLIP_XL, Checkpoint, Shapes, read_header, vae_config
 from finetune.models.weights import assign, count_numbers, read_tensors, read_weights, weight_files
 
@@ -26,7 +26,7 @@ class ModelSource(Protocol):
 
     place: Path
 
-    def own_files(self, part: str) -> Path | None:
+    def component_dirs(self, part: str) -> Path | None:
         """The folder of a part, in diffusers layout, where there is one."""
         ...
 
@@ -51,7 +51,7 @@ class ModelSource(Protocol):
     def tokenizer(self, part: str) -> CLIPTokenizer: ...
 
 
-def open_source(model_info: Location, tokenizer: str | None = None) -> ModelSource:
+def open_source(model_info: ModelInfo, tokenizer: str | None = None) -> ModelSource:
     """The source of a located model that is not built from scratch.
 
     Args:
@@ -75,7 +75,7 @@ class FolderSource:
     def __init__(self, folder: Path):
         self.place = folder
 
-    def own_files(self, part: str) -> Path | None:
+    def component_dirs(self, part: str) -> Path | None:
         return self.place / part
 
     def config(self, part: str) -> Mapping[str, Any]:
@@ -113,7 +113,7 @@ class FileSource:
         self.checkpoint = checkpoint
         self._tokenizer = tokenizer
 
-    def own_files(self, part: str) -> Path | None:
+    def component_dirs(self, part: str) -> Path | None:
         return None
 
     def config(self, part: str) -> Mapping[str, Any]:

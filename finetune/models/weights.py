@@ -111,7 +111,7 @@ def fingerprint(module: nn.Module, *settings: object) -> str:
     return digest.hexdigest()[:32]
 
 
-def likeness(weights: Mapping[str, Tensor]) -> str:
+def sampled_digest(weights: Mapping[str, Tensor]) -> str:
     """A digest of up to 4096 numbers of each tensor, evenly spread: tells another model in a moment."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):

@@ -12,7 +12,7 @@ _DEPTH, _MOST = 3, 200
 """How deep picture folders are looked for, and how many are offered."""
 
 
-class Places:
+class AllowedPaths:
     """The folders that are open to the page.
 
     Args:

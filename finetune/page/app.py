@@ -15,10 +15,10 @@ from finetune.atomic_io import is_inside
 from finetune.errors import UsageError
 from finetune.models.families import FAMILIES
 from finetune.page import views
-from finetune.page.allowed_paths import Places
+from finetune.page.allowed_paths import AllowedPaths
 from finetune.page.form import form_of
-from finetune.page.processes import Queue, ask, command_line
-from finetune.results.event_reader import Follower
+from finetune.page.processes import Queue, command_line, run_command
+from finetune.results.event_reader import RunEvents
 from finetune.results.report_sections import of_copies
 
 _TICK = 1.0
@@ -28,33 +28,33 @@ _TICK = 1.0
 class Page:
     """What the buttons do, over the folders that are open to the page."""
 
-    def __init__(self, places: Places) -> None:
+    def __init__(self, places: AllowedPaths) -> None:
         self.places = places
         self.queue = Queue(places.work)
-        self._followers: dict[str, Follower] = {}
+        self._followers: dict[str, RunEvents] = {}
         self._lock = threading.Lock()
 
-    def follower(self, name: str | None) -> Follower | None:
+    def follower(self, name: str | None) -> RunEvents | None:
         """The run of this name, read up to now; None where there is none."""
         if not name or name not in self.places.run_names():
             return None
         with self._lock:
-            follower = self._followers.setdefault(name, Follower(self.places.runs / name))
+            follower = self._followers.setdefault(name, RunEvents(self.places.runs / name))
             follower.read()
         return follower
 
-    def look(self, *filled: Any) -> str:
+    def preview(self, *filled: Any) -> str:
         """A contact sheet of the pictures, and what is to be noticed about them."""
         words = form_of(filled).words(self.places)
         with tempfile.TemporaryDirectory() as scratch:
             sheet = Path(scratch) / "sheet.png"
-            answer = ask(["preview", *words, "--output", str(sheet)], self.places.work)
+            answer = run_command(["preview", *words, "--output", str(sheet)], self.places.work)
             picture = views.of_picture(sheet, "the pictures as training sees them") if answer.ok else ""
         return picture + views.of_text(answer.text.replace(f"{sheet}: ", ""))
 
     def plan(self, *filled: Any) -> str:
         """What the run would do and take."""
-        return views.of_text(ask(["plan", *form_of(filled).words(self.places)], self.places.work).text)
+        return views.of_text(run_command(["plan", *form_of(filled).words(self.places)], self.places.work).text)
 
     def command(self, *filled: Any) -> str:
         return command_line(form_of(filled).words(self.places))
@@ -81,7 +81,7 @@ class Page:
         with tempfile.TemporaryDirectory() as scratch:
             options = {"prompt": prompt, "seed": str(int(seed)), "num_inference_steps": str(int(steps))}
             words = [f"--{option}={value}" for option, value in options.items() if value]
-            answer = ask(["sample", "--model", str(run), *words, "--output", scratch], self.places.work)
+            answer = run_command(["sample", "--model", str(run), *words, "--output", scratch], self.places.work)
             drawn = sorted(Path(scratch).glob("*.png"))
             return views.of_picture(drawn[0], prompt) if answer.ok and drawn else views.of_text(answer.text)
 
@@ -98,29 +98,29 @@ class Page:
             return ""
         return views.of_picture(path, f"{name}: pictures at step {step}", below)
 
-    def tick(self, name: str | None, other: str | None, seen: dict[str, Any]) -> list[Any]:
+    def tick(self, name: str | None, other: str | None, state: dict[str, Any]) -> list[Any]:
         """What has changed since this page was told last: both runs, pictures, the queue, names of runs."""
         runs = {which: self.follower(called) for which, called in (("first", name), ("second", other))}
         now: dict[str, Any] = {which: (run and (run.folder.name, run.version)) for which, run in runs.items()}
-        now |= {"queue": self.queue.told(), "names": self.places.run_names()}
+        now |= {"queue": self.queue.entries(), "names": self.places.run_names()}
         now["grids"] = [(run.folder.name, len(run.pictures)) if run else None for run in runs.values()]
-        new = {part for part in now if now[part] != seen.get(part, ())}
+        new = {part for part in now if now[part] != state.get(part, ())}
         grids = len(runs["first"].pictures) if runs["first"] else 0
         first, second = (views.of_run(runs[which]) if which in new else gr.skip() for which in runs)
-        shown = [self.picture(called, grids) for called in (name, other)] if "grids" in new else [gr.skip()] * 2
+        pictures = [self.picture(called, grids) for called in (name, other)] if "grids" in new else [gr.skip()] * 2
         last = max(grids - 1, 0)
         slider = gr.Slider(maximum=max(last, 1), value=last) if "grids" in new else gr.skip()
         names = now["names"]
-        begun = [new_one for new_one in names if new_one not in seen.get("names", names)]  # since the last look
+        begun = [new_one for new_one in names if new_one not in state.get("names", names)]  # since the last look
         chosen = next(iter(begun), name if name in names else next(iter(names), None))
         choice = gr.Dropdown(choices=names, value=chosen) if "names" in new else gr.skip()
-        beside = gr.Dropdown(choices=["", *names]) if "names" in new else gr.skip()
+        comparison = gr.Dropdown(choices=["", *names]) if "names" in new else gr.skip()
         queue = views.of_queue(*now["queue"]) if "queue" in new else gr.skip()
-        return [first, second if other else "", *shown, slider, choice, beside, queue, now]
+        return [first, second if other else "", *pictures, slider, choice, comparison, queue, now]
 
 
-def told(do: Callable[..., str]) -> Callable[..., str]:
-    """The same, with what is wrong told on the page."""
+def show_errors(do: Callable[..., str]) -> Callable[..., str]:
+    """Wrap `do` so that its usage errors are shown on the page."""
 
     def doing(*values: Any) -> str:
         try:
@@ -146,7 +146,7 @@ def build(page: Page) -> gr.Blocks:
                 steps = gr.Number(20, label="Sampler steps", precision=0)
             draw = gr.Button("Draw with the run that is watched", variant="primary")
             drawn = gr.HTML()
-            draw.click(told(page.draw), [name, prompt, seed, steps], drawn)
+            draw.click(show_errors(page.draw), [name, prompt, seed, steps], drawn)
     return blocks
 
 
@@ -166,21 +166,21 @@ def _start_tab(page: Page, blocks: gr.Blocks) -> None:
         more = gr.Textbox(label="More options", info="numbers, switches and choices, as --rank 8")
     filled = [data, model, method, prompt, trigger, steps, early, more]
     with gr.Row():
-        look, plan = gr.Button("Look at the pictures"), gr.Button("Plan")
+        preview, plan = gr.Button("Look at the pictures"), gr.Button("Plan")
         start = gr.Button("Start", variant="primary")
     command = gr.Textbox(label="The same in a terminal", interactive=False, buttons=["copy"], lines=2)
     answer = gr.HTML()
-    look.click(told(page.look), filled, answer)
-    plan.click(told(page.plan), filled, answer)
-    start.click(told(page.start), filled, answer)
-    told_there = _or_nothing(page.command)
-    blocks.load(told_there, filled, command, show_progress="hidden")
+    preview.click(show_errors(page.preview), filled, answer)
+    plan.click(show_errors(page.plan), filled, answer)
+    start.click(show_errors(page.start), filled, answer)
+    update_command = _or_nothing(page.command)
+    blocks.load(update_command, filled, command, show_progress="hidden")
     for field in filled:
-        field.change(told_there, filled, command, show_progress="hidden")
+        field.change(update_command, filled, command, show_progress="hidden")
 
 
 def _or_nothing(do: Callable[..., str]) -> Callable[..., str]:
-    """The same; nothing while what is filled in cannot be done yet."""
+    """Wrap `do` so that it returns "" while the form is incomplete."""
 
     def doing(*values: Any) -> str:
         try:
@@ -202,7 +202,7 @@ def _watch_tab(page: Page) -> gr.Dropdown:
     with gr.Row():
         with gr.Column(min_width=300):
             first = gr.HTML()
-        with gr.Column(min_width=300, visible=False) as beside:
+        with gr.Column(min_width=300, visible=False) as comparison:
             second = gr.HTML()
     slider = gr.Slider(0, 1, value=0, step=1, label="Pictures, from the first to the last")
     with gr.Row():
@@ -212,13 +212,13 @@ def _watch_tab(page: Page) -> gr.Dropdown:
             grid_beside = gr.HTML()
     gr.Markdown("## Queue")
     queue = gr.HTML()
-    seen = gr.State({})
-    shown = [first, second, grid, grid_beside, slider, name, other, queue, seen]
+    state = gr.State({})
+    outputs = [first, second, grid, grid_beside, slider, name, other, queue, state]
     timer = gr.Timer(_TICK)
-    timer.tick(page.tick, [name, other, seen], shown, show_progress="hidden")
+    timer.tick(page.tick, [name, other, state], outputs, show_progress="hidden")
     slider.input(page.picture, [name, slider], grid, show_progress="hidden")
     slider.input(page.picture, [other, slider], grid_beside, show_progress="hidden")
-    other.change(lambda called: 2 * [gr.Column(visible=bool(called))], other, [beside, pictures_beside])
-    stopping.click(told(page.stop), name, answer)
-    resuming.click(told(page.resume), name, answer)
+    other.change(lambda called: 2 * [gr.Column(visible=bool(called))], other, [comparison, pictures_beside])
+    stopping.click(show_errors(page.stop), name, answer)
+    resuming.click(show_errors(page.resume), name, answer)
     return name

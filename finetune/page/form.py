@@ -18,10 +18,10 @@ from finetune.options import (
     SampleOptions,
     TrainingOptions,
     ValidationOptions,
-    about,
+    option_info,
     option_types,
 )
-from finetune.page.allowed_paths import Places
+from finetune.page.allowed_paths import AllowedPaths
 
 _OPEN = {
     field.name
@@ -47,7 +47,7 @@ class Form:
     more: str = ""
     """Other options as they are typed on the command line."""
 
-    def words(self, places: Places) -> list[str]:
+    def words(self, places: AllowedPaths) -> list[str]:
         """The options of the command. Raises UsageError for a folder that is not open to the page, or an option that
         could name one.
         """
@@ -74,7 +74,7 @@ def _option(name: str, value: str) -> list[str]:
     return [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
 
 
-def _model(given: str, places: Places) -> str:
+def _model(given: str, places: AllowedPaths) -> str:
     """A short name, a hub id, or a folder or file that lies where pictures or runs may."""
     if given in FAMILIES:
         return given
@@ -101,7 +101,7 @@ def _more(text: str) -> list[str]:
             continue
         name = word.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
         kinds = option_types()
-        name = next((ours for ours, known in about().items() if name in known.names), name)
+        name = next((ours for ours, info in option_info().items() if name in info.names), name)
         if name not in kinds:
             raise UsageError(f"more options: there is no option {word}")
         if name not in _OPEN:

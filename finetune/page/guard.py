@@ -97,7 +97,7 @@ class Guard:
 
 
 def _name(host: str) -> str:
-    """Of the cookie: browsers send those of one port to every other."""
+    """Return the cookie's name with the port in it: browsers send the cookies of one port to every other."""
     return f"finetune_token_{urlsplit(f'//{host}').port or 80}"
 
 

@@ -20,7 +20,7 @@ _LOOK = 0.5
 """Seconds between two looks at whether a run has ended."""
 
 
-class Answer(NamedTuple):
+class CommandResult(NamedTuple):
     """What a command has printed."""
 
     ok: bool
@@ -32,19 +32,19 @@ def command_line(words: Sequence[str]) -> str:
     return shlex.join(["finetune-unet", *words])
 
 
-def ask(words: Sequence[str], work: Path, *, timeout: float = 600) -> Answer:
+def run_command(words: Sequence[str], work: Path, *, timeout: float = 600) -> CommandResult:
     """Run a command that ends by itself, in the folder `work`; answers what it prints, or why it failed."""
     try:
         done = subprocess.run(
             _argv(words), cwd=work, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
-        return Answer(False, f"{command_line(words)}: no answer in {timeout:.0f} seconds")
-    told = done.stdout if done.returncode == 0 else complaint(done.stderr)
-    return Answer(done.returncode == 0, told)
+        return CommandResult(False, f"{command_line(words)}: no answer in {timeout:.0f} seconds")
+    text = done.stdout if done.returncode == 0 else last_error_line(done.stderr)
+    return CommandResult(done.returncode == 0, text)
 
 
-def complaint(stderr: str) -> str:
+def last_error_line(stderr: str) -> str:
     """The last line that is not a progress bar's."""
     lines = [line for line in _TERMINAL.sub("", stderr).replace("\r", "\n").splitlines() if line.strip()]
     return lines[-1] if lines else "it ended without a word"
@@ -52,9 +52,9 @@ def complaint(stderr: str) -> str:
 
 def failure(code: int, stderr: str) -> str:
     """Why a run has failed, by its exit code and what it has complained; "" where it has ended or kept a checkpoint."""
-    said = complaint(stderr)
-    kept = code == 128 + signal.SIGINT and said != f"finetune-unet: {INTERRUPTED}"
-    return said if code and not kept else ""
+    line = last_error_line(stderr)
+    saved = code == 128 + signal.SIGINT and line != f"finetune-unet: {INTERRUPTED}"
+    return line if code and not saved else ""
 
 
 class Queue:
@@ -90,7 +90,7 @@ class Queue:
                 raise UsageError(f"number {number + 1}: {len(self._waiting)} are waiting")
             del self._waiting[number]
 
-    def told(self) -> tuple[str | None, list[str], str]:
+    def entries(self) -> tuple[str | None, list[str], str]:
         """The command that runs, those that wait, and why the last one failed, if it did."""
         with self._lock:
             running = command_line(self._running) if self._running else None

@@ -10,7 +10,7 @@ from PIL import Image
 
 from finetune.results.curves import STYLE as CURVES
 from finetune.results.curves import curve, spread
-from finetune.results.event_reader import Follower
+from finetune.results.event_reader import RunEvents
 
 STYLE = (
     CURVES
@@ -30,17 +30,17 @@ _SMALL = 1024
 """Pixels of a picture on the page."""
 
 
-def of_run(run: Follower | None) -> str:
+def of_run(run: RunEvents | None) -> str:
     """Everything but the pictures."""
     if run is None:
         return _NOTHING
-    parts = [_where(run), _loss(run), _validation(run), _forgetting(run)]
-    said = escape("\n".join(run.said))
-    parts.append(f"<details><summary>What it has said</summary><pre>{said}</pre></details>")
-    return f'<section class="run" aria-label="{escape(run.folder.name)}">{"".join(parts)}</section>'
+    sections = [_where(run), _loss(run), _validation(run), _forgetting(run)]
+    log = escape("\n".join(run.said))
+    sections.append(f"<details><summary>What it has said</summary><pre>{log}</pre></details>")
+    return f'<section class="run" aria-label="{escape(run.folder.name)}">{"".join(sections)}</section>'
 
 
-def _where(run: Follower) -> str:
+def _where(run: RunEvents) -> str:
     state = "stopping" if run.stopping and run.state == "running" else run.state
     total, done = run.begun.get("total", 0), run.step.get("step", run.begun.get("step", 0))
     if run.phase == "encoding" and state == "running" and run.progress:
@@ -61,14 +61,14 @@ def _where(run: Follower) -> str:
     return f"{head}{bar}{f'<p>{why}</p>' if why else ''}"
 
 
-def _loss(run: Follower) -> str:
+def _loss(run: RunEvents) -> str:
     if run.loss.last_step is None:
         return ""
     drawn = curve("training loss", run.loss.averages, faint=run.loss.losses)
     return f"<figure>{drawn}<figcaption>Loss: of each step, and smoothed over about 20</figcaption></figure>"
 
 
-def _validation(run: Follower) -> str:
+def _validation(run: RunEvents) -> str:
     lines = [line for _, line in sorted(run.validations.items()) if "change" in line]
     if not lines:
         return ""
@@ -76,19 +76,19 @@ def _validation(run: Follower) -> str:
     band = [(0.0, 0.0, 0.0), *((line["step"], *line["change"][1:]) for line in spread(lines))]
     drawn = curve("change of the validation loss", points, band=band, level=0.0)
     best = min(lines, key=lambda line: line["loss"])["step"]
-    told = f"Validation: change since step 0, with its 95 % interval; least at step {best}"
-    return f"<figure>{drawn}<figcaption>{told}</figcaption></figure>"
+    caption = f"Validation: change since step 0, with its 95 % interval; least at step {best}"
+    return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
 
 
-def _forgetting(run: Follower) -> str:
+def _forgetting(run: RunEvents) -> str:
     lines = [line for _, line in sorted(run.forgetting.items())]
     if len(lines) < 2:
         return ""
     drawn = curve(
         "forgetting, in percent", [(line["step"], 100 * line["forgetting"]) for line in spread(lines)], level=0.0
     )
-    told = f"Forgetting: {lines[-1]['forgetting']:.0%} of what everyday prompts did is changed"
-    return f"<figure>{drawn}<figcaption>{told}</figcaption></figure>"
+    caption = f"Forgetting: {lines[-1]['forgetting']:.0%} of what everyday prompts did is changed"
+    return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
 
 
 def of_queue(running: str | None, waiting: list[str], failed: str) -> str:
@@ -96,8 +96,8 @@ def of_queue(running: str | None, waiting: list[str], failed: str) -> str:
     lines = [f"<li><strong>now</strong> <code>{escape(running)}</code></li>"] if running else []
     lines += [f"<li><code>{escape(words)}</code></li>" for words in waiting]
     why = f'<p role="alert">The last one has failed: {escape(failed)}</p>' if failed else ""
-    listed = "".join(lines)
-    return (f"<ol>{listed}</ol>" if lines else "<p>Nothing is waiting.</p>") + why
+    join_limited = "".join(lines)
+    return (f"<ol>{join_limited}</ol>" if lines else "<p>Nothing is waiting.</p>") + why
 
 
 def of_text(text: str) -> str:
@@ -115,5 +115,5 @@ def of_picture(path: Path, alt: str, below: str = "") -> str:
     small.thumbnail((_SMALL, 4 * _SMALL))
     small.save(file := io.BytesIO(), "JPEG", quality=88)
     content = base64.b64encode(file.getvalue()).decode()
-    told = f"<p>{escape(below)}</p>" if below else ""
-    return f'<div class="sheet"><img alt="{escape(alt)}" src="data:image/jpeg;base64,{content}"></div>{told}'
+    caption = f"<p>{escape(below)}</p>" if below else ""
+    return f'<div class="sheet"><img alt="{escape(alt)}" src="data:image/jpeg;base64,{content}"></div>{caption}'

@@ -20,23 +20,23 @@ def write_comparison(path: Path, runs: Sequence[Path], settings: Sequence[Mappin
     """
     names = [run.resolve().name for run in runs]
     different = {
-        option: [_said(each.get(option)) for each in settings]
+        option: [_formatted(each.get(option)) for each in settings]
         for option in settings[0]
         if any(each.get(option) != settings[0][option] for each in settings)
     }
     figures = [report_sections.in_short(run) for run in runs]
-    told = dict.fromkeys(figure for each in figures for figure in each)
-    rows = {figure: [each.get(figure, "") for each in figures] for figure in told}
+    names_of_figures = dict.fromkeys(figure for each in figures for figure in each)
+    rows = {figure: [each.get(figure, "") for each in figures] for figure in names_of_figures}
     drawn = {
         "Pictures": report_sections.last_grid,
         "Validation": report_sections.validation,
         "Forgetting": report_sections.forgetting,
     }
-    parts = {"What came of it": _columns(names, rows), "What was set otherwise": _columns(names, different)}
+    sections = {"What came of it": _columns(names, rows), "What was set otherwise": _columns(names, different)}
     for heading, draw in (drawn | {"Loss": report_sections.loss}).items():
         columns = [f"<div><h3>{escape(name)}</h3>{draw(run)}</div>" for name, run in zip(names, runs, strict=True)]
-        parts[heading] = f'<div class="runs">{"".join(columns)}</div>'
-    write_whole(path, page(" and ".join(names), parts))
+        sections[heading] = f'<div class="runs">{"".join(columns)}</div>'
+    write_whole(path, page(" and ".join(names), sections))
 
 
 def _columns(names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
@@ -49,7 +49,7 @@ def _columns(names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>" if lines else "<p>Nothing.</p>"
 
 
-def _said(value: Any) -> str:
+def _formatted(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return ", ".join(map(str, value))
     return "" if value is None else str(value)

@@ -50,7 +50,7 @@ def curve(
         return f'<polyline class="{name}" points="{" ".join(place(*point) for point in points)}"/>' if points else ""
 
     area = [place(step, above) for step, _, above in band] + [place(step, below) for step, below, _ in reversed(band)]
-    parts = [
+    elements = [
         f'<polygon class="band" points="{" ".join(area)}"/>' if band else "",
         path(faint, "faint"),
         path([(first, level), (last, level)], "level") if level is not None else "",
@@ -61,7 +61,7 @@ def curve(
           for step, x, anchor in ((first, _LEFT, "start"), (last, WIDTH - _RIGHT, "end"))),
     ]  # fmt: skip
     label = f'role="img" aria-label="{escape(title)}"'
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" {label}><title>{escape(title)}</title>{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" {label}><title>{escape(title)}</title>{"".join(elements)}</svg>'
 
 
 class LossCurve:

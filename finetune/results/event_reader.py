@@ -33,7 +33,7 @@ _SILENT = 120.0
 """Seconds without an event after which a run on another machine is taken for dead."""
 
 
-class Follower:
+class RunEvents:
     """What a run's events add up to; `read` takes in those that are new.
 
     Args:
@@ -68,20 +68,20 @@ class Follower:
         path = self.folder / EVENTS
         try:
             with path.open("rb") as file:
-                about = os.fstat(file.fileno())
-                changed = about.st_ino != self._file or about.st_size < self._offset
+                status = os.fstat(file.fileno())
+                changed = status.st_ino != self._file or status.st_size < self._offset
                 if changed:
                     self._forget()
-                    self._file = about.st_ino
+                    self._file = status.st_ino
                 file.seek(self._offset)
                 new = file.read()
         except OSError:  # not there, or not any more
             changed = self._file != -1
             self._forget()
             return changed
-        whole = new[: new.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
+        complete = new[: new.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        for line in complete.splitlines():
             try:
                 event = json.loads(line)
             except ValueError:  # the rest of a line that a full disk has cut
@@ -89,7 +89,7 @@ class Follower:
             if isinstance(event, dict) and all(_is_plain(name, value) for name, value in event.items()):
                 with suppress(KeyError):  # an event of another version may lack what this one reads
                     self._take(event)
-        return changed or bool(whole)
+        return changed or bool(complete)
 
     def _take(self, event: Mapping[str, Any]) -> None:
         self.at = event.get("at", self.at)

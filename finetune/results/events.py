@@ -43,18 +43,18 @@ class Events:
 
     @contextmanager
     def written_to(self, folder: Path, *, step: int, total: int, anew: bool) -> Iterator[None]:
-        """Inside, events are lines of the folder's file as soon as they are noted; the last says how it ended.
+        """Write events to the folder's file as soon as they are emitted; the last one says how the run ended.
 
         Args:
             folder: of the run.
             step, total: done before, and wanted.
-            anew: forget what an earlier run has left there; else it is gone on with.
+            again: forget what an earlier run has left there; else it is gone on with.
         """
         waited, state, text = self._waiting, "failed", ""
         # Without a buffer, which would hold what a full disk has refused, and fail again when the file is closed.
         with (folder / EVENTS).open("wb" if anew else "ab", buffering=0) as self._file:
             me = {"pid": os.getpid(), "started": psutil.Process().create_time(), "host": platform.node()}
-            self.note("begin", **me, step=step, total=total)
+            self.emit("begin", **me, step=step, total=total)
             self._file.write("".join(waited).encode("ascii"))
             try:
                 yield
@@ -64,10 +64,10 @@ class Events:
                 raise
             finally:
                 with suppress(OSError):  # a full disk: that is told already
-                    self.note("end", state=state, text=text)
+                    self.emit("end", state=state, text=text)
                 self._file, self._waiting = None, []
 
-    def note(self, event: str, **values: Any) -> None:
+    def emit(self, event: str, **values: Any) -> None:
         """Something happened."""
         line = json.dumps({"at": round(time.time(), 3), "event": event} | values) + "\n"
         if self._file is None:
@@ -75,19 +75,19 @@ class Events:
         else:
             self._file.write(line.encode("ascii"))  # as json escapes all else
 
-    def phase(self, name: str, step: int) -> None:
+    def set_phase(self, name: str, step: int) -> None:
         """From now on this is done."""
-        self.note("phase", name=name, step=step)
+        self.emit("phase", name=name, step=step)
 
     def progress(self, name: str, done: int, total: int) -> None:
-        """So much of something long is done; noted twice a second at most, and in the end."""
+        """Emit the progress of a long operation, at most twice a second, and at its end."""
         now = time.monotonic()
         if done == total or now - self._progressed >= _PAUSE:
             self._progressed = now
-            self.note("progress", name=name, done=done, total=total)
+            self.emit("progress", name=name, done=done, total=total)
 
 
-class Said(io.TextIOBase):
+class StdoutTee(io.TextIOBase):
     """Standard output that notes each line of it as an event."""
 
     def __init__(self, out: TextIO, events: Events) -> None:
@@ -97,7 +97,7 @@ class Said(io.TextIOBase):
         self._out.write(text)
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
-            self._events.note("said", text=line)
+            self._events.emit("said", text=line)
         return len(text)
 
     def flush(self) -> None:

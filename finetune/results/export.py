@@ -37,7 +37,7 @@ class Exported:
 
 def names_of_exports() -> tuple[str, ...]:
     """What an export, or a part of one, is called in its folder."""
-    return (LORA_FILE, INDEX, *dict.fromkeys(part for family in FAMILIES.values() for part in family.parts))
+    return (LORA_FILE, INDEX, *dict.fromkeys(part for family in FAMILIES.values() for part in family.components))
 
 
 def kohya_file(folder: Path, step: int | None = None) -> Path:
@@ -55,21 +55,21 @@ def kohya_files(folder: Path) -> list[tuple[int | None, Path]]:
 
 def exported(folder: Path) -> Exported | None:
     """The export in a folder, None where there is none."""
-    if Adapter.saved_in(folder):
+    if Adapter.exists_in(folder):
         viewers = kohya_file(folder)
         files = (folder / LORA_FILE, *([viewers] if viewers.is_file() else []))
         return Exported(files, Adapter.how_to_load(folder), adapter=True, takes_text=True)
     index = folder / INDEX
     if not index.is_file():
         return None
-    parts = [name for name in json.loads(index.read_text(encoding="utf-8")) if name[0] != "_"]
-    inside = sorted(path for part in parts for path in (folder / part).rglob("*") if path.is_file())
+    components = [name for name in json.loads(index.read_text(encoding="utf-8")) if name[0] != "_"]
+    inside = sorted(path for part in components for path in (folder / part).rglob("*") if path.is_file())
     files = [path for path in inside if not path.name.startswith(".")]
     load = 'DiffusionPipeline.from_pretrained("{}")'
-    return Exported((index, *files), load, adapter=False, takes_text="text_encoder" in parts)
+    return Exported((index, *files), load, adapter=False, takes_text="text_encoder" in components)
 
 
-def export(model: DiffusionModel, folder: str | Path, told: Mapping[str, str] | None = None) -> float:
+def export(model: DiffusionModel, folder: str | Path, metadata: Mapping[str, str] | None = None) -> float:
     """Write the trained model to `folder`, load it back through diffusers and compare.
 
     With an adapter: `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights(folder)`, and the same in
@@ -94,10 +94,10 @@ def export(model: DiffusionModel, folder: str | Path, told: Mapping[str, str] | 
     scratch = folder / ".export.part"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
-    if adapter := Adapter.of(model.unet):
+    if adapter := Adapter.attached_to(model.unet):
         adapter.save(scratch, model.new_prediction_type)
         viewers = scratch / kohya_file(folder).name
-        adapter.save_kohya(viewers, told or {})
+        adapter.save_kohya(viewers, metadata or {})
         difference = max(verify_export(model, scratch), verify_kohya(model, viewers))
     else:
         write_pipeline(model, scratch)
@@ -127,19 +127,19 @@ def has_own_parts(folder: Path) -> bool:
     return (folder / INDEX).exists() or (folder / MOVING).exists()
 
 
-def step_export(model: DiffusionModel, folder: Path, step: int, told: Mapping[str, str]) -> Callable[[], None]:
+def step_export(model: DiffusionModel, folder: Path, step: int, metadata: Mapping[str, str]) -> Callable[[], None]:
     """What writes the adapter as it is now in kohya's layout, for a look at it in a viewer; no adapter: nothing.
 
     Called, at any later time and in any thread, it raises RunError where the file does not hold these very tensors.
     """
-    adapter = Adapter.of(model.unet)
+    adapter = Adapter.attached_to(model.unet)
     state = {name: tensor.to("cpu", copy=True) for name, tensor in adapter.state().items()} if adapter else {}
 
     def write() -> None:
         if adapter is None:
             return
         path = kohya_file(folder, step)
-        adapter.save_kohya(path, told, state)
+        adapter.save_kohya(path, metadata, state)
         if differing := differing_from_kohya(adapter, path, state):
             raise RunError(f"{path} does not hold what was learned: {differing[0]} differs")
 
@@ -155,7 +155,7 @@ def discard_steps_after(folder: Path, step: int) -> None:
 
 def _refuse_foreign_parts(model: DiffusionModel, folder: Path) -> None:
     """A pipeline is replaced by a pipeline, but folders that only happen to be named like its parts are not."""
-    parts = () if Adapter.of(model.unet) else model.family.parts
-    foreign = [name for name in parts if (folder / name).exists()]
+    components = () if Adapter.attached_to(model.unet) else model.family.components
+    foreign = [name for name in components if (folder / name).exists()]
     if foreign and not has_own_parts(folder):
         raise UsageError(f"{folder / foreign[0]} is in the way of the export, and {folder} is no diffusers pipeline")

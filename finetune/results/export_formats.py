@@ -17,12 +17,12 @@ from finetune.results.lora_metadata import architecture
 from finetune.results.verify import verify_kohya, verify_peft, verify_pipeline, verify_single_file, verify_unet
 
 
-def write_form(
+def write_format(
     model: DiffusionModel,
     to: Path,
     form: Literal["kohya", "peft", "diffusers", "single-file", "unet"],
     precision: Literal["fp32", "fp16", "bf16"],
-    told: Mapping[str, str],
+    metadata: Mapping[str, str],
     base: Checkpoint | None = None,
 ) -> float:
     """Write the model in one form, load it back and compare.
@@ -43,9 +43,9 @@ def write_form(
         ModelError: `base` is of another kind.
         RunError: what was written does not load back to the same model.
     """
-    dtype, adapter = DTYPES[precision], Adapter.of(model.unet)
+    dtype, adapter = DTYPES[precision], Adapter.attached_to(model.unet)
     if form == "kohya" and adapter:
-        adapter.save_kohya(to, told, adapter.state(dtype))
+        adapter.save_kohya(to, metadata, adapter.state(dtype))
         return verify_kohya(model, to, dtype)
     if form == "peft" and adapter:
         to.mkdir()

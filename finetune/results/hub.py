@@ -16,7 +16,7 @@ from finetune.atomic_io import write_whole
 from finetune.data.captions import with_trigger
 from finetune.errors import RunError, UsageError, hub_errors
 from finetune.models.families import FAMILIES
-from finetune.options import about
+from finetune.options import option_info
 from finetune.results.export import Exported, exported
 
 TAG = "finetune-unet"
@@ -184,11 +184,11 @@ def model_card(folder: Path, repository: str, settings: Mapping[str, Any], *, in
         RunError: nothing was exported to the folder.
     """
     files = _exported(folder)
-    known = about()
-    told = {
-        name: _without_folders(value) if name in known and known[name].path else value
+    options = option_info()
+    facts = {
+        name: _without_folders(value) if name in options and options[name].path else value
         for name, value in settings.items()
-        if name not in known or known[name].change != "free"
+        if name not in options or options[name].change != "free"
     }
     sources = settings.get("data", ())
     model = str(settings.get("model", "tiny"))
@@ -202,7 +202,7 @@ def model_card(folder: Path, repository: str, settings: Mapping[str, Any], *, in
     )
     kind = "A LoRA" if files.adapter else "A diffusion model"
     grid = "".join(f"![samples](samples/{path.name})\n\n" for path in _grids(folder)[-1:])
-    given = _literal(with_trigger(told.get("prompt") or "", told.get("trigger")) or "your prompt")
+    given = _literal(with_trigger(facts.get("prompt") or "", facts.get("trigger")) or "your prompt")
     given = given * files.takes_text + _HOLE * inpainting
     imports = "from PIL import Image\n" * inpainting
     return (
@@ -210,7 +210,7 @@ def model_card(folder: Path, repository: str, settings: Mapping[str, Any], *, in
         f"{kind}, trained{f' from `{base}`' if base else ''} with finetune-unet.\n\n{grid}"
         f"```python\n{imports}{_loading(files.load.format(repository), files.adapter, model, base)}\n"
         f"picture = pipeline({given}).images[0]\n```\n\n"
-        f"Its settings, as a file for `finetune-unet --config`:\n\n```toml\n{tomli_w.dumps(told)}```\n"
+        f"Its settings, as a file for `finetune-unet --config`:\n\n```toml\n{tomli_w.dumps(facts)}```\n"
     )
 
 

@@ -67,7 +67,7 @@ class LoraFacts:
         """The entries for a file called `title` with what was learned in `step` steps."""
         version, kind = architecture(self.family, self.prediction_type)
         velocity = self.prediction_type == "v_prediction"
-        known = {
+        facts = {
             "ss_output_name": title,
             "ss_sd_model_name": self.model,
             "ss_base_model_version": version,
@@ -90,17 +90,17 @@ class LoraFacts:
             "modelspec.resolution": f"{self.resolution}x{self.resolution}",
             "modelspec.prediction_type": "v" if velocity else self.prediction_type,
         }
-        told = {
+        metadata = {
             "ss_sd_model_hash": self.model_hash,
             "modelspec.trigger_phrase": self.trigger,
             "modelspec.thumbnail": self.thumbnail and _data_url(self.thumbnail),
         }
-        return known | {name: text for name, text in told.items() if text}
+        return facts | {name: text for name, text in metadata.items() if text}
 
     def _tags(self) -> dict[str, int]:
         """How often each part of the captions between commas comes; of equal ones, that which came first."""
-        parts = (part.strip() for caption in self.captions for part in caption.split(","))
-        return dict(Counter(part for part in parts if part).most_common(MOST_TAGS))
+        tags = (part.strip() for caption in self.captions for part in caption.split(","))
+        return dict(Counter(part for part in tags if part).most_common(MOST_TAGS))
 
 
 def short_hash(file: Path) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from finetune.data.near_duplicates import Look, alike, look
+from finetune.data.near_duplicates import Thumbnail, make_thumbnail, near_duplicates
 
 Array = NDArray[np.floating]
 
@@ -29,7 +29,7 @@ FEWEST = 3
 
 
 @dataclass(frozen=True)
-class Originals:
+class TrainingFeatures:
     """What drawn pictures are compared with."""
 
     features: Array
@@ -42,7 +42,7 @@ class Originals:
         return int((distances(features(pictures), self.features).min(axis=1) < self.near).sum())
 
 
-def originals(pictures: Iterable[Image.Image], *, mirrored: bool) -> Originals | None:
+def originals(pictures: Iterable[Image.Image], *, mirrored: bool) -> TrainingFeatures | None:
     """What is learned from, as it is seen in training; None where fewer than `FEWEST` are different.
 
     Pictures of the same thing in other bytes are left out where distances between them are measured: these say how
@@ -52,25 +52,25 @@ def originals(pictures: Iterable[Image.Image], *, mirrored: bool) -> Originals |
         pictures: RGB; one after the other, so that they need not be in memory together.
         mirrored: whether mirror images are learned from, too.
     """
-    plain, turned, looks = [], [], []
+    plain, turned, thumbnails = [], [], []
     for picture in pictures:
         plain.append(features([picture]))
         turned += [features([ImageOps.mirror(picture)])] if mirrored else []
-        looks.append(look(picture))
-    if len(looks) < FEWEST:
+        thumbnails.append(make_thumbnail(picture))
+    if len(thumbnails) < FEWEST:
         return None
-    seen = np.concatenate([*plain, *turned])
-    apart = distances(seen[: min(len(looks), _COMPARED)], seen)
-    nearest = [_nearest_other(row, all_of_them, looks) for row, all_of_them in enumerate(apart)]
+    vectors = np.concatenate([*plain, *turned])
+    apart = distances(vectors[: min(len(thumbnails), _COMPARED)], vectors)
+    nearest = [_nearest_other(row, all_of_them, thumbnails) for row, all_of_them in enumerate(apart)]
     different = [distance for distance in nearest if distance is not None]
-    return Originals(seen, float(np.percentile(different, _RARE))) if len(different) >= FEWEST else None
+    return TrainingFeatures(vectors, float(np.percentile(different, _RARE))) if len(different) >= FEWEST else None
 
 
-def _nearest_other(row: int, apart: Array, looks: Sequence[Look]) -> float | None:
+def _nearest_other(row: int, apart: Array, thumbnails: Sequence[Thumbnail]) -> float | None:
     """The distance of the picture `row` to the nearest one that shows something else; None where many show the same."""
     for place in np.argsort(apart)[:_LOOKED_AT].tolist():
-        other = place % len(looks)
-        if other != row and not alike([looks[row], looks[other]], [0])[0]:
+        other = place % len(thumbnails)
+        if other != row and not near_duplicates([thumbnails[row], thumbnails[other]], [0])[0]:
             return float(apart[place])
     return None
 

@@ -1,6 +1,6 @@
 """report.html: a run told to somebody who was not there, in one file that needs no network.
 
-It is made from the run folder alone, so it can be written at any time, and anew.
+It is made from the run folder alone, so it can be written at any time, and again.
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ def write_report(
     folder: Path,
     *,
     step: int,
-    about: Mapping[str, str],
+    facts: Mapping[str, str],
     given: Mapping[str, Any],
     derived: Mapping[str, Any],
     load: Mapping[str, str],
@@ -58,8 +58,8 @@ def write_report(
         derived: those that the run decided by itself.
         load: how to use the result: program -> what to do there.
     """
-    parts = {
-        "": report_sections.table(about),
+    sections = {
+        "": report_sections.table(facts),
         "Before and after": report_sections.before_after(folder, step),
         "Validation": report_sections.validation(folder),
         "Forgetting": report_sections.forgetting(folder),
@@ -73,15 +73,15 @@ def write_report(
         ),
         "Options that the run decided": report_sections.table({name: str(value) for name, value in derived.items()}),
     }
-    write_whole(folder / REPORT, page(folder.resolve().name, parts))
+    write_whole(folder / REPORT, page(folder.resolve().name, sections))
     return folder / REPORT
 
 
-def page(title: str, parts: Mapping[str, str]) -> str:
+def page(title: str, sections: Mapping[str, str]) -> str:
     """A whole page: title, and heading -> HTML; what is empty is left out."""
     body = "\n".join(
         f"<section>{f'<h2>{escape(name)}</h2>' if name else ''}\n{html}</section>"
-        for name, html in parts.items()
+        for name, html in sections.items()
         if html
     )
     return _PAGE.format(title=escape(title), style=_STYLE + CURVES, body=body)

@@ -42,20 +42,20 @@ def before_after(folder: Path, step: int) -> str:
     first, last = min(grids), max(grids)
     before, after = (_embedded(grids[at], f"pictures at step {at}")[0] for at in (first, last))
     slider = f'<input type="range" value="50" aria-label="how much of the picture is before" oninput="{_SLIDE}">'
-    told = f"Left: step {first}. Right: step {last}{_copies(folder, last)}."
-    return f'<div class="pair">{before}{after}</div>{slider}<p>{told}</p>'
+    caption = f"Left: step {first}. Right: step {last}{_copies(folder, last)}."
+    return f'<div class="pair">{before}{after}</div>{slider}<p>{caption}</p>'
 
 
 def grids(folder: Path) -> str:
     """The first and the last grid above; as many of those between as there is room for, evenly chosen."""
-    grids, room, told = _steps(folder), _ROOM, []
+    grids, room, sections = _steps(folder), _ROOM, []
     for step in sorted(grids)[1:-1]:
         picture, size = _embedded(grids[step], f"pictures at step {step}")
         if size > room / 3:  # the first and the last take as much each
             break
         room -= size
-        told.append(f"<details><summary>step {step}{_copies(folder, step)}</summary>{picture}</details>")
-    return "".join(told)
+        sections.append(f"<details><summary>step {step}{_copies(folder, step)}</summary>{picture}</details>")
+    return "".join(sections)
 
 
 def _copies(folder: Path, step: int) -> str:
@@ -102,24 +102,24 @@ def validation(folder: Path) -> str:
     lines = _validations(folder)
     if not lines:
         return ""
-    told = []
+    figures = []
     for name, key in (("", "change"), *((f", {band} noise", f"change_{band}") for band in BANDS)):
         changes = [(line["step"], *line[key]) for line in spread(lines)]
         points = [(0.0, 0.0), *((step, mean) for step, mean, _, _ in changes)]
         band = [(0.0, 0.0, 0.0), *((step, low, high) for step, _, low, high in changes)]
         drawn = curve(f"change of the validation loss{name}", points, band=band, level=0.0)
-        told.append(
+        figures.append(
             f"<figure>{drawn}<figcaption>Change since step 0{name}, with its 95 % interval</figcaption></figure>"
         )
     best = min(lines, key=lambda line: line["loss"])
     mean, low, high = best["change"]
-    said = f"least at step {best['step']}: {mean:+.4f} since the start (95 %: {low:+.4f} to {high:+.4f})"
-    rest = f"<details><summary>By noise</summary>{''.join(told[1:])}</details>"
-    return f"<p>The loss on pictures that are held out was {said}.</p>{told[0]}{rest}"
+    best_line = f"least at step {best['step']}: {mean:+.4f} since the start (95 %: {low:+.4f} to {high:+.4f})"
+    rest = f"<details><summary>By noise</summary>{''.join(figures[1:])}</details>"
+    return f"<p>The loss on pictures that are held out was {best_line}.</p>{figures[0]}{rest}"
 
 
 def _validations(folder: Path) -> list[dict[str, Any]]:
-    """Those after the first that can be compared with the last: of the same pictures, noise and timesteps."""
+    """Return the validations after the first that used the same pictures, noise and timesteps as the last."""
     lines = json_lines(folder / tracking.VALIDATION)
     return [line for line in lines if "change" in line and line.get("of") == lines[-1].get("of")]
 
@@ -129,13 +129,16 @@ def forgetting(folder: Path) -> str:
     lines = json_lines(folder / tracking.FORGETTING)
     if len(lines) < 2:
         return ""
-    told = {"forgetting": "of what everyday prompts did to a picture is changed", "with_trigger": "with the trigger"}
-    said = ", ".join(f"{lines[-1][name]:.1%} {what}" for name, what in told.items() if name in lines[-1])
+    descriptions = {
+        "forgetting": "of what everyday prompts did to a picture is changed",
+        "with_trigger": "with the trigger",
+    }
+    summary = ", ".join(f"{lines[-1][name]:.1%} {what}" for name, what in descriptions.items() if name in lines[-1])
     drawn = curve(
         "forgetting, in percent", [(line["step"], 100 * line["forgetting"]) for line in spread(lines)], level=0.0
     )
     caption = "In percent: 0, prompts steer as before; 100, as far off as a network that knows none"
-    return f"<p>In the end {said}.</p><figure>{drawn}<figcaption>{caption}</figcaption></figure>"
+    return f"<p>In the end {summary}.</p><figure>{drawn}<figcaption>{caption}</figcaption></figure>"
 
 
 def loss(folder: Path) -> str:
@@ -161,24 +164,24 @@ def ledger(folder: Path) -> str:
     rows = {name.replace("_", " "): str(count) for name, count in counts.items() if name != "skipped"}
     rows |= {f"skipped: {why}": str(count) for why, count in counts["skipped"].items()}
     bad = [f"{line['path']}: {line['reason']}" for line in json_lines(folder / "quarantine.jsonl")]
-    listed = "".join(f"<li>{escape(text)}</li>" for text in bad[:100])
-    return table(rows) + (f"<h3>Quarantined</h3><ul>{listed}</ul>" if listed else "")
+    join_limited = "".join(f"<li>{escape(text)}</li>" for text in bad[:100])
+    return table(rows) + (f"<h3>Quarantined</h3><ul>{join_limited}</ul>" if join_limited else "")
 
 
 def in_short(folder: Path) -> dict[str, str]:
     """What a run has come to, in a few figures: name -> text."""
-    told: dict[str, str] = {}
+    figures: dict[str, str] = {}
     losses = _losses(folder)
     if losses.last_step is not None:
-        told["steps"] = f"{losses.last_step:.0f}"
-        told["training loss, smoothed"] = f"{losses.last_average:.4f}"
+        figures["steps"] = f"{losses.last_step:.0f}"
+        figures["training loss, smoothed"] = f"{losses.last_average:.4f}"
     if checks := _validations(folder):
         best = min(checks, key=lambda line: line["loss"])
-        told["validation loss, least"] = f"{best['loss']:.4f} at step {best['step']}"
+        figures["validation loss, least"] = f"{best['loss']:.4f} at step {best['step']}"
         mean, low, high = best["change"]
-        told["its change since the start"] = f"{mean:+.4f} (95 %: {low:+.4f} to {high:+.4f})"
+        figures["its change since the start"] = f"{mean:+.4f} (95 %: {low:+.4f} to {high:+.4f})"
     if drifts := json_lines(folder / tracking.FORGETTING):
-        told["forgetting"] = f"{drifts[-1]['forgetting']:.1%}"
+        figures["forgetting"] = f"{drifts[-1]['forgetting']:.1%}"
     if grids := json_lines(folder / tracking.COPIES):
-        told["pictures in the end"] = of_copies(grids[-1])
-    return told
+        figures["pictures in the end"] = of_copies(grids[-1])
+    return figures

@@ -137,7 +137,7 @@ def _progress(unet: nn.Module, steps: int) -> Iterator[None]:
 
 @contextmanager
 def _spoken_to_in_full(unet: Any) -> Iterator[None]:
-    """Inside, the UNet takes and answers fp32 whatever its dtype: guidance magnifies what is rounded off."""
+    """Make the UNet take and return fp32 whatever its dtype: guidance magnifies rounding errors."""
     dtype = next(unet.parameters()).dtype  # of its first layer, where `unet.dtype` would see an adapter's
     if dtype == torch.float32:
         yield

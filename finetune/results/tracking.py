@@ -55,7 +55,7 @@ class Log:
 
 @contextmanager
 def log(folder: Path, step: int) -> Iterator[Log]:
-    """Inside, the log of a run folder, whose files hold each line as soon as it is written.
+    """Open the log of a run folder, whose files hold each line as soon as it is written.
 
     Args:
         folder: the run folder.
@@ -89,7 +89,7 @@ def note_seconds(folder: Path, step: int, what: str, seconds: float) -> None:
         file.write(json.dumps({"step": step, f"{what}_seconds": round(seconds, 4)}) + "\n")
 
 
-def note_fault(folder: Path, fault: Fault, seen: Sequence[Mapping[str, Any]]) -> None:
+def note_fault(folder: Path, fault: Fault, facts: Sequence[Mapping[str, Any]]) -> None:
     """Record in faults.jsonl a step that was not finite.
 
     Args:
@@ -98,7 +98,7 @@ def note_fault(folder: Path, fault: Fault, seen: Sequence[Mapping[str, Any]]) ->
         seen: what is known of each of its examples.
     """
     plain = {"step": fault.step, "loss": _number(fault.loss), "grad_norm": _number(fault.grad_norm)}
-    examples = [{**known, "loss": _number(loss)} for known, loss in zip(seen, fault.losses, strict=True)]
+    examples = [{**fact, "loss": _number(loss)} for fact, loss in zip(facts, fault.losses, strict=True)]
     with _appended(folder / FAULTS) as file:
         file.write(json.dumps(plain | {"examples": examples}, ensure_ascii=False) + "\n")
 
@@ -118,14 +118,14 @@ def _cut(path: Path, step: int) -> None:
     if not path.exists():
         return
     with path.open(encoding="utf-8") as lines:  # `splitlines` would also part them at U+2028, which a name may hold
-        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    write_whole(path, "".join(whole))
+        complete = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    write_whole(path, "".join(complete))
 
 
 def peak_memory_gb() -> float:
     """Peak memory of this process in GB (1e9 bytes): reserved on the GPU where there is one, else resident.
 
-    What CUDA graphs work in counts as reserved only. Recording one starts the peak anew.
+    What CUDA graphs work in counts as reserved only. Recording one starts the peak again.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 1e9

@@ -39,18 +39,18 @@ def verify_export(model: DiffusionModel, folder: Path) -> float:
     Raises:
         RunError: a weight is missing, unexpected or differs, or the outputs do.
     """
-    return verify_peft(model, folder) if Adapter.of(model.unet) else verify_pipeline(model, folder)
+    return verify_peft(model, folder) if Adapter.attached_to(model.unet) else verify_pipeline(model, folder)
 
 
 def verify_peft(model: DiffusionModel, folder: Path, dtype: torch.dtype = torch.float32) -> float:
-    """The same for an adapter in peft's layout, whose file has this dtype: loaded as a second one on the same base."""
+    """Verify an adapter file of this dtype in peft's layout by loading it as a second adapter on the same base."""
     adapter = _adapter(model)
     differing = _differing(rounded(adapter.state(), dtype), load_file(folder / LORA_FILE))
     return _prove(model, folder, differing, lambda: adapter.replaced_by_file(folder), dtype)
 
 
 def verify_kohya(model: DiffusionModel, path: Path, dtype: torch.dtype = torch.float32) -> float:
-    """The same for an adapter in kohya's layout.
+    """Verify an adapter file in kohya's layout.
 
     Every tensor and alpha is read back by the layout's definition, and compared to the bit. Then diffusers' own
     converter loads the file, and the outputs are compared; for the kinds that it cannot load, what the file adds to
@@ -86,25 +86,27 @@ def _distance_of_updates(adapter: Adapter, path: Path) -> float:
 
 
 def verify_pipeline(model: DiffusionModel, folder: Path, dtype: torch.dtype | None = None) -> float:
-    """The same for a pipeline folder, written in this dtype (None: the UNet's own), and the frozen parts to the bit."""
+    """Verify a pipeline folder written in this dtype (None: the UNet's own); frozen parts must be equal to the bit."""
     formats = _as_in_file({"unet": dtype or model.unet.dtype, "default": torch.float32})
     with without_library_bars():
         reloaded: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **formats)
-    parts = {name: part for name, part in reloaded.components.items() if isinstance(part, nn.Module) and name != "unet"}
-    if differing := _differing_around(model, parts, dtype or torch.float32):
+    components = {
+        name: part for name, part in reloaded.components.items() if isinstance(part, nn.Module) and name != "unet"
+    }
+    if differing := _differing_around(model, components, dtype or torch.float32):
         _refuse(folder, differing, 0.0, dtype or torch.float32)
     return _prove_unet(model, folder, reloaded.unet, dtype)
 
 
 def verify_unet(model: DiffusionModel, folder: Path, dtype: torch.dtype | None = None) -> float:
-    """The same for the folder of a UNet alone."""
+    """Verify the folder of a UNet alone."""
     formats = _as_in_file(dtype or model.unet.dtype)
     reloaded = type(model.unet).from_pretrained(folder, local_files_only=True, **formats)
     return _prove_unet(model, folder, reloaded, dtype)
 
 
 def verify_single_file(model: DiffusionModel, path: Path, dtype: torch.dtype) -> float:
-    """The same for a checkpoint in one file: read as any such file is, and its keys by diffusers' own converter.
+    """Verify a single-file checkpoint: read as any such file is, and its keys by diffusers' own converter.
 
     VAE and text encoders are compared to the bit as well.
     """
@@ -112,19 +114,21 @@ def verify_single_file(model: DiffusionModel, path: Path, dtype: torch.dtype) ->
     theirs = convert_ldm_unet_checkpoint(load_file(path), {"class_embed_type": None, **model.unet.config})
     differing = _differing(rounded(model.unet.state_dict(), dtype), theirs)
     del theirs
-    parts: dict[str, nn.Module] = {"vae": source.vae()}
+    components: dict[str, nn.Module] = {"vae": source.vae()}
     with without_library_bars():
-        parts |= {part: source.text_encoder(part) for part in model.family.parts if part.startswith("text_encoder")}
-    if differing := differing + _differing_around(model, parts, dtype):
+        components |= {
+            part: source.text_encoder(part) for part in model.family.components if part.startswith("text_encoder")
+        }
+    if differing := differing + _differing_around(model, components, dtype):
         _refuse(path, differing, 0.0, dtype)
     return _prove_unet(model, path, source.unet(dtype), dtype)
 
 
-def _differing_around(model: DiffusionModel, parts: Mapping[str, nn.Module], dtype: torch.dtype) -> list[str]:
+def _differing_around(model: DiffusionModel, components: Mapping[str, nn.Module], dtype: torch.dtype) -> list[str]:
     """The weights of frozen parts that are not ours rounded to `dtype`."""
     pipeline: Any = model.pipeline()
     wrong: list[str] = []
-    for name, part in parts.items():
+    for name, part in components.items():
         ours = rounded(rounded(getattr(pipeline, name).state_dict(), dtype))
         wrong += [f"{name}.{key}" for key in _differing(ours, rounded(part.state_dict()))]
     return wrong
@@ -137,7 +141,7 @@ def _as_in_file(formats: object) -> dict[str, Any]:
 
 
 def _adapter(model: DiffusionModel) -> Adapter:
-    adapter = Adapter.of(model.unet)
+    adapter = Adapter.attached_to(model.unet)
     assert adapter is not None
     return adapter
 

@@ -14,7 +14,7 @@ DTYPES: dict[str, torch.dtype | None] = {"no": None, "fp16": torch.float16, "bf1
 """The mixed_precision option -> dtype that the UNet computes in (None: its weights')."""
 
 
-def resolve_precision(wanted: str, device: torch.device, *, small: bool) -> str:
+def resolve_precision(mixed_precision: str, device: torch.device, *, small: bool) -> str:
     """ "no", "fp16" or "bf16".
 
     Args:
@@ -25,10 +25,10 @@ def resolve_precision(wanted: str, device: torch.device, *, small: bool) -> str:
     Raises:
         UsageError: fp16 on a CPU.
     """
-    if wanted == "fp16" and device.type == "cpu":
+    if mixed_precision == "fp16" and device.type == "cpu":
         raise UsageError("mixed_precision = fp16: a CPU cannot compute in fp16; allowed here is bf16, no or auto")
-    if wanted != "auto":
-        return wanted
+    if mixed_precision != "auto":
+        return mixed_precision
     if device.type == "cuda" and not torch.cuda.is_available():
         return "bf16"  # a GPU that is planned for, of 2020 or later
     if device.type == "cuda":
@@ -61,7 +61,7 @@ def tuning_pays(steps: int, *, sizes: int, batch_size: int) -> bool:
 
 @contextmanager
 def gpu_algorithms(*, deterministic: bool, tuned: bool) -> Iterator[None]:
-    """Inside, a GPU takes fast algorithms, or only those that give the same bits every time; then as before.
+    """Choose a GPU's algorithms for a while: fast ones, or only those that give the same bits every time.
 
     The fastest convolutions are those that cuDNN finds by trying, where `tuned`; fp32 products are in TF32 (10 bits of
     mantissa). cuBLAS reads its part of the other choice from the environment when it is first used: nothing may have

@@ -9,18 +9,18 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from finetune.cache.encode import encode
-from finetune.cache.encoded_dataset import Encoded
+from finetune.cache.encoded_dataset import EncodedDataset
 from finetune.config import ResolvedConfig, numbers_by_block
-from finetune.data.caption_augmentation import CaptionVisits
-from finetune.data.image_dataset import Pictures
+from finetune.data.caption_augmentation import CaptionAugmentation
+from finetune.data.image_dataset import ImageDataset
 from finetune.data.sampler import Sampler
 from finetune.errors import UsageError
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.lora import Adapter, add_lora
-from finetune.models.model_info import Location
+from finetune.models.model_info import ModelInfo
 from finetune.run.backend import DTYPES, compile_blocks
 from finetune.seeding import example_key
-from finetune.text import counted
+from finetune.text import pluralize
 from finetune.training.distributed import Parallel
 from finetune.training.ema import Ema
 from finetune.training.gradient_checkpointing import recompute
@@ -30,7 +30,7 @@ from finetune.training.prior_prediction import Prior, untrained
 from finetune.training.trainer import Trainer
 
 
-def load_base(config: ResolvedConfig, model_info: Location, dtype: torch.dtype) -> DiffusionModel:
+def load_base(config: ResolvedConfig, model_info: ModelInfo, dtype: torch.dtype) -> DiffusionModel:
     """The base model as the run's config says, with an untrained adapter for a LoRA; `dtype` is its UNet's."""
     model = load_model(
         model_info,
@@ -68,39 +68,46 @@ _FIRST_STEP_BY = 60.0
 
 def assembled(
     config: ResolvedConfig,
-    model_info: Location,
-    pictures: Pictures,
+    model_info: ModelInfo,
+    pictures: ImageDataset,
     device: torch.device,
     *,
     steps: range,
     validated: Sequence[int] = (),
     parallel: Parallel = Parallel(),  # noqa: B008 # frozen
-    told: Callable[[str, int, int], None] | None = None,
-) -> tuple[DiffusionModel, Encoded, Trainer]:
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[DiffusionModel, EncodedDataset, Trainer]:
     """The untrained model, what `steps` (from 0) and validations need of the pictures, encoded, and the trainer.
 
     `told` hears how much is encoded: what, how many are, of how many.
     """
     model = _load(config, model_info, device)
     encoded = encoded_for(
-        config, model, pictures, steps=steps, validated=validated, parallel=parallel, at_most=_FIRST_STEP_BY, told=told
+        config,
+        model,
+        pictures,
+        steps=steps,
+        validated=validated,
+        parallel=parallel,
+        at_most=_FIRST_STEP_BY,
+        on_progress=on_progress,
     )
     trainer = _trainer(config, model, parallel)
-    parallel.copy_from_first(list(trainer.parameters.values()))
+    parallel.broadcast(list(trainer.parameters.values()))
     return model, encoded, trainer
 
 
 def encoded_for(
     config: ResolvedConfig,
     model: DiffusionModel,
-    pictures: Pictures,
+    pictures: ImageDataset,
     steps: range,
     validated: Sequence[int],
     parallel: Parallel,
     *,
     at_most: float,
-    told: Callable[[str, int, int], None] | None = None,
-) -> Encoded:
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> EncodedDataset:
     """The pictures, with what these steps (from 0) need of them encoded, and all of those that are `validated`; so much
     of it now as takes `at_most` seconds, unless an option says otherwise.
     """
@@ -108,7 +115,9 @@ def encoded_for(
         pictures,
         model,
         live=config.live_encoding,
-        captioning=CaptionVisits(config.caption_dropout, config.shuffle_caption, config.keep_tokens, config.trigger),
+        captioning=CaptionAugmentation(
+            config.caption_dropout, config.shuffle_caption, config.keep_tokens, config.trigger
+        ),
         seed=config.seed,
         cache_dir=config.cache_dir,
         precision=config.cache_precision,
@@ -118,23 +127,23 @@ def encoded_for(
             _visits(config, pictures, steps, parallel, inpainting=model.inpainting),
         ),
         at_most={"before": None, "ahead": 0, "auto": at_most}[config.encode],
-        told=told,
+        on_progress=on_progress,
     )
 
 
 def _visits(
-    config: ResolvedConfig, pictures: Pictures, steps: range, parallel: Parallel, *, inpainting: bool
+    config: ResolvedConfig, pictures: ImageDataset, steps: range, parallel: Parallel, *, inpainting: bool
 ) -> Iterator[tuple[int, int | None]]:
     """Pictures, and with what key they are visited where that decides what is encoded of them."""
-    plan, own = sampler(config, pictures), (steps, parallel.rank, parallel.world)
+    plan, local = sampler(config, pictures), (steps, parallel.rank, parallel.world_size)
     if inpainting:
-        for index, number in plan.all_visits(*own):
+        for index, number in plan.all_visits(*local):
             yield index, example_key(config.seed, pictures.ids[index], number)
     else:
-        yield from ((index, None) for index in plan.visited(*own))
+        yield from ((index, None) for index in plan.visited(*local))
 
 
-def sampler(config: ResolvedConfig, pictures: Pictures) -> Sampler:
+def sampler(config: ResolvedConfig, pictures: ImageDataset) -> Sampler:
     """What each step of a run visits."""
     return Sampler(
         pictures.shapes(),
@@ -145,7 +154,7 @@ def sampler(config: ResolvedConfig, pictures: Pictures) -> Sampler:
     )
 
 
-def _load(config: ResolvedConfig, model_info: Location, device: torch.device) -> DiffusionModel:
+def _load(config: ResolvedConfig, model_info: ModelInfo, device: torch.device) -> DiffusionModel:
     """The model on its device, with an adapter for LoRA: what is frozen in half precision, what has masters in fp32."""
     half = DTYPES[config.mixed_precision] if config.method == "lora" or config.full_bf16 else None
     model = load_base(config, model_info, half or torch.float32).to(device)
@@ -154,8 +163,10 @@ def _load(config: ResolvedConfig, model_info: Location, device: torch.device) ->
     recompute(model.unet, config.gradient_checkpointing)
     if config.compile and (why_not := compile_blocks(model.unet)):
         print(f"{'note':>10}  the UNet is not compiled: {why_not}")
-    if config.init_lora and (left := Adapter(model.unet).take_over(Path(config.init_lora))):
-        print(f"{'note':>10}  {config.init_lora}: {counted(left, 'tensor')} for text encoders, which stay as they are")
+    if config.init_lora and (left := Adapter(model.unet).init_from(Path(config.init_lora))):
+        print(
+            f"{'note':>10}  {config.init_lora}: {pluralize(left, 'tensor')} for text encoders, which stay as they are"
+        )
     return model
 
 

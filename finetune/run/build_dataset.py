@@ -9,8 +9,8 @@ from typing import Any, Literal
 from finetune.cache.store import cache_folder
 from finetune.config import TrainConfig
 from finetune.data.buckets import Buckets
-from finetune.data.chunks import Deal, Holding, Volumes, deal_out, together, volumes_for
-from finetune.data.concat import Joined, Part, names_of, with_class_pictures
+from finetune.data.chunks import Chunks, SourceChunks, SourceInfo, merge_sources, num_chunks_for, split_into_chunks
+from finetune.data.concat import ConcatDataset, ConcatPart, names_of, with_class_pictures
 from finetune.data.datasets import (
     holds_rows,
     is_table,
@@ -20,20 +20,20 @@ from finetune.data.datasets import (
     picture_folder,
     shards_of,
 )
-from finetune.data.image_dataset import Pictures
+from finetune.data.image_dataset import ImageDataset
 from finetune.data.image_folder import pictures_among
-from finetune.data.image_index import PictureMemory
+from finetune.data.image_index import ImageIndex
 from finetune.data.listing import links_out
 from finetune.data.shard_index import index_of
 from finetune.data.split import FEWEST, default_fraction, held_out, shown_elsewhere
 from finetune.data.transforms import Preprocess
-from finetune.data.user_dataset import OwnPictures, Rows
+from finetune.data.user_dataset import MapDataset, UserDataset
 from finetune.errors import DataError, UsageError
 from finetune.models.families import bucket_sides
-from finetune.models.model_info import Location
-from finetune.options import about
+from finetune.models.model_info import ModelInfo
+from finetune.options import option_info
 from finetune.seeding import fold
-from finetune.text import counted, listed
+from finetune.text import join_limited, pluralize
 
 _MASKS: dict[bool | None, Literal["files", "files and alpha", "none"]] = {
     None: "files",
@@ -43,8 +43,8 @@ _MASKS: dict[bool | None, Literal["files", "files and alpha", "none"]] = {
 """The masked_loss option -> what masks are."""
 
 
-def open_pictures(config: TrainConfig, model_info: Location, dataset: Rows | None) -> Volumes:
-    """What is to be trained on, at the resolution of the run: of a large folder only the first volume is opened.
+def open_pictures(config: TrainConfig, model_info: ModelInfo, dataset: MapDataset | None) -> Chunks:
+    """What is to be trained on, at the resolution of the run: of a large folder only the first chunk is opened.
 
     Args:
         config: says where pictures and captions come from, and how they become squares.
@@ -61,13 +61,15 @@ def open_pictures(config: TrainConfig, model_info: Location, dataset: Rows | Non
         _refuse_links(sources)
     times = config.repeats or (1,) * len(sources)
     if len(times) != len(sources):
-        raise UsageError(f"repeats: {counted(len(times), 'number')} for {len(sources)} --data")
+        raise UsageError(f"repeats: {pluralize(len(times), 'number')} for {len(sources)} --data")
     folder = cache_folder(config.cache_dir)
-    memory = PictureMemory(folder, strict=config.cache_strict) if folder else None
-    deals = _dealt(config, sources, folder, memory)
+    memory = ImageIndex(folder, strict=config.cache_strict) if folder else None
+    chunks_by_source = _assigned(config, sources, folder, memory)
     opened = _opener(config, model_info, memory)
-    volume = partial(_volume, partial(_source, config, model_info, opened, folder), names_of(config.data), deals, times)
-    pictures = volume(0)
+    chunk = partial(
+        _chunk, partial(_source, config, model_info, opened, folder), names_of(config.data), chunks_by_source, times
+    )
+    pictures = chunk(0)
     if config.class_data:
         pictures = _with_class_pictures(config, pictures, opened)
     if config.validation_data:
@@ -79,13 +81,13 @@ def open_pictures(config: TrainConfig, model_info: Location, dataset: Rows | Non
         pictures.hold_out(held_out(pictures, fraction, config.seed, memory))
     if config.early_stop and not pictures.held_out:
         raise UsageError("early_stop needs pictures that are held out: give --validation_fraction or --validation_data")
-    if len(deals[0].parts) == 1:
-        return Volumes.whole(pictures)
-    whole = together(deals, times)
-    counts = [len(pictures.trained), *whole.counts[1:]]
-    visits = [pictures.epoch_visits, *whole.visits[1:]]
-    later = _later(volume, config, pictures, captioned=model_info.family.latent)
-    return Volumes(pictures, counts=counts, visits=visits, found=whole.found, later=later, digest=whole.digest)
+    if len(chunks_by_source[0].parts) == 1:
+        return Chunks.single(pictures)
+    totals = merge_sources(chunks_by_source, times)
+    counts = [len(pictures.trained), *totals.counts[1:]]
+    visits = [pictures.epoch_visits, *totals.visits[1:]]
+    later = _later(chunk, config, pictures, captioned=model_info.family.latent)
+    return Chunks(pictures, counts=counts, visits=visits, found=totals.found, later=later, digest=totals.digest)
 
 
 def _refuse_links(sources: Sequence[Any]) -> None:
@@ -93,41 +95,47 @@ def _refuse_links(sources: Sequence[Any]) -> None:
     for source in sources:
         if isinstance(source, str) and (folder := Path(source).expanduser()).is_dir() and (links := links_out(folder)):
             raise DataError(
-                f"--data {source}: {counted(len(links), 'link')} out of the folder, which --no_follow_links refuses: "
-                f"{listed(links)}"
+                f"--data {source}: {pluralize(len(links), 'link')} out of the folder, which --no_follow_links refuses: "
+                f"{join_limited(links)}"
             )
 
 
-def _volume(
-    opened: Callable[[Deal, int], Pictures],
+def _chunk(
+    opened: Callable[[SourceChunks, int], ImageDataset],
     names: Sequence[str],
-    deals: Sequence[Deal],
+    chunks_by_source: Sequence[SourceChunks],
     times: Sequence[int],
     number: int,
-) -> Pictures:
-    """One volume of all sources, as one dataset; what is not repeated, and alone, keeps its ids."""
+) -> ImageDataset:
+    """One chunk of all sources, as one dataset; what is not repeated, and alone, keeps its ids."""
     if tuple(times) == (1,):
-        return opened(deals[0], number)
-    parts = zip(names or ["data"], deals, times, strict=True)
-    return Joined([Part(name, opened(deal, number), n) for name, deal, n in parts if not number or deal.counts[number]])
+        return opened(chunks_by_source[0], number)
+    parts = zip(names or ["data"], chunks_by_source, times, strict=True)
+    return ConcatDataset(
+        [
+            ConcatPart(name, opened(source_chunks, number), n)
+            for name, source_chunks, n in parts
+            if not number or source_chunks.counts[number]
+        ]
+    )
 
 
 def _source(
     config: TrainConfig,
-    model_info: Location,
-    opened: Callable[..., Pictures],
+    model_info: ModelInfo,
+    opened: Callable[..., ImageDataset],
     folder: Path | None,
-    deal: Deal,
+    source_chunks: SourceChunks,
     number: int,
-) -> Pictures:
-    """What one volume has of one source."""
-    if not isinstance(deal.source, str) and not is_table(deal.source):
-        return _own_pictures(config, model_info, deal.source)
-    streams = {"stream_rows": config.stream_rows, "kept_in": folder} if isinstance(deal.source, str) else {}
-    return opened(deal.source, part=deal.parts[number], **streams)
+) -> ImageDataset:
+    """What one chunk has of one source."""
+    if not isinstance(source_chunks.source, str) and not is_table(source_chunks.source):
+        return _own_pictures(config, model_info, source_chunks.source)
+    streams = {"stream_rows": config.stream_rows, "kept_in": folder} if isinstance(source_chunks.source, str) else {}
+    return opened(source_chunks.source, part=source_chunks.parts[number], **streams)
 
 
-def _opener(config: TrainConfig, model_info: Location, memory: PictureMemory | None) -> Callable[..., Pictures]:
+def _opener(config: TrainConfig, model_info: ModelInfo, memory: ImageIndex | None) -> Callable[..., ImageDataset]:
     """`open_dataset`, as the options say."""
     resolution = config.resolution or model_info.resolution
     return partial(
@@ -149,107 +157,114 @@ def _opener(config: TrainConfig, model_info: Location, memory: PictureMemory | N
 
 
 def _later(
-    opened: Callable[[int], Pictures], config: TrainConfig, first: Pictures, *, captioned: bool
-) -> Callable[[int], Pictures]:
-    """How a volume after the first is opened: without what is held out there.
+    opened: Callable[[int], ImageDataset], config: TrainConfig, first: ImageDataset, *, captioned: bool
+) -> Callable[[int], ImageDataset]:
+    """How a chunk after the first is opened: without what is held out there.
 
     Nor does it end a run that has gone on for hours where a few captions are absent: these pictures are left aside.
     """
-    held = {first.checked(index).digest for index in first.held_out}
+    held = {first.image_info(index).digest for index in first.held_out}
 
-    def later(number: int) -> Pictures:
-        volume = opened(number)
-        without = [index for index, caption in enumerate(volume.captions) if captioned and not caption]
-        many = len(without) > config.max_bad_fraction * len(volume)
-        _refuse_unusable(volume, config.max_bad_fraction, captioned=many)
-        volume.leave_aside(without, "without a caption")
-        copies = [index for index in volume.trained if volume.checked(index).digest in held]
-        volume.leave_aside(copies, "copies of pictures that are held out")
-        return volume
+    def later(number: int) -> ImageDataset:
+        chunk = opened(number)
+        without = [index for index, caption in enumerate(chunk.captions) if captioned and not caption]
+        many = len(without) > config.max_bad_fraction * len(chunk)
+        _refuse_unusable(chunk, config.max_bad_fraction, captioned=many)
+        chunk.leave_aside(without, "without a caption")
+        copies = [index for index in chunk.trained if chunk.image_info(index).digest in held]
+        chunk.leave_aside(copies, "copies of pictures that are held out")
+        return chunk
 
     return later
 
 
-def _dealt(
-    config: TrainConfig, sources: Sequence[Any], folder: Path | None, memory: PictureMemory | None
-) -> list[Deal]:
-    """All sources, in volumes where they are large together."""
-    holdings = [_holding(source, config, folder, memory) for source in sources]
-    known = [holding for holding in holdings if holding is not None]
-    divisible = len(known) == len(holdings) and not config.class_data
+def _assigned(
+    config: TrainConfig, sources: Sequence[Any], folder: Path | None, memory: ImageIndex | None
+) -> list[SourceChunks]:
+    """All sources, in chunks where they are large together."""
+    source_infos = [_source_info(source, config, folder, memory) for source in sources]
+    sized = [source_info for source_info in source_infos if source_info is not None]
+    divisible = len(sized) == len(source_infos) and not config.class_data
     if config.volume_size and not divisible:
         raise UsageError(
             "volume_size is for folders of pictures, tables and, with a cache_dir, shards; and not for class_data"
         )
-    number = volumes_for(known, config.volume_size) if divisible else 1
+    number = num_chunks_for(sized, config.volume_size) if divisible else 1
     return [
-        Deal(source, parts=[None]) if holding is None else deal_out(holding, number, config.caption_column)
-        for source, holding in zip(sources, holdings, strict=True)
+        SourceChunks(source, parts=[None])
+        if source_info is None
+        else split_into_chunks(source_info, number, config.caption_column)
+        for source, source_info in zip(sources, source_infos, strict=True)
     ]
 
 
-def _holding(source: Any, config: TrainConfig, folder: Path | None, memory: PictureMemory | None) -> Holding | None:
+def _source_info(source: Any, config: TrainConfig, folder: Path | None, memory: ImageIndex | None) -> SourceInfo | None:
     """What a source holds; None: that is not known before it is opened."""
     if not isinstance(source, str) and not is_table(source):
         return None
     if isinstance(source, str) and (files := picture_folder(source)) is not None:
-        return Holding(source, len(pictures_among(files)), files)
+        return SourceInfo(source, len(pictures_among(files)), files)
     if is_table(source) or holds_rows(source):
         if config.masked_loss:
             raise no_masks(source)  # before it is loaded
         columns = {"image_column": config.image_column, "caption_column": config.caption_column}
         rows = open_rows(source, stream_rows=config.stream_rows, kept_in=folder, **columns)
-        return Holding(rows, len(rows))
+        return SourceInfo(rows, len(rows))
     if memory and (shards := shards_of(source)):
-        return Holding(source, sum(index_of(shard, memory).pictures for shard in shards[0]))
-    return None  # shards, which would be read anew each time
+        return SourceInfo(source, sum(index_of(shard, memory).pictures for shard in shards[0]))
+    return None  # shards, which would be read again each time
 
 
-def _with_class_pictures(config: TrainConfig, subject: Pictures, opened: Callable[..., Pictures]) -> Pictures:
+def _with_class_pictures(
+    config: TrainConfig, subject: ImageDataset, opened: Callable[..., ImageDataset]
+) -> ImageDataset:
     kind = opened(config.class_data, prompt=config.class_prompt, trigger=None)
     if empty := kind.captions.count(""):
-        pictures = counted(len(kind), "picture")
+        pictures = pluralize(len(kind), "picture")
         raise UsageError(f"class_data: {empty} of {pictures} without a caption; give --class_prompt")
     weight = 1.0 if config.prior_loss_weight is None else config.prior_loss_weight
     return with_class_pictures(names_of(config.data or ("data",))[0], subject, kind, weight)
 
 
-def _with_validation_data(source: str, pictures: Pictures, opened: Callable[..., Pictures]) -> Pictures:
+def _with_validation_data(source: str, pictures: ImageDataset, opened: Callable[..., ImageDataset]) -> ImageDataset:
     """All that is trained on, as it is, and after it the pictures to validate on; not those that are trained on too."""
-    joined = Joined([Part("", pictures, 1), Part("--validation_data", opened(source), 0)])
-    given = range(len(pictures), len(joined))
-    shown = shown_elsewhere(joined, given)
-    if (left := len(given) - len(shown)) < FEWEST:
-        aside = f", and {len(shown)} that are trained on or near duplicates of such" if shown else ""
-        raise UsageError(f"validation_data {source}: {counted(left, 'picture')}{aside}; at least {FEWEST} are needed")
-    joined.hold_out(sorted(set(given).difference(shown)))
-    joined.leave_aside(shown, "held out, but trained on elsewhere")
-    return joined
+    dataset = ConcatDataset([ConcatPart("", pictures, 1), ConcatPart("--validation_data", opened(source), 0)])
+    given = range(len(pictures), len(dataset))
+    trained_too = shown_elsewhere(dataset, given)
+    if (left := len(given) - len(trained_too)) < FEWEST:
+        aside = f", and {len(trained_too)} that are trained on or near duplicates of such" if trained_too else ""
+        raise UsageError(f"validation_data {source}: {pluralize(left, 'picture')}{aside}; at least {FEWEST} are needed")
+    dataset.hold_out(sorted(set(given).difference(trained_too)))
+    dataset.leave_aside(trained_too, "held out, but trained on elsewhere")
+    return dataset
 
 
-def _refuse_unusable(pictures: Pictures, most: float, *, captioned: bool) -> None:
+def _refuse_unusable(pictures: ImageDataset, most: float, *, captioned: bool) -> None:
     """Raise DataError where more than this share is bad, and UsageError where there are no captions for all."""
     bad, total = pictures.quarantined, len(pictures) + len(pictures.quarantined)
     if len(bad) > most * total:
         raise DataError(
-            f"{len(bad)} of {counted(total, 'picture')} cannot be trained on: {listed(list(map(str, bad)), 10)}; "
+            f"{len(bad)} of {pluralize(total, 'picture')} cannot be trained on: "
+            f"{join_limited(list(map(str, bad)), 10)}; "
             f"mend or remove them, or leave them out with --max_bad_fraction {ceil(100 * len(bad) / total) / 100:g}"
         )
     if captioned and (empty := pictures.captions.count("")):
-        without = listed([name for name, caption in zip(pictures.ids, pictures.captions, strict=True) if not caption])
-        unread = f"; not read: {listed(pictures.passed_over)}" if pictures.passed_over else ""
+        without = join_limited(
+            [name for name, caption in zip(pictures.ids, pictures.captions, strict=True) if not caption]
+        )
+        unread = f"; not read: {join_limited(pictures.passed_over)}" if pictures.passed_over else ""
         raise UsageError(
-            f"{empty} of {counted(len(pictures), 'picture')} without a caption ({without}): "
+            f"{empty} of {pluralize(len(pictures), 'picture')} without a caption ({without}): "
             f"give --prompt, or captions beside them{unread}"
         )
 
 
-def _buckets(config: TrainConfig, model_info: Location, resolution: int) -> Buckets | None:
+def _buckets(config: TrainConfig, model_info: ModelInfo, resolution: int) -> Buckets | None:
     """The sizes that pictures become, as the options say, or as suits the model. None: squares."""
-    wanted = config.aspect_ratio_bucketing
-    if wanted is None:
-        wanted = model_info.family.latent and config.resize_mode == "crop"
-    if not wanted:
+    bucketing = config.aspect_ratio_bucketing
+    if bucketing is None:
+        bucketing = model_info.family.latent and config.resize_mode == "crop"
+    if not bucketing:
         return None
     if config.resize_mode == "squash":
         raise UsageError("aspect_ratio_bucketing cannot be used with resize_mode squash")
@@ -263,22 +278,22 @@ def _buckets(config: TrainConfig, model_info: Location, resolution: int) -> Buck
     return Buckets(resolution, smallest, largest, step, bool(config.bucket_upscale))
 
 
-def _own_pictures(config: TrainConfig, model_info: Location, dataset: Rows) -> Pictures:
+def _own_pictures(config: TrainConfig, model_info: ModelInfo, dataset: MapDataset) -> ImageDataset:
     """A dataset of the user's: with our captions and preprocessing, or as it is where it has a `transform`."""
     resolution = config.resolution or model_info.resolution
-    own = getattr(dataset, "transform", None)
-    if own is not None and not isinstance(own, Preprocess):
+    transform = getattr(dataset, "transform", None)
+    if transform is not None and not isinstance(transform, Preprocess):
         raise UsageError(
-            f"the dataset's transform is a {type(own).__name__}; allowed is a finetune.Preprocess, or none"
+            f"the dataset's transform is a {type(transform).__name__}; allowed is a finetune.Preprocess, or none"
         )
-    decided = {"dataset", "transform" if own is not None else "dataset"}
+    decided = {"dataset", "transform" if transform is not None else "dataset"}
     given = [name for name in config.given if getattr(config, name) is not None]
-    if useless := [name for name in given if about()[name].decided_by in decided]:
-        whose = f"a dataset of your own{' that has a transform' * bool(own)}"
+    if useless := [name for name in given if option_info()[name].decided_by in decided]:
+        whose = f"a dataset of your own{' that has a transform' * bool(transform)}"
         raise UsageError(f"{min(useless)} cannot be used with {whose}")
-    if own is not None and own.resolution != resolution:
-        raise UsageError(f"resolution = {resolution}: the dataset's own transform makes {own.resolution}")
-    how = own or Preprocess(
+    if transform is not None and transform.resolution != resolution:
+        raise UsageError(f"resolution = {resolution}: the dataset's own transform makes {transform.resolution}")
+    how = transform or Preprocess(
         resolution,
         resize_mode=config.resize_mode,
         center_crop=config.center_crop,
@@ -286,19 +301,19 @@ def _own_pictures(config: TrainConfig, model_info: Location, dataset: Rows) -> P
         buckets=_buckets(config, model_info, resolution),
         background=config.background,
     )
-    return OwnPictures(dataset, config.prompt, trigger=config.trigger, transform=how)
+    return UserDataset(dataset, config.prompt, trigger=config.trigger, transform=how)
 
 
-def identity(volumes: Volumes) -> str:
+def identity(chunks: Chunks) -> str:
     """A digest of all that is trained on, as far as it is known before the first step: another one is another run."""
-    whole = digest(volumes.first)
-    return f"{fold(whole, volumes.digest):016x}" if volumes.digest else whole
+    dataset_digest = digest(chunks.first)
+    return f"{fold(dataset_digest, chunks.digest):016x}" if chunks.digest else dataset_digest
 
 
-def digest(pictures: Pictures) -> str:
+def digest(pictures: ImageDataset) -> str:
     """A digest of the pictures, their names, captions and repeats."""
     captions = [text for index in range(len(pictures)) for text in pictures.texts(index)]
-    parts = (*pictures.ids, *captions, *pictures.contents, *pictures.repeats, *pictures.mask_digests)
+    fields = (*pictures.ids, *captions, *pictures.contents, *pictures.repeats, *pictures.mask_digests)
     if pictures.class_pictures:  # version 0.1.0 visited them in another order
-        parts += ("in turn",)
-    return f"{fold(*parts):016x}"
+        fields += ("in turn",)
+    return f"{fold(*fields):016x}"

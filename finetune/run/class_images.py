@@ -11,10 +11,10 @@ from finetune.config import TrainConfig
 from finetune.data.listing import is_picture, list_files
 from finetune.errors import UsageError
 from finetune.models.loading import load_model
-from finetune.models.model_info import Location
+from finetune.models.model_info import ModelInfo
 from finetune.results.sampling import draw_pictures, save_picture
 from finetune.run.backend import DTYPES, resolve_precision
-from finetune.text import counted
+from finetune.text import pluralize
 
 DRAWN = 100
 """Pictures that are drawn where there are none, as in diffusers' script."""
@@ -23,7 +23,7 @@ _STEPS = 50
 _AT_ONCE = 4
 
 
-def draw_missing(config: TrainConfig, model_info: Location, device: torch.device) -> None:
+def draw_missing(config: TrainConfig, model_info: ModelInfo, device: torch.device) -> None:
     """Let the model, untrained, draw the class pictures that are wanted and not there.
 
     Raises:
@@ -33,14 +33,14 @@ def draw_missing(config: TrainConfig, model_info: Location, device: torch.device
         return
     folder = Path(config.class_data).expanduser()
     there = sum(map(is_picture, list_files(folder))) if folder.is_dir() else 0
-    wanted = config.num_class_images or (there or DRAWN)
-    if there >= wanted:
+    number = config.num_class_images or (there or DRAWN)
+    if there >= number:
         return
     if not config.class_prompt:
-        found_there = f"{there} of {counted(wanted, 'picture')}"
+        found_there = f"{there} of {pluralize(number, 'picture')}"
         raise UsageError(f"class_data {folder}: {found_there}; give --class_prompt, and the model draws the others")
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = f"{wanted - there} of {config.class_prompt!r}, drawn by {config.model}"
+    drawn = f"{number - there} of {config.class_prompt!r}, drawn by {config.model}"
     print(f"class pictures: {drawn} to {folder}", flush=True)
     half = DTYPES[
         resolve_precision(config.mixed_precision, device, small=model_info.family.is_small(model_info.resolution))
@@ -53,8 +53,8 @@ def draw_missing(config: TrainConfig, model_info: Location, device: torch.device
         tokenizer=config.tokenizer,
         vae=config.vae,
     ).to(device)
-    names = (folder / f"drawn-{seed:05d}.png" for seed in range(2 * wanted))
-    missing = [path for path in names if not path.exists()][: wanted - there]
+    names = (folder / f"drawn-{seed:05d}.png" for seed in range(2 * number))
+    missing = [path for path in names if not path.exists()][: number - there]
     for start in range(0, len(missing), _AT_ONCE):
         some = missing[start : start + _AT_ONCE]
         (row,) = draw_pictures(

@@ -9,17 +9,17 @@ from diffusers import UNet2DConditionModel
 
 from finetune.cache.store import cache_folder
 from finetune.config import ResolvedConfig
-from finetune.data.chunks import Volumes
+from finetune.data.chunks import Chunks
 from finetune.data.inpainting import MASKS
 from finetune.data.sampler import steps_per_epoch
 from finetune.models.conditioners import chunks_of
 from finetune.models.loading import scratch_unet
 from finetune.models.lora import trainable
-from finetune.models.model_info import Location
+from finetune.models.model_info import ModelInfo
 from finetune.models.source import open_source
 from finetune.run.build import adapt
 from finetune.run.memory_estimate import MOMENTS
-from finetune.text import counted
+from finetune.text import pluralize
 
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 _TOKENS = 77
@@ -44,34 +44,37 @@ class DiskUse(NamedTuple):
         return self.checkpoint * self.checkpoints + self.exports
 
 
-def disk_use(config: ResolvedConfig, model_info: Location, volumes: Volumes) -> DiskUse:
+def disk_use(config: ResolvedConfig, model_info: ModelInfo, chunks: Chunks) -> DiskUse:
     """What training with this config writes, pictures and logs left out."""
     learned, weights = _numbers(config, model_info)
     frozen = 0
     if model_info.family.latent:
         source = open_source(model_info)
-        frozen = sum(source.numbers(part) for part in model_info.family.parts if part[:4] in ("vae", "text"))
+        frozen = sum(source.numbers(part) for part in model_info.family.components if part[:4] in ("vae", "text"))
     trained = 2 if config.full_bf16 else 4
     checkpoint = learned * (trained + 4 * (MOMENTS[config.optimizer] + bool(config.use_ema)))
-    saves = max(1, _saves(config, volumes))
-    kept = min(saves, config.checkpoints_total_limit + 1) if config.checkpoints_total_limit else saves
+    saves = max(1, _saves(config, chunks))
+    checkpoints = min(saves, config.checkpoints_total_limit + 1) if config.checkpoints_total_limit else saves
     each = _BYTES[config.export_precision]
-    whole = {"unet": weights, "diffusers": weights + frozen, "single-file": weights + frozen}
-    exports = sum(each * whole[form] for form in config.export_formats)
+    sizes = {"unet": weights, "diffusers": weights + frozen, "single-file": weights + frozen}
+    exports = sum(each * sizes[form] for form in config.export_formats)
     if config.method == "lora":
         exports += 4 * learned * (saves + 1)  # both layouts, and one for each checkpoint but the last
     else:
         exports += 4 * (weights + frozen)
-    return DiskUse(_encodings(config, model_info, volumes), checkpoint, kept, exports)
+    return DiskUse(_encodings(config, model_info, chunks), checkpoint, checkpoints, exports)
 
 
 def disk_line(config: ResolvedConfig, use: DiskUse, output: Path) -> str:
     """What is written where, and what is free there, as a line for the user."""
     free, folder = free_bytes(output), cache_folder(config.cache_dir)
-    parts = [f"{counted(use.checkpoints, 'checkpoint')} of {_said(use.checkpoint)}", f"exports of {_said(use.exports)}"]
+    items = [
+        f"{pluralize(use.checkpoints, 'checkpoint')} of {_formatted(use.checkpoint)}",
+        f"exports of {_formatted(use.exports)}",
+    ]
     if use.encodings and folder:
-        parts.insert(0, f"encodings of {_said(use.encodings)} in {folder}")
-    line = f"about {', '.join(parts)}; {_said(free)} free"
+        items.insert(0, f"encodings of {_formatted(use.encodings)} in {folder}")
+    line = f"about {', '.join(items)}; {_formatted(free)} free"
     return line if use.output <= free else f"{line} in {output}, which may not suffice"
 
 
@@ -81,11 +84,11 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _said(size: float) -> str:
+def _formatted(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
 
 
-def _numbers(config: ResolvedConfig, model_info: Location) -> tuple[int, int]:
+def _numbers(config: ResolvedConfig, model_info: ModelInfo) -> tuple[int, int]:
     """Parameters that learn, and those of the UNet, counted on a UNet without memory."""
     if config.method == "full" and not model_info.scratch:
         weights = open_source(model_info).numbers("unet")
@@ -103,18 +106,18 @@ def _numbers(config: ResolvedConfig, model_info: Location) -> tuple[int, int]:
     return sum(parameter.numel() for parameter in trainable(unet)), weights
 
 
-def _saves(config: ResolvedConfig, volumes: Volumes) -> int:
+def _saves(config: ResolvedConfig, chunks: Chunks) -> int:
     """Checkpoints that are written, those by the clock left out; the last step writes one."""
-    steps, epoch = config.max_train_steps, steps_per_epoch(volumes.epoch_visits, config.global_batch)
+    steps, epoch = config.max_train_steps, steps_per_epoch(chunks.epoch_visits, config.global_batch)
     periods = [config.checkpointing_steps, config.save_model_epochs and config.save_model_epochs * epoch]
     return sum(int((steps - 1) / period) for period in periods if period) + 1
 
 
-def _encodings(config: ResolvedConfig, model_info: Location, volumes: Volumes) -> float:
+def _encodings(config: ResolvedConfig, model_info: ModelInfo, chunks: Chunks) -> float:
     """Bytes of encodings of all pictures and captions."""
     if cache_folder(config.cache_dir) is None:
         return 0.0
-    pictures, first = sum(volumes.counts), volumes.first
+    pictures, first = sum(chunks.counts), chunks.first
     pictures += len(first) - len(first.trained)
     each = _BYTES[config.cache_precision]
     if not model_info.family.latent:
@@ -124,6 +127,6 @@ def _encodings(config: ResolvedConfig, model_info: Location, volumes: Volumes) -
     positions = (config.resolution // 2 ** (len(vae["block_out_channels"]) - 1)) ** 2
     versions = MASKS if model_info.family.inpainting else 1 + first.flips
     latents = 2 * vae["latent_channels"] * positions * each * versions * pictures
-    captions = 0 if config.shuffle_caption else len(set(first.captions)) * len(volumes)
+    captions = 0 if config.shuffle_caption else len(set(first.captions)) * len(chunks)
     states = captions * chunks_of(config.max_token_length) * _TOKENS * unet["cross_attention_dim"] * each
     return float(states + (0 if config.live_encoding else latents))

@@ -23,17 +23,17 @@ _LEVEL = 0.025
 """Of the one-sided test that the loss has risen, for all validations of a run together."""
 
 
-def keep_if_best(run: Run) -> None:
+def save_best(run: Run) -> None:
     """Keep the weights, as they would be exported, where no validation had a smaller loss than that of this step."""
     step = run.trainer.steps_done
     if best_step(run) != step:
         return
-    with run.trainer.in_full():
+    with run.trainer.export_weights():
         weights = {name: p.detach().cpu().contiguous() for name, p in run.trainer.parameters.items()}
     write_whole(run.folder / BEST, save(weights, {"step": str(step)}))
 
 
-def has_risen(run: Run) -> bool:
+def should_stop(run: Run) -> bool:
     """Whether the last validations lie above the best, which is what the run has learned since it was there.
 
     The best of many lies low by chance too. So each of the last is tested against it at 2.5 % divided by the number of
@@ -61,18 +61,18 @@ def rises(losses: Mapping[int, torch.Tensor], best: int, *, planned: int) -> boo
 
 
 @torch.no_grad()
-def take_best(run: Run) -> None:
+def restore_best(run: Run) -> None:
     """Put the kept weights in the place of the last, if another validation than the last was the best."""
     trainer, best, path = run.trainer, best_step(run), run.folder / BEST
     if best in (None, trainer.steps_done):
         return
-    kept = _step_of(path)
-    if kept != best:  # only where a run went on from an older checkpoint to other bits, as on another machine
+    saved_step = _step_of(path)
+    if saved_step != best:  # only where a run went on from an older checkpoint to other bits, as on another machine
         print(f"{'note':>10}  the weights of step {best}, which had the least validation loss, were not kept")
         return
     print(f"exported is step {best}, which had the least validation loss, of {trainer.steps_done} that were trained")
     with safe_open(path, "pt") as file:
-        trainer.settle_on({name: file.get_tensor(name) for name in trainer.parameters}, best)
+        trainer.adopt_weights({name: file.get_tensor(name) for name in trainer.parameters}, best)
 
 
 def best_of_ended(folder: Path) -> dict[str, torch.Tensor] | None:

@@ -12,24 +12,24 @@ FIRST_STEPS = 6
 
 
 def measured_interval(folder: Path, what: str, total: int, *, share: float, most: int) -> int | None:
-    """`interval` by what timings.jsonl has noted; None while that does not suffice.
+    """`eval_interval` by what timings.jsonl has noted; None while that does not suffice.
 
     It is read from the file, so that a resumed run pauses at the steps at which it would have paused before.
 
     Args:
         folder: of the run.
         what: "grid" or "validation", as it was noted.
-        total, share, most: as in `interval`.
+        total, share, most: as in `eval_interval`.
     """
     records = tracking.timings(folder)
     took = [record[f"{what}_seconds"] for record in records if f"{what}_seconds" in record]
     first = [record["seconds"] for record in records if "seconds" in record and 1 < record["step"] <= FIRST_STEPS]
     if not took or len(first) < FIRST_STEPS - 1:
         return None
-    return interval(took[0], median(first), total, share=share, most=most)
+    return eval_interval(took[0], median(first), total, share=share, most=most)
 
 
-def interval(pause: float, step: float, total: int, *, share: float, most: int) -> int | None:
+def eval_interval(pause: float, step: float, total: int, *, share: float, most: int) -> int | None:
     """Steps between pauses, so that all of them take no more than a share of the time; None: no room for any.
 
     Args:
@@ -43,6 +43,6 @@ def interval(pause: float, step: float, total: int, *, share: float, most: int) 
     return ceil(total / after_first) if after_first > 1 else None
 
 
-def due(step: int, every: int | Fraction | None) -> bool:
+def should_run(step: int, every: int | Fraction | None) -> bool:
     """True at the first step at or after each multiple of `every`; None and 0 are never."""
     return bool(every) and step // every > (step - 1) // every

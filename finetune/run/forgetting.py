@@ -12,12 +12,12 @@ from finetune.atomic_io import json_lines, write_json_lines
 from finetune.batch import moved
 from finetune.config import ResolvedConfig
 from finetune.data.captions import with_trigger
-from finetune.models.image_condition import nothing_shown
+from finetune.models.image_condition import fully_masked_channels
 from finetune.models.loading import DiffusionModel
 from finetune.results import tracking
 from finetune.run.context import Run
 from finetune.run.evaluation import measured_interval
-from finetune.training.forgetting import Questions, ask, drift
+from finetune.training.forgetting import Probe, probe_drift, record_probe
 from finetune.training.objective import NoisePrediction
 
 SHARE = 0.02
@@ -31,17 +31,17 @@ FEWEST_PROMPTS, MOST_PROMPTS = 4, 64
 
 
 @dataclass(frozen=True)
-class Meter:
+class ForgettingProbes:
     """What was asked before the run, and how it was answered."""
 
-    plain: Questions
-    triggered: Questions | None
+    plain: Probe
+    triggered: Probe | None
     """The same prompts with the trigger word in front; None where there is none."""
     seconds: float
     """That asking has taken."""
 
 
-def meter(config: ResolvedConfig, model: DiffusionModel) -> Meter | None:
+def make_probes(config: ResolvedConfig, model: DiffusionModel) -> ForgettingProbes | None:
     """Probe the untrained model; None where it takes no text, or `SHARE` of the run is too short for `FEWEST_PROMPTS`.
 
     The cost is counted in UNet passes over one picture: a training example takes three (forward, and a backward of
@@ -55,20 +55,20 @@ def meter(config: ResolvedConfig, model: DiffusionModel) -> Meter | None:
     if not model.family.latent or not number:
         return None
     clock = time.perf_counter()
-    prompts = generic_prompts(model.family.world)[:number]
+    prompts = generic_prompts(model.family.probe_prompts)[:number]
     model.conditioner.to(model.unet.device)
-    plain, triggered = _asked(config, model, prompts), None
+    plain, triggered = _record(config, model, prompts), None
     if config.trigger:
-        triggered = _asked(config, model, [with_trigger(prompt, config.trigger) for prompt in prompts])
-    return Meter(plain, triggered, time.perf_counter() - clock)
+        triggered = _record(config, model, [with_trigger(prompt, config.trigger) for prompt in prompts])
+    return ForgettingProbes(plain, triggered, time.perf_counter() - clock)
 
 
-def generic_prompts(world: str) -> list[str]:
+def generic_prompts(probe_prompts: str) -> list[str]:
     """64 prompts of what a model knows: "everyday" or "tiny"."""
-    return (files("finetune") / f"assets/prompts/{world}.txt").read_text(encoding="utf-8").splitlines()
+    return (files("finetune") / f"assets/prompts/{probe_prompts}.txt").read_text(encoding="utf-8").splitlines()
 
 
-def _asked(config: ResolvedConfig, model: DiffusionModel, prompts: Sequence[str]) -> Questions:
+def _record(config: ResolvedConfig, model: DiffusionModel, prompts: Sequence[str]) -> Probe:
     side, unet, conditioner = config.resolution, model.unet, model.conditioner
     geometry = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts), device=unet.device)
     cond, empty = (
@@ -78,9 +78,9 @@ def _asked(config: ResolvedConfig, model: DiffusionModel, prompts: Sequence[str]
     keys = torch.tensor([seeding.example_key(0, prompt, 0) for prompt in prompts])
     latent = side // model.pipeline().vae_scale_factor  # pyright: ignore[reportAttributeAccessIssue] # of latent ones
     noise = seeding.normal(keys, "forgetting", (unet.config["out_channels"], latent, latent))
-    extra = nothing_shown(model.encoder.to(unet.device), keys, side) if model.inpainting else None
+    extra = fully_masked_channels(model.encoder.to(unet.device), keys, side) if model.inpainting else None
     objective, size = NoisePrediction(model.scheduler), config.train_batch_size
-    return ask(unet, objective, cond, empty, noise, states=STATES, batch_size=size, extra=extra)
+    return record_probe(unet, objective, cond, empty, noise, states=STATES, batch_size=size, extra=extra)
 
 
 MOST_PROBES = 10
@@ -91,22 +91,22 @@ def measure_forgetting(run: Run) -> None:
     """Read the meter, and record and tell what it says; unless that was done already."""
     step, path = run.trainer.steps_done, run.folder / tracking.FORGETTING
     lines = json_lines(path)
-    if run.meter is None or any(line["step"] == step for line in lines):
+    if run.forgetting_probes is None or any(line["step"] == step for line in lines):
         return
-    run.events.phase("forgetting", step)
+    run.events.set_phase("forgetting", step)
     clock = time.perf_counter()
     if step:
-        with run.trainer.averaged():
-            record = {"step": step, "forgetting": _read(run, run.meter.plain)}
-            if run.meter.triggered:
-                record["with_trigger"] = _read(run, run.meter.triggered)
+        with run.trainer.ema_weights():
+            record = {"step": step, "forgetting": _read(run, run.forgetting_probes.plain)}
+            if run.forgetting_probes.triggered:
+                record["with_trigger"] = _read(run, run.forgetting_probes.triggered)
         seconds = time.perf_counter() - clock
     else:
-        record = {"step": 0, "forgetting": 0.0} | ({"with_trigger": 0.0} if run.meter.triggered else {})
-        seconds = run.meter.seconds
+        record = {"step": 0, "forgetting": 0.0} | ({"with_trigger": 0.0} if run.forgetting_probes.triggered else {})
+        seconds = run.forgetting_probes.seconds
     tracking.note_seconds(run.folder, step, "forgetting", seconds)
     write_json_lines(path, [*lines, record])
-    run.events.note("forgetting", **record)
+    run.events.emit("forgetting", **record)
     tracking.track_forgetting(run.accelerator, record)
     if step:
         trigger = f" ({record['with_trigger']:.1%} with the trigger)" if "with_trigger" in record else ""
@@ -115,11 +115,11 @@ def measure_forgetting(run: Run) -> None:
 
 def steps_between_readings(run: Run) -> int | None:
     """What the first reading and the first steps leave room for, None while that is not known."""
-    if run.meter is None:
+    if run.forgetting_probes is None:
         return None
     return measured_interval(run.folder, "forgetting", run.config.max_train_steps, share=SHARE, most=MOST_PROBES)
 
 
-def _read(run: Run, questions: Questions) -> float:
+def _read(run: Run, probe: Probe) -> float:
     batch_size = run.trainer.micro_batch_size or run.config.train_batch_size
-    return drift(run.model.unet, questions, batch_size=batch_size)
+    return probe_drift(run.model.unet, probe, batch_size=batch_size)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from finetune.atomic_io import write_whole
-from finetune.cache.image_source import Live
+from finetune.cache.image_source import LiveImages
 from finetune.config import as_settings
 from finetune.data.sampler import steps_per_epoch
 from finetune.results.contact_sheet import contact_sheet
@@ -24,10 +24,10 @@ from finetune.seeding import example_key
 
 
 def report(run: Run, *, ended: bool = False) -> Path:
-    """Write it anew; how the result is loaded only stands there when the run has ended."""
+    """Write it again; how the result is loaded only stands there when the run has ended."""
     device = run.trainer.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    about = summary_rows(run) | {
+    facts = summary_rows(run) | {
         "steps done": f"{run.trainer.steps_done} of {run.config.max_train_steps}",
         "machine": f"{name}, torch {torch.__version__}, Python {platform.python_version()}",
     }
@@ -35,7 +35,7 @@ def report(run: Run, *, ended: bool = False) -> Path:
     settings = as_settings(run.config)
     given = {name: value for name, value in settings.items() if name in run.config.given}
     derived = {name: value for name, value in settings.items() if name not in run.config.given}
-    return write_report(run.folder, step=run.trainer.steps_done, about=about, given=given, derived=derived, load=load)
+    return write_report(run.folder, step=run.trainer.steps_done, facts=facts, given=given, derived=derived, load=load)
 
 
 def lora_facts(run: Run, *, final: bool = False) -> dict[str, str]:
@@ -48,7 +48,7 @@ def lora_facts(run: Run, *, final: bool = False) -> dict[str, str]:
         prediction_type=run.model.scheduler.config["prediction_type"],
         resolution=config.resolution,
         batch_size=config.global_batch,
-        epoch_steps=float(steps_per_epoch(run.volumes.epoch_visits, config.global_batch)),
+        epoch_steps=float(steps_per_epoch(run.chunks.epoch_visits, config.global_batch)),
         learning_rate=config.learning_rate,
         optimizer=config.optimizer,
         lr_scheduler=config.lr_scheduler,
@@ -67,23 +67,23 @@ def how_to_load(run: Run) -> dict[str, str]:
     folder = run.folder
     what = exported(folder)
     assert what is not None
-    told = {"diffusers": what.load.format(folder)}
+    instructions = {"diffusers": what.load.format(folder)}
     if run.model.family.layout is None:  # which no other program knows
-        return told
+        return instructions
     if what.adapter:
-        told["ComfyUI"] = f"copy {kohya_file(folder)} to models/loras, and load it with the node Load LoRA"
-        told["A1111, Forge"] = f"copy it to models/Lora; in the prompt: <lora:{folder.resolve().name}:1>"
+        instructions["ComfyUI"] = f"copy {kohya_file(folder)} to models/loras, and load it with the node Load LoRA"
+        instructions["A1111, Forge"] = f"copy it to models/Lora; in the prompt: <lora:{folder.resolve().name}:1>"
     else:
         to = f"--format single-file --to {shlex.quote(folder.resolve().name)}.safetensors --precision fp16"
-        told["ComfyUI, A1111, Forge"] = f"finetune-unet export --run {shlex.quote(str(folder))} {to}"
-    return told
+        instructions["ComfyUI, A1111, Forge"] = f"finetune-unet export --run {shlex.quote(str(folder))} {to}"
+    return instructions
 
 
 SHOWN = 20
 """Pictures."""
 
 
-def lay_out_pictures(run: Run) -> None:
+def write_training_preview(run: Run) -> None:
     """Write it, unless an earlier part of the run has, on what may not have changed since; the pictures are spread over
     all that are trained on.
     """
@@ -92,8 +92,8 @@ def lay_out_pictures(run: Run) -> None:
         return
     some = [trained[number * len(trained) // SHOWN] for number in range(SHOWN)] if len(trained) > SHOWN else trained
     names = [pictures.ids[index] for index in some]
-    visits = Live(pictures, run.model.inpainting)
-    cells = [visits.shown(i, example_key(run.config.seed, pictures.ids[i], 0))[0] for i in some]
+    visits = LiveImages(pictures, run.model.inpainting)
+    cells = [visits.masked_preview(i, example_key(run.config.seed, pictures.ids[i], 0))[0] for i in some]
     sheet = contact_sheet(cells, names, [pictures.captions[index] for index in some], [0] * len(some), 0)
     sheet.save(file := io.BytesIO(), "JPEG", quality=85)
     write_whole(path, file.getvalue())

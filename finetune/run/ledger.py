@@ -9,75 +9,77 @@ from typing import Any
 
 from finetune.atomic_io import json_lines, write_whole
 from finetune.config import ResolvedConfig
-from finetune.data.chunks import Stretch, Volumes
-from finetune.data.image_dataset import Ledger, Pictures
+from finetune.data.chunks import Chunks, ChunkSteps
+from finetune.data.image_dataset import ImageDataset, Ledger
 from finetune.errors import RunError
 from finetune.run.build import sampler
 from finetune.run.build_dataset import digest
-from finetune.text import counted, listed
+from finetune.text import join_limited, pluralize
 
 LEDGER, QUARANTINE, VOLUMES = "ledger.json", "quarantine.jsonl", "volumes.jsonl"
-"""The last has a line for each volume that the run has come to, where there are several."""
+"""The last has a line for each chunk that the run has come to, where there are several."""
 
 
-def write_ledger(folder: Path, config: ResolvedConfig, volumes: Volumes, steps: int) -> None:
+def write_ledger(folder: Path, config: ResolvedConfig, chunks: Chunks, steps: int) -> None:
     """Write what was found, and how often the steps that are done have visited it.
 
     Args:
         folder: of the run.
         config: of the run.
-        volumes: all that is trained on.
+        chunks: all that is trained on.
         steps: that are done.
 
     Raises:
         RunError: a file is unaccounted for.
     """
-    done = volumes.steps_of_each(steps, config.global_batch)
-    noted = {line["volume"]: line for line in json_lines(folder / VOLUMES)} if len(volumes) > 1 else {}
-    seen = {0: _Seen.of(volumes.first, config, done[0])}
-    for number, own in enumerate(done):
-        if number and (number in noted or own):
+    done = chunks.steps_per_chunk(steps, config.global_batch)
+    noted = {line["volume"]: line for line in json_lines(folder / VOLUMES)} if len(chunks) > 1 else {}
+    chunk_ledgers = {0: _Seen.from_chunk(chunks.first, config, done[0])}
+    for number, steps_there in enumerate(done):
+        if number and (number in noted or steps_there):
             line = noted.get(number)
-            same = line is not None and line["steps"] == own
-            seen[number] = _Seen.noted(line) if same and line else _Seen.of(volumes.at(number), config, own)
-    total = _sum([volume.ledger for volume in seen.values()])
-    unseen = sum(total for number, total in enumerate(volumes.found) if number not in seen)
+            same = line is not None and line["steps"] == steps_there
+            chunk_ledgers[number] = (
+                _Seen.noted(line) if same and line else _Seen.from_chunk(chunks.at(number), config, steps_there)
+            )
+    total = _sum([chunk.ledger for chunk in chunk_ledgers.values()])
+    unseen = sum(total for number, total in enumerate(chunks.found) if number not in chunk_ledgers)
     if unseen:
         later = {**total.skipped, "not looked at: the run did not come to their volumes": unseen}
         total = total._replace(found=total.found + unseen, skipped=later)
     if not total.adds_up():
         raise RunError(f"{LEDGER}: {total} does not add up")
-    visited = sum(volume.visited for volume in seen.values())
-    told = {"visited": visited, "visits": steps * config.global_batch}
+    visited = sum(chunk.visited for chunk in chunk_ledgers.values())
+    visits = {"visited": visited, "visits": steps * config.global_batch}
     if visited < total.trained:
-        told["never_visited"] = total.trained - visited
-    record = total._asdict() | {"skipped": dict(total.skipped), "steps": steps} | told
+        visits["never_visited"] = total.trained - visited
+    record = total._asdict() | {"skipped": dict(total.skipped), "steps": steps} | visits
     write_whole(folder / LEDGER, json.dumps(record, indent=1) + "\n")
-    _write_lines(folder / QUARANTINE, [bad for volume in seen.values() for bad in volume.quarantined])
+    _write_lines(folder / QUARANTINE, [bad for chunk in chunk_ledgers.values() for bad in chunk.quarantined])
 
 
-def note_volume(folder: Path, config: ResolvedConfig, stretch: Stretch, pictures: Pictures) -> None:
-    """Write to volumes.jsonl what is in a volume, as the run comes to it, and tell what is wrong with it.
+def note_chunk(folder: Path, config: ResolvedConfig, steps_of_chunk: ChunkSteps, pictures: ImageDataset) -> None:
+    """Write to volumes.jsonl what is in a chunk, as the run comes to it, and tell what is wrong with it.
 
     Args:
         folder: of the run.
         config: of the run.
-        stretch: which volume it is, and the steps that are going to visit it.
+        stretch: which chunk it is, and the steps that are going to visit it.
         pictures: it, opened.
     """
     lines = {line["volume"]: line for line in json_lines(folder / VOLUMES)}
-    now, before = digest(pictures), lines.get(stretch.volume)
-    lines[stretch.volume] = {"volume": stretch.volume, "data": now, "steps": stretch.own.stop}
-    lines[stretch.volume] |= _Seen.of(pictures, config, stretch.own.stop).as_dict()
+    now, before = digest(pictures), lines.get(steps_of_chunk.chunk)
+    lines[steps_of_chunk.chunk] = {"volume": steps_of_chunk.chunk, "data": now, "steps": steps_of_chunk.own.stop}
+    lines[steps_of_chunk.chunk] |= _Seen.from_chunk(pictures, config, steps_of_chunk.own.stop).as_dict()
     _write_lines(folder / VOLUMES, [lines[number] for number in sorted(lines)])
     bad = [f"{image.path} ({image.reason})" for image in pictures.quarantined]
-    told = [f"{counted(len(bad), 'picture')} quarantined: {listed(bad)}"] if bad else []
-    told += [f"{counted(number, 'picture')} left aside: {why}" for why, number in pictures.aside.items()]
+    notes = [f"{pluralize(len(bad), 'picture')} quarantined: {join_limited(bad)}"] if bad else []
+    notes += [f"{pluralize(number, 'picture')} left aside: {why}" for why, number in pictures.aside.items()]
     if before is not None:  # all that was told then
         other = "other pictures or captions than when the run came to it before: from here on the bits are others"
-        told = [other] if before["data"] != now else []
-    for line in told:
-        print(f"{'note':>10}  volume {stretch.volume + 1}: {line}", flush=True)
+        notes = [other] if before["data"] != now else []
+    for line in notes:
+        print(f"{'note':>10}  volume {steps_of_chunk.chunk + 1}: {line}", flush=True)
 
 
 def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -86,7 +88,7 @@ def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What is known of a volume."""
+    """What is known of a chunk."""
 
     ledger: Ledger
     quarantined: list[dict[str, str]]
@@ -94,10 +96,10 @@ class _Seen:
     """Pictures."""
 
     @classmethod
-    def of(cls, pictures: Pictures, config: ResolvedConfig, own: int) -> "_Seen":
+    def from_chunk(cls, pictures: ImageDataset, config: ResolvedConfig, steps: int) -> "_Seen":
         """After so many steps of its own."""
         bad = [{"path": bad.path, "reason": bad.reason} for bad in pictures.quarantined]
-        return cls(pictures.ledger(), bad, len(sampler(config, pictures).visited(range(own))))
+        return cls(pictures.ledger(), bad, len(sampler(config, pictures).visited(range(steps))))
 
     @classmethod
     def noted(cls, line: Mapping[str, Any]) -> "_Seen":
@@ -109,7 +111,7 @@ class _Seen:
 
 
 def _sum(ledgers: Iterable[Ledger]) -> Ledger:
-    """Of several volumes."""
+    """Return the sums of the ledgers of several chunks."""
     ledgers = list(ledgers)
     numbers = [name for name in Ledger._fields if name != "skipped"]
     skipped = sum((Counter(ledger.skipped) for ledger in ledgers), Counter[str]())

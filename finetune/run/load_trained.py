@@ -13,7 +13,7 @@ from finetune.models.lora import Adapter
 from finetune.models.model_info import locate
 from finetune.models.single_file import Checkpoint, inspect
 from finetune.results.export import EXPORTS, kohya_file
-from finetune.results.export_formats import has_yaml, write_form
+from finetune.results.export_formats import has_yaml, write_format
 from finetune.run.build import load_base
 from finetune.run.early_stopping import best_of_ended
 from finetune.training import checkpoint
@@ -37,8 +37,8 @@ def load_trained(
     there = dict(checkpoint.checkpoints(folder))
     newest, step = step is None, step if step is not None else max(there, default=None)
     if step not in there:
-        known = ", ".join(map(str, there)) or "none"
-        raise UsageError(f"--run {folder}: no checkpoint{'' if step is None else f' {step}'}; there are: {known}")
+        existing = ", ".join(map(str, there)) or "none"
+        raise UsageError(f"--run {folder}: no checkpoint{'' if step is None else f' {step}'}; there are: {existing}")
     best = best_of_ended(folder) if newest and ema else None
     state = checkpoint.load(there[step]) if best is None else {"ema": best}
     model = load_base(config, locate(config.model), torch.float32)
@@ -50,15 +50,15 @@ def load_trained(
         for name, parameter in learned.items():
             parameter.copy_(weights[name])
     recorded = kohya_file(folder, None if step == config.max_train_steps or best is not None else step)
-    return model, Adapter.told_in(recorded) if recorded.is_file() else {}
+    return model, Adapter.read_metadata(recorded) if recorded.is_file() else {}
 
 
-def write_proved(
+def write_verified(
     model: DiffusionModel,
     to: Path,
     form: Literal["kohya", "peft", "diffusers", "single-file", "unet"],
     precision: Literal["fp32", "fp16", "bf16"],
-    told: dict[str, str],
+    metadata: dict[str, str],
     base: Checkpoint | None = None,
 ) -> None:
     """Write the model in one form, prove it, and only then put it where it belongs.
@@ -66,14 +66,14 @@ def write_proved(
     It is written in a hidden folder of its own, so a crash leaves nothing at `to`. What does not load back to the same
     model is kept as `<name>.rejected`.
     """
-    beside = to.with_suffix(".yaml")
-    if form == "single-file" and has_yaml(model) and beside.exists():
-        raise UsageError(f"{beside} exists already, and is to say what the checkpoint predicts; give another name")
+    config_file = to.with_suffix(".yaml")
+    if form == "single-file" and has_yaml(model) and config_file.exists():
+        raise UsageError(f"{config_file} exists already, and is to say what the checkpoint predicts; give another name")
     scratch = to.with_name(f".{to.name}.export.part")
     remove(scratch)
     scratch.mkdir()
     try:
-        difference = write_form(model, scratch / to.name, form, precision=precision, told=told, base=base)
+        difference = write_format(model, scratch / to.name, form, precision=precision, metadata=metadata, base=base)
     except (RunError, ModelError):
         if (scratch / to.name).exists():
             move_over(scratch / to.name, to.with_name(f"{to.name}.rejected"))
@@ -104,8 +104,8 @@ def write_exports(config: ResolvedConfig, folder: Path) -> None:
             continue
         to.parent.mkdir(exist_ok=True)
         remove(to.with_suffix(".yaml"))  # of an export that was cut off
-        model, told = load_trained(config, folder)  # for each: a LoRA is merged for good
-        write_proved(model, to, form, precision=config.export_precision, told=told)
+        model, metadata = load_trained(config, folder)  # for each: a LoRA is merged for good
+        write_verified(model, to, form, precision=config.export_precision, metadata=metadata)
 
 
 def discard_exports(config: ResolvedConfig, folder: Path) -> None:

@@ -10,7 +10,7 @@ from finetune.config import ResolvedConfig, replace
 from finetune.errors import UsageError
 from finetune.memory_limit import memory_limit
 from finetune.models.loading import scratch_unet
-from finetune.models.model_info import Location
+from finetune.models.model_info import ModelInfo
 from finetune.models.source import open_source
 from finetune.training.stochastic_rounding import PIECE
 
@@ -35,8 +35,8 @@ MOMENTS = {"adamw": 2, "adamw8bit": 0.5, "prodigy": 4, "adafactor": 0, "sgd": 0}
 
 
 _IN_A_PIECE = 28
-"""Bytes for each weight that `Rounding` updates at once: it and its gradient in fp32, what the optimizer makes on its
-way, and what is drawn to round it."""
+"""Bytes for each weight that `StochasticRounding` updates at once: it and its gradient in fp32, the optimizer's
+temporary values, and the random numbers that round it."""
 
 
 def kept_numbers(unet: Mapping[str, Any], side: int, *, latent: bool) -> float:
@@ -63,7 +63,7 @@ def kept_numbers(unet: Mapping[str, Any], side: int, *, latent: bool) -> float:
     return total
 
 
-def needed_bytes(config: ResolvedConfig, model_info: Location, device: torch.device) -> float:
+def needed_bytes(config: ResolvedConfig, model_info: ModelInfo, device: torch.device) -> float:
     """What training takes where the UNet is: its weights, what learns, and a micro-batch on its way."""
     latent, side, frozen = model_info.family.latent, config.resolution, 0
     if model_info.scratch:
@@ -74,22 +74,22 @@ def needed_bytes(config: ResolvedConfig, model_info: Location, device: torch.dev
         source = open_source(model_info)
         shape, weights = source.config("unet"), source.numbers("unet")
         if latent:
-            frozen = sum(source.numbers(part) for part in model_info.family.parts if part[:4] in ("vae", "text"))
+            frozen = sum(source.numbers(part) for part in model_info.family.components if part[:4] in ("vae", "text"))
             side //= 2 ** (len(source.config("vae")["block_out_channels"]) - 1)
-    kept = kept_numbers(shape, side, latent=latent) * config.train_batch_size
-    needed = bytes_of(config, weights, kept)
+    activations = kept_numbers(shape, side, latent=latent) * config.train_batch_size
+    needed = bytes_of(config, weights, activations)
     return _HEAP * (needed + 4 * frozen) + LIBRARIES if device.type == "cpu" else needed
 
 
-def bytes_of(config: ResolvedConfig, weights: int, kept: float) -> float:
-    """The same from the number of the UNet's weights, and of the numbers kept for the backward pass: within a tenth.
+def bytes_of(config: ResolvedConfig, weights: int, activations: float) -> float:
+    """Estimate the bytes from the number of weights and of activations kept for the backward pass, within a tenth.
 
     An H100 with Stable Diffusion 1.5 at 512 px took 2.9 GB for a LoRA at batch 1, 17.5 at batch 16, 43.7 for full
     fine-tuning at batch 32 (benchmarks/RESULTS.md); this says 2.7, 16.6 and 43.6.
     """
     bytes_each = 4 if config.mixed_precision == "no" else 2
-    kept *= float(np.interp(config.gradient_checkpointing, list(_CHECKPOINTED), list(_CHECKPOINTED.values())))
-    total = (weights + kept) * bytes_each
+    activations *= float(np.interp(config.gradient_checkpointing, list(_CHECKPOINTED), list(_CHECKPOINTED.values())))
+    total = (weights + activations) * bytes_each
     if config.method == "full":
         # The weights that are computed with are copies of masters, as a rule.
         masters = 4 if bytes_each == 2 and not config.full_bf16 else 0
@@ -98,13 +98,15 @@ def bytes_of(config: ResolvedConfig, weights: int, kept: float) -> float:
         if config.fused_backward_pass:  # from the first piece on, when few activations are gone
             total += weights * kept_beside + piece
         else:  # with a gradient; later, without activations, half precision's is gathered in fp32, or piece by piece
-            beside = bytes_each + kept_beside
-            total = max(total + weights * beside, weights * (bytes_each + beside + masters) + piece)
+            per_weight = bytes_each + kept_beside
+            total = max(total + weights * per_weight, weights * (bytes_each + per_weight + masters) + piece)
         total += weights * bytes_each * bool(config.prior_prediction)  # as it was
     return total
 
 
-def check_memory(config: ResolvedConfig, model_info: Location, device: torch.device, total: float | None = None) -> str:
+def check_memory(
+    config: ResolvedConfig, model_info: ModelInfo, device: torch.device, total: float | None = None
+) -> str:
     """What training will take and what there is, as a line for the user; where that is too little, what would fit.
 
     Args:
@@ -121,17 +123,17 @@ def check_memory(config: ResolvedConfig, model_info: Location, device: torch.dev
         total = torch.cuda.get_device_properties(device).total_memory
     total = memory_limit() if total is None else total
     needed = needed_bytes(config, model_info, device)
-    told = f"about {needed / 1e9:.1f} GB of the {total / 1e9:.1f} GB {where}"
+    line = f"about {needed / 1e9:.1f} GB of the {total / 1e9:.1f} GB {where}"
     if needed <= total:
-        return told
+        return line
     less = takes_less(config, model_info, device, total)
     if needed <= 2 * total:
-        return f"{told}, which may not suffice; {less}"
+        return f"{line}, which may not suffice; {less}"
     pictures = f"{config.train_batch_size} x {config.resolution} px"
-    raise UsageError(f"training {pictures} at once would take {told}; {less}")
+    raise UsageError(f"training {pictures} at once would take {line}; {less}")
 
 
-def out_of_memory(config: ResolvedConfig, model_info: Location, device: torch.device) -> str:
+def out_of_memory(config: ResolvedConfig, model_info: ModelInfo, device: torch.device) -> str:
     """What to say when it did not suffice, for smaller parts of a step either, which the trainer tries by itself."""
     if not config.fused_backward_pass:
         passes = config.train_batch_size * config.gradient_accumulation_steps
@@ -142,14 +144,14 @@ def out_of_memory(config: ResolvedConfig, model_info: Location, device: torch.de
     return f"out of memory, of which training {pictures} was thought to take about {foretold / 1e9:.1f} GB; {less}"
 
 
-def takes_less(config: ResolvedConfig, model_info: Location, device: torch.device, at_most: float) -> str:
+def takes_less(config: ResolvedConfig, model_info: ModelInfo, device: torch.device, at_most: float) -> str:
     """The options that take at most so many bytes and cost the least time, in words; or those that take the least."""
     foretold, needed = needed_bytes(config, model_info, device), {}
     for changes in _lighter(config, latent=model_info.family.latent):
         new = {name: value for name, value in changes.items() if getattr(config, name) != value}
         takes = needed_bytes(replace(config, **new), model_info, device)
         if takes < foretold:
-            needed[_said(new)] = takes
+            needed[_formatted(new)] = takes
     fitting = [words for words, takes in needed.items() if takes <= at_most] or sorted(needed, key=needed.__getitem__)
     if not fitting:
         return "a lower --resolution takes less"
@@ -178,7 +180,7 @@ def _lighter(config: ResolvedConfig, *, latent: bool) -> Iterator[dict[str, Any]
         yield {"method": "lora"} | again | fewer
 
 
-def _said(changes: Mapping[str, Any]) -> str:
+def _formatted(changes: Mapping[str, Any]) -> str:
     """As they are typed; what follows from another of them is left out."""
     follows = ("use_ema", "max_grad_norm")
     if "fused_backward_pass" in changes:

@@ -12,14 +12,14 @@ from finetune.config import own_version
 from finetune.errors import UsageError
 from finetune.models.environment import device_name
 from finetune.models.loading import DiffusionModel
-from finetune.models.weights import likeness
+from finetune.models.weights import sampled_digest
 
 _FROZEN = {"vae": ("vae",), "text_encoder": ("tokenizer", "clip_skip", "max_token_length")}
 """Frozen part -> options that change its fingerprint."""
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 
 
-def about_run(model: DiffusionModel, data: str, device: torch.device, processes: int) -> dict[str, Any]:
+def run_provenance(model: DiffusionModel, data: str, device: torch.device, processes: int) -> dict[str, Any]:
     """What this run is made of, fit for JSON.
 
     Args:
@@ -33,7 +33,7 @@ def about_run(model: DiffusionModel, data: str, device: torch.device, processes:
     frozen = {name: weight for name, weight in weights.items() if not weight.requires_grad}  # what a LoRA is put on
     return {
         "data": data,
-        "base_model": {"dtype": str(next(unet.parameters()).dtype), "digest": likeness(frozen or weights)},
+        "base_model": {"dtype": str(next(unet.parameters()).dtype), "digest": sampled_digest(frozen or weights)},
         "frozen": {"vae": model.encoder.fingerprint, "text_encoder": model.conditioner.fingerprint},
         "processes": processes,
         "threads": torch.get_num_threads(),
@@ -42,8 +42,8 @@ def about_run(model: DiffusionModel, data: str, device: torch.device, processes:
     }
 
 
-def compared(then: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str]) -> str:
-    """What has changed on the way from one `about_run` to the other that gives other bits; "" for nothing.
+def check_provenance(then: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str]) -> str:
+    """What has changed on the way from one `run_provenance` to the other that gives other bits; "" for nothing.
 
     Args:
         then: of a checkpoint; {} where there is none, or an older version wrote it.
@@ -68,15 +68,15 @@ def compared(then: Mapping[str, Any], now: Mapping[str, Any], allowed: Collectio
     return "; ".join(f"{name}: {before} -> {here}" for name, (before, here) in pairs.items() if before != here)
 
 
-def threads_then(about: Mapping[str, Any], device: torch.device, processes: int) -> int | None:
+def recorded_threads(provenance: Mapping[str, Any], device: torch.device, processes: int) -> int | None:
     """How many threads computed when a checkpoint was written, where going on with as many gives the same bits."""
-    same = device.type == "cpu" and about.get("processes") == processes
-    return about["threads"] if same else None
+    same = device.type == "cpu" and provenance.get("processes") == processes
+    return provenance["threads"] if same else None
 
 
 @contextmanager
 def threads(number: int | None) -> Iterator[None]:
-    """Inside, so many threads compute on the CPU (None: as many as before); sums over other numbers of parts differ."""
+    """Set the number of CPU threads for a while (None: unchanged); sums depend on how many parts they are split in."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:

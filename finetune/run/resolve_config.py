@@ -11,15 +11,15 @@ from finetune.atomic_io import is_inside
 from finetune.cache.store import cache_folder
 from finetune.config import ResolvedConfig, TrainConfig, replace
 from finetune.data.buckets import Buckets
-from finetune.data.chunks import Volumes
+from finetune.data.chunks import Chunks
 from finetune.data.data_source import is_pattern
 from finetune.data.split import default_fraction
 from finetune.errors import UsageError
 from finetune.models.families import FAMILIES, bucket_sides, default_method, defaults, total_steps, warmup_steps
-from finetune.models.model_info import Location
+from finetune.models.model_info import ModelInfo
 from finetune.models.single_file import heads_in_one_file
 from finetune.models.source import open_source
-from finetune.options import about
+from finetune.options import option_info
 from finetune.run.backend import compile_pays, resolve_precision
 from finetune.run.sample_prompts import is_prompt_file
 
@@ -36,9 +36,11 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         local["model"] = Path(config.model).expanduser()
     if config.class_data:
         local["class_data"] = Path(config.class_data).expanduser()
-        if around := [source for source in config.data if is_inside(local["class_data"], Path(source).expanduser())]:
+        if make_pipeline := [
+            source for source in config.data if is_inside(local["class_data"], Path(source).expanduser())
+        ]:
             raise UsageError(
-                f"class_data {config.class_data} lies inside --data {around[0]}, all of which is the subject"
+                f"class_data {config.class_data} lies inside --data {make_pipeline[0]}, all of which is the subject"
             )
     if config.validation_data:
         local["validation_data"] = Path(config.validation_data).expanduser()
@@ -51,8 +53,10 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
             local[name] = Path(given).expanduser()
             if not local[name].exists():
                 raise UsageError(f"{name} {given}: no such file or folder")
-    kept = {name: path for name, path in local.items() if path.exists() or name == "class_data"}  # which may be made
-    paths: dict[str, Any] = {name: _absolute(path) for name, path in kept.items()}
+    existing = {
+        name: path for name, path in local.items() if path.exists() or name == "class_data"
+    }  # which may be made
+    paths: dict[str, Any] = {name: _absolute(path) for name, path in existing.items()}
     sources = [(given, Path(given).expanduser()) for given in config.data]
     paths["data"] = [
         _absolute(path) if given and (path.exists() or is_pattern(given)) else given for given, path in sources
@@ -67,15 +71,15 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def resolve_for(
-    config: TrainConfig, model_info: Location, volumes: Volumes, device: torch.device, *, processes: int = 1
+    config: TrainConfig, model_info: ModelInfo, chunks: Chunks, device: torch.device, *, processes: int = 1
 ) -> ResolvedConfig:
     """The config with every option decided for these pictures. Raises UsageError as `resolve` does."""
-    pictures = volumes.first
+    pictures = chunks.first
     return resolve(
         config,
         model_info,
-        pictures=sum(volumes.counts),
-        visits=volumes.visits,
+        pictures=sum(chunks.counts),
+        visits=chunks.visits,
         varied_captions=len(set(pictures.captions[: pictures.subjects])) > 1,
         device=device,
         processes=processes,
@@ -86,7 +90,7 @@ def resolve_for(
 
 def resolve(
     config: TrainConfig,
-    model_info: Location,
+    model_info: ModelInfo,
     *,
     pictures: int,
     varied_captions: bool,
@@ -105,7 +109,7 @@ def resolve(
         varied_captions: True when they do not all share one caption.
         device: where the UNet will run.
         processes: that train together.
-        visits: of an epoch in each volume, repeats counted; none: one for each picture.
+        visits: of an epoch in each chunk, repeats counted; none: one for each picture.
         validation_fraction: share of the pictures that is held out, where it was not given.
         buckets: what they are trained in; None: squares.
 
@@ -116,14 +120,14 @@ def resolve(
     _refuse_unusable(config, model_info, method, buckets)
     resolution = config.resolution or model_info.resolution
     few = {"pictures": pictures, "resolution": resolution, "varied_captions": varied_captions}
-    suited = defaults(model_info.family, method, config.optimizer, **few, scratch=model_info.scratch)
-    suited |= bucket_sides(resolution, model_info.multiple) if buckets else {}
-    suited |= {"use_ema": False} if config.full_bf16 else {}
+    family_defaults = defaults(model_info.family, method, config.optimizer, **few, scratch=model_info.scratch)
+    family_defaults |= bucket_sides(resolution, model_info.multiple) if buckets else {}
+    family_defaults |= {"use_ema": False} if config.full_bf16 else {}
     one_pass = _one_pass(config, processes, buckets) if config.fused_backward_pass else {}
-    suited |= one_pass
-    derived = {name: value for name, value in suited.items() if getattr(config, name) is None} | one_pass
+    family_defaults |= one_pass
+    derived = {name: value for name, value in family_defaults.items() if getattr(config, name) is None} | one_pass
     processes = config.num_processes or processes
-    length = _length(config, model_info, suited | {"num_processes": processes}, pictures, visits or [pictures])
+    length = _length(config, model_info, family_defaults | {"num_processes": processes}, pictures, visits or [pictures])
     small = model_info.family.is_small(resolution)
     steps = length["max_train_steps"] or 0
     return ResolvedConfig(
@@ -169,14 +173,14 @@ def _one_pass(config: TrainConfig, processes: int, buckets: Buckets | None) -> d
 
 
 def _length(
-    config: TrainConfig, model_info: Location, suited: Mapping[str, Any], pictures: int, visits: Sequence[int]
+    config: TrainConfig, model_info: ModelInfo, family_defaults: Mapping[str, Any], pictures: int, visits: Sequence[int]
 ) -> dict[str, int | None]:
     """Epochs, steps and warm-up of the run."""
     factors = ("train_batch_size", "gradient_accumulation_steps", "num_processes")
-    batch = prod(getattr(config, name) or suited[name] for name in factors)
+    batch = prod(getattr(config, name) or family_defaults[name] for name in factors)
     epochs = config.num_train_epochs
     if epochs is None and config.max_train_steps is None:
-        epochs = suited["num_train_epochs"]
+        epochs = family_defaults["num_train_epochs"]
     steps = total_steps(pictures, visits, batch, epochs, config.max_train_steps)
     warmup = config.lr_warmup_steps
     if warmup is None:
@@ -186,7 +190,7 @@ def _length(
     return {"num_train_epochs": epochs, "max_train_steps": steps, "lr_warmup_steps": warmup}
 
 
-def _refuse_unusable(config: TrainConfig, model_info: Location, method: str, buckets: Buckets | None) -> None:
+def _refuse_unusable(config: TrainConfig, model_info: ModelInfo, method: str, buckets: Buckets | None) -> None:
     """Raise UsageError for the first option that was given and can do nothing here."""
     there = {
         "text": model_info.family.latent,
@@ -224,13 +228,13 @@ def _refuse_unusable(config: TrainConfig, model_info: Location, method: str, buc
         )
     if "single-file" in config.export_formats:
         _check_single_file(model_info)
-    for name, known in about().items():
+    for name, info in option_info().items():
         given = name in config.given and getattr(config, name) is not None
-        if given and known.needs is not None and not there[known.needs]:
-            raise UsageError(f"{name} cannot be used {why.get(known.needs, f'here: it needs {known.needs}')}")
+        if given and info.needs is not None and not there[info.needs]:
+            raise UsageError(f"{name} cannot be used {why.get(info.needs, f'here: it needs {info.needs}')}")
 
 
-def _check_single_file(model_info: Location) -> None:
+def _check_single_file(model_info: ModelInfo) -> None:
     """Raise UsageError where a checkpoint in one file could not hold what is trained."""
     layout = model_info.family.layout
     if layout is None:

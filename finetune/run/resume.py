@@ -12,10 +12,10 @@ from typing import Any, Literal
 from finetune.atomic_io import is_inside
 from finetune.config import ResolvedConfig, TrainConfig, as_dict, load_resolved, replace, suggest
 from finetune.errors import UsageError
-from finetune.option_info import about_field
-from finetune.options import SECTIONS, about
+from finetune.option_info import info_of_field
+from finetune.options import SECTIONS, option_info
 from finetune.run.run_dir import (
-    RunFolder,
+    RunDir,
     default_folder,
     has_trained,
     held_by_another,
@@ -26,13 +26,13 @@ from finetune.run.run_dir import (
 from finetune.seeding import fold
 from finetune.training.checkpoint import latest, newest_whole, record, verify
 
-State = Literal["new", "unfinished", "finished", "another run", "taken"]
+FolderState = Literal["new", "unfinished", "finished", "another run", "taken"]
 """What is in a folder: nothing that matters; this run, to be gone on with or ended; another run; a model or somebody
 else's files."""
 
-Deed = Literal["start", "go on", "say finished", "replace", "next number", "refuse"]
+Action = Literal["start", "go on", "say finished", "replace", "next number", "refuse"]
 
-DECISIONS: dict[str, tuple[Deed, Deed, Deed, Deed, Deed]] = {
+DECISIONS: dict[str, tuple[Action, Action, Action, Action, Action]] = {
     # asked for, and found:     new       unfinished  finished        another run    taken
     "by default":             ("start",  "go on",    "say finished", "next number", "next number"),
     "by default, overwrite":  ("start",  "replace",  "replace",      "replace",     "next number"),
@@ -41,10 +41,10 @@ DECISIONS: dict[str, tuple[Deed, Deed, Deed, Deed, Deed]] = {
     "resume latest":          ("start",  "go on",    "say finished", "refuse",      "refuse"),
     "resume a checkpoint":    ("refuse", "go on",    "go on",        "refuse",      "refuse"),
 }  # fmt: skip
-"""What a command does, for each way in which it asks for a folder (the rows) and each `State` that it finds."""
+"""What a command does, for each way in which it asks for a folder (the rows) and each `FolderState` that it finds."""
 
 
-def choose(config: ResolvedConfig, data: str) -> RunFolder:
+def choose(config: ResolvedConfig, data: str) -> RunDir:
     """The folder of this run.
 
     Args:
@@ -58,23 +58,23 @@ def choose(config: ResolvedConfig, data: str) -> RunFolder:
     """
     _check_allowed(config)
     mark = _mark(config, data)
-    for asked, path, checkpoint in _candidates(config):
-        state, reason = (_state_to_resume if "resume" in asked else _state)(path, checkpoint, config, data)
+    for request, path, checkpoint in _candidates(config):
+        state, reason = (_state_to_resume if "resume" in request else _state)(path, checkpoint, config, data)
         if state == "new" and held_by_another(path, mark):
             state, reason = "taken", f"output_dir {path}: another run has just started there"
-        deed = decide(asked, state)
+        deed = decide(request, state)
         if deed == "refuse":
             raise UsageError(reason)
         if deed == "go on" and checkpoint is not None:
-            return dataclasses.replace(_resumed(asked, path, checkpoint, config), mark=mark)
+            return dataclasses.replace(_resumed(request, path, checkpoint, config), mark=mark)
         if deed != "next number":
-            return dataclasses.replace(_folder(deed, asked, path, config), mark=mark)
+            return dataclasses.replace(_folder(deed, request, path, config), mark=mark)
     raise AssertionError("numbers do not end")
 
 
-def decide(asked: str, state: State) -> Deed:
+def decide(request: str, state: FolderState) -> Action:
     """What the table says."""
-    return DECISIONS[asked][typing.get_args(State).index(state)]
+    return DECISIONS[request][typing.get_args(FolderState).index(state)]
 
 
 def _candidates(config: ResolvedConfig) -> Iterator[tuple[str, Path, Path | None]]:
@@ -86,8 +86,8 @@ def _candidates(config: ResolvedConfig) -> Iterator[tuple[str, Path, Path | None
         yield f"resume {'latest' if newest else 'a checkpoint'}", path, latest(path) if newest else Path(resume)
         return
     base = Path(config.output_dir or default_folder(config))
-    asked = f"by {'name' if config.output_dir else 'default'}{', overwrite' * config.overwrite_output_dir}"
-    yield asked, base, latest(base)
+    request = f"by {'name' if config.output_dir else 'default'}{', overwrite' * config.overwrite_output_dir}"
+    yield request, base, latest(base)
     for number in itertools.count(2):
         path = base.with_name(f"{base.name}-{number}")
         yield "by default", path, latest(path)
@@ -97,49 +97,49 @@ def _check_allowed(config: ResolvedConfig) -> None:
     """Raise UsageError where `--allow_changed` can do nothing."""
     if config.allow_changed and config.resume_from_checkpoint is None:
         raise UsageError("allow_changed is for a run that is resumed: give --resume_from_checkpoint latest")
-    if unknown := [name for name in config.allow_changed if name not in about()]:
-        raise UsageError(f"allow_changed {unknown[0]}: no such option{suggest(unknown[0], about())}")
+    if unknown := [name for name in config.allow_changed if name not in option_info()]:
+        raise UsageError(f"allow_changed {unknown[0]}: no such option{suggest(unknown[0], option_info())}")
 
 
-def _resumed(asked: str, path: Path, checkpoint: Path, config: ResolvedConfig) -> RunFolder:
+def _resumed(request: str, path: Path, checkpoint: Path, config: ResolvedConfig) -> RunDir:
     """A folder to go on in, from the checkpoint that was named, or from the newest that is whole."""
     damaged: list[str] = []
-    if asked == "resume a checkpoint":
+    if request == "resume a checkpoint":
         verify(checkpoint)
     else:
         newest, damaged = newest_whole(path)
         checkpoint = newest or checkpoint
     lines = [*(f"skipped: {what}" for what in damaged), f"resuming {checkpoint}{_on_another_machine(path, config)}"]
     state = record(checkpoint)
-    return RunFolder(path, checkpoint, state["step"], state["about"], note="\n".join(lines))
+    return RunDir(path, checkpoint, state["step"], state["about"], note="\n".join(lines))
 
 
-def _folder(deed: Deed, asked: str, path: Path, config: ResolvedConfig) -> RunFolder:
+def _folder(deed: Action, request: str, path: Path, config: ResolvedConfig) -> RunDir:
     """A folder to start in, with what is to be said about it. Raises UsageError for a start among the pictures."""
-    around = [source for source in config.data if is_inside(path, Path(source))]
-    if deed != "say finished" and around:
+    make_pipeline = [source for source in config.data if is_inside(path, Path(source))]
+    if deed != "say finished" and make_pipeline:
         raise UsageError(
-            f"output_dir {path} lies inside --data {around[0]}: its pictures would be trained on next time; "
+            f"output_dir {path} lies inside --data {make_pipeline[0]}: its pictures would be trained on next time; "
             "give an --output_dir elsewhere"
         )
     note = ""
     if deed == "say finished":
-        how = "give more --max_train_steps to go on" if "resume" in asked else "change an option to start another"
+        how = "give more --max_train_steps to go on" if "resume" in request else "change an option to start another"
         note = f"{path}: this run is finished; {how}"
-    elif deed == "go on" or asked == "resume latest":
+    elif deed == "go on" or request == "resume latest":
         note = f"{path}: no checkpoint {'yet' if deed == 'go on' else 'found'}, starting from the beginning"
-    return RunFolder(path, finished=deed == "say finished", note=note, overwrite=deed == "replace")
+    return RunDir(path, finished=deed == "say finished", note=note, overwrite=deed == "replace")
 
 
 def _on_another_machine(path: Path, config: ResolvedConfig) -> str:
     """What this machine decides otherwise than the one on which the run began, should it differ."""
     earlier, now = as_dict(load_resolved(path / "config.toml")), as_dict(config)
-    machine = [name for name, known in about().items() if known.change == "machine"]
+    machine = [name for name, info in option_info().items() if info.change == "machine"]
     changed = [f"{name}: {earlier[name]} -> {now[name]}" for name in machine if earlier[name] != now[name]]
     return f" ({'; '.join(changed)}: from here on its bits are this machine's)" if changed else ""
 
 
-def _state(path: Path, checkpoint: Path | None, config: ResolvedConfig, data: str) -> tuple[State, str]:
+def _state(path: Path, checkpoint: Path | None, config: ResolvedConfig, data: str) -> tuple[FolderState, str]:
     """What is in a folder, and why it cannot be had, should the table say so."""
     if not is_run(path):
         foreign = (path / "config.toml").exists() and not (path / "data.json").exists()
@@ -153,8 +153,8 @@ def _state(path: Path, checkpoint: Path | None, config: ResolvedConfig, data: st
     return ("finished" if (path / "result.json").exists() else "unfinished"), ""
 
 
-def _state_to_resume(path: Path, checkpoint: Path | None, config: ResolvedConfig, data: str) -> tuple[State, str]:
-    """The same for a folder that is named by `--resume_from_checkpoint`, where more may differ."""
+def _state_to_resume(path: Path, checkpoint: Path | None, config: ResolvedConfig, data: str) -> tuple[FolderState, str]:
+    """Return what is in a folder that `--resume_from_checkpoint` names, where more options may differ."""
     if checkpoint is None:
         nothing = f"resume_from_checkpoint latest: {path} holds a finished run or a model, but no checkpoint"
         return ("taken" if holds_a_model(path) else "new"), nothing
@@ -209,12 +209,12 @@ def with_earlier(config: TrainConfig) -> TrainConfig:
     if not recorded.exists():
         return config
     earlier = load_resolved(recorded)
-    lengths = {name for name, known in about().items() if known.change == "length"}
-    own = config.given | (lengths if config.given & lengths else set())
-    free = {field.name: about_field(field) for field in fields(SECTIONS["output"])}
-    own |= {name for name, known in free.items() if known.change == "free" and not known.inherited}
-    inherited = {name: value for name, value in as_dict(earlier).items() if name not in own}
-    return replace(config, config.given | (earlier.given - own), **inherited)
+    lengths = {name for name, info in option_info().items() if info.change == "length"}
+    given = config.given | (lengths if config.given & lengths else set())
+    free = {field.name: info_of_field(field) for field in fields(SECTIONS["output"])}
+    given |= {name for name, info in free.items() if info.change == "free" and not info.inherited}
+    inherited = {name: value for name, value in as_dict(earlier).items() if name not in given}
+    return replace(config, config.given | (earlier.given - given), **inherited)
 
 
 def _means_newest(resume: str) -> bool:
@@ -224,15 +224,17 @@ def _means_newest(resume: str) -> bool:
 
 def _no_checkpoint(given: Path, run: Path) -> str:
     """What is wrong with a path that is no checkpoint, and where it belongs."""
-    said = f"resume_from_checkpoint {given}"
+    option = f"resume_from_checkpoint {given}"
     if given.suffix in (".safetensors", ".pt", ".bin", ".ckpt"):
         return (
-            f"{said}: a file of weights holds no optimizer and no step; to go on from a LoRA give --init_lora {given}"
+            f"{option}: a file of weights holds no optimizer and no step; to go on from a LoRA give --init_lora {given}"
         )
     if (given / "optimizer.bin").exists() or list(given.glob("random_states_*.pkl")):
         lora = next(iter(sorted(given.glob("*.safetensors"))), given)
-        return f"{said}: a checkpoint of accelerate, which is not read; to go on from its LoRA give --init_lora {lora}"
-    return f"{said}: no checkpoint of a run in {run}"
+        return (
+            f"{option}: a checkpoint of accelerate, which is not read; to go on from its LoRA give --init_lora {lora}"
+        )
+    return f"{option}: no checkpoint of a run in {run}"
 
 
 def _resume_folder(config: TrainConfig) -> Path:
@@ -252,8 +254,8 @@ def _resume_folder(config: TrainConfig) -> Path:
 
 def _mark(config: ResolvedConfig, data: str) -> str:
     """What tells a run from others before it has recorded anything."""
-    known, values = about(), as_dict(config)
-    decisive = [f"{name} {values[name]}" for name in known if known[name].change in ("another run", "length")]
+    options, values = option_info(), as_dict(config)
+    decisive = [f"{name} {values[name]}" for name in options if options[name].change in ("another run", "length")]
     return f"{fold(*decisive, data):016x}\n"
 
 
@@ -264,15 +266,15 @@ def differences(a: ResolvedConfig, b: ResolvedConfig, *, resumed: bool = False) 
         free.add("length")
     mine, theirs = as_dict(a), as_dict(b)
     return [
-        f"{name}: {_said(mine[name])} -> {_said(theirs[name])}"
-        for name, known in about().items()
-        if known.change not in free | ({"machine"} if name not in b.given else set())
+        f"{name}: {_formatted(mine[name])} -> {_formatted(theirs[name])}"
+        for name, info in option_info().items()
+        if info.change not in free | ({"machine"} if name not in b.given else set())
         and mine[name] != theirs[name]
         and not (resumed and name in b.allow_changed)
     ]
 
 
-def _said(value: Any) -> Any:
+def _formatted(value: Any) -> Any:
     """A value of an option for people, a list as it is typed."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else value
 

@@ -36,7 +36,7 @@ _LEFT_BY_A_RUN = (
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunDir:
     """Where a run lives and where it goes on."""
 
     path: Path
@@ -44,7 +44,7 @@ class RunFolder:
     """Resume from here; None: start from the beginning."""
     step: int = 0
     """Steps that were done there."""
-    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the checkpoint says of the run that wrote it."""
     finished: bool = False
     note: str = ""
@@ -70,7 +70,7 @@ def name_of(data: Sequence[str]) -> str:
     return "+".join(names if len(names) <= _NAMED else [names[0], f"{len(names) - 1}-more"]) or "dataset"
 
 
-def begin(folder: RunFolder, config: ResolvedConfig, data: str) -> None:
+def begin(folder: RunDir, config: ResolvedConfig, data: str) -> None:
     """All is loaded and training starts: delete what it replaces, and record the config and the data's digest."""
     cut_off = folder.checkpoint is None and (folder.path / "data.json").exists()  # an earlier start, no checkpoint yet
     if folder.overwrite or cut_off:

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from finetune.cache.image_source import Live
+from finetune.cache.image_source import LiveImages
 from finetune.config import ResolvedConfig, TrainConfig
 from finetune.data.captions import TRIGGER, with_trigger
 from finetune.data.inpainting import middle_mask
@@ -54,7 +54,7 @@ def plan_samples(config: ResolvedConfig, *, latent: bool, captions: Sequence[str
     """Grids as asked for, or a first and a last of the largest size that `SAMPLING_SHARE` of the run allows.
 
     At least one picture is drawn before and after, unless none is wanted. How many grids fit between them is said by
-    `pace.interval`, when the run knows how long it takes. Beforehand the cost is counted in UNet passes over one
+    `pace.eval_interval`, when the run knows how long it takes. Beforehand the cost is counted in UNet passes over one
     picture: a sampler step is one (two with guidance), a training example three (forward, and a backward of about two),
     or two where frozen weights need no gradient (LoRA).
 
@@ -105,9 +105,9 @@ def draw_grid(run: Run) -> None:
     path = _path(run, step)
     if not samples.prompts or already_shows(path, _settings(run)):
         return
-    run.events.phase("sampling", step)
+    run.events.set_phase("sampling", step)
     clock, hole = time.perf_counter(), _hole(run)
-    with run.trainer.averaged():
+    with run.trainer.ema_weights():
         rows = [
             draw_pictures(
                 model,
@@ -127,7 +127,7 @@ def draw_grid(run: Run) -> None:
     labels = [prompt.text for prompt in samples.prompts]
     save_picture(grid(rows, labels, title=f"step {step}"), path, shows=_settings(run))
     tracking.note_seconds(run.folder, step, "grid", time.perf_counter() - clock)
-    run.events.note("picture", step=step, path=path.relative_to(run.folder).as_posix())
+    run.events.emit("picture", step=step, path=path.relative_to(run.folder).as_posix())
     tracking.track_pictures(run.accelerator, step, path)
 
 
@@ -136,7 +136,9 @@ def _hole(run: Run) -> Hole | None:
     if not run.model.inpainting:
         return None
     pictures, index = run.pictures, run.pictures.trained[0]
-    pixels, _ = Live(pictures, inpainting=True).load(index, example_key(run.config.seed, pictures.ids[index], 0), False)
+    pixels, _ = LiveImages(pictures, inpainting=True).load(
+        index, example_key(run.config.seed, pictures.ids[index], 0), False
+    )
     drawn = pictures.mask_digest(index) is None
     mask = middle_mask(pixels.shape[1], pixels.shape[2]) if drawn else pixels[3:]
     return Hole(to_pil_image(pixels[:3]), to_pil_image(mask))
@@ -149,7 +151,7 @@ def steps_between(run: Run) -> int | Fraction | None:
     return measured_interval(run.folder, "grid", run.config.max_train_steps, share=SAMPLING_SHARE, most=MOST_GRIDS)
 
 
-def discard_strangers(run: Run) -> None:
+def delete_stale_grids(run: Run) -> None:
     """Delete grids of later steps, which this run may not come to, and, if it draws any, those of other settings."""
     for path in (run.folder / "samples").iterdir():
         match = _NAME.fullmatch(path.name)
@@ -158,7 +160,7 @@ def discard_strangers(run: Run) -> None:
             path.unlink()
 
 
-def lay_side_by_side(run: Run) -> None:
+def write_before_after(run: Run) -> None:
     """samples/before-after.png from the first grid and the last."""
     if run.samples.prompts:
         last = _path(run, run.trainer.steps_done)
@@ -179,5 +181,5 @@ def _settings(run: Run) -> str:
     config, samples = run.config, run.samples
     settings = (samples.pictures, config.resolution, config.num_inference_steps, config.guidance_scale)
     if run.model.inpainting:
-        settings += (run.pictures.checked(run.pictures.trained[0]).digest,)
+        settings += (run.pictures.image_info(run.pictures.trained[0]).digest,)
     return f"{fold(*map(repr, samples.prompts), *map(str, settings)):016x}"

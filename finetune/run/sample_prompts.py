@@ -88,9 +88,9 @@ def _of_tables(path: Path, text: str) -> list[str]:
     common = {} if isinstance(tables, list) else {name: value for name, value in tables.items() if name != "subset"}
     lines: list[str] = []
     for each in tables if isinstance(tables, list) else tables["subset"]:
-        said = common | ({"prompt": each} if isinstance(each, str) else each)
-        settings = [f" --{_IN_TABLES.get(name, name)} {value}" for name, value in said.items() if name != "prompt"]
-        lines.append(said["prompt"] + "".join(settings))
+        entry = common | ({"prompt": each} if isinstance(each, str) else each)
+        settings = [f" --{_IN_TABLES.get(name, name)} {value}" for name, value in entry.items() if name != "prompt"]
+        lines.append(entry["prompt"] + "".join(settings))
     return lines
 
 

@@ -7,35 +7,35 @@ from accelerate import Accelerator
 
 from finetune.atomic_io import json_lines
 from finetune.config import ResolvedConfig, TrainConfig, as_settings
-from finetune.data.chunks import Volumes
+from finetune.data.chunks import Chunks
 from finetune.data.data_source import check_sources
-from finetune.data.user_dataset import Rows
+from finetune.data.user_dataset import MapDataset
 from finetune.models.loading import check_resolution
-from finetune.models.model_info import Location, locate
+from finetune.models.model_info import ModelInfo, locate
 from finetune.results import tracking
 from finetune.results.events import Events
 from finetune.run.build import assembled
 from finetune.run.build_dataset import identity, open_pictures
 from finetune.run.class_images import draw_missing
 from finetune.run.context import Run
-from finetune.run.forgetting import meter
-from finetune.run.html_report import lay_out_pictures
-from finetune.run.ledger import note_volume, write_ledger
+from finetune.run.forgetting import make_probes
+from finetune.run.html_report import write_training_preview
+from finetune.run.ledger import note_chunk, write_ledger
 from finetune.run.memorization import known_pictures
-from finetune.run.provenance import about_run, compared
+from finetune.run.provenance import check_provenance, run_provenance
 from finetune.run.resolve_config import resolve_for, with_absolute_paths
 from finetune.run.resume import with_earlier, with_newest
-from finetune.run.run_dir import RunFolder, begin
+from finetune.run.run_dir import RunDir, begin
 from finetune.run.sample_grids import plan_samples
 from finetune.run.summary import print_summary
-from finetune.run.train_loader import Reading
+from finetune.run.train_loader import TrainDataLoader
 from finetune.run.validation import plan_validation
 from finetune.training.distributed import Parallel
 
 
 def resolve_run(
-    config: TrainConfig, dataset: Rows | None, device: torch.device, parallel: Parallel
-) -> tuple[ResolvedConfig, Location, Volumes]:
+    config: TrainConfig, dataset: MapDataset | None, device: torch.device, parallel: Parallel
+) -> tuple[ResolvedConfig, ModelInfo, Chunks]:
     """Everything that can be known before weights are loaded: each option's value, the model, the pictures."""
     if dataset is None:
         config = with_newest(config)
@@ -45,24 +45,24 @@ def resolve_run(
     model_info = locate(config.model)
     check_resolution(model_info, config.resolution or model_info.resolution)
     draw_missing(config, model_info, device)
-    volumes = open_pictures(config, model_info, dataset)
-    resolved = resolve_for(config, model_info, volumes, device, processes=parallel.world)
-    return resolved, model_info, volumes
+    chunks = open_pictures(config, model_info, dataset)
+    resolved = resolve_for(config, model_info, chunks, device, processes=parallel.world_size)
+    return resolved, model_info, chunks
 
 
 def build_run(
     *,
     config: ResolvedConfig,
-    model_info: Location,
-    volumes: Volumes,
-    folder: RunFolder,
+    model_info: ModelInfo,
+    chunks: Chunks,
+    folder: RunDir,
     accelerator: Accelerator,
     parallel: Parallel,
     events: Events,
 ) -> Run:
     """Load the model, encode the pictures, and record and say what is going to happen."""
-    pictures = volumes.first
-    events.phase("loading", folder.step)
+    pictures = chunks.first
+    events.set_phase("loading", folder.step)
     earlier = json_lines(folder.path / tracking.VALIDATION) if folder.checkpoint else []
     validation = plan_validation(config, pictures, earlier)
     model, encoded, trainer = assembled(
@@ -70,44 +70,46 @@ def build_run(
         model_info,
         pictures,
         accelerator.device,
-        steps=volumes.own_steps(0, range(folder.step, config.max_train_steps), config.global_batch),
+        steps=chunks.local_steps(0, range(folder.step, config.max_train_steps), config.global_batch),
         validated=validation.examples,
         parallel=parallel,
-        told=events.progress,
+        on_progress=events.progress,
     )
     samples = plan_samples(
-        config, latent=model_info.family.latent, captions=pictures.trained_captions, visits=volumes.epoch_visits
+        config, latent=model_info.family.latent, captions=pictures.trained_captions, visits=chunks.epoch_visits
     )
-    about = about_run(model, identity(volumes), accelerator.device, parallel.world)
-    events.phase("forgetting", folder.step)
-    asked = meter(config, model) if parallel.first else None
+    provenance = run_provenance(model, identity(chunks), accelerator.device, parallel.world_size)
+    events.set_phase("forgetting", folder.step)
+    probes = make_probes(config, model) if parallel.is_main_process else None
     comparable = samples.prompts and not model.inpainting  # whose pictures hold most of a training picture
-    known = known_pictures(config, pictures) if parallel.first and comparable else None
-    entered = partial(note_volume, folder.path, config) if parallel.first else None
-    reading = Reading(config=config, model=model, volumes=volumes, first=encoded, trainer=trainer, entered=entered)
+    training_features = known_pictures(config, pictures) if parallel.is_main_process and comparable else None
+    entered = partial(note_chunk, folder.path, config) if parallel.is_main_process else None
+    train_loader = TrainDataLoader(
+        config=config, model=model, chunks=chunks, first=encoded, trainer=trainer, entered=entered
+    )
     run = Run(
         config=config,
         model=model,
-        volumes=volumes,
+        chunks=chunks,
         encoded=encoded,
-        reading=reading,
+        train_loader=train_loader,
         trainer=trainer,
         samples=samples,
         validation=validation,
-        meter=asked,
-        originals=known,
+        forgetting_probes=probes,
+        originals=training_features,
         folder=folder.path,
         accelerator=accelerator,
-        about=about,
+        provenance=provenance,
         events=events,
     )
     run.release()
-    if parallel.first:
-        if moved := compared(folder.about, about, config.allow_changed):
+    if parallel.is_main_process:
+        if moved := check_provenance(folder.provenance, provenance, config.allow_changed):
             print(f"{'note':>10}  {moved}: from here on the bits are this machine's")
-        begin(folder, config, identity(volumes))
-        write_ledger(folder.path, config, volumes, folder.step)
-        lay_out_pictures(run)
+        begin(folder, config, identity(chunks))
+        write_ledger(folder.path, config, chunks, folder.step)
+        write_training_preview(run)
         print_summary(run)
         resumed = folder.step > 0
         project = config.tracker_project_name

@@ -23,7 +23,7 @@ _SAME = 5.0
 """Seconds in which a launcher passes on a signal that the process has got already."""
 
 
-class Requests:
+class StopConditions:
     """What signals and the clock ask of a run.
 
     Args:
@@ -35,7 +35,7 @@ class Requests:
         self._began = self._saved = now()
         self._save_by_signal = False
 
-    def asks(self, stop_signal: int | None, save_minutes: float | None, end_minutes: float | None) -> int:
+    def poll(self, stop_signal: int | None, save_minutes: float | None, end_minutes: float | None) -> int:
         """0 for nothing, `SAVE`, or the exit code to stop with; of several the greatest counts.
 
         Args:
@@ -57,7 +57,7 @@ class Requests:
 
     @contextmanager
     def hearing_usr1(self) -> Iterator[None]:
-        """Inside, SIGUSR1 asks for a checkpoint; it would end the process otherwise. Only in the main thread."""
+        """Turn SIGUSR1 into a request for a checkpoint; otherwise it would end the process. Main thread only."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -82,7 +82,7 @@ class StopRequest:
 
 @contextmanager
 def catch_signals(now: Callable[[], float] = time.monotonic) -> Iterator[StopRequest]:
-    """Inside, the first SIGINT or SIGTERM only sets the request, and the next one does what it did before.
+    """Turn the first SIGINT or SIGTERM into a stop request; the next one acts as it did before.
 
     Where a launcher has started the process, signals in the `_SAME` seconds after the first are the same one. Outside
     the main thread signals cannot be caught, and the request stays empty.

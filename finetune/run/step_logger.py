@@ -11,17 +11,17 @@ import torch
 from finetune.results import tracking
 from finetune.run.build import sampler
 from finetune.run.context import Run
-from finetune.run.evaluation import FIRST_STEPS, due
+from finetune.run.evaluation import FIRST_STEPS, should_run
 from finetune.run.forgetting import steps_between_readings
 from finetune.run.sample_grids import steps_between
 from finetune.run.validation import steps_between_validations
 from finetune.seeding import example_key
-from finetune.text import counted
+from finetune.text import pluralize
 from finetune.training.metrics import Fault, NotFinite, StepMetrics
 from finetune.training.objective import timesteps
 
 
-class Reports:
+class StepLogger:
     """Tells of a step as soon as nobody has to wait for its figures: on a GPU that is one step later.
 
     Of several processes, all hear of a step at the same point, one step later, or the first might leave the others.
@@ -31,7 +31,7 @@ class Reports:
         self._run, self._log, self._progress = run, log, progress
         self._pauses = self._paced()
         self._waiting: deque[StepMetrics] = deque()
-        self._fits = run.trainer.fits
+        self._oom_micro_batch_size = run.trainer.oom_micro_batch_size
         self._clock = time.perf_counter()
 
     def _paced(self) -> dict[str, int | Fraction | None]:
@@ -43,41 +43,42 @@ class Reports:
             "grid": steps_between(run),
         }
 
-    def due(self, step: int) -> frozenset[str]:
+    def should_run(self, step: int) -> frozenset[str]:
         """For what training pauses after this step: "validation", "forgetting", "grid"; for all of them in the end."""
         last = step == self._run.config.max_train_steps
-        return frozenset(what for what, every in self._pauses.items() if last or due(step, every))
+        return frozenset(what for what, every in self._pauses.items() if last or should_run(step, every))
 
     def add(self, metrics: StepMetrics) -> None:
         """A step that was just made; tells of it, or of the one before."""
         self._waiting.append(metrics)
-        if (fits := self._run.trainer.fits) != self._fits:
-            self._fits = fits
-            said = f"from step {metrics.step} on {counted(fits or 0, 'picture')} at a time, to the same gradient"
-            print(f"out of memory: {said} (the step stays as large)", flush=True)
-        alone = self._run.trainer.parallel.world == 1
+        if (size := self._run.trainer.oom_micro_batch_size) != self._oom_micro_batch_size:
+            self._oom_micro_batch_size = size
+            pictures = pluralize(size or 0, "picture")
+            message = f"from step {metrics.step} on {pictures} at a time, to the same gradient"
+            print(f"out of memory: {message} (the step stays as large)", flush=True)
+        alone = self._run.trainer.parallel.world_size == 1
         while self._waiting and (len(self._waiting) > 1 or (alone and self._waiting[0].ready)):
-            self._tell(self._waiting.popleft())
+            self._write(self._waiting.popleft())
 
     def finish(self) -> None:
         """Tell of what has not been told of, before something else is done than training."""
         while self._waiting:
-            self._tell(self._waiting.popleft())
+            self._write(self._waiting.popleft())
 
     def resume(self) -> None:
         """What was done since the last step (a grid, a checkpoint) does not count into the time of the next."""
         self._clock = time.perf_counter()
         self._progress.resume()
-        self._run.events.phase("training", self._run.trainer.steps_done)
+        self._run.events.set_phase("training", self._run.trainer.steps_done)
 
-    def _tell(self, metrics: StepMetrics) -> None:
+    def _write(self, metrics: StepMetrics) -> None:
         metrics.as_dict()  # waits for the step, so that the time is its own
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         values = self._log.write(metrics, seconds)
         tracking.track(self._run.accelerator, metrics)
         self._progress.show(metrics, seconds)
-        self._run.events.note("step", **values, left=round(self._progress.left))
+        self._run.events.emit("step", **values, left=round(self._progress.left))
         if metrics.fault:
             record_fault(self._run, metrics.fault)
             print(f"{metrics.fault}: its update was left out", flush=True)
@@ -86,12 +87,12 @@ class Reports:
 
 
 @contextmanager
-def reports(run: Run) -> Iterator[Reports]:
+def reports(run: Run) -> Iterator[StepLogger]:
     """The reports of a run from the trainer's step on, its files open inside."""
     done, total = run.trainer.steps_done, run.config.max_train_steps
     with tracking.log(run.folder, done) as log, tracking.progress(done, total) as progress:
         try:
-            yield Reports(run, log, progress)
+            yield StepLogger(run, log, progress)
         except NotFinite as error:
             record_fault(run, error.fault)
             raise
@@ -102,13 +103,13 @@ def record_fault(run: Run, fault: Fault) -> None:
 
     All of it is a function of seed and step, so it is known here of what another process has computed, too.
     """
-    (stretch,) = run.volumes.stretches(range(fault.step - 1, fault.step), run.config.global_batch)
-    pictures = run.volumes.at(stretch.volume)
-    visits, _ = sampler(run.config, pictures).share(stretch.own.start)
+    (steps_of_chunk,) = run.chunks.chunk_steps(range(fault.step - 1, fault.step), run.config.global_batch)
+    pictures = run.chunks.at(steps_of_chunk.chunk)
+    visits, _ = sampler(run.config, pictures).share(steps_of_chunk.own.start)
     keys = [example_key(run.config.seed, pictures.ids[visit.example], visit.number) for visit in visits]
     times = timesteps(torch.tensor(keys), run.model.scheduler.config["num_train_timesteps"]).tolist()
-    seen = []
+    facts = []
     for visit, key, t in zip(visits, keys, times, strict=True):
         caption = run.encoded.captioning.caption(pictures.texts(visit.example), key)
-        seen.append({"id": pictures.ids[visit.example], "timestep": t, "caption": caption})
-    tracking.note_fault(run.folder, fault, seen)
+        facts.append({"id": pictures.ids[visit.example], "timestep": t, "caption": caption})
+    tracking.note_fault(run.folder, fault, facts)

@@ -2,11 +2,11 @@
 
 from collections import Counter
 
-from finetune.cache.encoded_dataset import Encoded
+from finetune.cache.encoded_dataset import EncodedDataset
 from finetune.cache.store import cache_folder
 from finetune.config import ResolvedConfig
-from finetune.data.chunks import Volumes
-from finetune.data.image_dataset import Pictures
+from finetune.data.chunks import Chunks
+from finetune.data.image_dataset import ImageDataset
 from finetune.data.inpainting import MASKS
 from finetune.data.sampler import steps_per_epoch
 from finetune.models.adapter_types import NAMES
@@ -16,7 +16,7 @@ from finetune.models.lora import trainable
 from finetune.run.backend import is_compiled
 from finetune.run.context import Run
 from finetune.run.sample_grids import SAMPLING_SHARE, SamplePlan
-from finetune.text import counted, listed
+from finetune.text import join_limited, pluralize
 
 
 def print_summary(run: Run) -> None:
@@ -36,14 +36,14 @@ def print_summary(run: Run) -> None:
 def summary_rows(run: Run) -> dict[str, str]:
     """Model, pictures, captions, schedule, precision, samples and output: name -> text."""
     config, encoded, family = run.config, run.encoded, run.model.family
-    epochs = float(config.max_train_steps / steps_per_epoch(run.volumes.epoch_visits, config.global_batch))
+    epochs = float(config.max_train_steps / steps_per_epoch(run.chunks.epoch_visits, config.global_batch))
     rows = {
         "model": f"{config.model} ({family.description}), predicts {run.model.scheduler.config['prediction_type']}",
         "learns": f"{_learns(run)} parameters",
-        "pictures": f"{counted(sum(run.volumes.counts), 'photo')}{_repeats(encoded)}: "
-        f"{counted(config.max_train_steps, 'step')} of {config.global_batch}, {epochs:.4g} epochs, "
+        "pictures": f"{pluralize(sum(run.chunks.counts), 'photo')}{_repeats(encoded)}: "
+        f"{pluralize(config.max_train_steps, 'step')} of {config.global_batch}, {epochs:.4g} epochs, "
         f"{sizes(run.pictures)}",
-        "volumes": volumes_row(run.volumes),
+        "volumes": chunks_row(run.chunks),
         "validation": _validation(run),
         "forgetting": _forgetting(run),
         "masks": _masks(run),
@@ -59,13 +59,13 @@ def summary_rows(run: Run) -> dict[str, str]:
     return {name: text for name, text in rows.items() if text}
 
 
-def volumes_row(volumes: Volumes) -> str:
+def chunks_row(chunks: Chunks) -> str:
     """How many there are, where not all pictures are looked at at once."""
-    if len(volumes) == 1:
+    if len(chunks) == 1:
         return ""
     return (
-        f"{len(volumes)}, each looked at when the run comes to it; sizes, captions and notes here are those of the "
-        f"first, of {counted(len(volumes.first), 'picture')}"
+        f"{len(chunks)}, each looked at when the run comes to it; sizes, captions and notes here are those of the "
+        f"first, of {pluralize(len(chunks.first), 'picture')}"
     )
 
 
@@ -76,17 +76,17 @@ def _precision(config: ResolvedConfig) -> str:
 
 
 def _processes(run: Run) -> str:
-    world = run.trainer.parallel.world
-    return f" in {world} processes" if world > 1 else ""
+    probe_prompts = run.trainer.parallel.world_size
+    return f" in {probe_prompts} processes" if probe_prompts > 1 else ""
 
 
 def _learns(run: Run) -> str:
     learned = sum(p.numel() for p in trainable(run.model.unet)) / 1e6
-    whole = sum(p.numel() for p in run.model.unet.parameters()) / 1e6
+    total = sum(p.numel() for p in run.model.unet.parameters()) / 1e6
     if run.config.method == "full":
         return f"every weight of the UNet: {learned:.1f} M"
     lora = f"{NAMES[run.config.lora_type]} rank {run.config.rank}, alpha {run.config.lora_alpha:g}"
-    return f"{lora}: {learned:.2f} M beside the UNet's {whole - learned:.1f} M"
+    return f"{lora}: {learned:.2f} M beside the UNet's {total - learned:.1f} M"
 
 
 def _validation(run: Run) -> str:
@@ -96,18 +96,19 @@ def _validation(run: Run) -> str:
     if not held:
         return "none: no pictures are held out"
     some = "" if held == len(validation.examples) else f", {len(validation.examples)} of them used"
-    return f"{counted(held, 'photo')} held out{some}, at {validation.draws} timesteps each"
+    return f"{pluralize(held, 'photo')} held out{some}, at {validation.draws} timesteps each"
 
 
 def _forgetting(run: Run) -> str:
-    if run.meter is None:
+    if run.forgetting_probes is None:
         return ""
-    trigger = ", with and without the trigger" if run.meter.triggered else ""
-    return f"answers to {counted(run.meter.plain.x_t.shape[1], 'prompt')} of what it knew before are watched{trigger}"
+    trigger = ", with and without the trigger" if run.forgetting_probes.triggered else ""
+    prompts = pluralize(run.forgetting_probes.plain.x_t.shape[1], "unrelated prompt")
+    return f"tracking how {prompts} change{trigger}"
 
 
 def _masks(run: Run) -> str:
-    files = counted(len(run.pictures.mask_digests), "file")
+    files = pluralize(len(run.pictures.mask_digests), "file")
     if run.model.inpainting:
         drawn = "drawn anew at each visit" if run.config.live_encoding else f"drawn, {MASKS} for each picture"
         if not run.pictures.mask_digests:
@@ -131,35 +132,35 @@ def _captions(run: Run) -> str:
     return f"{counts} ({len(set(run.encoded.captions))} distinct)"
 
 
-def _repeats(encoded: Encoded) -> str:
+def _repeats(encoded: EncodedDataset) -> str:
     """How many come more than once in an epoch."""
     counts = sorted(Counter(encoded.repeats).items())
-    told = [f"{count} of them {times} times" for times, count in counts if times > 1]
-    return f" ({', '.join(told)} an epoch)" if told else ""
+    counted = [f"{count} of them {times} times" for times, count in counts if times > 1]
+    return f" ({', '.join(counted)} an epoch)" if counted else ""
 
 
-def sizes(pictures: Pictures, most: int = 4) -> str:
+def sizes(pictures: ImageDataset, most: int = 4) -> str:
     """Width and height of what is trained, and of how many pictures, the most frequent first."""
     transform = pictures.transform
     if transform is None:
         return "as they are"
     if transform.buckets is None:
         return f"{transform.resolution} px"
-    counts = Counter(transform.size(*pictures.checked(index).size) for index in range(len(pictures)))
-    told = [f"{width}x{height}: {count}" for (height, width), count in counts.most_common()]
-    return f"in {counted(len(counts), 'size')} ({listed(told, most)})"
+    counts = Counter(transform.size(*pictures.image_info(index).size) for index in range(len(pictures)))
+    counted = [f"{width}x{height}: {count}" for (height, width), count in counts.most_common()]
+    return f"in {pluralize(len(counts), 'size')} ({join_limited(counted, most)})"
 
 
-def encodings(encoded: Encoded, cache_dir: str | None) -> str:
+def encodings(encoded: EncodedDataset, cache_dir: str | None) -> str:
     """How many were found and how many were made, and where they are kept."""
     mirrored = " (mirrored ones too)" * encoded.pictures.flips
-    told = [
-        f"{counted(made.items, made.kind)}{mirrored * (made.kind == 'picture')}, {made.new} of them new"
+    lines = [
+        f"{pluralize(made.items, made.kind)}{mirrored * (made.kind == 'picture')}, {made.new} of them new"
         + (f", {made.left} to be encoded when the run comes to them" if made.left else "")
         for made in encoded.made
     ]
     folder = cache_folder(cache_dir)
-    return f"{'; '.join(told)}; kept {f'in {folder}' if folder else 'in memory'}"
+    return f"{'; '.join(lines)}; kept {f'in {folder}' if folder else 'in memory'}"
 
 
 def _samples(samples: SamplePlan) -> str:
@@ -169,7 +170,7 @@ def _samples(samples: SamplePlan) -> str:
         when = f", every {float(samples.every):.4g} steps"
     else:
         when = f", and between as often as {SAMPLING_SHARE:.0%} of the time allows"
-    size = f"{counted(len(samples.prompts), 'prompt')} x {counted(samples.pictures, 'picture')}"
+    size = f"{pluralize(len(samples.prompts), 'prompt')} x {pluralize(samples.pictures, 'picture')}"
     return f"{size} at the start and the end{when}; about {100 * samples.share:.2g} % of the run"
 
 
@@ -199,17 +200,19 @@ def _about_options(run: Run) -> list[str]:
 def _about_sizes(samples: SamplePlan) -> list[str]:
     other = sum(prompt.other_size for prompt in samples.prompts)
     unknown = sorted({setting for prompt in samples.prompts for setting in prompt.unknown})
-    lines = [f"--w and --h of {counted(other, 'sample prompt')}: grids have the resolution of the run"] if other else []
+    lines = (
+        [f"--w and --h of {pluralize(other, 'sample prompt')}: grids have the resolution of the run"] if other else []
+    )
     return lines + ([f"settings of sample prompts that are passed over: {' '.join(unknown)}"] if unknown else [])
 
 
 def _about_memory(run: Run) -> list[str]:
     """Networks that compute less at once than usual."""
-    parts = {"picture": run.model.encoder.parts.most, "caption": run.model.conditioner.parts.most}
+    reduced = {"picture": run.model.encoder.fixed_batches.most, "caption": run.model.conditioner.fixed_batches.most}
     return [
-        f"out of memory while encoding: {counted(most, kind)} at a time from then on; "
+        f"out of memory while encoding: {pluralize(most, kind)} at a time from then on; "
         "the last bits of their encodings may differ from those of a run with more memory"
-        for kind, most in parts.items()
+        for kind, most in reduced.items()
         if most is not None
     ]
 
@@ -220,11 +223,11 @@ def _about_words(run: Run) -> list[str]:
     if conditioner.tokenizer is None:
         return []
     lines = []
-    spelt = spelt_words(conditioner.tokenizer, encoded.captions) if run.model.family.few_words else []
+    spelt = spelt_words(conditioner.tokenizer, encoded.captions) if run.model.family.tiny_vocabulary else []
     if spelt:
-        lines.append(f"words that {run.config.model} does not know, spelt with several tokens: {listed(spelt)}")
+        lines.append(f"words that {run.config.model} does not know, spelt with several tokens: {join_limited(spelt)}")
     counts, limit = conditioner.token_counts(encoded.captions), conditioner.token_limit
     long = [f"{name} ({count})" for name, count in zip(encoded.ids, counts, strict=True) if count > limit]
     if long:
-        lines.append(f"over {limit} tokens and cut, {counted(len(long), 'caption')}: {listed(long)}")
+        lines.append(f"over {limit} tokens and cut, {pluralize(len(long), 'caption')}: {join_limited(long)}")
     return lines

@@ -1,14 +1,14 @@
-"""Reading: the batches of a run's steps, from volume after volume of its pictures."""
+"""Reading: the batches of a run's steps, from chunk after chunk of its pictures."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, pairwise
 
 from finetune.batch import Batch
-from finetune.cache.encoded_dataset import Encoded
+from finetune.cache.encoded_dataset import EncodedDataset
 from finetune.config import ResolvedConfig
-from finetune.data.chunks import Stretch, Volumes
-from finetune.data.image_dataset import Pictures
+from finetune.data.chunks import Chunks, ChunkSteps
+from finetune.data.image_dataset import ImageDataset
 from finetune.data.loader import training_steps
 from finetune.data.prefetch import DEPTH
 from finetune.models.conditioners import Conditioner
@@ -18,28 +18,28 @@ from finetune.run.build import encoded_for
 from finetune.training.trainer import Trainer
 
 
-class Reading:
-    """What the loop reads. While it reads one volume, a thread looks at the next.
+class TrainDataLoader:
+    """What the loop reads. While it reads one chunk, a thread looks at the next.
 
     Args:
         config: of the run.
         model: its frozen parts are used.
-        volumes: all that is read.
-        first: the first volume, encoded.
+        chunks: all that is read.
+        first: the first chunk, encoded.
         trainer: says where the tensors go, and which part of each step this process computes.
-        entered: told of each volume after the first, when the run comes to it.
+        entered: told of each chunk after the first, when the run comes to it.
     """
 
     def __init__(
         self,
         config: ResolvedConfig,
         model: DiffusionModel,
-        volumes: Volumes,
-        first: Encoded,
+        chunks: Chunks,
+        first: EncodedDataset,
         trainer: Trainer,
-        entered: Callable[[Stretch, Pictures], None] | None = None,
+        entered: Callable[[ChunkSteps, ImageDataset], None] | None = None,
     ) -> None:
-        self._config, self._model, self._volumes, self._first = config, model, volumes, first
+        self._config, self._model, self._volumes, self._first = config, model, chunks, first
         self._trainer, self._entered = trainer, entered
         self._current, self._left = first, 0
         self._opener = ThreadPoolExecutor(1, "next volume")
@@ -56,46 +56,54 @@ class Reading:
     def steps(self, start: int) -> Iterator[tuple[Batch, ...]]:
         """The batches of each step from this one (0 for the first) to the last of the run."""
         config, parallel = self._config, self._trainer.parallel
-        stretches = self._volumes.stretches(range(start, config.max_train_steps), config.global_batch)
-        opening: Future[Pictures] | None = None
-        for stretch, following in pairwise(chain(stretches, [None])):
-            assert stretch is not None
-            encoded = self._enter(stretch, opening.result() if opening else self._volumes.at(stretch.volume))
+        chunk_steps = self._volumes.chunk_steps(range(start, config.max_train_steps), config.global_batch)
+        opening: Future[ImageDataset] | None = None
+        for steps_of_chunk, following in pairwise(chain(chunk_steps, [None])):
+            assert steps_of_chunk is not None
+            encoded = self._enter(
+                steps_of_chunk, opening.result() if opening else self._volumes.at(steps_of_chunk.chunk)
+            )
             opening = None
             for batches in training_steps(
                 encoded,
                 batch_size=config.global_batch,
-                steps=stretch.own.stop,
+                steps=steps_of_chunk.own.stop,
                 seed=config.seed,
-                start=stretch.own.start,
+                start=steps_of_chunk.own.start,
                 num_workers=config.dataloader_num_workers,
                 rank=parallel.rank,
-                world=parallel.world,
+                world_size=parallel.world_size,
             ):
                 if opening is None and following:  # after workers were forked: they are to inherit no lock of a thread
-                    opening = self._opener.submit(self._volumes.at, following.volume)
+                    opening = self._opener.submit(self._volumes.at, following.chunk)
                 self._left -= 1
                 yield batches
 
     def close(self) -> None:
-        """Keep what was encoded last; nothing more is going to be read. A look at the next volume is not waited for."""
+        """Keep what was encoded last; nothing more is going to be read. A look at the next chunk is not waited for."""
         self._first.close()
         self._current.close()
         self._opener.shutdown(wait=False, cancel_futures=True)
 
-    def _enter(self, stretch: Stretch, pictures: Pictures) -> Encoded:
+    def _enter(self, steps_of_chunk: ChunkSteps, pictures: ImageDataset) -> EncodedDataset:
         if self._current is not self._first:
             self._current.close()
-        self._left = len(stretch.own)
-        if stretch.volume == 0:
+        self._left = len(steps_of_chunk.own)
+        if steps_of_chunk.chunk == 0:
             self._current = self._first
         else:
             if self._entered:
-                self._entered(stretch, pictures)
+                self._entered(steps_of_chunk, pictures)
             self._to_device(needed=self._config.encode == "before")
             parallel = self._trainer.parallel
             self._current = encoded_for(
-                self._config, self._model, pictures, steps=stretch.own, validated=(), parallel=parallel, at_most=0
+                self._config,
+                self._model,
+                pictures,
+                steps=steps_of_chunk.own,
+                validated=(),
+                parallel=parallel,
+                at_most=0,
             )
         self._to_device()
         return self._current

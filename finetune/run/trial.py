@@ -6,15 +6,15 @@ from contextlib import closing
 import torch
 
 from finetune.config import ResolvedConfig
-from finetune.data.chunks import Volumes
-from finetune.models.model_info import Location
+from finetune.data.chunks import Chunks
+from finetune.models.model_info import ModelInfo
 from finetune.run.backend import gpu_algorithms
 from finetune.run.build import assembled
-from finetune.run.train_loader import Reading
+from finetune.run.train_loader import TrainDataLoader
 
 
 def seconds_per_step(
-    config: ResolvedConfig, model_info: Location, volumes: Volumes, device: torch.device, *, steps: int = 2
+    config: ResolvedConfig, model_info: ModelInfo, chunks: Chunks, device: torch.device, *, steps: int = 2
 ) -> float:
     """Train `steps` steps after a first one that warms up, and return the mean time of each.
 
@@ -26,11 +26,13 @@ def seconds_per_step(
     """
     total = min(1 + steps, config.max_train_steps)
     with gpu_algorithms(deterministic=config.deterministic, tuned=False):
-        wanted = volumes.own_steps(0, range(total), config.global_batch)
-        model, encoded, trainer = assembled(config, model_info, volumes.first, device, steps=wanted)
-        with closing(Reading(config=config, model=model, volumes=volumes, first=encoded, trainer=trainer)) as reading:
+        steps_there = chunks.local_steps(0, range(total), config.global_batch)
+        model, encoded, trainer = assembled(config, model_info, chunks.first, device, steps=steps_there)
+        with closing(
+            TrainDataLoader(config=config, model=model, chunks=chunks, first=encoded, trainer=trainer)
+        ) as train_loader:
             clock = time.perf_counter()
-            for number, batches in zip(range(total), reading.steps(0), strict=False):
+            for number, batches in zip(range(total), train_loader.steps(0), strict=False):
                 trainer.step(*batches).as_dict()  # waits for the device
                 if number == 0 and total > 1:
                     clock = time.perf_counter()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finetune.atomic_io import json_lines
 from finetune.config import ResolvedConfig
-from finetune.data.image_dataset import Pictures
+from finetune.data.image_dataset import ImageDataset
 from finetune.results import tracking
 from finetune.run.context import Run
 from finetune.run.evaluation import measured_interval
@@ -40,7 +40,7 @@ class ValidationPlan:
 
 
 def plan_validation(
-    config: ResolvedConfig, pictures: Pictures, earlier: Sequence[Mapping[str, Any]] = ()
+    config: ResolvedConfig, pictures: ImageDataset, earlier: Sequence[Mapping[str, Any]] = ()
 ) -> ValidationPlan:
     """All pictures that are held out with as many draws as a first and a last validation may take, or some of them.
 
@@ -65,9 +65,9 @@ def plan_validation(
     return _plan(config, pictures, held[: max(2, int(passes / draws))], draws)
 
 
-def _plan(config: ResolvedConfig, pictures: Pictures, some: Sequence[int], draws: int) -> ValidationPlan:
+def _plan(config: ResolvedConfig, pictures: ImageDataset, some: Sequence[int], draws: int) -> ValidationPlan:
     some = sorted(some)
-    names = [name for index in some for name in (pictures.ids[index], pictures.checked(index).digest)]
+    names = [name for index in some for name in (pictures.ids[index], pictures.image_info(index).digest)]
     return ValidationPlan(tuple(some), draws, f"{fold(config.seed, draws, *names):016x}")
 
 
@@ -83,9 +83,9 @@ def validate(run: Run) -> None:
         return
     objective = run.trainer.objective
     assert isinstance(objective, NoisePrediction)
-    run.events.phase("validating", step)
+    run.events.set_phase("validating", step)
     clock = time.perf_counter()
-    with run.trainer.averaged():
+    with run.trainer.ema_weights():
         losses = validation_losses(
             run.model.unet,
             run.model.encoder,
@@ -99,9 +99,9 @@ def validate(run: Run) -> None:
     tracking.note_seconds(run.folder, step, "validation", time.perf_counter() - clock)
     record = _record(step, losses, before.get(0)) | {"of": plan.digest, "losses": losses.tolist()}
     tracking.append_line(run.folder / tracking.VALIDATION, record)
-    run.events.note("validation", **{name: value for name, value in record.items() if name not in ("of", "losses")})
+    run.events.emit("validation", **{name: value for name, value in record.items() if name not in ("of", "losses")})
     tracking.track_validation(run.accelerator, record)
-    print(f"validation at step {step}: {_told(record)}", flush=True)
+    print(f"validation at step {step}: {_as_line(record)}", flush=True)
 
 
 def _record(step: int, losses: Tensor, first: Tensor | None) -> dict[str, Any]:
@@ -114,12 +114,12 @@ def _record(step: int, losses: Tensor, first: Tensor | None) -> dict[str, Any]:
     return record
 
 
-def _told(record: dict[str, Any]) -> str:
-    told = f"loss {record['loss']:.4f}"
+def _as_line(record: dict[str, Any]) -> str:
+    line = f"loss {record['loss']:.4f}"
     if "change" in record:
         mean, low, high = record["change"]
-        told += f", {mean:+.4f} since the start (95 %: {low:+.4f} to {high:+.4f})"
-    return told
+        line += f", {mean:+.4f} since the start (95 %: {low:+.4f} to {high:+.4f})"
+    return line
 
 
 def measured(run: Run) -> dict[int, Tensor]:
@@ -150,5 +150,5 @@ def steps_between_validations(run: Run) -> int | Fraction | None:
 
 
 def _lines(run: Run) -> list[dict[str, Any]]:
-    """Of what this run validates on."""
+    """Return the lines of validation.jsonl of what this run validates on."""
     return [line for line in json_lines(run.folder / tracking.VALIDATION) if line["of"] == run.validation.digest]

@@ -17,7 +17,7 @@ PIECE = 64 * 2**20
 """Bytes that are on their way from a GPU at once."""
 
 
-class Saving:
+class AsyncWriter:
     """One thing at a time is written; who begins with the next waits for it. What went wrong is raised there, or by
     `check` and `wait`.
 
@@ -58,7 +58,7 @@ class Saving:
             self._thread = None
         self.check()
 
-    def __enter__(self) -> "Saving":
+    def __enter__(self) -> "AsyncWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

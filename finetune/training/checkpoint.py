@@ -27,7 +27,9 @@ _FORMAT = 2
 """Of the folder. 1, which says nothing of it, had no manifest."""
 
 
-def save(run_folder: Path, state: Mapping[str, Any], keep: int = 0, about: Mapping[str, Any] | None = None) -> Path:
+def save(
+    run_folder: Path, state: Mapping[str, Any], keep: int = 0, provenance: Mapping[str, Any] | None = None
+) -> Path:
     """Write `checkpoint-<step>` into the run folder; then delete all but the newest `keep` (0 keeps all).
 
     Args:
@@ -46,7 +48,7 @@ def save(run_folder: Path, state: Mapping[str, Any], keep: int = 0, about: Mappi
     scratch = run_folder / f".{folder.name}.part"
     discard_left_overs(run_folder)
     try:
-        _write(scratch, state, about or {})
+        _write(scratch, state, provenance or {})
         if folder.exists():
             remove(folder)
         scratch.rename(folder)
@@ -64,7 +66,7 @@ def folder_of(run_folder: Path, step: int) -> Path:
     return run_folder / f"checkpoint-{step}"
 
 
-def _write(folder: Path, state: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+def _write(folder: Path, state: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
     """All files of a checkpoint, on the disk when this returns."""
     folder.mkdir()
     moments, plain = _flatten_optimizer(state["optimizer"])
@@ -74,7 +76,7 @@ def _write(folder: Path, state: Mapping[str, Any], about: Mapping[str, Any]) -> 
         tensors = {key: tensor.detach().contiguous() for key, tensor in contents[name].items()}
         save_file(tensors, folder / _FILES[name])
     plainly = {name: state[name] for name in state if name not in contents}
-    record = {"format": _FORMAT, **plainly, "optimizer": plain, "files": files, "about": dict(about)}
+    record = {"format": _FORMAT, **plainly, "optimizer": plain, "files": files, "about": dict(provenance)}
     (folder / _STATE).write_text(json.dumps(record, indent=1), encoding="utf-8")
     for name in files:
         as_readable_as(folder / _FILES[name], folder / _STATE)
@@ -136,8 +138,10 @@ def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
         else:
             return folder, damaged
     if damaged:
-        told = "; ".join(damaged)
-        raise RunError(f"{told}: no other checkpoint is there to go on from; the run starts anew when they are deleted")
+        reasons = "; ".join(damaged)
+        raise RunError(
+            f"{reasons}: no other checkpoint is there to go on from; the run starts anew when they are deleted"
+        )
     return None, []
 
 
@@ -149,17 +153,17 @@ def verify(folder: Path) -> None:
             raise RunError(f"{folder} is not a whole checkpoint: {_MANIFEST} is missing")
         return
     try:
-        told = dict(json.loads((folder / _MANIFEST).read_bytes()))
-        digests = _digests([path for path in folder.iterdir() if path.name in told])
+        manifest = dict(json.loads((folder / _MANIFEST).read_bytes()))
+        digests = _digests([path for path in folder.iterdir() if path.name in manifest])
     except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{folder} is not a whole checkpoint: {_MANIFEST}: {error}") from error
-    if bad := [name for name in told if told[name] != digests.get(name)]:
+    if bad := [name for name in manifest if manifest[name] != digests.get(name)]:
         how = "is not as it was written" if bad[0] in digests else f"is missing, which {_MANIFEST} names"
         raise RunError(f"{folder} is not a whole checkpoint: {bad[0]} {how}")
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """Its state.json: `step` done, and under `about` what `save` was told. Raises RunError as `load` does."""
+    """Return a checkpoint's state.json: `step` and the `provenance` given to `save`. Raises RunError as `load` does."""
     try:
         state = json.loads((folder / _STATE).read_bytes())
         return {"about": {}} | state | {"step": int(state["step"])}

@@ -35,13 +35,13 @@ class _Recorded:
     gradients: dict[str, Tensor]
 
 
-class Graphs:
+class CudaGraphs:
     """Computes micro-batches, and records a graph for each shape that comes often enough and fits into memory.
 
     Args:
         compute: micro-batch -> losses of its examples, after its backward pass. It may read nothing from the device,
             and draws nothing.
-        parameters: whose gradients the backward pass makes anew.
+        parameters: whose gradients the backward pass makes again.
         device: a CUDA device.
     """
 

@@ -30,54 +30,54 @@ class Parallel:
     """Which of how many processes this is."""
 
     rank: int = 0
-    world: int = 1
-    hosts: Any = None
+    world_size: int = 1
+    cpu_group: Any = None
     """Their process group on the CPUs; None for one alone."""
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that writes, draws and tells."""
         return self.rank == 0
 
-    def largest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of the numbers that the processes bring."""
-        if self.world == 1:
+        if self.world_size == 1:
             return number
-        together = torch.tensor(number)
+        reduced = torch.tensor(number)
         with _meeting():
-            dist.all_reduce(together, dist.ReduceOp.MAX, self.hosts)
-        return int(together)
+            dist.all_reduce(reduced, dist.ReduceOp.MAX, self.cpu_group)
+        return int(reduced)
 
-    def same(self, what: object) -> bool:
+    def all_equal(self, what: object) -> bool:
         """Whether all processes bring the same."""
-        if self.world == 1:
+        if self.world_size == 1:
             return True
-        brought: list[Any] = [None] * self.world
+        brought: list[Any] = [None] * self.world_size
         with _meeting():
-            dist.all_gather_object(brought, what, self.hosts)
+            dist.all_gather_object(brought, what, self.cpu_group)
         return all(other == what for other in brought)
 
     @contextmanager
-    def in_turn(self) -> Iterator[None]:
-        """Inside, the first process works before the others: they find what it has written or drawn."""
-        if not self.first:
-            self.largest(0)
+    def main_process_first(self) -> Iterator[None]:
+        """Let the main process run the block before the others, which find what it has written."""
+        if not self.is_main_process:
+            self.all_reduce_max(0)
         yield
-        if self.first:
-            self.largest(0)
-        self.largest(0)
+        if self.is_main_process:
+            self.all_reduce_max(0)
+        self.all_reduce_max(0)
 
-    def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Give tensors the values that they have in the first process."""
-        if self.world > 1:
+        if self.world_size > 1:
             with _meeting():
                 for tensor in tensors:
                     dist.broadcast(tensor.detach(), 0)
 
     @torch.no_grad()
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """Give tensors their sums over all processes, the same bits in each."""
-        if self.world == 1:
+        if self.world_size == 1:
             return
         buckets, size = list[list[Tensor]]([[]]), 0
         for tensor in tensors:
@@ -91,11 +91,11 @@ class Parallel:
             under_way = [dist.all_reduce(numbers, async_op=True) for numbers in flat]
             for numbers, work, bucket in zip(flat, under_way, buckets, strict=True):
                 work.wait()  # on a GPU: its stream waits, the host does not
-                parts = numbers.split([tensor.numel() for tensor in bucket])
-                torch._foreach_copy_(bucket, [p.view_as(t) for p, t in zip(parts, bucket, strict=True)])
+                pieces = numbers.split([tensor.numel() for tensor in bucket])
+                torch._foreach_copy_(bucket, [p.view_as(t) for p, t in zip(pieces, bucket, strict=True)])
 
 
-def launched() -> Parallel:
+def from_environment() -> Parallel:
     """As `accelerate launch` or torchrun have started us, and an `Accelerator` has connected us; else one alone."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return Parallel()

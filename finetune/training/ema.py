@@ -44,7 +44,7 @@ class Ema:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Inside, the model holds the averaged weights: for sampling, validation and export."""
+        """Swap the averaged weights into the model for a while: for sampling, validation and export."""
         self._swap()
         try:
             yield

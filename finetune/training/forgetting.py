@@ -19,7 +19,7 @@ from finetune.training.objective import NoisePrediction, prediction
 
 
 @dataclass(frozen=True, kw_only=True)
-class Questions:
+class Probe:
     """What the UNet was asked of N prompts at S timesteps, and how it answered."""
 
     cond: Mapping[str, Any]
@@ -37,7 +37,7 @@ class Questions:
 
 
 @torch.no_grad()
-def ask(
+def record_probe(
     unet: nn.Module,
     objective: NoisePrediction,
     cond: Mapping[str, Any],
@@ -47,7 +47,7 @@ def ask(
     states: int = 3,
     batch_size: int = 4,
     extra: Tensor | None = None,
-) -> Questions:
+) -> Probe:
     """Draw each prompt in `states` steps of DDIM (Song et al. 2021, eq. 12 with sigma 0), without guidance.
 
     Args:
@@ -61,29 +61,31 @@ def ask(
     """
     total = len(objective.alphas_cumprod)
     times = tuple((state + 1) * total // states - 1 for state in reversed(range(states)))
-    asked, effects = [], []
+    inputs, effects = [], []
     x_t = noise.float()
     for t, following in zip(times, (*times[1:], None), strict=True):
-        seen = x_t if extra is None else torch.cat([x_t, extra], dim=1)
-        answer, without = (_answers(unet, seen, t, told, batch_size) for told in (cond, empty))
-        asked.append(x_t)
+        unet_input = x_t if extra is None else torch.cat([x_t, extra], dim=1)
+        answer, without = (_answers(unet, unet_input, t, conditions, batch_size) for conditions in (cond, empty))
+        inputs.append(x_t)
         effects.append(answer - without)
         if following is not None:
             now, then = torch.tensor([t]), torch.tensor([following])
-            x_t = objective.moved(x_t, objective.velocity(answer, x_t, now), now, then)
-    return Questions(cond=cond, empty=empty, t=times, x_t=torch.stack(asked), effect=torch.stack(effects), extra=extra)
+            x_t = objective.ddim_step(x_t, objective.predict_v(answer, x_t, now), now, then)
+    return Probe(cond=cond, empty=empty, t=times, x_t=torch.stack(inputs), effect=torch.stack(effects), extra=extra)
 
 
 @torch.no_grad()
-def drift(unet: nn.Module, questions: Questions, *, batch_size: int = 4) -> float:
+def probe_drift(unet: nn.Module, probe: Probe, *, batch_size: int = 4) -> float:
     """Squared distance of what the prompts do today from what they did, relative to it; the mean over the timesteps.
 
     0: as before. 1: as far as an untrained head, to which all prompts are the same.
     """
     shares = []
-    for t, x_t, before in zip(questions.t, questions.x_t, questions.effect, strict=True):
-        seen = x_t if questions.extra is None else torch.cat([x_t, questions.extra], dim=1)
-        answer, without = (_answers(unet, seen, t, told, batch_size) for told in (questions.cond, questions.empty))
+    for t, x_t, before in zip(probe.t, probe.x_t, probe.effect, strict=True):
+        unet_input = x_t if probe.extra is None else torch.cat([x_t, probe.extra], dim=1)
+        answer, without = (
+            _answers(unet, unet_input, t, conditions, batch_size) for conditions in (probe.cond, probe.empty)
+        )
         shares.append((answer - without - before).square().sum() / before.square().sum())
     return torch.stack(shares).mean().item()
 
@@ -107,7 +109,7 @@ def _answers(unet: nn.Module, x_t: Tensor, t: int, cond: Mapping[str, Any], batc
 
 @contextmanager
 def _evaluated(unet: nn.Module) -> Iterator[None]:
-    """Inside, the UNet is in eval mode."""
+    """Put the UNet in eval mode for a while."""
     trained = unet.training
     unet.eval()
     try:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from finetune.training.stochastic_rounding import Rounding
+from finetune.training.stochastic_rounding import StochasticRounding
 
 
-class InBackward:
+class FusedBackward:
     """Updates each piece of the weights as soon as a backward pass has made the gradients of all that is in it.
 
     Args:
@@ -26,7 +26,7 @@ class InBackward:
         step: of the optimizer, which updates what has a gradient.
     """
 
-    def __init__(self, masters: Rounding, step: Callable[[], object]):
+    def __init__(self, masters: StochasticRounding, step: Callable[[], object]):
         self._masters, self._step = masters, step
         self.norm = torch.zeros(())
         """Of the last backward pass's gradient; not finite where an update was left out."""
@@ -39,7 +39,7 @@ class InBackward:
 
     @contextmanager
     def updates(self, loss: Tensor, key: int) -> Iterator[None]:
-        """Inside, one `loss.backward()` updates all weights.
+        """Let one `loss.backward()` inside the block update all weights.
 
         A piece whose gradient is not finite, and all that come after it, stay as they are; so does all of the network
         if the loss is not finite. Waits for the device, for the loss and for each piece.

@@ -94,7 +94,7 @@ def _compare(name: str, layer: nn.Module, inputs: tuple[Any, ...], options: dict
 
 
 def _in_fp32(values: Any) -> Any:
-    """The same arguments, with tensors of half precision in fp32."""
+    """Return the arguments with tensors of half precision cast to fp32."""
     if isinstance(values, Tensor):
         return values.float() if values.dtype in TOLERANCES else values
     if isinstance(values, dict):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Masters:
+class MasterWeights:
     """The parameters of a network that learn, in fp32, and the rounded ones that stand in the network for them.
 
     The network computes in `dtype` from then on: what is frozen is rounded in place, and each parameter that requires
@@ -77,8 +77,8 @@ class Masters:
             torch._foreach_copy_(list(self.working.values()), list(self.parameters.values()))
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Inside, the network holds the masters themselves: for an export."""
+    def lent_weights(self) -> Iterator[None]:
+        """Put the masters into the network for a while: for an export."""
         self._place(self.parameters)
         try:
             yield

@@ -39,7 +39,7 @@ class NotFinite(RunError):
         self.fault = fault
 
 
-class Values(NamedTuple):
+class StepValues(NamedTuple):
     """What is known of a step when it is over."""
 
     loss: float
@@ -47,7 +47,7 @@ class Values(NamedTuple):
     fault: Fault | None = None
 
 
-class Arriving:
+class DeviceScalars:
     """Numbers on their way from the device.
 
     Args:
@@ -55,12 +55,12 @@ class Arriving:
     """
 
     def __init__(self, *numbers: Tensor):
-        together = torch.stack(numbers)
-        self._numbers = together.to("cpu", non_blocking=True)  # into pinned memory
+        stacked = torch.stack(numbers)
+        self._numbers = stacked.to("cpu", non_blocking=True)  # into pinned memory
         self._there = None
-        if together.device.type == "cuda" and torch.cuda.is_initialized():
+        if stacked.device.type == "cuda" and torch.cuda.is_initialized():
             self._there = torch.cuda.Event()
-            self._there.record(torch.cuda.current_stream(together.device))
+            self._there.record(torch.cuda.current_stream(stacked.device))
 
     @property
     def ready(self) -> bool:
@@ -88,11 +88,13 @@ class StepMetrics:
         read: answers them, or raises.
     """
 
-    def __init__(self, step: int, lr: float, examples: int, arriving: Arriving | None, read: Callable[[], Values]):
+    def __init__(
+        self, step: int, lr: float, examples: int, arriving: DeviceScalars | None, read: Callable[[], StepValues]
+    ):
         self.step, self.lr, self.examples = step, lr, examples
         self._arriving = arriving
-        self._read: Callable[[], Values] | None = read
-        self._values = Values(0.0, None)
+        self._read: Callable[[], StepValues] | None = read
+        self._values = StepValues(0.0, None)
         self._error: NotFinite | None = None
 
     @property
@@ -103,25 +105,25 @@ class StepMetrics:
     @property
     def loss(self) -> float:
         """sum(w l) / sum(w) over the step's examples. Raises NotFinite, as the trainer was told to, if it is not."""
-        return self._known().loss
+        return self._resolved().loss
 
     @property
     def grad_norm(self) -> float | None:
         """L2 norm of the gradient before clipping; None where fp16 overflowed and the step was skipped."""
-        return self._known().grad_norm
+        return self._resolved().grad_norm
 
     @property
     def fault(self) -> Fault | None:
         """What was wrong, where the step's update was not made for it."""
-        return self._known().fault
+        return self._resolved().fault
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, by name, fit for JSON: None where a number is not finite."""
-        loss, norm, fault = self._known()
+        loss, norm, fault = self._resolved()
         loss, norm = (None, None) if fault else (loss, norm)
         return {"step": self.step, "loss": loss, "grad_norm": norm, "lr": self.lr, "examples": self.examples}
 
-    def _known(self) -> Values:
+    def _resolved(self) -> StepValues:
         if self._read is not None:
             read, self._read = self._read, None
             try:

@@ -35,7 +35,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedStep:
     """All that an optimizer step takes, on the device: `Trainer.prepare` makes it, ahead of time if you like."""
 
     parts: tuple[MicroBatch, ...]
@@ -44,8 +44,8 @@ class Prepared:
     start: int = 0
     """Where those of this process begin."""
 
-    def cut(self, size: int | None) -> "Prepared":
-        """The same in micro-batches of at most `size` examples; None: as it is."""
+    def cut(self, size: int | None) -> "PreparedStep":
+        """Return the step in micro-batches of at most `size` examples; None: unchanged."""
         if size is None or all(len(part) <= size for part in self.parts):
             return self
         return replace(self, parts=tuple(piece for part in self.parts for piece in part.split(size)))

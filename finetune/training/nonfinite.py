@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class Gate:
+class FiniteGate:
     """Shut for a step that is not finite; and from `most` of these in a row on, until it is opened.
 
     Args:

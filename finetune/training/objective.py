@@ -13,11 +13,12 @@ from torch import Tensor
 
 from finetune import seeding
 from finetune.batch import as_input
+from finetune.deprecation import Renamed
 from finetune.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Noised:
+class NoisedBatch:
     """One draw of the forward process, ready for the UNet."""
 
     x_t: Tensor
@@ -79,7 +80,7 @@ class NoisePrediction:
         self.noise_offset = noise_offset
         self.input_perturbation = input_perturbation
 
-    def draw(self, x0: Tensor, keys: Tensor) -> Noised:
+    def draw(self, x0: Tensor, keys: Tensor) -> NoisedBatch:
         """Noise and timestep for each example: x0 (B, C, H, W), keys (B,) on the CPU -> Noised on x0's device."""
         noise = seeding.normal(keys, "noise", x0.shape[1:])
         t = timesteps(keys, len(self.alphas_cumprod))
@@ -91,8 +92,8 @@ class NoisePrediction:
             input_noise = (noise + self.input_perturbation * extra).to(x0.device)
         return self.noised(x0, noise.to(x0.device), t.to(x0.device), input_noise)
 
-    def noised(self, x0: Tensor, noise: Tensor, t: Tensor, input_noise: Tensor | None = None) -> Noised:
-        """The same from given noise (B, C, H, W) and timesteps (B,): validation and tests.
+    def noised(self, x0: Tensor, noise: Tensor, t: Tensor, input_noise: Tensor | None = None) -> NoisedBatch:
+        """Return the noised batch for given noise (B, C, H, W) and timesteps (B,): for validation and tests.
 
         `input_noise`, if given, replaces the noise in x_t but not in the target.
         """
@@ -105,7 +106,7 @@ class NoisePrediction:
             target = signal * noise - spread * x0
         else:
             target = x0
-        return Noised(x_t, t, target, self._snr_weight(abar / (1 - abar)))
+        return NoisedBatch(x_t, t, target, self._snr_weight(abar / (1 - abar)))
 
     def _snr_weight(self, snr: Tensor) -> Tensor:
         if self.snr_gamma is None:
@@ -116,7 +117,7 @@ class NoisePrediction:
         return clipped / (snr + 1) if self.prediction_type == "v_prediction" else clipped
 
     def loss(
-        self, unet: Callable[..., Any], noised: Noised, cond: Mapping[str, Any], extra: Tensor | None = None
+        self, unet: Callable[..., Any], noised: NoisedBatch, cond: Mapping[str, Any], extra: Tensor | None = None
     ) -> Tensor:
         """Weighted squared error of each example, mean over its elements: (B,) fp32.
 
@@ -133,17 +134,22 @@ class NoisePrediction:
             error = noised.mask * error
         return noised.snr_weight * error.mean(dim=(1, 2, 3))
 
-    def velocity(self, predicted: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def predict_v(self, predicted: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """v = sqrt(abar) noise - sqrt(1 - abar) x0 (Salimans & Ho 2022, appendix D) of what the UNet predicts."""
         signal, spread = self._roots(t, x_t)
         if self.prediction_type == "epsilon":
             return (predicted - spread * x_t) / signal
         return predicted if self.prediction_type == "v_prediction" else (signal * x_t - predicted) / spread
 
-    def moved(self, x_t: Tensor, velocity: Tensor, t: Tensor, to: Tensor) -> Tensor:
-        """x_t brought to the timesteps `to` by DDIM without noise (Song et al. 2021, eq. 12), (B,) both."""
+    moved, velocity = Renamed("ddim_step"), Renamed("predict_v")
+
+    def ddim_step(self, x_t: Tensor, v: Tensor, t: Tensor, to: Tensor) -> Tensor:
+        """Step from timesteps `t` to `to`, (B,) both, by DDIM without noise (Song et al. 2021, eq. 12).
+
+        `v` is what `predict_v` returns at `t`.
+        """
         (signal, spread), (next_signal, next_spread) = self._roots(t, x_t), self._roots(to, x_t)
-        x0, noise = signal * x_t - spread * velocity, spread * x_t + signal * velocity
+        x0, noise = signal * x_t - spread * v, spread * x_t + signal * v
         return next_signal * x0 + next_spread * noise
 
     def _roots(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,9 +20,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer, held: Mapping[str, Tensor]
         optimizer: whose state it is.
         held: name -> parameter, as the optimizer holds it; others are named by their index.
     """
-    known = {id(parameter): name for name, parameter in held.items()}
+    names_by_id = {id(parameter): name for name, parameter in held.items()}
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    names = [known.get(id(parameter), f"#{index}") for index, parameter in enumerate(order)]
+    names = [names_by_id.get(id(parameter), f"#{index}") for index, parameter in enumerate(order)]
     return {**optimizer.state_dict(), "kind": type(optimizer).__name__, "names": names}
 
 
@@ -31,7 +31,7 @@ def load_optimizer(
     saved: Mapping[str, Any],
     held: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor],
-    kept: Sequence[str] = (),
+    extra_entries: Sequence[str] = (),
 ) -> None:
     """Give an optimizer the moments and step counts of a saved `optimizer_state`, by the names of its parameters.
 
@@ -45,7 +45,7 @@ def load_optimizer(
     Raises:
         RunError: the parameters are others, or the state is that of another kind of optimizer.
     """
-    optimizer.load_state_dict(_merged(saved, optimizer_state(optimizer, held), kept))
+    optimizer.load_state_dict(_merged(saved, optimizer_state(optimizer, held), extra_entries))
     for name, parameter in parameters.items():
         slots = optimizer.state.get(held[name], {})
         for slot, value in slots.items():
@@ -53,7 +53,7 @@ def load_optimizer(
                 slots[slot] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def _merged(saved: Mapping[str, Any], current: Mapping[str, Any], kept: Sequence[str]) -> dict[str, Any]:
+def _merged(saved: Mapping[str, Any], current: Mapping[str, Any], extra_entries: Sequence[str]) -> dict[str, Any]:
     """A `state_dict` with the saved state of each parameter and the current hyperparameters."""
     if (kind := saved.get("kind")) not in (None, current["kind"]):
         raise RunError(
@@ -71,15 +71,15 @@ def _merged(saved: Mapping[str, Any], current: Mapping[str, Any], kept: Sequence
     return {
         "state": {number: _copied(state) for number, state in states.items() if state is not None},
         "param_groups": [
-            {**group, **_state_of(group_of[index[name]], kept)}
+            {**group, **_state_of(group_of[index[name]], extra_entries)}
             for group in current["param_groups"]
             for name in names[group["params"][0] : group["params"][0] + 1]  # its first parameter
         ],
     }
 
 
-def _state_of(group: Mapping[str, Any], kept: Sequence[str]) -> dict[str, Any]:
-    return {name: group[name] for name in (*_STATE_IN_GROUPS, *kept) if name in group}
+def _state_of(group: Mapping[str, Any], extra_entries: Sequence[str]) -> dict[str, Any]:
+    return {name: group[name] for name in (*_STATE_IN_GROUPS, *extra_entries) if name in group}
 
 
 def _copied(state: Any) -> Any:

@@ -50,7 +50,7 @@ def untrained(unet: Any, dtype: torch.dtype | None, *, adapter: bool) -> Prior:
 
 
 def with_prior(part: MicroBatch, prior: Prior | None) -> MicroBatch:
-    """The same micro-batch, class pictures in it with the untrained model's answer as their target.
+    """Return the micro-batch with the untrained model's output as the target of its class pictures.
 
     Args:
         part: drawn by a `NoisePrediction`.

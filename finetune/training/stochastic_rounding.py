@@ -1,4 +1,4 @@
-"""Weights that learn in bf16 alone: 4 bytes for each with its gradient, where `Masters` takes 8, and 12 at an update.
+"""Weights that learn in bf16 alone: 4 bytes each with the gradient, where `MasterWeights` takes 8, and 12 at an update.
 
 An update is often smaller than bf16 can add to a weight. Rounded to nearest it would be lost each time; rounded at
 random to one of the two neighbours, the nearer the likelier, it arrives on average (Gupta et al. 2015, "Deep Learning
@@ -17,11 +17,11 @@ PIECE = 2**25
 """Weights, at most, that are in fp32 at once, unless a single parameter has more."""
 
 
-class Rounding:
+class StochasticRounding:
     """The parameters of a network that learn, in bf16, and the fp32 ones through which an optimizer updates them.
 
-    It does for `Trainer` what `Masters` does. A parameter that an optimizer made before holds is empty but for its turn
-    in an update; then it is an fp32 copy of the one in the network, with its gradient; that of a convolution is a
+    It does for `Trainer` what `MasterWeights` does. A parameter that an earlier optimizer holds is empty but for its
+    turn in an update; then it is an fp32 copy of the one in the network, with its gradient; that of a convolution is a
     matrix, (out, in x height x width), of which Adafactor keeps a row and a column, where of four dimensions it would
     keep two thirds. The optimizer keeps what it keeps in fp32. It must treat each parameter for itself.
 
@@ -65,25 +65,25 @@ class Rounding:
 
     @torch.no_grad()
     def update_piece(self, number: int, step: Callable[[], object], key: int) -> None:
-        """The same for one of `pieces`, in any order; what is drawn for it follows from `key` and `number`."""
+        """Update one of `pieces`, in any order; its random numbers follow from `key` and `number`."""
         learned = [(self.parameters[name], self.held[name]) for name in self.pieces[number]]
         learned = [(parameter, held) for parameter, held in learned if parameter.grad is not None]
         if not learned:
             return
         generator = torch.Generator(learned[0][0].device).manual_seed(fold(key, number))
         rounded = [parameter.data for parameter, _ in learned]
-        whole, gradients = (
+        masters, gradients = (
             [torch.empty(t.shape, dtype=torch.float32, device=t.device) for t in rounded] for _ in range(2)
         )
-        torch._foreach_copy_(whole, rounded)
+        torch._foreach_copy_(masters, rounded)
         torch._foreach_copy_(gradients, [parameter.grad for parameter, _ in learned if parameter.grad is not None])
-        for (parameter, held), weight, gradient in zip(learned, whole, gradients, strict=True):
+        for (parameter, held), weight, gradient in zip(learned, masters, gradients, strict=True):
             parameter.grad = None
             held.data, held.grad = _as_matrix(weight), _as_matrix(gradient)
         step()
-        for weight in whole:
+        for weight in masters:
             round_at_random_(weight, generator)
-        torch._foreach_copy_(rounded, whole)
+        torch._foreach_copy_(rounded, masters)
         for _, held in learned:
             held.grad = None
             held.data = held.data.new_empty(0)
@@ -92,8 +92,8 @@ class Rounding:
         """What was updated is where it belongs."""
 
     @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Inside, the network holds what it has learned: as it always does."""
+    def lent_weights(self) -> Iterator[None]:
+        """Do nothing: the network always holds what it has learned."""
         yield
 
 

@@ -11,23 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from finetune.batch import Batch, as_input, moved, tensors_of
+from finetune.deprecation import Renamed
 from finetune.errors import RunError
 from finetune.models.encoders import Encoder
 from finetune.out_of_memory import free_cached_memory, means_out_of_memory
 from finetune.seeding import fold
-from finetune.training.cuda_graphs import Graphs
+from finetune.training.cuda_graphs import CudaGraphs
 from finetune.training.distributed import Parallel
 from finetune.training.ema import Ema
-from finetune.training.fused_backward import InBackward
+from finetune.training.fused_backward import FusedBackward
 from finetune.training.gradient_checkpointing import sets_generator
 from finetune.training.half_precision import TOLERANCES, check_half_precision
-from finetune.training.master_weights import Masters
-from finetune.training.metrics import Arriving, Fault, NotFinite, StepMetrics, Values
-from finetune.training.micro_batch import MicroBatch, Prepared
-from finetune.training.nonfinite import Gate
+from finetune.training.master_weights import MasterWeights
+from finetune.training.metrics import DeviceScalars, Fault, NotFinite, StepMetrics, StepValues
+from finetune.training.micro_batch import MicroBatch, PreparedStep
+from finetune.training.nonfinite import FiniteGate
 from finetune.training.optimizer_state import load_optimizer, optimizer_state
 from finetune.training.prior_prediction import Prior, with_prior
-from finetune.training.stochastic_rounding import Rounding
+from finetune.training.stochastic_rounding import StochasticRounding
 
 MAX_OVERFLOWS = 25
 """Steps in a row that fp16 may skip: its loss scale starts at 2 ** 16 and halves each time."""
@@ -55,20 +56,20 @@ class Trainer:
         optimizer: over the trainable parameters.
         learning_rate: updates done before (0 for the first) -> rate; None keeps the optimizer's own.
         micro_batch_size: examples per forward pass; None: the whole batch at once. Changes nothing but memory. It is
-            halved, in all processes, where memory does not suffice, and the step begun anew (see `fits`).
+            halved in all processes when memory runs out, and the step is repeated (see `oom_micro_batch_size`).
         max_grad_norm: clip to this norm; 0: never.
-        precision: dtype that the UNet computes in (see `Masters`); None: the weights' own. fp16 scales the loss
+        precision: dtype that the UNet computes in (see `MasterWeights`); None: the weights' own. fp16 scales the loss
             dynamically.
-        masters: keep what learns in fp32 beside. False: in bf16 alone, which `precision` is then (see `Rounding`);
-            without `ema`, and with an optimizer that treats each parameter for itself.
-        in_backward: update in the middle of the backward pass (see `InBackward`): without `masters` and clipping, in
+        masters: keep what learns in fp32 too. False: in bf16 alone, which `precision` is then (see
+            `StochasticRounding`); without `ema`, and with an optimizer that treats each parameter for itself.
+        in_backward: update in the middle of the backward pass (see `FusedBackward`): without `masters` and clipping, in
             one process, and in steps of one micro-batch. A step whose loss is not finite changes no weight; one whose
             gradient is not, changes some of them, and ends training.
         max_bad_steps: in a row, that are not finite and so leave the weights as they are, until that is an error.
         ema: follows each update.
-        seed: of the dropout inside the network, anew for each step and micro-batch.
+        seed: of the dropout inside the network, again for each step and micro-batch.
         parallel: the processes that train together, each of which is given its part of each step.
-        cuda_graphs: on a GPU, launch a whole micro-batch at once (see `Graphs`), where that is possible: in half
+        cuda_graphs: on a GPU, launch a whole micro-batch at once (see `CudaGraphs`), where that is possible: in half
             precision beside masters, without dropout and with no gradient checkpointing but `recompute`'s. The
             objective's `loss` must not read a value then.
         prior: what class pictures teach, in place of their noise (see `finetune/training/prior_prediction.py`); the
@@ -99,7 +100,7 @@ class Trainer:
         prior: Prior | None = None,
     ):
         self.unet = unet
-        self.masters = Masters(unet, precision) if masters else Rounding(unet)
+        self.masters = MasterWeights(unet, precision) if masters else StochasticRounding(unet)
         self.parameters = self.masters.parameters
         first = next(unet.parameters())
         self.device, self.dtype = first.device, first.dtype
@@ -109,7 +110,7 @@ class Trainer:
         self.optimizer = optimizer
         self.learning_rate = learning_rate
         self.micro_batch_size = micro_batch_size
-        self.fits: int | None = None
+        self.oom_micro_batch_size: int | None = None
         """The micro-batch size that was found where memory did not suffice."""
         self.max_grad_norm = max_grad_norm
         self.ema = ema
@@ -121,21 +122,26 @@ class Trainer:
         self.overflows = 0
         self.in_backward = None
         if in_backward:
-            if max_grad_norm or max_bad_steps > 1 or parallel.world > 1 or not isinstance(self.masters, Rounding):
+            if (
+                max_grad_norm
+                or max_bad_steps > 1
+                or parallel.world_size > 1
+                or not isinstance(self.masters, StochasticRounding)
+            ):
                 raise ValueError("in_backward: masters=False, max_grad_norm=0, max_bad_steps=1, and one process alone")
-            self.in_backward = InBackward(self.masters, optimizer.step)
+            self.in_backward = FusedBackward(self.masters, optimizer.step)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         gated = getattr(optimizer, "_step_supports_amp_scaling", False) and not in_backward
-        self.waits = self.scaler.is_enabled() or not gated
+        self.syncs_every_step = self.scaler.is_enabled() or not gated
         """Each step waits for the device before the update: the optimizer cannot be told there whether to make it."""
         self.max_bad_steps = max_bad_steps
         self.bad_steps = 0
         """In a row, as far as the host has been told."""
-        self.gate = Gate(max_bad_steps, self.device)
+        self.gate = FiniteGate(max_bad_steps, self.device)
         self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in unet.modules())
         draws = self.has_dropout or sets_generator(unet)
         possible = self.device.type == "cuda" and precision not in (None, torch.float16) and masters and not draws
-        self.graphs = Graphs(self._compute, self.masters.working, self.device) if cuda_graphs and possible else None
+        self.graphs = CudaGraphs(self._compute, self.masters.working, self.device) if cuda_graphs and possible else None
         self._before: StepMetrics | None = None
         self._trusted = set[torch.Size]()
         """Heights and widths on which half precision was checked."""
@@ -153,34 +159,39 @@ class Trainer:
                 cannot be told on the device, and in fp16, at once.
             torch.OutOfMemoryError: memory does not suffice for one example at a time.
         """
-        return self.take(self.prepare(*batches))
+        return self.run_prepared(self.prepare(*batches))
 
-    def prepare(self, *batches: Batch) -> Prepared:
+    def prepare(self, *batches: Batch) -> PreparedStep:
         """The random part of a step, and its way to the device: a function of the batches, so call it when you like."""
-        parts = [part for batch in batches for part in batch.split(self.micro_batch_size or len(batch))]
-        whole = batches[0].whole
-        total = whole.weight if whole else sum(part.weight.sum() for part in parts)
+        micro_batches = [part for batch in batches for part in batch.split(self.micro_batch_size or len(batch))]
+        global_step = batches[0].global_step
+        total = global_step.weight if global_step else sum(part.weight.sum() for part in micro_batches)
         drawn = []
-        for part in parts:
+        for part in micro_batches:
             noised = self.objective.draw(self.encoder.sample(part.stored, part.keys), part.keys)
             noised = noised if part.mask is None else replace(noised, mask=part.mask)
             rows = torch.tensor([row for row, of_class in enumerate(part.of_class) if of_class])
             prior = rows if self.prior is not None and len(rows) else None
             drawn.append(MicroBatch(noised, as_input(part.cond, self.dtype), part.extra, part.weight / total, prior))
-        ids = whole.ids if whole else tuple(name for batch in batches for name in batch.ids)
-        return Prepared(tuple(moved(part, self.device) for part in drawn), ids, whole.start if whole else 0)
+        ids = global_step.ids if global_step else tuple(name for batch in batches for name in batch.ids)
+        return PreparedStep(
+            tuple(moved(part, self.device) for part in drawn), ids, global_step.start if global_step else 0
+        )
 
-    def take(self, step: Prepared) -> StepMetrics:
+    take, settle = Renamed("run_prepared"), Renamed("raise_if_diverged")
+    in_full, averaged = Renamed("export_weights"), Renamed("ema_weights")
+
+    def run_prepared(self, step: PreparedStep) -> StepMetrics:
         """`step`, of what was prepared."""
         lr = self._set_learning_rate()
-        step, own = self._gradient(step)
-        losses, loss = self._added_up(step, own)
+        step, losses_here = self._backward_with_oom_retry(step)
+        losses, loss = self._all_reduce(step, losses_here)
         self.scaler.unscale_(self.optimizer)
-        norm = self._clipped()
-        number, arriving = self.steps_done + 1, Arriving(loss, norm)
-        read = partial(self._told, number, step.ids, losses, arriving)
+        norm = self._clip_grad_norm()
+        number, arriving = self.steps_done + 1, DeviceScalars(loss, norm)
+        read = partial(self._read_values, number, step.ids, losses, arriving)
         good = True
-        if self.waits:
+        if self.syncs_every_step:
             values = read()
             arriving, read, good = None, lambda: values, values.fault is None
         else:
@@ -189,57 +200,57 @@ class Trainer:
         self._update(good)
         self.steps_done = number
         metrics = StepMetrics(number, lr, len(step.ids), arriving, read)
-        self.settle()
+        self.raise_if_diverged()
         self._before = metrics
         return metrics
 
-    def _added_up(self, step: Prepared, own: Tensor) -> tuple[Tensor, Tensor]:
+    def _all_reduce(self, step: PreparedStep, losses_here: Tensor) -> tuple[Tensor, Tensor]:
         """All losses of the step, (B,), and its loss; gradients, too, are sums over all processes from here on."""
-        loss = (torch.cat([part.share for part in step.parts]) * own).sum()
-        if self.parallel.world == 1:
-            return own, loss
-        told = own.new_zeros(len(step.ids) + 1)
-        told[step.start : step.start + len(own)], told[-1] = own, loss
+        loss = (torch.cat([part.share for part in step.parts]) * losses_here).sum()
+        if self.parallel.world_size == 1:
+            return losses_here, loss
+        reduced = losses_here.new_zeros(len(step.ids) + 1)
+        reduced[step.start : step.start + len(losses_here)], reduced[-1] = losses_here, loss
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        self.parallel.add_up([*gradients, told])
-        return told[:-1], told[-1]
+        self.parallel.all_reduce_sum([*gradients, reduced])
+        return reduced[:-1], reduced[-1]
 
-    def _clipped(self) -> Tensor:
+    def _clip_grad_norm(self) -> Tensor:
         """The gradient's norm, 0-dimensional, before it is clipped."""
         if self.in_backward is not None:
             return self.in_backward.norm
         limit = self.max_grad_norm or float("inf")
         return nn.utils.clip_grad_norm_(list(self.parameters.values()), limit, foreach=True)
 
-    def settle(self) -> None:
+    def raise_if_diverged(self) -> None:
         """Wait for the step before, and raise NotFinite if it was one bad step too many."""
         before, self._before = self._before, None
         if before is not None:
             before.as_dict()
 
-    def _gradient(self, step: Prepared) -> tuple[Prepared, Tensor]:
+    def _backward_with_oom_retry(self, step: PreparedStep) -> tuple[PreparedStep, Tensor]:
         """`backward` of a step, and in which micro-batches it was possible: the same in all processes."""
         while True:
             step = step.cut(self.micro_batch_size)
-            short, own = 0, None
+            short, losses_here = 0, None
             try:
-                own = self.backward(step)
+                losses_here = self.backward(step)
             except RuntimeError as error:
                 # Updates in the backward pass take steps of one part alone, and may have begun.
                 if not means_out_of_memory(error) or self.in_backward is not None:
                     raise
                 short = max(map(len, step.parts))  # no more here: the error keeps what is to be freed
-            short = self.parallel.largest(short)
-            if own is not None and not short:
-                return step, own
+            short = self.parallel.all_reduce_max(short)
+            if losses_here is not None and not short:
+                return step, losses_here
             if short == 1:
                 raise torch.OutOfMemoryError(f"step {self.steps_done + 1}, one example at a time")
-            self.fits = self.micro_batch_size = -(-short // 2)
-            own = self.graphs = None
+            self.oom_micro_batch_size = self.micro_batch_size = -(-short // 2)
+            losses_here = self.graphs = None
             self._drop_gradients()
             free_cached_memory()
 
-    def backward(self, step: Prepared) -> Tensor:
+    def backward(self, step: PreparedStep) -> Tensor:
         """Accumulate the gradient of sum(w l) / sum(w) over all parts; answers the examples' losses, (B,) fp32."""
         if not self.unet.training:
             self.unet.train()
@@ -300,20 +311,20 @@ class Trainer:
             group["lr"] = lr * group.get("factor", 1.0)
         return lr
 
-    def _told(self, step: int, ids: tuple[str, ...], losses: Tensor, arriving: Arriving) -> Values:
+    def _read_values(self, step: int, ids: tuple[str, ...], losses: Tensor, arriving: DeviceScalars) -> StepValues:
         """Loss and norm of a step, and what is wrong with them. Raises NotFinite after one bad step too many."""
         loss, norm = arriving.wait()
         if math.isfinite(loss) and math.isfinite(norm):
             self.overflows = self.bad_steps = 0
-            return Values(loss, norm)
+            return StepValues(loss, norm)
         self.overflows += 1
         if math.isfinite(loss) and self.scaler.is_enabled() and self.overflows <= MAX_OVERFLOWS:
-            return Values(loss, None)
+            return StepValues(loss, None)
         self.overflows = 0
         self.bad_steps += 1
         fault = Fault(step, ids, tuple(losses.tolist()), loss, norm)
         if self.bad_steps < self.max_bad_steps:
-            return Values(loss, norm, fault)
+            return StepValues(loss, norm, fault)
         self._drop_gradients()
         self.bad_steps = 0
         self.gate.open()  # who catches the error may go on
@@ -335,7 +346,7 @@ class Trainer:
         if not self.has_dropout:
             yield
             return
-        where = (self.steps_done, micro_batch, *[self.parallel.rank] * (not self.parallel.first))
+        where = (self.steps_done, micro_batch, *[self.parallel.rank] * (not self.parallel.is_main_process))
         seed = fold(self.seed, "dropout", *where) & 0xFFFFFFFF
         on_cuda = self.device.type == "cuda"
         with torch.random.fork_rng(devices=[self.device] if on_cuda else []):
@@ -345,8 +356,8 @@ class Trainer:
             yield
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the UNet computes with its EMA weights, where there is an EMA: for pictures."""
+    def ema_weights(self) -> Iterator[None]:
+        """Compute with the EMA weights for a while, where there is an EMA: for pictures."""
         if self.ema is None:
             yield
             return
@@ -358,16 +369,16 @@ class Trainer:
             self.masters.write_back()
 
     @contextmanager
-    def in_full(self) -> Iterator[None]:
-        """Inside, the UNet holds what it has learned in fp32, averaged where there is an EMA: for an export."""
-        self.settle()
-        with self.ema.swapped_in() if self.ema else nullcontext(), self.masters.lent():
+    def export_weights(self) -> Iterator[None]:
+        """Put the learned weights in fp32 into the UNet for a while, averaged where there is an EMA: for an export."""
+        self.raise_if_diverged()
+        with self.ema.swapped_in() if self.ema else nullcontext(), self.masters.lent_weights():
             yield
 
     @torch.no_grad()
-    def settle_on(self, weights: Mapping[str, Tensor], step: int) -> None:
+    def adopt_weights(self, weights: Mapping[str, Tensor], step: int) -> None:
         """Training is over, and these weights, of an earlier step, are its result, averaged already."""
-        self.settle()
+        self.raise_if_diverged()
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
         self.masters.write_back()
@@ -378,7 +389,7 @@ class Trainer:
 
         Raises NotFinite when the last step was one bad step too many.
         """
-        self.settle()
+        self.raise_if_diverged()
         return {
             "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
             "optimizer": optimizer_state(self.optimizer, self.masters.held),
@@ -387,7 +398,7 @@ class Trainer:
             "step": self.steps_done,
             "updates": self.updates,
             "bad_steps": self.bad_steps,
-            "fits": self.fits,
+            "fits": self.oom_micro_batch_size,
         }
 
     @torch.no_grad()
@@ -407,8 +418,8 @@ class Trainer:
         for name, parameter in self.parameters.items():
             parameter.copy_(state["weights"][name])
         self.masters.write_back()
-        kept = () if self.learning_rate is not None else ("lr",)
-        load_optimizer(self.optimizer, state["optimizer"], self.masters.held, self.parameters, kept)
+        kept_options = () if self.learning_rate is not None else ("lr",)
+        load_optimizer(self.optimizer, state["optimizer"], self.masters.held, self.parameters, kept_options)
         if self.ema is not None:
             self.ema.load(state["ema"] or state["weights"])
         if state["scaler"]:  # none of a run that was not in fp16
@@ -416,5 +427,5 @@ class Trainer:
         self.steps_done, self.updates = state["step"], state["updates"]
         self.bad_steps = state.get("bad_steps", 0)  # versions without these wrote neither
         self.gate.open(self.bad_steps)
-        if fits := state.get("fits"):
-            self.fits = self.micro_batch_size = fits
+        if oom_micro_batch_size := state.get("fits"):
+            self.oom_micro_batch_size = self.micro_batch_size = oom_micro_batch_size

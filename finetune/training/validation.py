@@ -63,9 +63,9 @@ def validation_losses(
                 names = [f"validation: {source.ids[index]}" for index in indices]
                 keys = torch.tensor([seeding.example_key(seed, name, draw) for name in names])
                 visits = list(zip(indices, keys.tolist(), strict=True))
-                source.ready(visits)
+                source.ensure_encoded(visits)
                 loaded = [source.visits.load(index, key) for index, key in visits]
-                batch = source.assemble(indices, keys, loaded).to(device)
+                batch = source.collate(indices, keys, loaded).to(device)
                 x0 = encoder.sample(batch.stored, batch.keys)
                 first, end = draw * total // draws, (draw + 1) * total // draws
                 t = first + seeding.integers(keys, "timestep", end - first)

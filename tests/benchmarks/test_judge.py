@@ -34,10 +34,10 @@ def test_features_have_the_shape_that_they_state(butterflies: np.ndarray) -> Non
 
 
 def test_the_energy_distance_is_small_between_halves_and_large_to_another_world(butterflies: np.ndarray) -> None:
-    world = features([draw(invent(np.random.default_rng([8, i])), 64) for i in range(60)])
+    world_size = features([draw(invent(np.random.default_rng([8, i])), 64) for i in range(60)])
     halves = energy_distance(butterflies[:30], butterflies[30:])
     assert abs(halves) < 0.02
-    assert energy_distance(world, butterflies) > 0.1
+    assert energy_distance(world_size, butterflies) > 0.1
 
 
 def test_the_energy_distance_is_as_computed_by_hand() -> None:

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from finetune.cache.disk import SHARDS, DiskStore, existing_store
 from finetune.cache.encode import encode
-from finetune.cache.encoded_dataset import Encoded
-from finetune.cache.image_source import Version
+from finetune.cache.encoded_dataset import EncodedDataset
+from finetune.cache.image_source import CacheVariant
 from finetune.cache.maintenance import contents, verify
 from finetune.data.datasets import open_dataset
-from finetune.data.image_dataset import Pictures
+from finetune.data.image_dataset import ImageDataset
 from finetune.data.image_folder import ImageFolder
-from finetune.data.image_index import PictureMemory
+from finetune.data.image_index import ImageIndex
 from finetune.data.loader import batches
-from finetune.data.user_dataset import Rows
+from finetune.data.user_dataset import MapDataset
 from finetune.errors import DataError
 from finetune.models.loading import DiffusionModel, load_model
 
@@ -36,14 +36,14 @@ def folder(tmp_path: Path, make_pictures: Callable[..., Path]) -> Path:
     return make_pictures(tmp_path / "pictures", captions=True)
 
 
-def made(encoded: Encoded) -> dict[str, tuple[int, int]]:
+def made(encoded: EncodedDataset) -> dict[str, tuple[int, int]]:
     """Kind -> items, and how many of them were encoded just now."""
     return {row.kind: (row.items, row.new) for row in encoded.made}
 
 
 @pytest.fixture
 def encoded(tmp_path: Path, tiny: DiffusionModel) -> Callable[..., dict[str, tuple[int, int]]]:
-    def count(dataset: Pictures | Rows | Path, **options: object) -> dict[str, tuple[int, int]]:
+    def count(dataset: ImageDataset | MapDataset | Path, **options: object) -> dict[str, tuple[int, int]]:
         pictures = ImageFolder(dataset, resolution=64) if isinstance(dataset, Path) else dataset
         return made(encode(pictures, tiny, cache_dir=tmp_path / "cache", **options))
 
@@ -164,7 +164,7 @@ def test_what_verify_has_taken_out_is_encoded_anew(folder: Path, encoded: Count,
 
 
 def test_a_picture_that_changes_before_it_is_encoded_is_an_error(folder: Path, encoded: Count, tmp_path: Path) -> None:
-    images = ImageFolder(folder, resolution=64, memory=PictureMemory(tmp_path / "cache"))
+    images = ImageFolder(folder, resolution=64, memory=ImageIndex(tmp_path / "cache"))
     Image.new("RGB", (70, 70)).save(folder / "03.png")
     with pytest.raises(DataError, match=r"03\.png: the file has changed since the start"):
         encoded(images)
@@ -206,7 +206,7 @@ def test_what_a_cache_holds_of_another_environment_changes_no_bit(
         torch.set_num_threads(threads)
         try:
             found = encode(ImageFolder(folder, resolution=64), tiny, cache_dir=tmp_path / cache, **options)
-            keys = [found.visits.key(index, Version(flip=False)) for index in range(len(found))]
+            keys = [found.visits.key(index, CacheVariant(flip=False)) for index in range(len(found))]
             return sum(made.new for made in found.made), [dict(item) for item in found.visits.store.load(keys)]
         finally:
             torch.set_num_threads(before)

@@ -111,12 +111,12 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 import torch
-import finetune.cache.buffered_store as gathered
+from finetune.cache import buffered_store
 from finetune.cache.disk import DiskStore
-from finetune.cache.encode_loop import Work, fill
+from finetune.cache.encode_loop import EncodeJob, fill
 
-gathered.SHARD_SECONDS = 0.05
-store = gathered.Gathered(DiskStore(Path(sys.argv[1])))
+buffered_store.SHARD_SECONDS = 0.05
+store = buffered_store.BufferedStore(DiskStore(Path(sys.argv[1])))
 keys = [f"key {number}" for number in range(int(sys.argv[2]))]
 
 def compute(keys, prepared):
@@ -128,9 +128,9 @@ def number(key):
     return int(key.split()[1])
 
 network = torch.nn.Identity()
-work = Work(
-    kind="picture", keys=keys, of=lambda index, _: [keys[index]], prepare=number, compute=compute,
-    at_once=lambda _: 1, network=network,
+work = EncodeJob(
+    kind="picture", keys=keys, keys_of=lambda index, _: [keys[index]], prepare=number, compute=compute,
+    batch_size=lambda _: 1, network=network,
 )
 print(fill(store, work))
 store.close()
@@ -178,9 +178,9 @@ def test_a_full_disk_is_told_and_leaves_no_torn_shard(tmp_path: Path) -> None:
         except RunError as error:
             print(error)
     """)
-    told = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
-    assert "File too large" in told.stdout
-    assert "what was encoded before is kept" in told.stdout
+    on_progress = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert "File too large" in on_progress.stdout
+    assert "what was encoded before is kept" in on_progress.stdout
     store = DiskStore(tmp_path)
     assert store.missing(["a", "b"]) == ["b"]
     assert len(shards(tmp_path)) == 1
@@ -223,10 +223,10 @@ def test_a_folder_that_cannot_be_written_is_read_from(tmp_path: Path) -> None:
     script = textwrap.dedent("""
         import os, sys, tempfile, torch
         from pathlib import Path
-        from finetune.cache.lazy_encoder import Demand
+        from finetune.cache.lazy_encoder import LazyEncoder
         from finetune.cache.disk import DiskStore
-        from finetune.cache.encode_loop import Work
-        from finetune.cache.buffered_store import Gathered
+        from finetune.cache.encode_loop import EncodeJob
+        from finetune.cache.buffered_store import BufferedStore
         from finetune.errors import UsageError
         folder = Path(tempfile.mkdtemp())
         store = DiskStore(folder)
@@ -239,19 +239,19 @@ def test_a_folder_that_cannot_be_written_is_read_from(tmp_path: Path) -> None:
         store = DiskStore(folder)
         print(store.load(["a"])[0]["stored"].tolist(), store.missing(["a", "b"]))
         store.mark_used(["a"])
-        on_demand = Work(
-            kind="picture", keys=["b"], of=lambda *_: ["b"], prepare=str, compute=lambda *_: [], at_once=lambda _: 1,
-            network=torch.nn.Identity(),  # pyright: ignore[reportArgumentType]
+        on_demand = EncodeJob(
+            kind="picture", keys=["b"], keys_of=lambda *_: ["b"], prepare=str, compute=lambda *_: [],
+            batch_size=lambda _: 1, network=torch.nn.Identity(),  # pyright: ignore[reportArgumentType]
         )  # fmt: skip
-        for write in (lambda: store.claim(["b"]), lambda: Demand(Gathered(store), on_demand)):
+        for write in (lambda: store.claim(["b"]), lambda: LazyEncoder(BufferedStore(store), on_demand)):
             try:
                 write()
             except UsageError as error:
                 print(error)
     """)
-    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert told.stdout.splitlines()[0] == "[0.0, 1.0, 2.0] ['b']", told.stderr
-    assert ["cannot be written" in line for line in told.stdout.splitlines()[1:]] == [True, True]
+    on_progress = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert on_progress.stdout.splitlines()[0] == "[0.0, 1.0, 2.0] ['b']", on_progress.stderr
+    assert ["cannot be written" in line for line in on_progress.stdout.splitlines()[1:]] == [True, True]
 
 
 def test_two_threads_read_more_shards_than_are_kept_open(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from finetune.cache.encode import encode
 from finetune.cache.encoded_dataset import as_batch
-from finetune.cache.image_source import Version
-from finetune.data.caption_augmentation import CaptionVisits
+from finetune.cache.image_source import CacheVariant
+from finetune.data.caption_augmentation import CaptionAugmentation
 from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import batches
 from finetune.data.transforms import Preprocess, normalize
@@ -32,7 +32,7 @@ def five_losses(pictures: Path, live: bool, flip: bool = True) -> list[float]:
     model = load_model("tiny")
     add_lora(model.unet, rank=4)
     images = ImageFolder(pictures, resolution=64, random_flip=flip)
-    encoded = encode(images, model, live=live, captioning=CaptionVisits(dropout=0.3))
+    encoded = encode(images, model, live=live, captioning=CaptionAugmentation(dropout=0.3))
     optimizer = torch.optim.AdamW(trainable(model.unet), lr=1e-3)
     trainer = Trainer(model.unet, model.encoder, NoisePrediction(model.scheduler), optimizer)
     return [trainer.step(batch).loss for batch in batches(encoded, batch_size=4, steps=5)]
@@ -49,7 +49,7 @@ def test_what_is_stored_is_the_posterior_and_flips_keep_two(pictures: Path, tiny
     for version, shown in ((0, pixels), (1, pixels.flip(-1))):
         posterior = tiny.encoder.vae.encode(normalize(shown[None])).latent_dist
         expected = torch.cat([posterior.mean, posterior.std], dim=1)[0]
-        (item,) = encoded.visits.store.load([encoded.visits.key(0, Version(flip=bool(version)))])
+        (item,) = encoded.visits.store.load([encoded.visits.key(0, CacheVariant(flip=bool(version)))])
         assert torch.equal(item["stored"], expected)
 
 
@@ -69,7 +69,7 @@ def test_latents_are_scaled_by_the_configs_factor_and_sampled_anew_at_each_visit
 def test_worker_count_changes_nothing_to_the_bit(pictures: Path, tiny: DiffusionModel) -> None:
     images = ImageFolder(pictures, resolution=64, random_flip=True, center_crop=False)
     for live in (False, True):
-        encoded = encode(images, tiny, live=live, captioning=CaptionVisits(dropout=0.5))
+        encoded = encode(images, tiny, live=live, captioning=CaptionAugmentation(dropout=0.5))
         runs = [list(batches(encoded, batch_size=4, steps=4, num_workers=workers)) for workers in (0, 2)]
         for a, b in zip(*runs, strict=True):
             assert a.ids == b.ids
@@ -113,7 +113,7 @@ def test_each_picture_gets_its_own_caption_and_dropped_ones_the_empty_prompt(
     states = {c: tiny.conditioner.encode([c])["encoder_hidden_states"][0] for c in [*images.captions, ""]}
     own = dict(zip(images.ids, images.captions, strict=True))
     dropped = 0
-    for batch in batches(encode(images, tiny, captioning=CaptionVisits(dropout=0.5)), batch_size=6, steps=8):
+    for batch in batches(encode(images, tiny, captioning=CaptionAugmentation(dropout=0.5)), batch_size=6, steps=8):
         for name, row in zip(batch.ids, batch.cond["encoder_hidden_states"], strict=True):
             empty = torch.equal(row, states[""])
             assert empty or torch.equal(row, states[own[name]])
@@ -146,7 +146,7 @@ def test_a_mirrored_picture_has_the_mirrored_corner(pictures: Path, tiny: Diffus
     encoded = encode(images, tiny)
     for batch in batches(encoded, batch_size=6, steps=20):
         row = batch.ids.index("00.png")
-        (mirror,) = encoded.visits.store.load([encoded.visits.key(place, Version(flip=True))])
+        (mirror,) = encoded.visits.store.load([encoded.visits.key(place, CacheVariant(flip=True))])
         flipped = torch.equal(batch.stored[row], mirror["stored"])
         seen[flipped] = batch.geometry[row].tolist()
     assert seen == {False: plain, True: mirrored}
@@ -193,7 +193,9 @@ def test_another_background_is_another_encoding(tiny: DiffusionModel, tmp_path: 
     def stored(folder: str, **options: str) -> torch.Tensor:
         images = ImageFolder(tmp_path / folder, "a thing", resolution=64, **options)
         encoded = encode(images, tiny, cache_dir=tmp_path / "cache")
-        assert torch.equal(encoded.visits.seen(0, key=0), encode(images, tiny, live=True).visits.seen(0, key=0))
+        assert torch.equal(
+            encoded.visits.preview_pixels(0, key=0), encode(images, tiny, live=True).visits.preview_pixels(0, key=0)
+        )
         return encoded.visits.load(0, key=0)[0]
 
     assert torch.equal(stored("clear"), stored("white"))

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.cache.buffered_store import Gathered
-from finetune.cache.encode_loop import Work, fill
+from finetune.cache.buffered_store import BufferedStore
+from finetune.cache.encode_loop import EncodeJob, fill
 from finetune.cache.store import Item, MemoryStore
 
 
-def filled(names: Sequence[str], at_once: int) -> tuple[MemoryStore, list[list[str]]]:
+def filled(names: Sequence[str], batch_size: int) -> tuple[MemoryStore, list[list[str]]]:
     """A store filled with "WIDTH NUMBER", and what came together."""
     groups: list[list[str]] = []
 
@@ -26,14 +26,14 @@ def filled(names: Sequence[str], at_once: int) -> tuple[MemoryStore, list[list[s
     network: Any = torch.nn.Identity()
     store = MemoryStore()
     fill(
-        Gathered(store),
-        Work(
+        BufferedStore(store),
+        EncodeJob(
             kind="picture",
             keys=names,
-            of=lambda index, _: [names[index]],
+            keys_of=lambda index, _: [names[index]],
             prepare=prepare,
             compute=compute,
-            at_once=lambda _: at_once,
+            batch_size=lambda _: batch_size,
             network=network,
         ),
     )
@@ -42,7 +42,7 @@ def filled(names: Sequence[str], at_once: int) -> tuple[MemoryStore, list[list[s
 
 def test_groups_are_of_one_shape_and_full_but_for_the_last_of_each() -> None:
     names = ["3 0", "5 1", "3 2", "3 3", "5 4", "3 5", "3 6"]
-    store, groups = filled(names, at_once=2)
+    store, groups = filled(names, batch_size=2)
     assert groups == [["3 0", "3 2"], ["5 1", "5 4"], ["3 3", "3 5"], ["3 6"]]
     found = [item["stored"] for item in store.load(names)]
     assert [(len(tensor), tensor[0].item() / 2) for tensor in found] == [
@@ -52,4 +52,4 @@ def test_groups_are_of_one_shape_and_full_but_for_the_last_of_each() -> None:
 
 def test_one_at_a_time_goes_in_the_order_that_is_wanted() -> None:
     names = ["3 0", "5 1", "3 2"]
-    assert filled(names, at_once=1)[1] == [[name] for name in names]
+    assert filled(names, batch_size=1)[1] == [[name] for name in names]

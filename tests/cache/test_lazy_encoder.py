@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.cache.buffered_store import Gathered
+from finetune.cache.buffered_store import BufferedStore
 from finetune.cache.disk import DiskStore
 from finetune.cache.encode import encode
-from finetune.cache.encode_loop import Work, fill
-from finetune.cache.encoded_dataset import Encoded
-from finetune.cache.lazy_encoder import Demand
+from finetune.cache.encode_loop import EncodeJob, fill
+from finetune.cache.encoded_dataset import EncodedDataset
+from finetune.cache.lazy_encoder import LazyEncoder
 from finetune.cache.store import Item, MemoryStore
-from finetune.data.caption_augmentation import CaptionVisits
+from finetune.data.caption_augmentation import CaptionAugmentation
 from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import batches
 from finetune.models.loading import DiffusionModel, load_model
@@ -23,9 +23,9 @@ def tiny() -> DiffusionModel:
     return load_model("tiny")
 
 
-def encoded(pictures: Path, tiny: DiffusionModel, cache: Path | str, at_most: float | None) -> Encoded:
+def encoded(pictures: Path, tiny: DiffusionModel, cache: Path | str, at_most: float | None) -> EncodedDataset:
     images = ImageFolder(pictures, resolution=64, random_flip=True)
-    dropping = CaptionVisits(dropout=0.3)
+    dropping = CaptionAugmentation(dropout=0.3)
     return encode(images, tiny, captioning=dropping, cache_dir=cache, at_most=at_most)
 
 
@@ -62,24 +62,24 @@ def slow(keys: Sequence[str], prepared: Sequence[str]) -> list[Item]:
     return [{"value": torch.zeros(1)} for _ in keys]
 
 
-def work(keys: int, compute: object = slow) -> Work:
+def work(keys: int, compute: object = slow) -> EncodeJob:
     names = [f"key {number}" for number in range(keys)]
-    return Work(
+    return EncodeJob(
         kind="picture",
         keys=names,
-        of=lambda index, _: [names[index]],
+        keys_of=lambda index, _: [names[index]],
         prepare=str,
         compute=compute,
-        at_once=lambda _: 1,
+        batch_size=lambda _: 1,
         network=torch.nn.Identity(),
     )  # pyright: ignore
 
 
 def test_what_would_take_too_long_is_left_as_soon_as_it_shows() -> None:
-    made = fill(Gathered(MemoryStore()), work(10_000), at_most=1)
+    made = fill(BufferedStore(MemoryStore()), work(10_000), at_most=1)
     assert made.new + made.left == 10_000
     assert 16 <= made.new < 100  # which are judged by the first 16, not by the second that has passed
-    assert fill(Gathered(MemoryStore()), work(20), at_most=60).left == 0
+    assert fill(BufferedStore(MemoryStore()), work(20), at_most=60).left == 0
 
 
 def test_what_is_visited_out_of_order_is_computed_once_and_keeps_no_place_of_what_comes() -> None:
@@ -89,18 +89,18 @@ def test_what_is_visited_out_of_order_is_computed_once_and_keeps_no_place_of_wha
         computed.extend(keys)
         return slow(keys, prepared)
 
-    demand = Demand(Gathered(MemoryStore()), work(200, compute))
+    lazy_encoder = LazyEncoder(BufferedStore(MemoryStore()), work(200, compute))
     order = [number ^ 64 for number in range(128)] + [*range(199, 127, -1)]
     for start in range(0, 200, 100):
-        demand.need([(index, 0) for index in order[start : start + 100]])
-        assert not demand._prepared.keys() & set(computed)
-    assert demand.met
-    assert sorted(computed) == sorted(demand.work.keys)
+        lazy_encoder.encode_for([(index, 0) for index in order[start : start + 100]])
+        assert not lazy_encoder._prepared.keys() & set(computed)
+    assert lazy_encoder.done
+    assert sorted(computed) == sorted(lazy_encoder.work.keys)
 
 
 def test_what_is_gathered_can_be_loaded_and_comes_to_the_store_in_one_shard(tmp_path: Path) -> None:
     store = DiskStore(tmp_path)
-    gathered = Gathered(store)
+    gathered = BufferedStore(store)
     for number in range(3):
         gathered.put("picture", {f"{number}": {"value": torch.tensor([number])}})
     gathered.put("caption", {"words": {"value": torch.tensor([9])}})

@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw
 from finetune import seeding
 from finetune.batch import Batch
 from finetune.cache.encode import encode
-from finetune.cache.encoded_dataset import Encoded, as_batch
-from finetune.cache.image_source import Kept
+from finetune.cache.encoded_dataset import EncodedDataset, as_batch
+from finetune.cache.image_source import CachedImages
 from finetune.data.image_folder import ImageFolder
 from finetune.data.inpainting import MASKS, drawn_mask, number_of
 from finetune.data.loader import batches, training_steps
@@ -43,7 +43,7 @@ def folder(tmp_path: Path, make_pictures: Callable[..., Path]) -> Path:
     return place
 
 
-def new(encoded: Encoded) -> int:
+def new(encoded: EncodedDataset) -> int:
     """Pictures that were encoded just now."""
     return next(made.new for made in encoded.made if made.kind == "picture")
 
@@ -63,8 +63,8 @@ def of_pipeline(model: DiffusionModel, picture: Image.Image, mask: Image.Image, 
     return torch.cat([small, shown], dim=1)
 
 
-def one(encoded: Encoded, index: int, key: int) -> Batch:
-    return encoded.assemble([index], torch.tensor([key]), [encoded.visits.load(index, key)])
+def one(encoded: EncodedDataset, index: int, key: int) -> Batch:
+    return encoded.collate([index], torch.tensor([key]), [encoded.visits.load(index, key)])
 
 
 @pytest.mark.parametrize("live", [False, True])
@@ -113,7 +113,7 @@ def test_each_picture_is_encoded_whole_and_once_with_each_of_its_masks(folder: P
     assert new(encode(ImageFolder(folder, "a disc", resolution=64), plain, cache_dir=cache)) == 0  # their own encodings
     keys = {number_of(key): key for key in range(200)}
     kept = flipped.visits
-    assert isinstance(kept, Kept)
+    assert isinstance(kept, CachedImages)
     loaded = {number: flipped.visits.load(4, key)[0] for number, key in keys.items()}
     assert len({tensor[-1].numpy().tobytes() for tensor in loaded.values()}) >= MASKS - 3  # some cover everything
 
@@ -146,10 +146,10 @@ def test_only_the_masks_that_visits_come_to_are_encoded(folder: Path, model: Dif
     assert new(encoded) == 2 + len(numbers) + 1
     ahead = encode(pictures, model, cache_dir="none", visited=visits, at_most=0)
     assert new(ahead) == 0
-    ahead.ready(visits[:1])
+    ahead.ensure_encoded(visits[:1])
     assert torch.equal(ahead.visits.load(5, 3)[0], encoded.visits.load(5, 3)[0])
     assert ahead.live
-    ahead.ready(visits)
+    ahead.ensure_encoded(visits)
     assert not ahead.live
 
 

@@ -222,8 +222,8 @@ def test_a_preset_of_onetrainer(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_masks_are_where_an_inpainting_model_of_onetrainer_paints(kind: str, heeded: bool) -> None:
     without, taken = (take({"model_type": kind, "masked_training": masked}) for masked in (False, True))
     assert without.ours.get("masked_loss") is (None if heeded else False)
-    assert ("masked_training" in str(taken.left)) == heeded
-    assert "model_type" not in str(taken.left)
+    assert ("masked_training" in str(taken.skipped)) == heeded
+    assert "model_type" not in str(taken.skipped)
 
 
 def test_a_whole_config_of_onetrainer_for_a_full_fine_tune_can_be_trained_with(

@@ -29,13 +29,15 @@ def test_the_loss_of_a_step_is_computed_again(
 ) -> None:
     _, out = trained
     assert cli.main(["inspect", "--run", str(out), "--step", str(step)]) == 0
-    told = capsys.readouterr().out
-    found = re.search(rf"step {step}: loss (\S+), in metrics.jsonl (\S+)", told)
+    on_progress = capsys.readouterr().out
+    found = re.search(rf"step {step}: loss (\S+), in metrics.jsonl (\S+)", on_progress)
     assert found
     logged = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert float(found[2]) == pytest.approx(logged[step - 1], abs=1e-6)
     assert float(found[1]) == pytest.approx(logged[step - 1], abs=2e-6)
-    rows = re.findall(r"^(\S+\.png): timestep (\d+), loss (\S+), (\d+) of 75 tokens, '(.*)'$", told, re.MULTILINE)
+    rows = re.findall(
+        r"^(\S+\.png): timestep (\d+), loss (\S+), (\d+) of 75 tokens, '(.*)'$", on_progress, re.MULTILINE
+    )
     assert len(rows) == 4
     assert sum(float(loss) for _, _, loss, _, _ in rows) / 4 == pytest.approx(logged[step - 1], abs=1e-4)
     assert Image.open(out / f"step-{step}.png").size[0] > 600
@@ -47,9 +49,9 @@ def test_without_the_weights_all_but_the_loss_is_told(
     _, out = trained
     sheet = tmp_path / "sheet.png"
     assert cli.main(["inspect", "--run", str(out), "--step", "2", "--output", str(sheet)]) == 0
-    told = capsys.readouterr().out
-    assert "no checkpoint 1; it can for these steps: 1, 3" in told
-    assert len(re.findall(r"timestep \d+, \d+ of 75 tokens", told)) == 4
+    on_progress = capsys.readouterr().out
+    assert "no checkpoint 1; it can for these steps: 1, 3" in on_progress
+    assert len(re.findall(r"timestep \d+, \d+ of 75 tokens", on_progress)) == 4
     assert sheet.is_file()
 
 

@@ -54,11 +54,11 @@ def lora(*words: str | Path) -> int:
 def test_info_is_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_lora(tmp_path / "a.safetensors")
     assert lora("info", "--file", tmp_path / "a.safetensors", "--model", "tiny") == 0
-    told = capsys.readouterr().out
+    metadata = capsys.readouterr().out
     for row in ("layout  kohya", "kind  lora", "rank  4", "alpha  3", "steps  10", "tags  dog (3)", "in float32"):
-        assert row in told
-    assert "attention (" in told
-    assert "convolutions (" in told
+        assert row in metadata
+    assert "attention (" in metadata
+    assert "convolutions (" in metadata
 
 
 @pytest.mark.parametrize("shape", ["sd15", "sd21", "sdxl"])
@@ -204,9 +204,9 @@ def test_what_a_fine_tune_learned_is_extracted(tmp_path: Path, capsys: pytest.Ca
     to = tmp_path / "a.safetensors"
     assert lora("extract", "--model", tmp_path / "tuned", "--base", "tiny", "--to", to, "--rank", "2", "--precision",
                 "fp32") == 0  # fmt: skip
-    told = capsys.readouterr().out
-    assert "100.00% of the squares of the change" in told
-    assert "1 tensor that no LoRA can hold changed too" in told
+    metadata = capsys.readouterr().out
+    assert "100.00% of the squares of the change" in metadata
+    assert "1 tensor that no LoRA can hold changed too" in metadata
     model.unet.conv_in.bias.data -= 0.001
     assert lora("merge", "--model", "tiny", "--file", to, "--to", tmp_path / "m", "--format", "unet", "--precision",
                 "fp32") == 0  # fmt: skip

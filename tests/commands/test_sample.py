@@ -32,7 +32,7 @@ def lora(tmp_path: Path) -> Path:
         for name, parameter in model.unet.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(0.2 * torch.randn(parameter.shape, generator=noise))
-    adapter = Adapter.of(model.unet)
+    adapter = Adapter.attached_to(model.unet)
     assert adapter
     path = tmp_path / "dog.safetensors"
     adapter.save_kohya(path, {})

@@ -8,20 +8,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from finetune.cache.encode import encode
-from finetune.data.caption_augmentation import CaptionVisits
+from finetune.data.caption_augmentation import CaptionAugmentation
 from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import batches
 from finetune.models.loading import load_model
 
 
 def test_without_settings_the_caption_is_the_first_and_only_one() -> None:
-    assert CaptionVisits().caption(["a, b,c"], key=7) == "a, b,c"
+    assert CaptionAugmentation().caption(["a, b,c"], key=7) == "a, b,c"
 
 
 @given(kept=st.integers(0, 6), key=st.integers(0, 2**62))
 def test_shuffling_keeps_every_part_and_the_first_few_where_they_are(kept: int, key: int) -> None:
     parts = ["one", "two words", "three", "four", "five"]
-    visits = CaptionVisits(shuffle=True, keep_tokens=kept)
+    visits = CaptionAugmentation(shuffle=True, keep_tokens=kept)
     found = visits.caption([" ,".join(parts)], key).split(", ")
     assert found[:kept] == parts[:kept]
     assert sorted(found) == sorted(parts)
@@ -29,13 +29,13 @@ def test_shuffling_keeps_every_part_and_the_first_few_where_they_are(kept: int, 
 
 
 def test_every_order_comes_about_equally_often() -> None:
-    counts = Counter(CaptionVisits(shuffle=True).caption(["a, b, c"], key) for key in range(1200))
+    counts = Counter(CaptionAugmentation(shuffle=True).caption(["a, b, c"], key) for key in range(1200))
     assert len(counts) == 6
     assert min(counts.values()) > 150
 
 
 def test_every_caption_is_taken_about_equally_often_and_some_visits_have_none() -> None:
-    counts = Counter(CaptionVisits(dropout=0.25).caption(["a", "b", "c"], key) for key in range(1200))
+    counts = Counter(CaptionAugmentation(dropout=0.25).caption(["a", "b", "c"], key) for key in range(1200))
     assert counts.keys() == {"", "a", "b", "c"}
     assert counts[""] == pytest.approx(300, abs=60)
     assert min(counts.values()) > 230
@@ -69,7 +69,7 @@ def test_a_list_in_metadata_is_several_captions(tmp_path: Path) -> None:
 def test_shuffled_captions_are_what_the_model_is_told(tmp_path: Path) -> None:
     model = load_model("tiny")
     images = ImageFolder(save(tmp_path, "a red square, white, black"), resolution=64)
-    encoded = encode(images, model, captioning=CaptionVisits(shuffle=True, keep_tokens=1), cache_dir="none")
+    encoded = encode(images, model, captioning=CaptionAugmentation(shuffle=True, keep_tokens=1), cache_dir="none")
     assert [made.kind for made in encoded.made] == ["picture"]
     seen = set()
     for batch in batches(encoded, batch_size=1, steps=8):
@@ -81,7 +81,7 @@ def test_shuffled_captions_are_what_the_model_is_told(tmp_path: Path) -> None:
 
 
 def test_the_trigger_stays_in_front_of_what_is_shuffled() -> None:
-    visits = CaptionVisits(shuffle=True, trigger="sks")
+    visits = CaptionAugmentation(shuffle=True, trigger="sks")
     found = {visits.caption(["sks a, b, c"], key) for key in range(100)}
     assert all(caption.startswith("sks ") for caption in found)
     assert {caption.removeprefix("sks ") for caption in found} == {

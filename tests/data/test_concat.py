@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from finetune.config import TrainConfig
-from finetune.data.concat import Joined, Part, names_of
+from finetune.data.concat import ConcatDataset, ConcatPart, names_of
 from finetune.data.image_folder import ImageFolder
 from finetune.errors import UsageError
 from finetune.models.model_info import locate
@@ -26,7 +26,7 @@ def folders(tmp_path: Path) -> list[str]:
 
 def test_several_folders_are_one_dataset(folders: list[str]) -> None:
     dogs, cats = (ImageFolder(folder, resolution=64) for folder in folders)
-    both = Joined([Part("dogs", dogs, 3), Part("cats", cats, 1)])
+    both = ConcatDataset([ConcatPart("dogs", dogs, 3), ConcatPart("cats", cats, 1)])
     assert both.ids == ["dogs/0.png", "dogs/1.png", "cats/0.png", "cats/1.png"]
     assert both.captions == ["dogs, 0", "dogs, 1", "cats, 0", "cats, 1"]
     assert both.repeats == [3, 3, 1, 1]
@@ -43,7 +43,7 @@ def test_several_folders_are_one_dataset(folders: list[str]) -> None:
     assert both.ledger()[:4] == (9, 4, 1, 4)
     assert both.ledger().adds_up()
     assert any(note.startswith("cats: 1 picture quarantined") for note in both.notes())
-    assert Joined([Part("dogs", both, 1)]).notes() == both.notes()  # each line has one name in front
+    assert ConcatDataset([ConcatPart("dogs", both, 1)]).notes() == both.notes()  # each line has one name in front
 
 
 def test_the_command_takes_several_folders_with_repeats(folders: list[str], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
 from finetune.data.datasets import HuggingFaceDataset, open_dataset
-from finetune.data.image_checks import Skipped
+from finetune.data.image_checks import RejectedImage
 from finetune.data.image_folder import ImageFolder
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError, UsageError
@@ -59,7 +59,7 @@ def test_a_folder_tells_all_that_it_found(tmp_path: Path):
     assert images.ids == [f"sub/{number}.png" for number in range(4)]
     assert images.captions == ["a pet", "a dog", "two", "a pet"]
     assert images.sources == {"prompt": 2, "txt": 1, "caption": 1}
-    assert images.quarantined == [Skipped("broken.png", "not a picture of a kind that can be read")]
+    assert images.quarantined == [RejectedImage("broken.png", "not a picture of a kind that can be read")]
     assert images.orphans == ["left.txt"]
     assert images.triggerless == 1
     assert images.small == 2
@@ -164,8 +164,8 @@ def test_rows_tell_all_that_they_hold():
     assert data.captions == ["sks one two", "sks a thing"]
     assert data.sources == {"column": 1, "prompt": 1}
     assert data.quarantined == [
-        Skipped("row 1", "not a picture of a kind that can be read"),
-        Skipped("row 3", "no picture in this row"),
+        RejectedImage("row 1", "not a picture of a kind that can be read"),
+        RejectedImage("row 3", "no picture in this row"),
     ]
     assert (data.orphans, data.triggerless, data.small) == ([], 0, 1)
     assert (data[0].image.size, data[0].image.getpixel((0, 0))) == ((2, 4), RED)
@@ -179,7 +179,7 @@ def test_pictures_may_be_bytes_or_paths_and_captions_lists(tmp_path: Path):
     by_path = datasets.Dataset.from_dict({"photo": [str(path), "nowhere.png"], "labels": captions})
     data = HuggingFaceDataset(by_path, image_column="photo", caption_column="labels")
     assert (data.ids, data.captions, data[0].image.size) == (["row 0"], ["first"], (3, 3))
-    assert data.quarantined == [Skipped("row 1", "No such file or directory")]
+    assert data.quarantined == [RejectedImage("row 1", "No such file or directory")]
     by_bytes = datasets.Dataset.from_dict({"photo": [path.read_bytes()] * 2, "labels": captions})
     data = HuggingFaceDataset(by_bytes, "p", image_column="photo", caption_column="labels")
     assert (data.captions, data.sources) == (["first", "p"], {"column": 1, "prompt": 1})

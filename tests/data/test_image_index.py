@@ -8,7 +8,7 @@ from PIL import Image
 from finetune.data import image_checks
 from finetune.data.image_checks import check_images
 from finetune.data.image_folder import ImageFolder
-from finetune.data.image_index import FILE, PictureMemory, Stamp
+from finetune.data.image_index import FILE, FileStamp, ImageIndex
 from finetune.errors import DataError, UsageError
 
 
@@ -36,7 +36,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 def opened(folder: Path, strict: bool = False) -> ImageFolder:
-    return ImageFolder(folder, "x", resolution=64, memory=PictureMemory(folder.parent / "cache", strict=strict))
+    return ImageFolder(folder, "x", resolution=64, memory=ImageIndex(folder.parent / "cache", strict=strict))
 
 
 def test_unchanged_pictures_are_not_decoded_again(folder: Path, decoded: list[bytes]) -> None:
@@ -117,13 +117,13 @@ def test_what_cannot_be_read_is_looked_at_again(folder: Path, decoded: list[byte
 def test_a_folder_for_the_memory_that_is_none_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"cache_dir .*file"):
-        PictureMemory(tmp_path / "file")
+        ImageIndex(tmp_path / "file")
 
 
 def test_names_of_any_bytes_are_remembered(tmp_path: Path) -> None:
     place = tmp_path / os.fsdecode(b"n\xff 'quoted'\n.png")
     Image.new("RGB", (64, 64)).save(place)
-    memory = PictureMemory(tmp_path / "cache")
+    memory = ImageIndex(tmp_path / "cache")
     assert ImageFolder(tmp_path, "x", resolution=64, memory=memory).ids == [place.name]
     with sqlite3.connect(tmp_path / "cache" / "pictures.sqlite3") as base:
         assert base.execute("SELECT path FROM files").fetchall() == [(os.fsencode(place),)]
@@ -134,7 +134,7 @@ def test_a_damaged_one_is_begun_anew(tmp_path: Path, content: bytes) -> None:
     (tmp_path / FILE).write_bytes(content)
     file = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(file)
-    first, second = (check_images(["a.png"], lambda _: file, PictureMemory(tmp_path)) for _ in range(2))
+    first, second = (check_images(["a.png"], lambda _: file, ImageIndex(tmp_path)) for _ in range(2))
     assert [each.size for each in first] == [(8, 8)]
     assert first == second
-    assert PictureMemory(tmp_path).digest(file, Stamp.of(file)) == first[0].digest
+    assert ImageIndex(tmp_path).digest(file, FileStamp.read(file)) == first[0].digest

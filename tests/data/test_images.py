@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 
-from finetune.data.image_checks import Skipped, check_images
+from finetune.data.image_checks import RejectedImage, check_images
 from finetune.data.images import digest_of, open_image, to_rgb
 from finetune.data.listing import is_picture, list_files
 from finetune.errors import DataError
@@ -43,7 +43,7 @@ def test_pictures_that_cannot_be_read_here_are_found_so_that_they_are_reported(t
     assert found == ["phone.HEIC"]
     assert is_picture(found[0])
     assert check_images(found, lambda _: tmp_path / found[0]) == [
-        Skipped("phone.HEIC", "HEIC is read with pip install pillow-heif; or convert it: magick a.heic a.png")
+        RejectedImage("phone.HEIC", "HEIC is read with pip install pillow-heif; or convert it: magick a.heic a.png")
     ]
 
 
@@ -219,12 +219,12 @@ def test_check_gives_upright_sizes_and_reasons_in_order(tmp_path: Path):
 
     assert [getattr(found, "size", found) for found in check_images(names, source)] == [
         (3, 4),
-        Skipped("b.png", "the file is empty"),
+        RejectedImage("b.png", "the file is empty"),
         (5, 2),
-        Skipped("d.png", "101 x 2 pixels: one side is over 50 times the other"),
-        Skipped("e.png", "not there"),
+        RejectedImage("d.png", "101 x 2 pixels: one side is over 50 times the other"),
+        RejectedImage("e.png", "not there"),
     ]
-    assert str(Skipped("b.png", "the file is empty")) == "b.png: the file is empty"
+    assert str(RejectedImage("b.png", "the file is empty")) == "b.png: the file is empty"
 
 
 def photograph(mode: str) -> Image.Image:
@@ -251,9 +251,9 @@ def test_a_check_says_of_a_jpeg_what_decoding_all_of_it_does(mode: str, progress
     lengths = [*range(1, len(content), len(content) // 40), *range(len(content) - 40, len(content))]
     contents = turned + [content[:length] for length in lengths]
     found = check_images([str(number) for number in range(len(contents))], lambda place: io.BytesIO(contents[place]))
-    told = [verdict.reason if isinstance(verdict, Skipped) else verdict.size for verdict in found]
+    told = [verdict.reason if isinstance(verdict, RejectedImage) else verdict.size for verdict in found]
     assert told == list(map(size_or_reason, contents))
-    assert sum(isinstance(verdict, Skipped) for verdict in found) > 40
+    assert sum(isinstance(verdict, RejectedImage) for verdict in found) > 40
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names that are not Unicode exist on POSIX systems")

@@ -10,7 +10,7 @@ import torch
 
 from finetune.batch import Batch
 from finetune.cache.encode import encode
-from finetune.cache.encoded_dataset import Encoded
+from finetune.cache.encoded_dataset import EncodedDataset
 from finetune.data.buckets import Buckets
 from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import batches, training_steps
@@ -30,12 +30,12 @@ def tiny() -> DiffusionModel:
 
 
 @pytest.fixture(scope="module")
-def mixed(pictures: Path, tiny: DiffusionModel) -> Encoded:
+def mixed(pictures: Path, tiny: DiffusionModel) -> EncodedDataset:
     images = ImageFolder(pictures, resolution=64, random_flip=True, buckets=Buckets(64, 32, 128, 8))
     return encode(images, tiny, cache_dir="none")
 
 
-def test_a_step_is_a_batch_for_each_shape(mixed: Encoded) -> None:
+def test_a_step_is_a_batch_for_each_shape(mixed: EncodedDataset) -> None:
     seen: list[str] = []
     for parts in training_steps(mixed, batch_size=4, steps=3):
         assert sum(map(len, parts)) == 4
@@ -50,7 +50,7 @@ def test_a_step_is_a_batch_for_each_shape(mixed: Encoded) -> None:
     assert sorted(seen) == sorted(2 * list(mixed.ids))
 
 
-def test_batches_of_several_shapes_are_told_where_one_is_wanted(mixed: Encoded) -> None:
+def test_batches_of_several_shapes_are_told_where_one_is_wanted(mixed: EncodedDataset) -> None:
     with pytest.raises(UsageError, match="of several shapes; use training_steps"):
         next(batches(mixed, batch_size=4, steps=1))
 
@@ -73,7 +73,7 @@ def test_buckets_and_flips_are_the_same_with_any_number_of_workers(
             assert torch.equal(same[0].geometry, other.geometry)
 
 
-def test_each_picture_has_the_same_weight_whatever_its_shape(mixed: Encoded, tiny: DiffusionModel) -> None:
+def test_each_picture_has_the_same_weight_whatever_its_shape(mixed: EncodedDataset, tiny: DiffusionModel) -> None:
     """Law 3: the gradient of a mixed step is the mean of the gradients of its pictures."""
     (parts,) = training_steps(mixed, batch_size=6, steps=1)
     assert len(parts) == 3
@@ -109,7 +109,7 @@ class _Breaking:
         raise ConnectionResetError(104, "Connection reset by peer")
 
 
-def test_of_a_worker_that_is_killed_while_it_sends_torch_tells(mixed: Encoded) -> None:
+def test_of_a_worker_that_is_killed_while_it_sends_torch_tells(mixed: EncodedDataset) -> None:
     def died(number: int, frame: object) -> None:
         raise RuntimeError("DataLoader worker (pid 1) is killed")
 

@@ -13,15 +13,15 @@ from torch.nn import functional as F
 
 from finetune.cache import loss_masks as at_hand
 from finetune.cache.encode import encode
-from finetune.cache.image_source import Live
+from finetune.cache.image_source import LiveImages
 from finetune.config import TrainConfig
 from finetune.data import masks
 from finetune.data.buckets import Buckets
 from finetune.data.image_folder import ImageFolder
-from finetune.data.image_index import PictureMemory
+from finetune.data.image_index import ImageIndex
 from finetune.data.loader import training_steps
 from finetune.data.masks import weights
-from finetune.data.transforms import Placement
+from finetune.data.transforms import Crop
 from finetune.errors import UsageError
 from finetune.models.encoders import PixelEncoder
 from finetune.models.loading import load_model
@@ -37,7 +37,7 @@ def left_half(width: int = 8, height: int = 8) -> Image.Image:
 
 
 def test_weights_lie_where_the_picture_does() -> None:
-    placement = Placement(original=(8, 8), scaled=(16, 16), corner=(0, 4), size=(16, 8))
+    placement = Crop(original=(8, 8), scaled=(16, 16), corner=(0, 4), size=(16, 8))
     found = weights(left_half(), placement, False, (4, 2))
     assert found[0].round().tolist() == [[1, 0]] * 4  # columns 4 to 12 of 16: half and half
     assert weights(left_half(), placement, True, (4, 2))[0].round().tolist() == [[0, 1]] * 4
@@ -96,7 +96,7 @@ def test_a_mask_is_cropped_and_mirrored_with_its_picture(folder: Path, live: boo
                 if name == "plain.jpg":
                     assert batch.mask is None or (batch.mask[row] == 1).all()
                     continue
-                pixels = encoded.visits.seen(pictures.ids.index(name), int(batch.keys[row]))
+                pixels = encoded.visits.preview_pixels(pictures.ids.index(name), int(batch.keys[row]))
                 red = (pixels[0] > 127).float()[None, None]
                 assert batch.mask is not None
                 shown = F.interpolate(red, batch.mask.shape[-2:], mode="area")[0]
@@ -108,9 +108,9 @@ def test_a_mask_is_cropped_and_mirrored_with_its_picture(folder: Path, live: boo
 
 def test_people_see_what_does_not_count_in_the_dark(folder: Path) -> None:
     pictures = ImageFolder(folder, "a box", resolution=64)
-    boxed, _ = Live(pictures).shown(0, 0)
+    boxed, _ = LiveImages(pictures).masked_preview(0, 0)
     assert boxed.amax((1, 2)).tolist() == [255, 0, 63]  # red is lit, blue is not
-    plain, _ = Live(pictures).shown(4, 0)
+    plain, _ = LiveImages(pictures).masked_preview(4, 0)
     assert plain[0].min() > 250
 
 
@@ -172,7 +172,7 @@ def test_masks_are_opened_once_unless_nothing_is_to_be_trusted(
 
     def again(*, strict: bool = False) -> list[str]:
         opened.clear()
-        memory = PictureMemory(tmp_path / "cache", strict=strict)
+        memory = ImageIndex(tmp_path / "cache", strict=strict)
         return list(ImageFolder(folder, "a box", resolution=64, memory=memory).mask_digests)
 
     first = again()
@@ -213,7 +213,7 @@ def test_a_mask_of_another_shape_is_quarantined_with_its_picture(
     Image.new("RGB", (96, 64), "red").save(tmp_path / "a.png")
     left_half(*size).save(tmp_path / "a.mask.png")
     Image.new("RGB", (96, 64), "red").save(tmp_path / "b.png")
-    memory = PictureMemory(tmp_path / "cache")
+    memory = ImageIndex(tmp_path / "cache")
     for _ in range(2):  # as new, and as remembered
         found = ImageFolder(tmp_path, "x", resolution=64, memory=memory)
         assert found.ids == (["a.png", "b.png"] if fits else ["b.png"])
@@ -224,7 +224,7 @@ def test_a_mask_of_another_shape_is_quarantined_with_its_picture(
 
 def test_masks_that_change_nothing_are_told(folder: Path, tmp_path: Path) -> None:
     Image.new("L", (64, 64), 255).save(folder / "plain.mask.png")
-    memory = PictureMemory(tmp_path / "cache")
+    memory = ImageIndex(tmp_path / "cache")
     for _ in range(2):
         notes = ImageFolder(folder, "x", resolution=64, memory=memory).notes()
         assert "masks that are white all over, and so change nothing: 1" in notes

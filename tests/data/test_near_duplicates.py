@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from finetune.data.near_duplicates import alike, look
+from finetune.data.near_duplicates import make_thumbnail, near_duplicates
 
 
 def scene(seed: int, width: int = 180, height: int = 120) -> Image.Image:
@@ -54,11 +54,11 @@ def test_a_changed_picture_is_known_and_no_other_is(changes: tuple) -> None:
         for change in changes:
             picture = change(picture, rng)
         changed.append(picture)
-    looks = [look(picture) for picture in (*originals, *changed)]
-    assert alike(looks, range(count)) == [{count + index} for index in range(count)]
-    assert alike(looks, range(count, 2 * count)) == [{index} for index in range(count)]
+    thumbnails = [make_thumbnail(picture) for picture in (*originals, *changed)]
+    assert near_duplicates(thumbnails, range(count)) == [{count + index} for index in range(count)]
+    assert near_duplicates(thumbnails, range(count, 2 * count)) == [{index} for index in range(count)]
 
 
 def test_a_blank_picture_is_like_no_other() -> None:
-    blank = [look(Image.new("RGB", (64, 64), colour)) for colour in ("red", "blue", "white")]
-    assert alike([*blank, look(scene(0))], range(4)) == [set(), set(), set(), set()]
+    blank = [make_thumbnail(Image.new("RGB", (64, 64), colour)) for colour in ("red", "blue", "white")]
+    assert near_duplicates([*blank, make_thumbnail(scene(0))], range(4)) == [set(), set(), set(), set()]

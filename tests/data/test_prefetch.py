@@ -29,7 +29,7 @@ def test_two_are_made_before_they_are_asked_for_and_no_more() -> None:
 
 def test_until_it_is_wanted_the_one_who_asks_makes_them() -> None:
     made: list[int] = []
-    with ahead(counting(made), wanted=lambda: len(made) >= 4) as items:
+    with ahead(counting(made), allowed=lambda: len(made) >= 4) as items:
         assert list(items) == list(range(10))
     assert made[:4] == [threading.get_ident()] * 4
     assert len(set(made[4:])) == 1

@@ -11,7 +11,7 @@ from PIL import Image
 
 from finetune.data.datasets import HuggingFaceDataset, open_dataset
 from finetune.data.hub_dataset import _picture
-from finetune.data.image_index import PictureMemory
+from finetune.data.image_index import ImageIndex
 from finetune.errors import DataError
 from tests.data.test_datasets import png, save
 
@@ -30,11 +30,11 @@ def test_rows_on_the_disk_are_read_once_and_again_where_they_have_changed(
     read: list[int] = []
     whole = HuggingFaceDataset._bytes
 
-    def counted(self: HuggingFaceDataset, place: int) -> bytes:
+    def pluralize(self: HuggingFaceDataset, place: int) -> bytes:
         read.append(place)
         return whole(self, place)
 
-    monkeypatch.setattr(HuggingFaceDataset, "_bytes", counted)
+    monkeypatch.setattr(HuggingFaceDataset, "_bytes", pluralize)
 
     def write(colors: list[int]) -> Path:
         pictures = [{"bytes": png(Image.new("RGB", (8, 8), (color, 0, 0))), "path": None} for color in colors]
@@ -47,7 +47,7 @@ def test_rows_on_the_disk_are_read_once_and_again_where_they_have_changed(
         return tmp_path / "saved" if form == "saved" else next((tmp_path / "saved").glob("*.arrow"))
 
     def opened(place: Path, **options: bool) -> list[str]:
-        memory = PictureMemory(tmp_path / "memory", **options)
+        memory = ImageIndex(tmp_path / "memory", **options)
         found = open_dataset(str(place), "a thing", resolution=8, memory=memory)
         assert found[1].image.getpixel((0, 0)) == (20, 0, 0)
         return list(found.contents)
@@ -71,7 +71,7 @@ def test_rows_that_name_files_are_known_by_those_files(tmp_path: Path) -> None:
         file.write_table(table)
 
     def first() -> str:
-        memory = PictureMemory(tmp_path / "memory")
+        memory = ImageIndex(tmp_path / "memory")
         return open_dataset(str(tmp_path / "rows.arrow"), "a thing", resolution=8, memory=memory).contents[0]
 
     before = first()

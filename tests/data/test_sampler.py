@@ -100,17 +100,17 @@ def test_twelve_photos_at_batch_four_make_three_steps_an_epoch_and_five_one_and_
     assert (steps_per_epoch(12, 4), steps_per_epoch(5, 4)) == (3, 1.25)
 
 
-@given(shapes=SHAPES, batch_size=st.integers(1, 12), world=st.integers(1, 5), step=st.integers(0, 9))
+@given(shapes=SHAPES, batch_size=st.integers(1, 12), world_size=st.integers(1, 5), step=st.integers(0, 9))
 def test_processes_share_a_step_evenly_and_leave_nothing_out(
-    shapes: list[int], batch_size: int, world: int, step: int
+    shapes: list[int], batch_size: int, world_size: int, step: int
 ) -> None:
     sampler = Sampler(shapes, batch_size=batch_size, seed=1)
-    if world > batch_size:
+    if world_size > batch_size:
         with pytest.raises(UsageError, match="some had nothing to do"):
-            sampler.share(step, 0, world)
+            sampler.share(step, 0, world_size)
         return
-    visits, _ = sampler.share(step, 0, world)
-    parts = [visits[sampler.share(step, rank, world)[1]] for rank in range(world)]
+    visits, _ = sampler.share(step, 0, world_size)
+    parts = [visits[sampler.share(step, rank, world_size)[1]] for rank in range(world_size)]
     assert [visit for part in parts for visit in part] == visits
     assert Counter(visits) == Counter(sampler.visits(step))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1

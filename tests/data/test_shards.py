@@ -14,7 +14,7 @@ from PIL import Image
 
 from finetune.data.datasets import open_dataset
 from finetune.data.image_folder import ImageFolder
-from finetune.data.image_index import PictureMemory
+from finetune.data.image_index import ImageIndex
 from finetune.data.shards import TarShards
 from finetune.errors import DataError, UsageError
 
@@ -243,7 +243,7 @@ def test_an_unchanged_shard_is_not_read_again_and_a_changed_one_is(
 ) -> None:
     members = {"a.png": picture(), "b.png": picture("blue"), "b.json": '{"caption": ["x", "y"]}', "x\udce9.md": "x"}
     shard = write(tmp_path / "0.tar", members)
-    first = opened(shard, prompt="a", memory=PictureMemory(tmp_path / "cache"))
+    first = opened(shard, prompt="a", memory=ImageIndex(tmp_path / "cache"))
     read: list[object] = []
     from finetune.data import image_checks
 
@@ -251,15 +251,15 @@ def test_an_unchanged_shard_is_not_read_again_and_a_changed_one_is(
     monkeypatch.setattr(image_checks, "read_file", lambda source: read.append(source) or plainly(source))
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", None)
-        again = opened(shard, prompt="a", memory=PictureMemory(tmp_path / "cache"))
+        again = opened(shard, prompt="a", memory=ImageIndex(tmp_path / "cache"))
     assert (again.ids, again.captions, again.contents) == (first.ids, first.captions, first.contents)
     assert again.ledger() == first.ledger()
     assert not read
-    opened(shard, prompt="a", memory=PictureMemory(tmp_path / "cache", strict=True))
+    opened(shard, prompt="a", memory=ImageIndex(tmp_path / "cache", strict=True))
     assert len(read) == 2
     read.clear()
     write(shard, members | {"a.png": picture("green")})
-    changed = opened(shard, prompt="a", memory=PictureMemory(tmp_path / "cache"))
+    changed = opened(shard, prompt="a", memory=ImageIndex(tmp_path / "cache"))
     assert len(read) >= 2
     assert [a == b for a, b in zip(first.contents, changed.contents, strict=True)] == [False, True]
     with pytest.raises(DataError, match=r"0\.tar/a\.png: the file has changed since the start"):
@@ -273,7 +273,7 @@ def test_a_part_reads_what_is_remembered_of_its_own_pictures_alone(tmp_path: Pat
         mask = encoded(Image.new("L", (80, 64), 99))
         write(tmp_path / f"s/{shard}.tar", members | texts | {f"{shard}1.mask.png": mask, "lonely.txt": "of none"})
     shards = sorted((tmp_path / "s").glob("*.tar"))
-    memory = PictureMemory(tmp_path / "memory")
+    memory = ImageIndex(tmp_path / "memory")
     whole = TarShards(shards, tmp_path / "s", resolution=64, memory=memory)
     assert len(whole) == 15
     numbers = [1, 6, 8, 14]
@@ -282,7 +282,7 @@ def test_a_part_reads_what_is_remembered_of_its_own_pictures_alone(tmp_path: Pat
             f"(number = {number % 5} AND CAST(shard AS TEXT) LIKE '%{number // 5}.tar')" for number in numbers
         )
         base.execute(f"DELETE FROM shard_pictures WHERE NOT ({wanted})")
-    part = TarShards(shards, tmp_path / "s", resolution=64, memory=PictureMemory(tmp_path / "memory"), part=numbers)
+    part = TarShards(shards, tmp_path / "s", resolution=64, memory=ImageIndex(tmp_path / "memory"), part=numbers)
     assert list(part.ids) == [whole.ids[number] for number in numbers]
     assert list(part.captions) == ["caption 0 1", "caption 1 1", "caption 1 3", "caption 2 4"]
     assert part.ledger().masks == 2

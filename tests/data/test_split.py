@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetune.data.image_folder import ImageFolder
-from finetune.data.image_index import PictureMemory
+from finetune.data.image_index import ImageIndex
 from finetune.data.split import default_fraction, held_out
 from tests.data.test_near_duplicates import cropped, encoded_again, scene
 
@@ -73,8 +73,8 @@ def test_pictures_of_one_film_are_trained_on(tmp_path: Path) -> None:
 
 
 def test_what_was_found_out_is_remembered(tmp_path: Path) -> None:
-    pictures, memory = saved(tmp_path / "pictures", 8), PictureMemory(tmp_path / "cache")
+    pictures, memory = saved(tmp_path / "pictures", 8), ImageIndex(tmp_path / "cache")
     held = held_out(pictures, 0.3, 0, memory)
     for path in (tmp_path / "pictures").iterdir():
         path.unlink()
-    assert held_out(pictures, 0.3, 0, PictureMemory(tmp_path / "cache")) == held
+    assert held_out(pictures, 0.3, 0, ImageIndex(tmp_path / "cache")) == held

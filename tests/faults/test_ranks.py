@@ -31,17 +31,17 @@ def resumed(given: dict[str, Any]) -> Path:
 
 def spoilt_in_the_second(given: dict[str, Any]) -> tuple[str, int]:
     """A run of two, of which the second reads no finite latents for its third visit."""
-    from finetune.cache.image_source import Kept
+    from finetune.cache.image_source import CachedImages
 
-    load, visits = Kept.load, [0]
+    load, visits = CachedImages.load, [0]
 
-    def spoil(self: Kept, index: int, key: int) -> Any:
+    def spoil(self: CachedImages, index: int, key: int) -> Any:
         stored, *others = load(self, index, key)
         visits[0] += 1
         return stored * float("nan") if visits[0] == 3 else stored, *others
 
     if os.environ["RANK"] == "1":
-        Kept.load = spoil
+        CachedImages.load = spoil
     with pytest.raises(NotFinite) as error:
         resumed(given)
     return str(error.value), error.value.fault.step

@@ -123,7 +123,7 @@ def test_one_goes_on_from_a_file_whatever_its_alpha(kind: Kind, layout: str, tmp
     file = tmp_path / "first" / ("first.safetensors" if layout == "kohya" else "pytorch_lora_weights.safetensors")
     other = load_model("tiny")
     add_lora(other.unet, rank=4, alpha=8, target_modules=TARGETS, kind=kind)
-    assert Adapter(other.unet).take_over(file) == 0
+    assert Adapter(other.unet).init_from(file) == 0
     assert torch.allclose(answer(other.unet), answer(model.unet), rtol=0, atol=1e-5)
 
 
@@ -136,9 +136,9 @@ def test_a_run_of_another_kind_trains_and_draws(
         learning_rate=0.01, num_inference_steps=0, lora_target_modules=TARGETS,
     )  # fmt: skip
     out = fine_tune(config)
-    told = capsys.readouterr().out
-    assert f"{NAMES[kind]} rank 4, alpha 4" in told
-    assert ("finetune.load_lora(pipeline.unet" in told) == (kind == "lokr")
+    metadata = capsys.readouterr().out
+    assert f"{NAMES[kind]} rank 4, alpha 4" in metadata
+    assert ("finetune.load_lora(pipeline.unet" in metadata) == (kind == "lokr")
     sample.run(sample.Options(model=str(out), prompt=("a red disc",), num_inference_steps=2))
     assert (out / "samples/a-red-disc-0.png").is_file()
 

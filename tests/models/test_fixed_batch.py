@@ -8,7 +8,7 @@ from torch import Tensor
 
 from finetune.models.conditioners import ClipConditioner
 from finetune.models.encoders import VaeEncoder
-from finetune.models.fixed_batch import FixedParts, captions_at_once, in_parts, pictures_at_once
+from finetune.models.fixed_batch import FixedBatches, caption_batch_size, image_batch_size, run_in_fixed_batches
 from finetune.models.loading import DiffusionModel, load_model
 
 
@@ -25,7 +25,7 @@ def test_every_part_has_the_same_size_and_what_fills_the_last_is_dropped() -> No
         return rows + 1, rows.sum(dim=1)
 
     rows = torch.arange(14.0).view(7, 2)
-    more, sums = in_parts(compute, rows, 3)
+    more, sums = run_in_fixed_batches(compute, rows, 3)
     assert sizes == [3, 3, 3]
     assert torch.equal(more, rows + 1)
     assert torch.equal(sums, rows.sum(dim=1))
@@ -33,10 +33,10 @@ def test_every_part_has_the_same_size_and_what_fills_the_last_is_dropped() -> No
 
 def test_a_gpu_takes_as_many_as_fit_a_fixed_number_of_pixels_and_a_cpu_one() -> None:
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    found = {side: pictures_at_once(gpu, side, side) for side in (64, 256, 512, 768, 1024, 2048)}
+    found = {side: image_batch_size(gpu, side, side) for side in (64, 256, 512, 768, 1024, 2048)}
     assert found == {64: 8, 256: 8, 512: 4, 768: 1, 1024: 1, 2048: 1}
-    assert pictures_at_once(cpu, 64, 64) == captions_at_once(cpu) == 1
-    assert captions_at_once(gpu) == 8
+    assert image_batch_size(cpu, 64, 64) == caption_batch_size(cpu) == 1
+    assert caption_batch_size(gpu) == 8
 
 
 def test_a_picture_encodes_alike_among_others_and_alone(tiny: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def test_a_picture_encodes_alike_among_others_and_alone(tiny: DiffusionModel, mo
     assert isinstance(encoder, VaeEncoder)
     pixels = torch.linspace(-1, 1, 5 * 3 * 64 * 64).view(5, 3, 64, 64)
     alone = encoder.encode(pixels)
-    monkeypatch.setattr(encoder, "at_once", lambda height, width: 4)
+    monkeypatch.setattr(encoder, "batch_size", lambda height, width: 4)
     together = encoder.encode(pixels)
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     shuffled = torch.tensor([3, 0, 4, 2, 1])
@@ -57,13 +57,13 @@ def test_a_caption_encodes_alike_among_others_and_alone(tiny: DiffusionModel, mo
     prompts = ["a butterfly", "", "a blue butterfly on a leaf"]
     alone = torch.cat([conditioner.encode([prompt])["encoder_hidden_states"] for prompt in prompts])
     assert torch.equal(conditioner.encode(prompts)["encoder_hidden_states"], alone)
-    monkeypatch.setattr(ClipConditioner, "at_once", 8)
+    monkeypatch.setattr(ClipConditioner, "batch_size", 8)
     together = conditioner.encode(prompts)["encoder_hidden_states"]
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
 def test_parts_are_halved_from_the_moment_that_memory_runs_out() -> None:
-    parts, sizes = FixedParts(), []
+    parts, sizes = FixedBatches(), []
 
     def compute(rows: Tensor) -> tuple[Tensor]:
         sizes.append(len(rows))
@@ -88,6 +88,6 @@ def test_memory_that_does_not_suffice_for_one_row_is_an_error_and_so_is_any_othe
         return compute
 
     with pytest.raises(torch.OutOfMemoryError, match="not enough"):
-        FixedParts()(failing(torch.OutOfMemoryError("not enough")), torch.zeros(3), 4)
+        FixedBatches()(failing(torch.OutOfMemoryError("not enough")), torch.zeros(3), 4)
     with pytest.raises(RuntimeError, match="another"):
-        FixedParts()(failing(RuntimeError("another")), torch.zeros(3), 4)
+        FixedBatches()(failing(RuntimeError("another")), torch.zeros(3), 4)

@@ -163,7 +163,7 @@ def test_a_layer_that_is_not_whole_is_named(tensors: dict[str, torch.Tensor], me
 
 def test_alpha_of_a_layer_is_read_as_peft_reads_it(tmp_path: Path) -> None:
     tensors = {f"unet.{layer}.lora_{m}.weight": torch.ones(4, 4) for layer in ("a.x", "b.x", "b.y") for m in "AB"}
-    told = {"unet.lora_alpha": 2, "unet.alpha_pattern": {"^b.*x": 8, "y": 6}, "unet.use_rslora": True}
-    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(told)})
+    metadata = {"unet.lora_alpha": 2, "unet.alpha_pattern": {"^b.*x": 8, "y": 6}, "unet.use_rslora": True}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(metadata)})
     found = read_lora(tmp_path / "a.safetensors", {})
     assert found.alphas == {"a.x": 4.0, "b.x": 16.0, "b.y": 12.0}  # times the root of rank 4

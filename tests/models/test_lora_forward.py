@@ -76,7 +76,7 @@ def test_adapters_that_are_turned_off_or_of_another_dtype_go_the_way_of_peft() -
 def test_a_merged_lora_leaves_plain_layers() -> None:
     unet = adapted()
     whole, _ = outputs(unet)
-    adapter = Adapter.of(unet)
+    adapter = Adapter.attached_to(unet)
     assert adapter is not None
     adapter.merge()
     assert not any(isinstance(layer, Linear) for layer in unet.modules())

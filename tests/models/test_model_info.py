@@ -254,22 +254,26 @@ def test_what_cannot_be_trained_is_refused_before_its_weights_are_downloaded(who
     with Hub() as hub:
         hub.repositories["someone/video"] = Repository(files=video)
         hub.repositories["someone/lora"] = Repository(files={"pytorch_lora_weights.safetensors": b""})
-        told = run_with_hub(LOCATE, hub.url, tmp_path, "someone/video", "someone/lora", "someone/else", "some one/x")
-    assert told[0].startswith("ModelError: --model someone/video: only")
-    assert told[0].endswith("not UNet3DConditionModel")
-    assert told[1].startswith("ModelError: --model someone/lora: part missing: unet/config.json")
-    assert told[2].startswith("UsageError: --model someone/else: no such folder here and no such repository on the hub")
-    assert told[3].startswith("UsageError: --model some one/x: no such folder here and no such repository")
-    assert len(told) == 4
+        metadata = run_with_hub(
+            LOCATE, hub.url, tmp_path, "someone/video", "someone/lora", "someone/else", "some one/x"
+        )
+    assert metadata[0].startswith("ModelError: --model someone/video: only")
+    assert metadata[0].endswith("not UNet3DConditionModel")
+    assert metadata[1].startswith("ModelError: --model someone/lora: part missing: unet/config.json")
+    assert metadata[2].startswith(
+        "UsageError: --model someone/else: no such folder here and no such repository on the hub"
+    )
+    assert metadata[3].startswith("UsageError: --model some one/x: no such folder here and no such repository")
+    assert len(metadata) == 4
     assert not [name for name in hub.downloads if name.endswith(".safetensors")]
 
 
 def test_an_unreachable_hub_is_told_soon_with_the_way_out(tmp_path: Path):
     start = time.monotonic()
-    told = run_with_hub(LOCATE, "http://127.0.0.1:9", tmp_path, "sd15", "someone/model")
+    metadata = run_with_hub(LOCATE, "http://127.0.0.1:9", tmp_path, "sd15", "someone/model")
     assert time.monotonic() - start < 20
     names = [FAMILIES["sd15"].hub_id, "someone/model"]
-    for line, name in zip(told, names, strict=True):
+    for line, name in zip(metadata, names, strict=True):
         assert line.startswith(f"ModelError: --model {name}: the Hugging Face hub was not reachable")
         assert line.endswith("give a local diffusers folder instead: --model /path/to/folder")
 
@@ -278,8 +282,8 @@ def test_a_hub_that_breaks_off_is_told_in_one_line(tmp_path: Path):
     with Hub() as hub:
         hub.repositories["someone/model"] = Repository(files={"unet/config.json": b"{}"})
         hub.breaks_off = True
-        (told,) = run_with_hub(LOCATE, hub.url, tmp_path, "someone/model")
-    assert told.startswith("ModelError: --model someone/model: the Hugging Face hub was not reachable")
+        (metadata,) = run_with_hub(LOCATE, hub.url, tmp_path, "someone/model")
+    assert metadata.startswith("ModelError: --model someone/model: the Hugging Face hub was not reachable")
 
 
 def test_layouts_of_a_single_file_are_those_that_there_are():

@@ -16,7 +16,7 @@ from finetune.data.loader import batches
 from finetune.errors import ModelError
 from finetune.models.families import FAMILIES
 from finetune.models.loading import load_model
-from finetune.models.model_info import Location, locate
+from finetune.models.model_info import ModelInfo, locate
 from finetune.recipe import fine_tune
 from finetune.results.sampling import draw_pictures
 from finetune.run.resolve_config import resolve
@@ -51,7 +51,7 @@ def test_it_is_known_by_its_config_and_made_of_seven_parts(folder: Path, tmp_pat
 
 
 def test_defaults_are_those_of_a_large_model() -> None:
-    found = Location("sdxl", FAMILIES["sdxl"], folder=Path("somewhere"), resolution=1024, multiple=8)
+    found = ModelInfo("sdxl", FAMILIES["sdxl"], folder=Path("somewhere"), resolution=1024, multiple=8)
     for method, rate in (("lora", 1e-4), ("full", 1e-6)):
         config = resolve(
             TrainConfig(model="sdxl", method=method), found, pictures=12, varied_captions=True,

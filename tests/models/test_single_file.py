@@ -25,7 +25,7 @@ from finetune.models.model_info import locate
 from finetune.models.single_file import inspect, read_header
 from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
-from finetune.results.export_formats import write_form
+from finetune.results.export_formats import write_format
 from tests.small_models import RELATIVES, small_pipeline, write_single_file
 
 TOKENIZER = str(tiny_folder() / "tokenizer")
@@ -117,8 +117,8 @@ def test_relatives_are_known_by_their_blocks_and_inputs(tmp_path: Path, relative
     add_lora(model.unet, rank=2, alpha=1)
     for parameter in trainable(model.unet):
         parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    assert write_form(model, tmp_path / "lora.safetensors", "kohya", precision="fp32", told={}) < 1e-5
-    assert write_form(model, tmp_path / "merged.safetensors", "single-file", precision="fp32", told={}) < 1e-5
+    assert write_format(model, tmp_path / "lora.safetensors", "kohya", precision="fp32", metadata={}) < 1e-5
+    assert write_format(model, tmp_path / "merged.safetensors", "single-file", precision="fp32", metadata={}) < 1e-5
 
 
 def test_a_unet_of_other_blocks_is_told(files: dict[str, Path], tmp_path: Path) -> None:

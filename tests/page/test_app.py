@@ -11,9 +11,9 @@ from PIL import Image
 
 from finetune.errors import UsageError
 from finetune.page import views
-from finetune.page.allowed_paths import Places
-from finetune.page.app import Page, build, told
-from finetune.page.processes import complaint, failure
+from finetune.page.allowed_paths import AllowedPaths
+from finetune.page.app import Page, build, show_errors
+from finetune.page.processes import failure, last_error_line
 from finetune.page.serving import serve
 from finetune.training.checkpoint import checkpoints
 
@@ -23,7 +23,7 @@ NASTY = "</script><script>alert(1)</script>\u202e"
 @pytest.fixture
 def page(tmp_path: Path, make_pictures: Callable[..., Path]) -> Iterator[Page]:
     make_pictures(tmp_path / "pics", count=3)
-    page = Page(Places([tmp_path], tmp_path))
+    page = Page(AllowedPaths([tmp_path], tmp_path))
     yield page
     for name in page.places.run_names():  # a test that failed leaves a run, which outlives it as it should
         if process := page.follower(name).process():
@@ -51,7 +51,7 @@ def test_a_run_is_started_watched_stopped_and_resumed(page: Page) -> None:
     assert "of 5000" in shown
     assert "--max_train_steps 5000" in page.tick("pics-tiny", None, {})[7]
     page.stop("pics-tiny")
-    until(lambda: page.follower("pics-tiny").state == "stopped" and page.queue.told()[0] is None)
+    until(lambda: page.follower("pics-tiny").state == "stopped" and page.queue.entries()[0] is None)
     done = page.follower("pics-tiny").step["step"]
     with pytest.raises(UsageError, match="pics-tiny: it is not running"):
         page.stop("pics-tiny")
@@ -67,19 +67,19 @@ def test_a_run_is_started_watched_stopped_and_resumed(page: Page) -> None:
 def test_what_fails_is_told_and_those_behind_it_go_on(page: Page) -> None:
     page.start(*form(page, more="--lr_warmup_steps 9"))
     page.start(*form(page))
-    until(lambda: page.queue.told()[2])
-    assert "lr_warmup_steps = 9" in page.queue.told()[2]
+    until(lambda: page.queue.entries()[2])
+    assert "lr_warmup_steps = 9" in page.queue.entries()[2]
     until(lambda: (run := page.follower("pics-tiny")) and run.state == "done")
     plan = page.plan(*form(page))
     assert "2 of 1, learning rate 0.002" in plan
     assert "as fast as" in plan or "no run like this one" in plan
     assert page.command(*form(page)).startswith("finetune-unet --model tiny --data")
-    assert "3 of 3 pictures" in page.look(*form(page))
+    assert "3 of 3 pictures" in page.preview(*form(page))
 
 
 def test_what_is_wrong_stands_on_the_page(page: Page) -> None:
-    assert "allowed is what lies in" in told(page.plan)("/etc", "tiny", "", "", "", 0, False, "")
-    assert "no run in" in told(page.draw)("../x", "", 0, 1)
+    assert "allowed is what lies in" in show_errors(page.plan)("/etc", "tiny", "", "", "", 0, False, "")
+    assert "no run in" in show_errors(page.draw)("../x", "", 0, 1)
     assert page.tick("gone", "gone too", {"names": ["gone"]})[0] == views.of_run(None)
 
 
@@ -95,8 +95,8 @@ def test_nothing_that_is_shown_is_taken_for_markup(page: Page) -> None:
 
 
 def test_a_complaint_is_the_last_line_that_says_something() -> None:
-    assert complaint("\x1b[A 50%|##\r 99%|###\nfinetune-unet: no luck\n\n") == "finetune-unet: no luck"
-    assert complaint("") == "it ended without a word"
+    assert last_error_line("\x1b[A 50%|##\r 99%|###\nfinetune-unet: no luck\n\n") == "finetune-unet: no luck"
+    assert last_error_line("") == "it ended without a word"
 
 
 def test_the_layout_can_be_built_and_a_port_in_use_is_told(page: Page) -> None:
@@ -116,8 +116,8 @@ def test_stop_pressed_twice_sends_one_signal(page: Page) -> None:
     for _ in range(3):
         assert "it is stopping" in page.stop("pics-tiny")
     assert "stopping" in page.tick("pics-tiny", None, {})[0]
-    until(lambda: page.follower("pics-tiny").state == "stopped" and page.queue.told()[0] is None)
-    assert page.queue.told()[2] == ""
+    until(lambda: page.follower("pics-tiny").state == "stopped" and page.queue.entries()[0] is None)
+    assert page.queue.entries()[2] == ""
     assert checkpoints(page.places.runs / "pics-tiny")
 
 
@@ -155,6 +155,6 @@ def test_a_link_among_the_pictures_leads_nowhere(page: Page, tmp_path_factory: p
     secret = tmp_path_factory.mktemp("secret") / "a.png"
     Image.new("RGB", (64, 64)).save(secret)
     (page.places.work / "pics/leak.png").symlink_to(secret)
-    shown = page.look(*form(page))
+    shown = page.preview(*form(page))
     assert "1 link out of the folder" in shown
     assert "data:image" not in shown

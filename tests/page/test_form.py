@@ -7,19 +7,19 @@ import pytest
 
 from finetune.cli import parse_train
 from finetune.errors import UsageError
-from finetune.page.allowed_paths import Places
+from finetune.page.allowed_paths import AllowedPaths
 from finetune.page.form import Form
 
 
 @pytest.fixture
-def places(tmp_path: Path, make_pictures: Callable[..., Path]) -> Places:
+def places(tmp_path: Path, make_pictures: Callable[..., Path]) -> AllowedPaths:
     make_pictures(tmp_path / "open/a/cats", count=2)
     make_pictures(tmp_path / "closed", count=2)
     (tmp_path / "work/runs/one/samples").mkdir(parents=True)
-    return Places([tmp_path / "open"], tmp_path / "work")
+    return AllowedPaths([tmp_path / "open"], tmp_path / "work")
 
 
-def test_it_is_what_the_command_line_understands(places: Places, tmp_path: Path) -> None:
+def test_it_is_what_the_command_line_understands(places: AllowedPaths, tmp_path: Path) -> None:
     cats = str(tmp_path / "open/a/cats")
     more = "--rank 8 --no_random_flip --learning-rate=1e-3"
     words = Form(cats, method="lora", prompt="--odd, 'cat'", trigger="sks", steps=5, early_stop=True, more=more).words(
@@ -33,7 +33,7 @@ def test_it_is_what_the_command_line_understands(places: Places, tmp_path: Path)
 
 
 @pytest.mark.parametrize("data", ["", "/", "closed", "open/../closed", "open/link"])
-def test_nothing_outside_of_what_was_named_is_opened(places: Places, tmp_path: Path, data: str) -> None:
+def test_nothing_outside_of_what_was_named_is_opened(places: AllowedPaths, tmp_path: Path, data: str) -> None:
     (tmp_path / "open/link").symlink_to(tmp_path / "closed")
     with pytest.raises(UsageError, match="allowed is what lies in"):
         Form(str(tmp_path / data) if data else "").words(places)
@@ -64,13 +64,13 @@ def test_nothing_outside_of_what_was_named_is_opened(places: Places, tmp_path: P
     ],
 )
 def test_options_that_could_name_a_path_are_for_the_command_line(
-    places: Places, tmp_path: Path, more: str, why: str
+    places: AllowedPaths, tmp_path: Path, more: str, why: str
 ) -> None:
     with pytest.raises(UsageError, match=why):
         Form(str(tmp_path / "open/a"), more=more).words(places)
 
 
-def test_a_model_is_one_that_is_known_or_lies_in_the_open(places: Places, tmp_path: Path) -> None:
+def test_a_model_is_one_that_is_known_or_lies_in_the_open(places: AllowedPaths, tmp_path: Path) -> None:
     (tmp_path / "open/model").mkdir()
     given = {"sd15": "sd15", "owner/name": "owner/name", str(tmp_path / "open/model"): str(tmp_path / "open/model")}
     for model, meant in given.items():
@@ -80,7 +80,7 @@ def test_a_model_is_one_that_is_known_or_lies_in_the_open(places: Places, tmp_pa
             Form(str(tmp_path / "open/a"), model=model).words(places)
 
 
-def test_a_file_that_may_name_other_folders_is_for_the_command_line(places: Places, tmp_path: Path) -> None:
+def test_a_file_that_may_name_other_folders_is_for_the_command_line(places: AllowedPaths, tmp_path: Path) -> None:
     (tmp_path / "open/data.toml").write_text("")
     with pytest.raises(UsageError, match=r"data.toml: such a file may name folders"):
         Form(str(tmp_path / "open/data.toml")).words(places)

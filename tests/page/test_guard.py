@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from finetune.page.allowed_paths import Places
+from finetune.page.allowed_paths import AllowedPaths
 from finetune.page.app import Page, build
 from finetune.page.serving import guarded
 
@@ -16,7 +16,7 @@ HOST = "localhost:7860"
 @pytest.fixture(scope="module")
 def visitor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     folder = tmp_path_factory.mktemp("page")
-    page = guarded(build(Page(Places([folder], folder))), host="127.0.0.1", token="secret")
+    page = guarded(build(Page(AllowedPaths([folder], folder))), host="127.0.0.1", token="secret")
     with TestClient(page, base_url=f"http://{HOST}", follow_redirects=False) as client:
         yield client
 
@@ -99,4 +99,4 @@ def test_a_run_folder_that_leads_elsewhere_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "elsewhere/samples").mkdir(parents=True)
     (tmp_path / "runs/own/samples").mkdir(parents=True)
     (tmp_path / "runs/link").symlink_to(tmp_path / "elsewhere")
-    assert Places([tmp_path], tmp_path).run_names() == ["own"]
+    assert AllowedPaths([tmp_path], tmp_path).run_names() == ["own"]

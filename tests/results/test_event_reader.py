@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from finetune.results.event_reader import Follower
+from finetune.results.event_reader import RunEvents
 
 
 def begin(step: int = 0, **more: object) -> dict:
@@ -28,7 +28,7 @@ def write(folder: Path, *events: dict, mode: str = "a", tail: str = "") -> None:
 
 
 def test_it_takes_in_what_is_new_by_whole_lines(tmp_path: Path) -> None:
-    follower = Follower(tmp_path)
+    follower = RunEvents(tmp_path)
     assert not follower.read()
     assert follower.state == "unknown"
     write(tmp_path, begin(), {"event": "said", "text": "hello"}, step(1), step(2, None), tail='{"event": "st')
@@ -48,7 +48,7 @@ def test_a_part_that_begins_again_forgets_what_came_after_its_checkpoint(tmp_pat
         for at in (0, 4)
     ]
     write(tmp_path, begin(), *[step(number) for number in range(1, 6)], *measured, {"event": "end", "state": "stopped"})
-    follower = Follower(tmp_path)
+    follower = RunEvents(tmp_path)
     follower.read()
     assert follower.state == "stopped"
     write(tmp_path, begin(step=3))
@@ -61,7 +61,7 @@ def test_a_part_that_begins_again_forgets_what_came_after_its_checkpoint(tmp_pat
 def test_a_process_that_died_without_a_word_is_told_from_one_that_lives(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     write(tmp_path, begin(pid=process.pid, started=psutil.Process(process.pid).create_time()))
-    follower = Follower(tmp_path)
+    follower = RunEvents(tmp_path)
     follower.read()
     assert (follower.state, follower.process().pid) == ("running", process.pid)
     process.kill()
@@ -78,7 +78,7 @@ def test_a_process_that_died_without_a_word_is_told_from_one_that_lives(tmp_path
 @pytest.mark.parametrize("again", [False, True])
 def test_a_folder_that_is_deleted_or_begun_anew_is_forgotten(tmp_path: Path, again: bool) -> None:
     write(tmp_path, begin(), *[step(number) for number in range(1, 6)])
-    follower = Follower(tmp_path)
+    follower = RunEvents(tmp_path)
     follower.read()
     (tmp_path / "events.jsonl").unlink()
     if again:

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from finetune.errors import Interrupted, RunError
-from finetune.results.events import Events, Said
+from finetune.results.events import Events, StdoutTee
 
 
 def lines(folder: Path) -> list[dict]:
@@ -18,14 +18,14 @@ def lines(folder: Path) -> list[dict]:
 
 def test_what_came_before_the_folder_follows_its_beginning(tmp_path: Path) -> None:
     events = Events()
-    events.note("said", text="early \udcff")
+    events.emit("said", text="early \udcff")
     with events.written_to(tmp_path, step=3, total=9, anew=False):
-        events.phase("training", 3)
-        told = lines(tmp_path)
-    assert [line["event"] for line in told] == ["begin", "said", "phase"]
-    assert (told[0]["pid"], told[0]["step"], told[0]["total"]) == (os.getpid(), 3, 9)
-    assert told[0]["started"] == psutil.Process().create_time()
-    assert told[1]["text"] == "early \udcff"
+        events.set_phase("training", 3)
+        metadata = lines(tmp_path)
+    assert [line["event"] for line in metadata] == ["begin", "said", "phase"]
+    assert (metadata[0]["pid"], metadata[0]["step"], metadata[0]["total"]) == (os.getpid(), 3, 9)
+    assert metadata[0]["started"] == psutil.Process().create_time()
+    assert metadata[1]["text"] == "early \udcff"
     assert lines(tmp_path)[-1] | {"at": 0} == {"at": 0, "event": "end", "state": "done", "text": ""}
 
 
@@ -58,7 +58,7 @@ def test_progress_is_told_now_and_then_and_in_the_end(tmp_path: Path) -> None:
 def test_what_is_printed_is_shown_and_noted_by_the_line(tmp_path: Path) -> None:
     out, events = io.StringIO(), Events()
     with events.written_to(tmp_path, step=0, total=1, anew=False):
-        said = Said(out, events)
+        said = StdoutTee(out, events)
         print("one", end="", file=said)
         print(" and a half\ntwo", file=said, flush=True)
     assert out.getvalue() == "one and a half\ntwo\n"

@@ -22,8 +22,8 @@ from finetune.models.single_file import inspect
 from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
 from finetune.results.export import kohya_file
-from finetune.results.export_formats import write_form
-from finetune.run.load_trained import write_proved
+from finetune.results.export_formats import write_format
+from finetune.run.load_trained import write_verified
 from finetune.training import checkpoint
 from tests.small_models import small_pipeline, write_single_file
 
@@ -90,8 +90,8 @@ def test_any_checkpoint_averaged_or_not_in_half_precision(lora_run: Path, tmp_pa
         theirs = tensors["lora_unet_mid_block_resnets_0_conv1.lora_down.weight"]
         assert torch.equal(theirs, state["ema" if ema else "weights"][ours].half())
     with safe_open(tmp_path / "True.safetensors", "pt") as file:
-        told = file.metadata()
-    assert (told["ss_steps"], told["ss_output_name"], told["ss_network_dim"]) == ("2", "lora-000002", "4")
+        metadata = file.metadata()
+    assert (metadata["ss_steps"], metadata["ss_output_name"], metadata["ss_network_dim"]) == ("2", "lora-000002", "4")
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,9 @@ def test_a_lora_merged_into_a_checkpoint_in_one_file(tmp_path: Path, family: str
     for parameter in trainable(model.unet):
         parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     to = tmp_path / "merged.safetensors"
-    assert write_form(model, to, "single-file", precision=precision, told={}) < (1e-5 if precision == "fp32" else 1e-2)
+    assert write_format(model, to, "single-file", precision=precision, metadata={}) < (
+        1e-5 if precision == "fp32" else 1e-2
+    )
     before, after = load_file(base), load_file(to)
     assert after.keys() == before.keys()
     half = torch.float32 if precision == "fp32" else torch.float16
@@ -170,7 +172,9 @@ def test_what_a_folder_has_no_place_for_is_taken_from_the_base(tmp_path: Path, f
         key = "cond_stage_model.model.transformer.resblocks.3.ln_1.weight"
         save_file(tensors | {key: tensors[key] + 1}, base)
     model = load_model(base, tokenizer=TOKENIZER, prediction_type="epsilon")
-    write_form(model, tmp_path / "again.safetensors", "single-file", precision="fp32", told={}, base=inspect(base))
+    write_format(
+        model, tmp_path / "again.safetensors", "single-file", precision="fp32", metadata={}, base=inspect(base)
+    )
     before, after = load_file(base), load_file(tmp_path / "again.safetensors")
     del before["v_pred"]
     assert after.keys() == before.keys()
@@ -182,19 +186,27 @@ def test_a_base_of_another_kind_is_refused(tmp_path: Path) -> None:
     other = write_single_file(tmp_path / "other.safetensors", "sdxl")
     model = load_model(base, tokenizer=TOKENIZER)
     with pytest.raises(ModelError, match=r"--base .*other\.safetensors: a checkpoint of sdxl, not of sd15"):
-        write_form(model, tmp_path / "a.safetensors", "single-file", precision="fp32", told={}, base=inspect(other))
+        write_format(
+            model, tmp_path / "a.safetensors", "single-file", precision="fp32", metadata={}, base=inspect(other)
+        )
     tensors, key = load_file(base), "model.diffusion_model.out.0.weight"
     save_file(tensors | {key: torch.ones(3)}, other)
     with pytest.raises(ModelError, match=r"out\.0\.weight is \(3,\), and the model's \(64,\)"):
-        write_form(model, tmp_path / "a.safetensors", "single-file", precision="fp32", told={}, base=inspect(other))
+        write_format(
+            model, tmp_path / "a.safetensors", "single-file", precision="fp32", metadata={}, base=inspect(other)
+        )
     assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_an_xl_that_predicts_velocity_is_marked_for_both_viewers(tmp_path: Path) -> None:
     mark = torch.empty(0)
     base = write_single_file(tmp_path / "base.safetensors", "sdxl", v_pred=mark, ztsnr=mark)
-    write_form(
-        load_model(base, tokenizer=TOKENIZER), tmp_path / "again.safetensors", "single-file", precision="fp32", told={}
+    write_format(
+        load_model(base, tokenizer=TOKENIZER),
+        tmp_path / "again.safetensors",
+        "single-file",
+        precision="fp32",
+        metadata={},
     )
     assert {"v_pred", "ztsnr"} <= load_file(tmp_path / "again.safetensors").keys()
     assert inspect(tmp_path / "again.safetensors").prediction_type == "v_prediction"
@@ -257,7 +269,7 @@ def test_stable_diffusion_1_that_predicts_velocity_has_a_file_beside_it_that_say
 ) -> None:
     base = write_single_file(tmp_path / "base.safetensors", "sd15")
     model = load_model(base, tokenizer=TOKENIZER, prediction_type=prediction_type)
-    write_form(model, tmp_path / "dog.safetensors", "single-file", precision="fp32", told={})
+    write_format(model, tmp_path / "dog.safetensors", "single-file", precision="fp32", metadata={})
     velocity = prediction_type == "v_prediction"
     assert (tmp_path / "dog.yaml").exists() == velocity
     if velocity:
@@ -265,7 +277,7 @@ def test_stable_diffusion_1_that_predicts_velocity_has_a_file_beside_it_that_say
         assert settings["parameterization"] == "v"
         assert settings["unet_config"]["params"]["context_dim"] == 768
         with pytest.raises(UsageError, match=r"dog\.yaml exists already"):
-            write_proved(model, tmp_path / "dog.ckpt", "single-file", precision="fp32", told={})
+            write_verified(model, tmp_path / "dog.ckpt", "single-file", precision="fp32", metadata={})
         assert not (tmp_path / "dog.ckpt").exists()
 
 

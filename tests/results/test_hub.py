@@ -22,7 +22,7 @@ from finetune.errors import RunError, UsageError
 from finetune.models.families import FAMILIES
 from finetune.models.loading import load_model
 from finetune.models.lora import add_lora
-from finetune.options import about, option_types
+from finetune.options import option_info, option_types
 from finetune.results.export import export
 from finetune.results.hub import check_login, model_card, push, repository_name
 from tests.hub_server import TOKEN, Hub, Repository, hub_environment
@@ -178,7 +178,7 @@ def test_a_repository_is_private_unless_asked(hub: Hub, run_folder: Path):
 
 
 def test_every_option_that_may_be_a_path_is_shortened_in_the_card(run_folder: Path):
-    paths = {name: f"/home/someone/{name}.x" for name, known in about().items() if known.path}
+    paths = {name: f"/home/someone/{name}.x" for name, known in option_info().items() if known.path}
     assert paths.keys() >= {"model", "data", "class_data", "validation_data", "init_lora", "vae", "tokenizer"}
     several = {name: (path, "~/more.x", "../y.x") if name == "data" else path for name, path in paths.items()}
     several["sample_prompts"] = ("/home/someone/prompts.txt", "a cat and/or a dog")

@@ -101,7 +101,7 @@ def planted(fault: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     ],
 )
 def test_the_proof_fails_on_planted_faults(model: DiffusionModel, tmp_path: Path, fault: str, message: str) -> None:
-    adapter = Adapter.of(model.unet)
+    adapter = Adapter.attached_to(model.unet)
     assert adapter is not None
     path = tmp_path / "lora.safetensors"
     adapter.save_kohya(path, {})
@@ -126,7 +126,7 @@ FACTS = LoraFacts(
 
 def test_a_file_says_what_viewers_show(model: DiffusionModel, tmp_path: Path) -> None:
     export(model, tmp_path / "dogs", FACTS.metadata("dogs", step=10))
-    told = metadata(tmp_path / "dogs/dogs.safetensors")
+    written = metadata(tmp_path / "dogs/dogs.safetensors")
     expected = {
         "ss_network_module": "networks.lora", "ss_network_dim": "4", "ss_network_alpha": "3",
         "ss_base_model_version": "sd_v1", "ss_v2": "False", "ss_output_name": "dogs", "ss_steps": "10",
@@ -135,20 +135,22 @@ def test_a_file_says_what_viewers_show(model: DiffusionModel, tmp_path: Path) ->
         "modelspec.prediction_type": "epsilon", "modelspec.trigger_phrase": "sks", "modelspec.title": "dogs",
         "modelspec.resolution": "512x512",
     }  # fmt: skip
-    assert {name: told[name] for name in expected} == expected
-    assert json.loads(told["ss_tag_frequency"]) == {"dogs": {"sks dog": 2, "grass": 2, "snow": 1}}
-    assert told["modelspec.hash_sha256"] == f"0x{told['sshs_model_hash']}"
-    assert all(isinstance(value, str) for value in told.values())
-    assert FACTS.metadata("x", 1).keys() == {*told} - {name for name in told if "network" in name or "hash" in name}
+    assert {name: written[name] for name in expected} == expected
+    assert json.loads(written["ss_tag_frequency"]) == {"dogs": {"sks dog": 2, "grass": 2, "snow": 1}}
+    assert written["modelspec.hash_sha256"] == f"0x{written['sshs_model_hash']}"
+    assert all(isinstance(value, str) for value in written.values())
+    assert FACTS.metadata("x", 1).keys() == {*written} - {
+        name for name in written if "network" in name or "hash" in name
+    }
 
 
 def test_a_file_shows_what_it_draws_and_which_file_it_learned_on(tmp_path: Path) -> None:
     base = tmp_path / "base.safetensors"
     base.write_bytes(bytes(2**20) + b"x" * 2**16 + b"beyond")
     shown = {"model_hash": short_hash(base), "thumbnail": Image.new("RGB", (512, 384), "red")}
-    told = LoraFacts(**{**vars(FACTS), **shown}).metadata("x", 1)
-    assert told["ss_sd_model_hash"] == hashlib.sha256(b"x" * 2**16).hexdigest()[:8]
-    kind, _, content = told["modelspec.thumbnail"].partition(",")
+    metadata = LoraFacts(**{**vars(FACTS), **shown}).metadata("x", 1)
+    assert metadata["ss_sd_model_hash"] == hashlib.sha256(b"x" * 2**16).hexdigest()[:8]
+    kind, _, content = metadata["modelspec.thumbnail"].partition(",")
     assert kind == "data:image/jpeg;base64"
     picture = Image.open(io.BytesIO(base64.b64decode(content)))
     assert (picture.format, picture.size) == ("JPEG", (256, 192))
@@ -163,9 +165,9 @@ def test_a_file_shows_what_it_draws_and_which_file_it_learned_on(tmp_path: Path)
     ],
 )
 def test_stable_diffusion_2_is_told_by_what_it_predicts(prediction_type: str, version: str, architecture: str) -> None:
-    told = LoraFacts(**{**vars(FACTS), "family": "sd21", "prediction_type": prediction_type}).metadata("x", 1)
-    assert (told["ss_base_model_version"], told["modelspec.architecture"]) == (version, architecture)
-    assert told["ss_v2"] == "True"
+    metadata = LoraFacts(**{**vars(FACTS), "family": "sd21", "prediction_type": prediction_type}).metadata("x", 1)
+    assert (metadata["ss_base_model_version"], metadata["modelspec.architecture"]) == (version, architecture)
+    assert metadata["ss_v2"] == "True"
 
 
 def test_a_run_leaves_a_file_at_each_checkpoint_and_its_pictures_are_those_of_sample(
@@ -182,8 +184,8 @@ def test_a_run_leaves_a_file_at_each_checkpoint_and_its_pictures_are_those_of_sa
         (4, "out-000004.safetensors"),
         (None, "out.safetensors"),
     ]
-    told = metadata(out / "out-000004.safetensors")
-    assert (told["ss_steps"], told["ss_output_name"], told["ss_network_alpha"]) == ("4", "out-000004", "3")
+    written = metadata(out / "out-000004.safetensors")
+    assert (written["ss_steps"], written["ss_output_name"], written["ss_network_alpha"]) == ("4", "out-000004", "3")
     sample.run(sample.Options(model=str(out), prompt=("a red disc",), num_inference_steps=3))
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder())
     pipeline.load_lora_weights(out / "out.safetensors")
@@ -206,7 +208,7 @@ def test_a_run_goes_on_from_a_lora_file_whatever_its_alpha(
     file = tmp_path / "first" / ("first.safetensors" if layout == "kohya" else "pytorch_lora_weights.safetensors")
     other = load_model("tiny")
     add_lora(other.unet, rank=4, alpha=8, target_modules=TARGETS)
-    assert Adapter(other.unet).take_over(file) == 0
+    assert Adapter(other.unet).init_from(file) == 0
     assert torch.allclose(answer(other.unet), answer(model.unet), rtol=0, atol=1e-5)
     config = TrainConfig(
         data=str(pictures), output_dir=str(tmp_path / "out"), max_train_steps=1, rank=4, init_lora=str(file),
@@ -232,7 +234,7 @@ def test_a_lora_file_that_does_not_fit_is_told(
     model: DiffusionModel, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict,
     error: type | None, message: str,
 ) -> None:  # fmt: skip
-    adapter = Adapter.of(model.unet)
+    adapter = Adapter.attached_to(model.unet)
     assert adapter is not None
     file = tmp_path / "lora.safetensors"
     adapter.save_kohya(file, {})

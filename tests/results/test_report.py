@@ -55,14 +55,14 @@ def run(tmp_path: Path) -> Path:
 
 
 def written(folder: Path, **more: object) -> Path:
-    told = {
+    metadata = {
         "step": 30,
-        "about": {"model": "tiny"},
+        "facts": {"model": "tiny"},
         "given": {"prompt": NASTY},
         "derived": {"rank": 16},
         "load": {"diffusers": "load(it)"},
     }
-    return write_report(folder, **(told | more))  # pyright: ignore[reportArgumentType]
+    return write_report(folder, **(metadata | more))  # pyright: ignore[reportArgumentType]
 
 
 def test_it_tells_everything_and_asks_no_network(run: Path) -> None:

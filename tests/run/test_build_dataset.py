@@ -8,7 +8,7 @@ from PIL import Image
 from finetune.config import TrainConfig
 from finetune.data.datasets import HuggingFaceDataset
 from finetune.data.image_folder import ImageFolder
-from finetune.data.user_dataset import OwnPictures
+from finetune.data.user_dataset import UserDataset
 from finetune.errors import DataError, UsageError
 from finetune.models.model_info import locate
 from finetune.run.build_dataset import digest, open_pictures
@@ -23,7 +23,7 @@ def test_other_pixels_under_the_same_names_are_other_pictures(
     Image.new("RGB", (80, 64), "blue").save(folder / "00.png")
     after = ImageFolder(folder, prompt="a disc")
     assert digest(after) != before
-    assert digest(OwnPictures(after)) == digest(after)
+    assert digest(UserDataset(after)) == digest(after)
 
 
 def test_rows_that_were_filtered_are_other_pictures(pictures: Path) -> None:
@@ -34,7 +34,7 @@ def test_rows_that_were_filtered_are_other_pictures(pictures: Path) -> None:
 
 
 def test_a_dataset_of_ones_own_is_known_by_its_pixels() -> None:
-    red, blue = (OwnPictures([(Image.new("RGB", (8, 8), colour), "a", "1")]) for colour in ("red", "blue"))
+    red, blue = (UserDataset([(Image.new("RGB", (8, 8), colour), "a", "1")]) for colour in ("red", "blue"))
     assert digest(red) != digest(blue)
 
 

@@ -55,7 +55,7 @@ def test_the_subjects_share_of_the_gradient_is_what_was_asked_for(
     seen: set[str] = set()
     for batches in training_steps(encoded, batch_size=batch_size, steps=steps):
         for batch in batches:
-            whole = batch.whole.weight if batch.whole else float(batch_size)
+            whole = batch.global_step.weight if batch.global_step else float(batch_size)
             for name, each in zip(batch.ids, batch.weight.tolist(), strict=True):
                 shares[name.split("/")[0]] += each / whole
                 seen.add(name)

@@ -20,8 +20,8 @@ def size_of(*places: Path) -> int:
 
 def estimated(config: TrainConfig) -> DiskUse:
     found = locate(config.model)
-    volumes = open_pictures(config, found, None)
-    return disk_use(resolve_for(config, found, volumes, torch.device("cpu")), found, volumes)
+    chunks = open_pictures(config, found, None)
+    return disk_use(resolve_for(config, found, chunks, torch.device("cpu")), found, chunks)
 
 
 @pytest.mark.parametrize(

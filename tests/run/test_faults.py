@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.cache.image_source import Kept
+from finetune.cache.image_source import CachedImages
 from finetune.config import TrainConfig
 from finetune.recipe import fine_tune
 from finetune.training import checkpoint
@@ -29,13 +29,13 @@ def options(pictures: Path, output: Path, **more: object) -> TrainConfig:
 @pytest.fixture
 def third_is_spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
     """The third of six pictures has no finite latents."""
-    load = Kept.load
+    load = CachedImages.load
 
-    def spoil(self: Kept, index: int, key: int) -> Any:
+    def spoil(self: CachedImages, index: int, key: int) -> Any:
         stored, *others = load(self, index, key)
         return stored * float("nan") if index == 2 else stored, *others
 
-    monkeypatch.setattr(Kept, "load", spoil)
+    monkeypatch.setattr(CachedImages, "load", spoil)
 
 
 def lines(path: Path) -> list[dict]:

@@ -51,8 +51,8 @@ def test_what_is_kept_for_the_backward_pass_is_as_counted(model: str, side: int)
     cond = {"encoder_hidden_states": torch.zeros(1, 77, 96)} if latent else {}
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         unet(torch.zeros(1, unet.config["in_channels"], side, side), torch.tensor([5]), **cond)
-    counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 4
-    assert kept_numbers(unet.config, side, latent=latent) == pytest.approx(counted, rel=0.06)
+    pluralize = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 4
+    assert kept_numbers(unet.config, side, latent=latent) == pytest.approx(pluralize, rel=0.06)
 
 
 def test_stable_diffusion_at_512_pixels_keeps_what_was_counted() -> None:
@@ -76,7 +76,7 @@ def test_what_learns_and_how_it_computes_counts() -> None:
     many = {"train_batch_size": 64}  # whose activations are more than what an update takes
     assert needed(**masters, **many) - needed(**masters, **many, full_bf16=True) == 4 * weights
     alone = {**masters, "model": "tiny", "data": "x", "full_bf16": True, "aspect_ratio_bucketing": False}
-    plain, fused = (bytes_of(resolved(**alone, fused_backward_pass=on), weights, kept=0) for on in (None, True))
+    plain, fused = (bytes_of(resolved(**alone, fused_backward_pass=on), weights, activations=0) for on in (None, True))
     assert plain - fused == 2 * weights
     assert needed(train_batch_size=16) > lora > needed(gradient_checkpointing=0.25)
     assert (

@@ -52,10 +52,10 @@ def test_where_it_cannot_be_it_is_not(pictures: Path, tmp_path: Path) -> None:
 
 
 def test_each_family_has_64_prompts_to_be_asked() -> None:
-    worlds = {family.world for family in FAMILIES.values()}
+    worlds = {family.probe_prompts for family in FAMILIES.values()}
     assert worlds == {"everyday", "tiny"}
-    for world in worlds:
-        assert len(set(generic_prompts(world))) == MOST_PROMPTS
+    for probe_prompts in worlds:
+        assert len(set(generic_prompts(probe_prompts))) == MOST_PROMPTS
 
 
 def test_events_tell_of_all_that_it_does(pictures: Path, tmp_path: Path) -> None:

@@ -48,12 +48,12 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert numbers == pytest.approx(expected[name], rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize(("encode", "volume"), [pytest.param("before", 0, marks=pytest.mark.slow), ("ahead", 3)])
-def test_two_processes_train_the_run_that_one_trains(pictures: Path, tmp_path: Path, encode: str, volume: int) -> None:
+@pytest.mark.parametrize(("encode", "chunk"), [pytest.param("before", 0, marks=pytest.mark.slow), ("ahead", 3)])
+def test_two_processes_train_the_run_that_one_trains(pictures: Path, tmp_path: Path, encode: str, chunk: int) -> None:
     """Of pictures of three shapes, so that a process may get several of them in a step; in one volume or in two."""
-    more = {"encode": encode, "cache_dir": str(tmp_path / "cache"), "volume_size": volume}
+    more = {"encode": encode, "cache_dir": str(tmp_path / "cache"), "volume_size": chunk}
     assert together(run, options(pictures, tmp_path / "two", **more)) == [tmp_path / "two"] * 2
-    alone = run(options(pictures, tmp_path / "one", num_processes=2, volume_size=volume))
+    alone = run(options(pictures, tmp_path / "one", num_processes=2, volume_size=chunk))
     assert_same_run(tmp_path / "two", alone)
     assert load_resolved(tmp_path / "two/config.toml").global_batch == 4
     ledger = json.loads((tmp_path / "two/ledger.json").read_text())

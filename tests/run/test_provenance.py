@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from finetune.config import TrainConfig, load_resolved
 from finetune.errors import UsageError
 from finetune.models.loading import load_model
-from finetune.models.weights import likeness
+from finetune.models.weights import sampled_digest
 from finetune.recipe import fine_tune
-from finetune.run.provenance import about_run, compared, threads, threads_then
+from finetune.run.provenance import check_provenance, recorded_threads, run_provenance, threads
 from finetune.training import checkpoint
 from tests.tiny_copy import copy_tiny
 
@@ -28,28 +28,28 @@ def global_generator_untouched() -> None:
 
 def test_another_weight_anywhere_is_another_likeness() -> None:
     weights = {"large": torch.zeros(100_000), "small": torch.zeros(3)}
-    before = likeness(weights)
-    assert likeness({name: tensor.clone() for name, tensor in weights.items()}) == before
-    assert likeness(weights | {"small": torch.tensor([0.0, 0.0, 1.0])}) != before
-    assert likeness({name: tensor.half() for name, tensor in weights.items()}) != before
+    before = sampled_digest(weights)
+    assert sampled_digest({name: tensor.clone() for name, tensor in weights.items()}) == before
+    assert sampled_digest(weights | {"small": torch.tensor([0.0, 0.0, 1.0])}) != before
+    assert sampled_digest({name: tensor.half() for name, tensor in weights.items()}) != before
 
 
 def test_only_what_gives_other_bits_is_told() -> None:
-    then = about_run(load_model("tiny"), "digest", torch.device("cpu"), 2)
+    then = run_provenance(load_model("tiny"), "digest", torch.device("cpu"), 2)
     now = json.loads(json.dumps(then))
-    assert compared(then, now, ()) == compared({}, now, ()) == ""
+    assert check_provenance(then, now, ()) == check_provenance({}, now, ()) == ""
     now["machine"]["torch"] = "99"
     now["processes"] = 1
     now["threads"] += 1
-    assert compared(then, now, ()) == f"torch: {then['machine']['torch']} -> 99; processes: 2 -> 1"
+    assert check_provenance(then, now, ()) == f"torch: {then['machine']['torch']} -> 99; processes: 2 -> 1"
 
 
 def test_threads_are_those_of_the_checkpoint_where_that_gives_the_same_bits() -> None:
     written = {"threads": 7, "processes": 1}
-    assert threads_then(written, torch.device("cpu"), 1) == 7
-    assert threads_then(written, torch.device("cpu"), 2) is None
-    assert threads_then(written, torch.device("cuda"), 1) is None
-    assert threads_then({}, torch.device("cpu"), 1) is None
+    assert recorded_threads(written, torch.device("cpu"), 1) == 7
+    assert recorded_threads(written, torch.device("cpu"), 2) is None
+    assert recorded_threads(written, torch.device("cuda"), 1) is None
+    assert recorded_threads({}, torch.device("cpu"), 1) is None
     before = torch.get_num_threads()
     with threads(before + 1):
         assert torch.get_num_threads() == before + 1

@@ -8,19 +8,19 @@ from finetune.config import TrainConfig
 from finetune.data.buckets import Buckets
 from finetune.errors import UsageError
 from finetune.models.families import FAMILIES, pictures_seen
-from finetune.models.model_info import Location
-from finetune.run.evaluation import interval
+from finetune.models.model_info import ModelInfo
+from finetune.run.evaluation import eval_interval
 from finetune.run.resolve_config import resolve
 from finetune.run.sample_grids import MOST_GRIDS, SAMPLING_SHARE, default_prompts, plan_samples
 from finetune.run.sample_prompts import SamplePrompt
 
 
-def location(family: str, resolution: int) -> Location:
-    return Location(family, FAMILIES[family], folder=Path("somewhere"), resolution=resolution, multiple=8)
+def location(family: str, resolution: int) -> ModelInfo:
+    return ModelInfo(family, FAMILIES[family], folder=Path("somewhere"), resolution=resolution, multiple=8)
 
 
 CPU = torch.device("cpu")
-SD15, DDPM = location("sd15", 512), Location("ddpm", FAMILIES["ddpm"], folder=None, resolution=64, multiple=8)
+SD15, DDPM = location("sd15", 512), ModelInfo("ddpm", FAMILIES["ddpm"], folder=None, resolution=64, multiple=8)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_what_the_user_gives_wins_and_steps_count_accumulation() -> None:
         ({"guidance_scale": 2.0}, DDPM, "guidance_scale cannot be used here: it needs a model that takes text"),
     ],
 )
-def test_an_option_that_cannot_be_used_is_an_error(options: dict, found: Location, message: str) -> None:
+def test_an_option_that_cannot_be_used_is_an_error(options: dict, found: ModelInfo, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         resolve(TrainConfig(**options), found, pictures=5, varied_captions=False, device=CPU)
 
@@ -127,11 +127,11 @@ def test_unasked_grids_stay_within_their_share_of_the_run() -> None:
 
 def test_as_many_grids_are_drawn_between_as_the_measured_times_allow() -> None:
     grids = {"share": SAMPLING_SHARE, "most": MOST_GRIDS}
-    assert interval(10.0, 1.0, 500, **grids) is None  # 25 s for grids: the first and the last
-    assert interval(10.0, 1.0, 600, **grids) == 300  # one more between them
-    assert interval(1.0, 1.0, 1000, **grids) == 112  # never more than 10
+    assert eval_interval(10.0, 1.0, 500, **grids) is None  # 25 s for grids: the first and the last
+    assert eval_interval(10.0, 1.0, 600, **grids) == 300  # one more between them
+    assert eval_interval(1.0, 1.0, 1000, **grids) == 112  # never more than 10
     for total in (100, 799, 5000):
-        every = interval(3.0, 0.5, total, **grids)
+        every = eval_interval(3.0, 0.5, total, **grids)
         drawn = 2 + ((total - 1) // every if every else 0)
         assert drawn == 2 or drawn * 3.0 <= SAMPLING_SHARE * total * 0.5
 

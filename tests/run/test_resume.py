@@ -9,7 +9,7 @@ import torch
 from finetune.config import ResolvedConfig, TrainConfig, load_config, load_resolved, replace
 from finetune.errors import RunError, UsageError
 from finetune.models.families import FAMILIES
-from finetune.models.model_info import Location
+from finetune.models.model_info import ModelInfo
 from finetune.run import resume, run_dir
 from finetune.run.resolve_config import resolve
 from finetune.run.run_dir import occupied
@@ -27,7 +27,7 @@ GIVEN = TrainConfig(model="tiny", data="images", lr_scheduler="constant", max_tr
 
 
 def resolved(config: TrainConfig) -> ResolvedConfig:
-    found = Location("tiny", FAMILIES["tiny"], folder=Path("somewhere"), resolution=64, multiple=8)
+    found = ModelInfo("tiny", FAMILIES["tiny"], folder=Path("somewhere"), resolution=64, multiple=8)
     return resolve(config, found, pictures=6, varied_captions=False, device=torch.device("cpu"))
 
 
@@ -39,11 +39,11 @@ def _in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def choose(config: ResolvedConfig, data: str = "digest") -> run_dir.RunFolder:
+def choose(config: ResolvedConfig, data: str = "digest") -> run_dir.RunDir:
     return resume.choose(config, data)
 
 
-def held(folder: run_dir.RunFolder, *, lock: bool = True) -> AbstractContextManager[None]:
+def held(folder: run_dir.RunDir, *, lock: bool = True) -> AbstractContextManager[None]:
     return occupied(folder.path, folder.mark, lock=lock)
 
 
@@ -288,10 +288,10 @@ def make(state: str, path: Path) -> None:
         started(config, finished=state == "finished")
 
 
-def done(path: Path, **asked: object) -> str:
+def done(path: Path, **way: object) -> str:
     """What the command does with the folder, by the table's words."""
     try:
-        found = choose(replace(CONFIG, **asked))
+        found = choose(replace(CONFIG, **way))
     except UsageError:
         return "refuse"
     if found.path.resolve() != path.resolve():
@@ -303,7 +303,7 @@ def done(path: Path, **asked: object) -> str:
 
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize(
-    ("asked", "options"),
+    ("way", "options"),
     [
         ("by default", {}),
         ("by default, overwrite", {"overwrite_output_dir": True}),
@@ -313,10 +313,10 @@ def done(path: Path, **asked: object) -> str:
         ("resume a checkpoint", {"resume_from_checkpoint": "runs/images-tiny/checkpoint-5"}),
     ],
 )
-def test_every_cell_of_the_table_is_what_happens(asked: str, options: dict, state: str) -> None:
+def test_every_cell_of_the_table_is_what_happens(way: str, options: dict, state: str) -> None:
     path = Path("runs/images-tiny")
     make(state, path)
-    assert done(path, **options) == resume.decide(asked, state)
+    assert done(path, **options) == resume.decide(way, state)
 
 
 def test_a_run_whose_first_checkpoint_was_never_written_starts_over() -> None:
@@ -334,8 +334,8 @@ def test_a_precision_that_the_machine_chose_makes_no_other_run_and_is_told() -> 
     assert (again.path, again.checkpoint) == (path, path / "checkpoint-5")
     assert "mixed_precision: no -> bf16" in again.note
     assert "mixed_precision" not in choose(CONFIG).note
-    asked = replace(elsewhere, elsewhere.given | {"mixed_precision"})
-    assert choose(asked).path == Path("runs/images-tiny-2")
+    way = replace(elsewhere, elsewhere.given | {"mixed_precision"})
+    assert choose(way).path == Path("runs/images-tiny-2")
 
 
 def test_a_damaged_checkpoint_is_skipped_and_named_and_all_damaged_are_an_error() -> None:

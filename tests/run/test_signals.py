@@ -8,7 +8,7 @@ import pytest
 from finetune.config import TrainConfig
 from finetune.errors import Interrupted
 from finetune.recipe import fine_tune
-from finetune.run.signals import SAVE, TIME_UP, Requests, catch_signals
+from finetune.run.signals import SAVE, TIME_UP, StopConditions, catch_signals
 from finetune.training import checkpoint
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -26,27 +26,27 @@ def options(pictures: Path, output: Path, **more: object) -> TrainConfig:
 
 def test_the_clock_asks_for_a_checkpoint_after_the_last_and_for_a_stop_after_the_start() -> None:
     seconds = [100.0]
-    requests = Requests(lambda: seconds[0])
-    assert requests.asks(None, None, None) == 0
+    requests = StopConditions(lambda: seconds[0])
+    assert requests.poll(None, None, None) == 0
     seconds[0] += 60
-    assert requests.asks(None, 1, None) == SAVE
+    assert requests.poll(None, 1, None) == SAVE
     requests.saved()
-    assert requests.asks(None, 1, None) == 0
+    assert requests.poll(None, 1, None) == 0
     seconds[0] += 59
-    assert requests.asks(None, 1, 2) == 0
+    assert requests.poll(None, 1, 2) == 0
     seconds[0] += 1
-    assert requests.asks(None, 1, 2) == TIME_UP
-    assert requests.asks(signal.SIGTERM, 1, 2) == 143
+    assert requests.poll(None, 1, 2) == TIME_UP
+    assert requests.poll(signal.SIGTERM, 1, 2) == 143
 
 
 def test_usr1_asks_for_a_checkpoint_once_and_is_then_as_before() -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    requests = Requests()
+    requests = StopConditions()
     with requests.hearing_usr1():
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert requests.asks(None, None, None) == SAVE
+        assert requests.poll(None, None, None) == SAVE
         requests.saved()
-        assert requests.asks(None, None, None) == 0
+        assert requests.poll(None, None, None) == 0
     assert signal.getsignal(signal.SIGUSR1) == before
 
 

@@ -14,7 +14,7 @@ import pytest
 from finetune.cache.disk import DiskStore
 from finetune.cli import main
 from finetune.config import TrainConfig, load_resolved
-from finetune.data.chunks import Volumes
+from finetune.data.chunks import Chunks
 from finetune.errors import DataError, UsageError
 from finetune.models.model_info import locate
 from finetune.recipe import fine_tune
@@ -44,7 +44,7 @@ def run(data: Path, folder: Path, **more: Any) -> Path:
     return fine_tune(TrainConfig(**options(data, folder, **more)))
 
 
-def opened(data: Path, **more: Any) -> Volumes:
+def opened(data: Path, **more: Any) -> Chunks:
     config = TrainConfig(**options(data, data.parent / "out", **more))
     return open_pictures(config, locate("tiny"), None)
 
@@ -137,10 +137,10 @@ def test_copies_of_what_is_held_out_are_trained_on_in_no_volume(many: Path, tmp_
     original = held.ids[held.held_out[0]]
     copy = opened(many).at(1).ids[0]
     shutil.copy(many / original, many / copy)
-    volume = opened(many, **how).at(1)
-    assert copy not in [volume.ids[index] for index in volume.trained]
-    assert len(volume.trained) == 7
-    assert volume.ledger().skipped == {"copies of pictures that are held out": 1}
+    chunk = opened(many, **how).at(1)
+    assert copy not in [chunk.ids[index] for index in chunk.trained]
+    assert len(chunk.trained) == 7
+    assert chunk.ledger().skipped == {"copies of pictures that are held out": 1}
 
 
 def test_a_volume_that_has_changed_since_the_run_learned_from_it_is_told(
@@ -189,8 +189,8 @@ def test_a_table_comes_in_volumes_too(many: Path, tmp_path: Path) -> None:
     out = run(tmp_path / "discs.parquet", tmp_path / "out", cache_dir=str(tmp_path / "cache"))
     ledger = record(out)
     assert (ledger["found"], ledger["trained"], ledger["visits"], ledger["visited"]) == (24, 24, 24, 24)
-    volumes = opened(tmp_path / "discs.parquet", cache_dir=str(tmp_path / "cache"))
-    seen = {name: text for n in range(3) for name, text in zip(volumes.at(n).ids, volumes.at(n).captions, strict=True)}
+    chunks = opened(tmp_path / "discs.parquet", cache_dir=str(tmp_path / "cache"))
+    seen = {name: text for n in range(3) for name, text in zip(chunks.at(n).ids, chunks.at(n).captions, strict=True)}
     assert seen == {f"row {number}": f"disc {number}" for number in range(FOUND)}
     own = fine_tune(TrainConfig(**options(many, tmp_path / "own") | {"data": ()}), table)
     assert record(own)["visited"] == FOUND
@@ -205,8 +205,8 @@ def test_shards_come_in_volumes_too(many: Path, tmp_path: Path) -> None:
     source, cache = tmp_path / "*.tar", str(tmp_path / "cache")
     ledger = record(run(source, tmp_path / "out", cache_dir=cache))
     assert (ledger["found"], ledger["trained"], ledger["captions"], ledger["visited"]) == (48, 24, 24, 24)
-    volumes = opened(source, cache_dir=cache)
-    seen = {name: text for n in range(3) for name, text in zip(volumes.at(n).ids, volumes.at(n).captions, strict=True)}
+    chunks = opened(source, cache_dir=cache)
+    seen = {name: text for n in range(3) for name, text in zip(chunks.at(n).ids, chunks.at(n).captions, strict=True)}
     names = {f"{number // 12}.tar/{number:02d}.png": f"a red disc, number {number}" for number in range(FOUND)}
     assert seen == names
     with pytest.raises(UsageError, match="with a cache_dir, shards"):
@@ -222,15 +222,15 @@ def test_several_sources_come_in_volumes_together(
         **options(many, tmp_path / "out", repeats=(1, 3), max_bad_fraction=0.5)
         | {"data": (str(many), str(few)), "volume_size": 9}
     )
-    volumes = open_pictures(config, locate("tiny"), None)
-    of_each = [volumes.at(number) for number in range(3)]
+    chunks = open_pictures(config, locate("tiny"), None)
+    of_each = [chunks.at(number) for number in range(3)]
     assert sorted(name for some in of_each for name in some.ids) == sorted(names)
-    assert [sum(some.repeats) for some in of_each] == list(volumes.visits)
+    assert [sum(some.repeats) for some in of_each] == list(chunks.visits)
     assert sorted(Counter(name.split("/")[0] for name in some.ids)["few"] for some in of_each) == [0, 1, 1]
     (few / "01.png").write_bytes(b"none")
     ledger = record(fine_tune(config))
     assert (ledger["found"], ledger["trained"], ledger["quarantined"], ledger["captions"]) == (52, 25, 1, 26)
-    assert (ledger["visited"], ledger["visits"]) == (25, 4 * sum(-(-visits // 4) for visits in volumes.visits))
+    assert (ledger["visited"], ledger["visits"]) == (25, 4 * sum(-(-visits // 4) for visits in chunks.visits))
     told = [line for line in capsys.readouterr().out.splitlines() if "few/01.png" in line]
     assert told == [
         "      note  volume 2: 1 picture quarantined: few/01.png (not a picture of a kind that can be read)"
@@ -238,10 +238,10 @@ def test_several_sources_come_in_volumes_together(
 
 
 def test_one_folder_may_be_repeated_in_volumes(many: Path) -> None:
-    volumes = opened(many, repeats=2)
-    assert [set(volumes.at(number).repeats) for number in range(3)] == [{2}, {2}, {2}]
-    assert sum(volumes.visits) == 2 * FOUND
-    assert volumes.digest != opened(many).digest
+    chunks = opened(many, repeats=2)
+    assert [set(chunks.at(number).repeats) for number in range(3)] == [{2}, {2}, {2}]
+    assert sum(chunks.visits) == 2 * FOUND
+    assert chunks.digest != opened(many).digest
 
 
 def test_class_pictures_are_not_dealt(many: Path, tmp_path: Path) -> None:

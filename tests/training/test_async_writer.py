@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from finetune.errors import RunError
 from finetune.training import async_writer, checkpoint
-from finetune.training.async_writer import Saving, copied
+from finetune.training.async_writer import AsyncWriter, copied
 from tests.small_trainer import small_batch, small_trainer
 
 
@@ -26,7 +26,7 @@ def test_what_is_written_is_the_state_of_its_step_however_far_training_is(tmp_pa
         later.wait()
         checkpoint.save(tmp_path / "there", copy)
 
-    with Saving() as under_way:
+    with AsyncWriter() as under_way:
         under_way.begin(write)
         for _ in range(2):
             trainer.step(small_batch()).as_dict()
@@ -63,14 +63,14 @@ def test_an_error_of_any_kind_reaches_the_run() -> None:
     def broken() -> None:
         raise RuntimeError("a device is missing")
 
-    with Saving() as under_way:
+    with AsyncWriter() as under_way:
         under_way.begin(broken)
         with pytest.raises(RuntimeError, match="a device is missing"):
             under_way.wait()
 
 
 def test_what_went_wrong_is_raised_once_by_whoever_asks_next() -> None:
-    under_way = Saving()
+    under_way = AsyncWriter()
     under_way.begin(failing)
     with pytest.raises(OSError, match="the disk is full"):
         under_way.wait()
@@ -84,7 +84,7 @@ def test_what_went_wrong_is_raised_once_by_whoever_asks_next() -> None:
 
 def left_with(error: BaseException, write: Callable[[], object]) -> None:
     """An error comes while something is being written."""
-    with Saving() as under_way:
+    with AsyncWriter() as under_way:
         under_way.begin(write)
         raise error
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from finetune.batch import Batch
 from finetune.training.metrics import NotFinite
-from finetune.training.nonfinite import Gate
+from finetune.training.nonfinite import FiniteGate
 from finetune.training.trainer import Trainer
 from tests.small_trainer import small_batch, small_trainer
 
@@ -26,7 +26,7 @@ def weights(trainer: Trainer) -> Tensor:
 
 
 def test_the_gate_shuts_for_a_bad_step_and_for_all_after_too_many() -> None:
-    gate, nan, one = Gate(2, torch.device("cpu")), torch.tensor(math.nan), torch.ones(())
+    gate, nan, one = FiniteGate(2, torch.device("cpu")), torch.tensor(math.nan), torch.ones(())
     assert [float(gate.shut(loss, one)) for loss in (one, nan, one, nan, nan, one)] == [0, 1, 0, 1, 1, 1]
     gate.open()
     assert [float(gate.shut(one, norm)) for norm in (one, one / 0, one)] == [0, 1, 0]

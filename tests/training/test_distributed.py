@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.batch import Batch, Whole
+from finetune.batch import Batch, GlobalStep
 from finetune.errors import Elsewhere, RunError
-from finetune.training.distributed import Parallel, _meeting, launched
+from finetune.training.distributed import Parallel, _meeting, from_environment
 from tests.processes import together
 from tests.small_trainer import small_batch, small_trainer
 
@@ -18,9 +18,9 @@ def added_up(bucket: int) -> list[torch.Tensor]:
     import finetune.training.distributed as module
 
     module._BUCKET = bucket
-    parallel = launched()
+    parallel = from_environment()
     tensors = [torch.full((2, 3), 1.0 + parallel.rank), torch.arange(5.0) * 10**parallel.rank, torch.ones(())]
-    parallel.add_up(tensors)
+    parallel.all_reduce_sum(tensors)
     return tensors
 
 
@@ -33,13 +33,13 @@ def test_tensors_are_added_up_whatever_the_size_of_a_bucket(bucket: int) -> None
 
 
 def agreed(folder: Path) -> tuple[int, bool, bool, list[str]]:
-    parallel = launched()
-    with parallel.in_turn():
+    parallel = from_environment()
+    with parallel.main_process_first():
         found = sorted(path.name for path in folder.iterdir())
-        if parallel.first:
+        if parallel.is_main_process:
             time.sleep(0.2)  # the other has the time to be too early
             (folder / "made").touch()
-    return parallel.largest(7 - parallel.rank), parallel.same("x"), parallel.same(parallel.rank), found
+    return parallel.all_reduce_max(7 - parallel.rank), parallel.all_equal("x"), parallel.all_equal(parallel.rank), found
 
 
 def test_they_agree_and_the_first_goes_first(tmp_path: Path) -> None:
@@ -49,15 +49,20 @@ def test_they_agree_and_the_first_goes_first(tmp_path: Path) -> None:
 def test_one_alone_agrees_with_itself() -> None:
     alone = Parallel()
     (tensor,) = (torch.ones(2),)
-    alone.add_up([tensor])
-    assert (alone.first, alone.largest(3), alone.same("x"), tensor.tolist()) == (True, 3, True, [1, 1])
+    alone.all_reduce_sum([tensor])
+    assert (alone.is_main_process, alone.all_reduce_max(3), alone.all_equal("x"), tensor.tolist()) == (
+        True,
+        3,
+        True,
+        [1, 1],
+    )
 
 
 def left_alone() -> float:
-    parallel, clock = launched(), time.monotonic()
-    if parallel.first:  # the other ends
+    parallel, clock = from_environment(), time.monotonic()
+    if parallel.is_main_process:  # the other ends
         with pytest.raises(Elsewhere):
-            parallel.largest(0)
+            parallel.all_reduce_max(0)
     return time.monotonic() - clock
 
 
@@ -70,7 +75,7 @@ def part(batch: Batch, number: int, spoilt: bool = False) -> Batch:
     """One of the two examples, as the loader gives it to one of two processes."""
     one = list(batch.split(1))[number]
     stored = one.stored.float() * float("nan") if spoilt else one.stored
-    return replace(one, stored=stored, whole=Whole(("a", "b"), float(batch.weight.sum()), number))
+    return replace(one, stored=stored, global_step=GlobalStep(("a", "b"), float(batch.weight.sum()), number))
 
 
 def weighted() -> Batch:
@@ -78,7 +83,7 @@ def weighted() -> Batch:
 
 
 def three_steps(method: str) -> tuple[list[float], list[float | None], dict[str, torch.Tensor]]:
-    parallel = launched()
+    parallel = from_environment()
     trainer = small_trainer(method, parallel=parallel)
     made = [trainer.step(part(weighted(), parallel.rank)) for _ in range(3)]
     return [one.loss for one in made], [one.grad_norm for one in made], dict(trainer.state_dict()["weights"])
@@ -96,7 +101,7 @@ def test_two_processes_make_the_step_that_one_makes(method: str) -> None:
 
 
 def spoilt_step() -> tuple[str, bool]:
-    parallel = launched()
+    parallel = from_environment()
     trainer = small_trainer("full", parallel=parallel)
     before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
     with pytest.raises(RunError) as told:

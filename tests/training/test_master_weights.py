@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 from finetune.training.ema import Ema
-from finetune.training.master_weights import Masters
+from finetune.training.master_weights import MasterWeights
 
 
 def network() -> nn.Module:
@@ -18,7 +18,7 @@ def test_the_network_computes_in_half_precision_and_what_learns_stays_in_full() 
     net = network()
     before = {name: p for name, p in net.named_parameters() if p.requires_grad}
     values = {name: p.detach().clone() for name, p in before.items()}
-    masters = Masters(net, torch.bfloat16)
+    masters = MasterWeights(net, torch.bfloat16)
     assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
     assert [name for name, p in net.named_parameters() if p.requires_grad] == ["1.weight", "1.bias"]
     for name, parameter in before.items():
@@ -30,7 +30,7 @@ def test_the_network_computes_in_half_precision_and_what_learns_stays_in_full() 
 
 def test_gradients_of_micro_batches_are_summed_in_fp32() -> None:
     """In bf16, 256 + 1 is 256."""
-    masters = Masters(network(), torch.bfloat16)
+    masters = MasterWeights(network(), torch.bfloat16)
     for value in (256.0, 1.0, 1.0):
         for working in masters.working.values():
             working.grad = torch.full_like(working, value)
@@ -41,7 +41,7 @@ def test_gradients_of_micro_batches_are_summed_in_fp32() -> None:
 
 def test_an_update_too_small_for_half_precision_is_not_lost() -> None:
     net = network()
-    masters = Masters(net, torch.bfloat16)
+    masters = MasterWeights(net, torch.bfloat16)
     with torch.no_grad():
         net.get_parameter("1.bias").fill_(1.0)
         masters.parameters["1.bias"].fill_(1.0)
@@ -53,9 +53,9 @@ def test_an_update_too_small_for_half_precision_is_not_lost() -> None:
 
 def test_masters_are_lent_for_an_export_and_the_copies_come_back() -> None:
     net = network()
-    masters = Masters(net, torch.bfloat16)
+    masters = MasterWeights(net, torch.bfloat16)
     copies = dict(net.named_parameters())
-    with masters.lent():
+    with masters.lent_weights():
         assert net.get_parameter("1.weight") is masters.parameters["1.weight"]
     assert all(net.get_parameter(name) is copy for name, copy in copies.items())
 
@@ -63,7 +63,7 @@ def test_masters_are_lent_for_an_export_and_the_copies_come_back() -> None:
 def test_without_a_dtype_nothing_is_copied() -> None:
     net = network()
     before = dict(net.named_parameters())
-    masters = Masters(net, None)
+    masters = MasterWeights(net, None)
     assert all(net.get_parameter(name) is parameter for name, parameter in before.items())
     masters.parameters["1.bias"].grad = torch.ones(2)
     masters.collect()
@@ -75,6 +75,6 @@ def test_an_average_is_of_the_masters() -> None:
     net = network()
     learned = {name: p for name, p in net.named_parameters() if p.requires_grad}
     ema = Ema(learned)
-    masters = Masters(net, torch.bfloat16)
+    masters = MasterWeights(net, torch.bfloat16)
     assert all(ema.shadow[name].dtype == torch.float32 for name in masters.parameters)
     assert ema.parameters["1.bias"] is masters.parameters["1.bias"]

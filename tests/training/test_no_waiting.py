@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.training.metrics import StepMetrics
-from finetune.training.objective import Noised, NoisePrediction
+from finetune.training.objective import NoisedBatch, NoisePrediction
 from tests.small_trainer import small_batch, small_trainer
 
 READS = {"item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy", "nonzero", "is_nonzero"}
@@ -38,10 +38,10 @@ class NoScalars(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Reading(NoisePrediction):
+class TrainDataLoader(NoisePrediction):
     """Reads its loss, as many a loop does."""
 
-    def loss(self, unet: Any, noised: Noised, cond: Mapping[str, Any], extra: Tensor | None = None) -> Tensor:
+    def loss(self, unet: Any, noised: NoisedBatch, cond: Mapping[str, Any], extra: Tensor | None = None) -> Tensor:
         loss = super().loss(unet, noised, cond, extra)
         assert loss.mean().item() > 0
         return loss
@@ -55,7 +55,7 @@ def two_steps(method: str, optimizer: str, objective: type[NoisePrediction], pre
     with NoReads(), NoScalars():
         for step in prepared:
             trainer._before = None  # that of the step before is read by then: it is there
-            made.append(trainer.take(step))
+            made.append(trainer.run_prepared(step))
     assert [metrics.step for metrics in made] == [1, 2]
     assert all(metrics.loss > 0 for metrics in made)
 
@@ -71,4 +71,4 @@ def test_an_optimizer_that_cannot_be_told_on_the_device_waits_and_so_does_a_loss
     with pytest.raises(Waited, match="tolist"):
         two_steps("lora", "adafactor", NoisePrediction, None)
     with pytest.raises(Waited, match="item"):
-        two_steps("lora", "adamw", Reading, None)
+        two_steps("lora", "adamw", TrainDataLoader, None)

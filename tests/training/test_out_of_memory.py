@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.batch import Batch, Whole
-from finetune.training.distributed import launched
+from finetune.batch import Batch, GlobalStep
+from finetune.training.distributed import from_environment
 from finetune.training.objective import NoisePrediction
 from finetune.training.trainer import Trainer
 from tests.processes import together
@@ -54,21 +54,25 @@ def gradients(trainer: Trainer, batch: Batch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
-@pytest.mark.parametrize(("room", "fits"), [(5, 4), (1, 1)])
+@pytest.mark.parametrize(("room", "oom_micro_batch_size"), [(5, 4), (1, 1)])
 def test_the_step_is_begun_anew_in_smaller_parts_to_the_same_gradient(
-    precision: torch.dtype | None, room: int, fits: int
+    precision: torch.dtype | None, room: int, oom_micro_batch_size: int
 ) -> None:
     plain = small_trainer("lora", precision=precision, max_grad_norm=0)
     scarce = small_trainer("lora", objective=Scarce, precision=precision, max_grad_norm=0)
     scarce.objective.room = room
     expected, found = gradients(plain, eight()), gradients(scarce, eight())
-    assert (plain.fits, scarce.fits, scarce.micro_batch_size) == (None, fits, fits)
+    assert (plain.oom_micro_batch_size, scarce.oom_micro_batch_size, scarce.micro_batch_size) == (
+        None,
+        oom_micro_batch_size,
+        oom_micro_batch_size,
+    )
     close = {"rtol": 1e-5, "atol": 1e-7} if precision is None else {"rtol": 0.1, "atol": 1e-3}
     torch.testing.assert_close(found, expected, **close)
     assert scarce.steps_done == 3
     passes = scarce.objective.passes
     scarce.step(eight())
-    assert scarce.objective.passes == passes + 8 // fits  # without trying what is known not to fit
+    assert scarce.objective.passes == passes + 8 // oom_micro_batch_size  # without trying what is known not to fit
 
 
 def test_memory_of_a_cpu_that_does_not_suffice_is_understood_and_another_error_is_not() -> None:
@@ -76,7 +80,7 @@ def test_memory_of_a_cpu_that_does_not_suffice_is_understood_and_another_error_i
     scarce.objective.room, scarce.objective.on_cpu = 4, True
     for _ in range(3):
         scarce.step(eight())
-    assert scarce.fits == 4
+    assert scarce.oom_micro_batch_size == 4
     scarce.objective.room, scarce.objective.passes = 0, 3
     with pytest.raises(torch.OutOfMemoryError, match="step 4, one example at a time"):
         scarce.step(eight())
@@ -92,7 +96,7 @@ def test_what_was_found_to_fit_is_kept_in_the_state() -> None:
         scarce.step(eight())
     other = small_trainer("lora", objective=Scarce)
     other.load_state_dict(scarce.state_dict())
-    assert (other.fits, other.micro_batch_size) == (4, 4)
+    assert (other.oom_micro_batch_size, other.micro_batch_size) == (4, 4)
     assert small_trainer("lora").state_dict()["fits"] is None
 
 
@@ -106,12 +110,14 @@ def test_memory_for_not_even_one_is_an_error_and_changes_nothing() -> None:
 
 
 def step_of_two(room: int) -> tuple[int | None, list[float]]:
-    parallel = launched()
+    parallel = from_environment()
     trainer = small_trainer("lora", objective=Scarce, parallel=parallel)
     trainer.objective.room = room if parallel.rank == 1 else 8
     (own,) = list(eight().split(4))[parallel.rank : parallel.rank + 1]
-    own = replace(own, whole=Whole(eight().ids, float(eight().weight.sum()), 4 * parallel.rank))
-    return trainer.fits, [trainer.step(own).loss for _ in range(4)] + [float(trainer.fits or 0)]
+    own = replace(own, global_step=GlobalStep(eight().ids, float(eight().weight.sum()), 4 * parallel.rank))
+    return trainer.oom_micro_batch_size, [trainer.step(own).loss for _ in range(4)] + [
+        float(trainer.oom_micro_batch_size or 0)
+    ]
 
 
 def test_all_processes_take_the_same_smaller_parts() -> None:

@@ -9,7 +9,7 @@ from finetune.batch import Batch
 from finetune.models.encoders import PixelEncoder
 from finetune.training import stochastic_rounding
 from finetune.training.optimizers import make_optimizer
-from finetune.training.stochastic_rounding import Rounding, round_at_random_
+from finetune.training.stochastic_rounding import StochasticRounding, round_at_random_
 from finetune.training.trainer import Trainer
 
 
@@ -102,7 +102,7 @@ def test_updates_too_small_for_bf16_arrive() -> None:
         net.weight.fill_(1.0)
         net.bias.fill_(1.0)
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
-    masters = Rounding(net)
+    masters = StochasticRounding(net)
     for step in range(100):
         for parameter in masters.parameters.values():
             parameter.grad = torch.full_like(parameter, 1e-4)
@@ -127,7 +127,7 @@ def test_adafactor_keeps_a_row_and_a_column_of_a_convolution() -> None:
     with torch.random.fork_rng(devices=[]):
         net = nn.Conv2d(6, 5, 3)
     optimizer = make_optimizer("adafactor", net.parameters(), learning_rate=0.1)
-    masters = Rounding(net)
+    masters = StochasticRounding(net)
     before = net.weight.float().clone()
     for parameter in masters.parameters.values():
         parameter.grad = torch.ones_like(parameter)

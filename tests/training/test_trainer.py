@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finetune.batch import Batch
 from finetune.cache.encode import encode
-from finetune.cache.encoded_dataset import Encoded
+from finetune.cache.encoded_dataset import EncodedDataset
 from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import batches
 from finetune.errors import RunError
@@ -29,7 +29,9 @@ MakeTrainer = Callable[..., tuple[DiffusionModel, Trainer]]
 
 
 @pytest.fixture(scope="module")
-def encoded(pictures: Path, make_pictures: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Encoded:
+def encoded(
+    pictures: Path, make_pictures: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> EncodedDataset:
     folder = make_pictures(tmp_path_factory.mktemp("eight"), count=8)
     return encode(ImageFolder(folder, prompt="a disc", resolution=64), load_model("tiny"))
 
@@ -54,7 +56,7 @@ def make(
     return model, Trainer(model.unet, model.encoder, objective, made, **options)
 
 
-def steps(encoded: Encoded, count: int, batch_size: int = 8) -> Iterator[Batch]:
+def steps(encoded: EncodedDataset, count: int, batch_size: int = 8) -> Iterator[Batch]:
     return batches(encoded, batch_size=batch_size, steps=count)
 
 
@@ -68,7 +70,7 @@ def weights(trainer: Trainer) -> Tensor:
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("micro", [2, 3])
-def test_micro_batches_give_the_gradient_of_the_whole_batch(encoded: Encoded, method: str, micro: int) -> None:
+def test_micro_batches_give_the_gradient_of_the_whole_batch(encoded: EncodedDataset, method: str, micro: int) -> None:
     batch = next(steps(encoded, 1))
     batch = replace(batch, weight=torch.tensor([1.0, 2, 0.5, 1, 1, 3, 1, 1]))
     _, whole = make(method)
@@ -78,7 +80,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(encoded: Encoded, me
     assert (gradient(whole) - gradient(cut)).norm() <= 1e-5 * gradient(whole).norm()
 
 
-def test_five_sgd_steps_change_the_weights_alike_however_the_batch_is_cut(encoded: Encoded) -> None:
+def test_five_sgd_steps_change_the_weights_alike_however_the_batch_is_cut(encoded: EncodedDataset) -> None:
     """Five examples a step over eight: the second step of each epoch is a short one, of three."""
     changes = []
     for micro in (None, 2):
@@ -92,7 +94,7 @@ def test_five_sgd_steps_change_the_weights_alike_however_the_batch_is_cut(encode
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_only_what_should_learn_changes(encoded: Encoded, method: str) -> None:
+def test_only_what_should_learn_changes(encoded: EncodedDataset, method: str) -> None:
     model, trainer = make(method)
     parts = {
         "unet": model.unet.state_dict(),
@@ -107,7 +109,7 @@ def test_only_what_should_learn_changes(encoded: Encoded, method: str) -> None:
     assert all(("lora_" in name) == (method == "lora") for _, name in changed)
 
 
-def test_a_step_reports_weighted_loss_norm_before_clipping_and_rate(encoded: Encoded) -> None:
+def test_a_step_reports_weighted_loss_norm_before_clipping_and_rate(encoded: EncodedDataset) -> None:
     batch = next(steps(encoded, 1))
     _, trainer = make(max_grad_norm=1e-3, learning_rate=lambda step: 0.5 / (step + 1))
     before = weights(trainer)
@@ -133,7 +135,7 @@ def test_a_step_reports_weighted_loss_norm_before_clipping_and_rate(encoded: Enc
     ],
 )
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_example(
-    encoded: Encoded, micro: int | None, precision: torch.dtype | None, optimizer: type[torch.optim.Optimizer]
+    encoded: EncodedDataset, micro: int | None, precision: torch.dtype | None, optimizer: type[torch.optim.Optimizer]
 ) -> None:
     examples = 2 if precision else 4  # without AVX512, bf16 takes seconds a step
     batch, whole = (next(steps(encoded, 1, batch_size=examples)) for _ in range(2))
@@ -192,7 +194,7 @@ def test_fp16_that_only_overflows_is_an_error(monkeypatch: pytest.MonkeyPatch) -
         overflowing(4)
 
 
-def test_dropout_is_drawn_anew_at_each_step_and_is_the_same_in_each_run(encoded: Encoded) -> None:
+def test_dropout_is_drawn_anew_at_each_step_and_is_the_same_in_each_run(encoded: EncodedDataset) -> None:
     batch = next(steps(encoded, 1, batch_size=4))
     losses = []
     for _ in range(2):
@@ -203,7 +205,7 @@ def test_dropout_is_drawn_anew_at_each_step_and_is_the_same_in_each_run(encoded:
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
-def test_training_lowers_the_loss_on_a_fixed_batch(encoded: Encoded, precision: torch.dtype | None) -> None:
+def test_training_lowers_the_loss_on_a_fixed_batch(encoded: EncodedDataset, precision: torch.dtype | None) -> None:
     batch = next(steps(encoded, 1, batch_size=2 if precision else 8))  # without AVX512, bf16 takes seconds a step
     model, _ = make("lora")
     optimizer = torch.optim.AdamW(trainable(model.unet), lr=1e-2)
@@ -213,7 +215,7 @@ def test_training_lowers_the_loss_on_a_fixed_batch(encoded: Encoded, precision: 
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_a_loaded_state_goes_on_bit_for_bit(encoded: Encoded) -> None:
+def test_a_loaded_state_goes_on_bit_for_bit(encoded: EncodedDataset) -> None:
     def fresh() -> Trainer:
         model = load_model("tiny")
         add_lora(model.unet, rank=4, dropout=0.1)
@@ -255,7 +257,7 @@ def moments(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def test_hyperparameters_of_a_resumed_run_are_its_own_and_moments_the_checkpoints(
-    encoded: Encoded, tmp_path: Path
+    encoded: EncodedDataset, tmp_path: Path
 ) -> None:
     """LoRA+ cuts the parameters into other groups, so that the optimizer counts them in another order."""
     first = lora_trainer(weight_decay=0.01)
@@ -272,7 +274,7 @@ def test_hyperparameters_of_a_resumed_run_are_its_own_and_moments_the_checkpoint
     second.step(next(steps(encoded, 1)))
 
 
-def test_an_ema_that_the_checkpoint_lacks_starts_from_its_weights(encoded: Encoded) -> None:
+def test_an_ema_that_the_checkpoint_lacks_starts_from_its_weights(encoded: EncodedDataset) -> None:
     first, second = lora_trainer(), lora_trainer(ema=True)
     first.step(next(steps(encoded, 1)))
     second.load_state_dict(first.state_dict())
@@ -280,14 +282,14 @@ def test_an_ema_that_the_checkpoint_lacks_starts_from_its_weights(encoded: Encod
     assert all(torch.equal(second.ema.shadow[name], weight) for name, weight in first.parameters.items())
 
 
-def test_the_state_of_another_optimizer_is_refused(encoded: Encoded) -> None:
+def test_the_state_of_another_optimizer_is_refused(encoded: EncodedDataset) -> None:
     first = lora_trainer("sgd")
     first.step(next(steps(encoded, 1)))
     with pytest.raises(RunError, match=r"optimizer is SGD, whose state AdamW cannot take over: .*--init_lora"):
         lora_trainer("adamw").load_state_dict(first.state_dict())
 
 
-def test_prodigys_estimate_is_state_and_its_weight_decay_is_not(encoded: Encoded) -> None:
+def test_prodigys_estimate_is_state_and_its_weight_decay_is_not(encoded: EncodedDataset) -> None:
     first, second = lora_trainer("prodigy"), lora_trainer("prodigy", weight_decay=0.5)
     for batch in steps(encoded, 2):
         first.step(batch)
@@ -299,7 +301,7 @@ def test_prodigys_estimate_is_state_and_its_weight_decay_is_not(encoded: Encoded
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_nothing_of_a_loaded_checkpoint_stays_mapped(optimizer: str, encoded: Encoded, tmp_path: Path) -> None:
+def test_nothing_of_a_loaded_checkpoint_stays_mapped(optimizer: str, encoded: EncodedDataset, tmp_path: Path) -> None:
     first, second = lora_trainer(optimizer), lora_trainer(optimizer, ema=True)
     first.step(next(steps(encoded, 1)))
     folder = checkpoint.save(tmp_path, first.state_dict())
@@ -308,7 +310,7 @@ def test_nothing_of_a_loaded_checkpoint_stays_mapped(optimizer: str, encoded: En
     assert str(folder) not in Path("/proc/self/maps").read_text()
 
 
-def test_a_block_that_learns_at_rate_zero_stays_as_it_is(encoded: Encoded) -> None:
+def test_a_block_that_learns_at_rate_zero_stays_as_it_is(encoded: EncodedDataset) -> None:
     model = load_model("tiny")
     add_lora(model.unet, rank=2, target_modules=["attn2.to_q"])
     learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
@@ -324,7 +326,7 @@ def test_a_block_that_learns_at_rate_zero_stays_as_it_is(encoded: Encoded) -> No
     assert changed == {"mid_block", "up_blocks"}
 
 
-def test_a_base_model_that_is_not_finite_is_named(encoded: Encoded) -> None:
+def test_a_base_model_that_is_not_finite_is_named(encoded: EncodedDataset) -> None:
     trainer = lora_trainer()
     name, weight = next((n, p) for n, p in trainer.unet.named_parameters() if not p.requires_grad)
     weight.data.view(-1)[0] = float("nan")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.cache.encode import encode
-from finetune.cache.encoded_dataset import Encoded
+from finetune.cache.encoded_dataset import EncodedDataset
 from finetune.data.buckets import Buckets
 from finetune.data.image_folder import ImageFolder
 from finetune.models.loading import DiffusionModel, load_model
@@ -31,7 +31,7 @@ def tiny() -> DiffusionModel:
 
 
 @pytest.fixture(scope="module")
-def encoded(pictures: Path, tiny: DiffusionModel) -> Encoded:
+def encoded(pictures: Path, tiny: DiffusionModel) -> EncodedDataset:
     images = ImageFolder(pictures, resolution=64, random_flip=True, buckets=Buckets(64, 32, 128, 8))
     return encode(images, tiny, cache_dir="none")
 
@@ -50,7 +50,7 @@ class Silent(nn.Module):
         return SimpleNamespace(sample=torch.zeros_like(x))
 
 
-def test_each_slice_of_the_schedule_has_a_timestep_that_stays(tiny: DiffusionModel, encoded: Encoded) -> None:
+def test_each_slice_of_the_schedule_has_a_timestep_that_stays(tiny: DiffusionModel, encoded: EncodedDataset) -> None:
     objective, seen = NoisePrediction(tiny.scheduler), []
     for _ in range(2):
         unet = Silent().train()
@@ -63,7 +63,7 @@ def test_each_slice_of_the_schedule_has_a_timestep_that_stays(tiny: DiffusionMod
     assert seen[0][1] == seen[1][1]
 
 
-def test_what_is_measured_depends_on_the_example_alone(tiny: DiffusionModel, encoded: Encoded) -> None:
+def test_what_is_measured_depends_on_the_example_alone(tiny: DiffusionModel, encoded: EncodedDataset) -> None:
     objective, more = NoisePrediction(tiny.scheduler), {"draws": 3, "seed": 5}
     some = validation_losses(tiny.unet, tiny.encoder, objective, encoded, [4, 1], batch_size=1, **more)
     every = validation_losses(tiny.unet, tiny.encoder, objective, encoded, range(6), batch_size=4, **more)
@@ -112,7 +112,9 @@ def test_the_chance_of_a_rise_is_small_for_a_sure_one_and_large_for_none() -> No
     assert chance_of_rise(before, before + 1) == 0.0
 
 
-def test_fewer_examples_go_together_where_memory_does_not_suffice(tiny: DiffusionModel, encoded: Encoded) -> None:
+def test_fewer_examples_go_together_where_memory_does_not_suffice(
+    tiny: DiffusionModel, encoded: EncodedDataset
+) -> None:
     class Scarce(Silent):
         def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Any:
             if len(x) > 1:

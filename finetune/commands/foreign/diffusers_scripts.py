@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.commands.foreign.taken import Renamed, Taken, dropout, no_resume
+from finetune.commands.foreign.imported_config import ImportedConfig, Renamed, dropout, no_resume
 from finetune.config import accepted_names
 
 _SHARED = {"lr_scheduler": "constant", "lr_warmup_steps": 500, "mixed_precision": "no", "caption_dropout": 0.0,
@@ -24,19 +24,19 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 """Beginning of a script's name -> what it takes where nothing is said, and we would not; the later win."""
 
 
-def _prompt(taken: Taken, value: Any) -> None:
-    taken.put("sample_prompts", [value], "validation_prompt")
+def _prompt(imported: ImportedConfig, value: Any) -> None:
+    imported.set("sample_prompts", [value], "validation_prompt")
 
 
-def _trackers(taken: Taken, value: Any) -> None:
-    taken.put("report_to", ["tensorboard", "wandb"] if value == "all" else [value], "report_to")
+def _trackers(imported: ImportedConfig, value: Any) -> None:
+    imported.set("report_to", ["tensorboard", "wandb"] if value == "all" else [value], "report_to")
 
 
-def _schedule(taken: Taken, value: Any) -> None:
-    near = {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine", "piecewise_constant": "constant"}
+def _schedule(imported: ImportedConfig, value: Any) -> None:
+    similar = {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine", "piecewise_constant": "constant"}
     if value in ("cosine_with_restarts", "piecewise_constant"):
-        taken.leave("lr_scheduler", value, f"there is no such schedule here; {near[value]} is taken")
-    taken.put("lr_scheduler", near.get(value, value), "lr_scheduler")
+        imported.skip("lr_scheduler", value, f"there is no such schedule here; {similar[value]} is taken")
+    imported.set("lr_scheduler", similar.get(value, value), "lr_scheduler")
 
 
 _OWN: Renamed = {
@@ -44,35 +44,35 @@ _OWN: Renamed = {
     "validation_epochs": "save_image_epochs", "report_to": _trackers, "logger": _trackers, "lr_scheduler": _schedule,
     "pretrained_vae_model_name_or_path": "vae", "ddpm_num_inference_steps": "num_inference_steps",
     "resume_from_checkpoint": no_resume, "lora_dropout": dropout,
-    "use_8bit_adam": lambda taken, value: taken.put("optimizer", "adamw8bit", "use_8bit_adam") if value else None,
-    "use_dora": lambda taken, value: taken.put("lora_type", "dora", "use_dora"),
+    "use_8bit_adam": lambda imported, value: imported.set("optimizer", "adamw8bit", "use_8bit_adam") if value else None,
+    "use_dora": lambda imported, value: imported.set("lora_type", "dora", "use_dora"),
 }  # fmt: skip
 
 
-def take(given: Mapping[str, Any], script: str) -> Taken:
+def take(given: Mapping[str, Any], script: str) -> ImportedConfig:
     """The settings of a run of one of the scripts.
 
     Args:
         given: option -> value.
         script: its name, such as `train_text_to_image_lora.py`.
     """
-    taken = Taken("diffusers")
+    imported = ImportedConfig("diffusers")
     for begin, defaults in _DEFAULTS.items():
-        taken.ours |= defaults if script.startswith(begin) else {}
+        imported.ours |= defaults if script.startswith(begin) else {}
     if script.startswith("train_unconditional"):
-        taken.ours |= {"model": "ddpm"}
+        imported.ours |= {"model": "ddpm"}
     else:
         lora = {"method": "lora", "rank": 4, "lora_target_modules": ("to_k", "to_q", "to_v", "to_out.0")}
-        taken.ours |= lora if "lora" in script else {"method": "full"}
+        imported.ours |= lora if "lora" in script else {"method": "full"}
     if "xl" in script:
-        taken.ours.pop("resolution", None)  # theirs and ours are the model's own
+        imported.ours.pop("resolution", None)  # theirs and ours are the model's own
     given = dict(given)
     if not given.pop("with_prior_preservation", False):
         for name in ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight"):
             given.pop(name, None)  # theirs does not look at them then
     if "max_train_steps" in given:
-        taken.ours.pop("num_train_epochs", None)
-    taken.take(given, {**accepted_names(), **_OWN})
-    if given.get("lr_scheduler", taken.ours.get("lr_scheduler")) == "constant":
-        taken.ours["lr_warmup_steps"] = 0  # their constant schedule has no warm-up, whatever is given
-    return taken
+        imported.ours.pop("num_train_epochs", None)
+    imported.take(given, {**accepted_names(), **_OWN})
+    if given.get("lr_scheduler", imported.ours.get("lr_scheduler")) == "constant":
+        imported.ours["lr_warmup_steps"] = 0  # their constant schedule has no warm-up, whatever is given
+    return imported

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.commands.foreign import sd_scripts
-from finetune.commands.foreign.taken import Taken, word_value
+from finetune.commands.foreign.imported_config import ImportedConfig, word_value
 
 _GUI = {
     "max_resolution": "resolution", "optimizer": "optimizer_type", "stop_text_encoder_training_pct": "",
@@ -14,7 +14,7 @@ _GUI = {
 """What kohya_ss calls otherwise than sd-scripts, or says in another way (""; see `take`)."""
 
 
-def take(given: Mapping[str, Any], place: Path = Path()) -> Taken:
+def take(given: Mapping[str, Any], place: Path = Path()) -> ImportedConfig:
     """The settings of a preset of kohya_ss, the page around sd-scripts: JSON.
 
     Args:
@@ -36,6 +36,6 @@ def take(given: Mapping[str, Any], place: Path = Path()) -> Taken:
     if warmup := word_value(given.get("lr_warmup", 0)):
         flat["lr_warmup_steps"] = warmup / 100 if isinstance(warmup, int | float) else warmup  # it is in percent there
     script = "sdxl_train_network.py" if given.get("sdxl") else "train_network.py"
-    taken = sd_scripts.take(flat, script, place)
-    taken.tool = "kohya_ss"
-    return taken
+    imported = sd_scripts.take(flat, script, place)
+    imported.tool = "kohya_ss"
+    return imported

@@ -5,8 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.commands.foreign.imported_config import ImportedConfig, Renamed, dropout, square
 from finetune.commands.foreign.sd_scripts_options import TRANSFORMERS
-from finetune.commands.foreign.taken import Renamed, Taken, dropout, square
 
 DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 3e-6, "epochs": 100, "batch_size": 1, "learning_rate_warmup_steps": 200, "resolution": "512",
@@ -55,94 +55,94 @@ _EVERY_LAYER = ("conv1", "conv2", "conv_shortcut", "conv_in", "conv_out", "downs
 _KINDS = {"LORA": "lora", "LOHA": "loha"}
 
 
-def _optimizer(taken: Taken, value: Any) -> None:
+def _optimizer(imported: ImportedConfig, value: Any) -> None:
     given = {"optimizer": value} if isinstance(value, str) else dict(value)
     name = given.pop("optimizer", None)
     if name is not None and name not in _OPTIMIZERS:
-        taken.leave("optimizer.optimizer", name, f"the optimizers here: {', '.join(_OPTIMIZERS.values())}")
+        imported.skip("optimizer.optimizer", name, f"the optimizers here: {', '.join(_OPTIMIZERS.values())}")
     elif name is not None:
-        taken.ours["optimizer"] = _OPTIMIZERS[name]
+        imported.ours["optimizer"] = _OPTIMIZERS[name]
     for argument, number in given.items():
         if argument in _ARGUMENTS and number is not None:
-            taken.put(_ARGUMENTS[argument], number, f"optimizer.{argument}")
+            imported.set(_ARGUMENTS[argument], number, f"optimizer.{argument}")
         elif number not in (None, False):
-            taken.leave(f"optimizer.{argument}", number)
+            imported.skip(f"optimizer.{argument}", number)
 
 
-def _method(taken: Taken, value: Any) -> None:
+def _method(imported: ImportedConfig, value: Any) -> None:
     methods = {"LORA": "lora", "FINE_TUNE": "full"}
-    taken.put("method", methods.get(value, value), "training_method")
+    imported.set("method", methods.get(value, value), "training_method")
 
 
-def _model_type(taken: Taken, value: Any) -> None:
+def _model_type(imported: ImportedConfig, value: Any) -> None:
     if value not in _MODELS:
-        taken.leave("model_type", value, "Stable Diffusion 1, 2 and XL can be trained here")
+        imported.skip("model_type", value, "Stable Diffusion 1, 2 and XL can be trained here")
 
 
 def _chosen(name: str, theirs: str, table: Mapping[str, Any]) -> Any:
-    return lambda taken, value: taken.put(name, table.get(value, value), theirs)
+    return lambda imported, value: imported.set(name, table.get(value, value), theirs)
 
 
-def _text_encoder(taken: Taken, value: Any) -> None:
+def _text_encoder(imported: ImportedConfig, value: Any) -> None:
     if isinstance(value, dict) and (share := value.get("dropout_probability")):
-        taken.put("caption_dropout", share, "text_encoder.dropout_probability")
+        imported.set("caption_dropout", share, "text_encoder.dropout_probability")
     note = "OneTrainer trained the text encoder too, unless told otherwise; here it stays frozen"
-    if (not isinstance(value, dict) or value.get("train", True)) and note not in taken.notes:
-        taken.notes.append(note)
+    if (not isinstance(value, dict) or value.get("train", True)) and note not in imported.notes:
+        imported.notes.append(note)
 
 
-def _unet(taken: Taken, value: Any) -> None:
+def _unet(imported: ImportedConfig, value: Any) -> None:
     given = dict(value) if isinstance(value, dict) else {}
     if rate := given.pop("learning_rate", None):
-        taken.put("learning_rate", rate, "unet.learning_rate")
+        imported.set("learning_rate", rate, "unet.learning_rate")
     if given.pop("gradient_checkpointing", False):
-        taken.ours["gradient_checkpointing"] = True
-    _leave_rest(taken, "unet", given)
+        imported.ours["gradient_checkpointing"] = True
+    _leave_rest(imported, "unet", given)
 
 
-def _vae(taken: Taken, value: Any) -> None:
+def _vae(imported: ImportedConfig, value: Any) -> None:
     given = dict(value) if isinstance(value, dict) else {}
     if name := given.pop("model_name", None):
-        taken.put("vae", name, "vae.model_name")
-    _leave_rest(taken, "vae", given)
+        imported.set("vae", name, "vae.model_name")
+    _leave_rest(imported, "vae", given)
 
 
 _OF_A_PART = ("train", "include", "stop_training_after", "train_embedding", "__version")
 
 
-def _leave_rest(taken: Taken, part: str, given: Mapping[str, Any]) -> None:
+def _leave_rest(imported: ImportedConfig, part: str, given: Mapping[str, Any]) -> None:
     """What is told of a part of the model, but for what is so here anyway."""
     for name, value in given.items():
         if name not in _OF_A_PART and value not in (None, False, "", 0, "NEVER", 1.0, *_DTYPES):
-            taken.leave(f"{part}.{name}", value)
+            imported.skip(f"{part}.{name}", value)
 
 
-def _loss_weight(taken: Taken, value: Any) -> None:
+def _loss_weight(imported: ImportedConfig, value: Any) -> None:
     if value not in ("CONSTANT", "MIN_SNR_GAMMA"):
-        taken.leave("loss_weight_fn", value, "Min-SNR is the one weighting here")
+        imported.skip("loss_weight_fn", value, "Min-SNR is the one weighting here")
 
 
-def _concepts(taken: Taken, value: Any) -> None:
+def _concepts(imported: ImportedConfig, value: Any) -> None:
     everything = [concept for concept in value or [] if concept.get("enabled", True) and concept.get("path")]
     for kind, ours in {"PRIOR_PREDICTION": "class_data", "VALIDATION": "validation_data"}.items():
         paths = [concept["path"] for concept in everything if concept.get("type") == kind]
         if paths:
-            taken.put(ours, paths[0], "concepts.path")
+            imported.set(ours, paths[0], "concepts.path")
         for more in paths[1:]:
-            taken.leave("concepts.path", more, f"one folder is taken for {ours}")
-    if "class_data" in taken.ours:
-        taken.ours["prior_prediction"] = True
+            imported.skip("concepts.path", more, f"one folder is taken for {ours}")
+    if "class_data" in imported.ours:
+        imported.ours["prior_prediction"] = True
     concepts = [concept for concept in everything if concept.get("type", "STANDARD") == "STANDARD"]
     if not concepts:
         return
-    taken.put("data", [concept["path"] for concept in concepts], "concepts.path")
-    _settings_of_concepts(taken, concepts)
+    imported.set("data", [concept["path"] for concept in concepts], "concepts.path")
+    _settings_of_concepts(imported, concepts)
     repeats = [concept.get("balancing", 1.0) for concept in concepts]
     strange = [times for times in repeats if times < 1 or times != int(times)]
     if strange or any(concept.get("balancing_strategy", "REPEATS") != "REPEATS" for concept in concepts):
-        taken.leave("concepts.balancing", repeats, "whole numbers of repeats are taken")
+        imported.skip("concepts.balancing", repeats, "whole numbers of repeats are taken")
     elif set(repeats) != {1}:
-        taken.put("repeats", [int(times) for times in repeats], "concepts.balancing")
+        imported.set("repeats", [int(times) for times in repeats], "concepts.balancing")
 
 
 _OF_CONCEPTS = {
@@ -158,65 +158,65 @@ _SAID_BY_CONCEPTS = {
 """What a concept may say that has no like here -> what changes nothing."""
 
 
-def _settings_of_concepts(taken: Taken, concepts: Sequence[Mapping[str, Any]]) -> None:
+def _settings_of_concepts(imported: ImportedConfig, concepts: Sequence[Mapping[str, Any]]) -> None:
     """What the concepts say of pictures and captions: where all say the same, it is taken over."""
 
-    def said(concept: Mapping[str, Any], place: tuple[str, str]) -> Any:
+    def skip(concept: Mapping[str, Any], place: tuple[str, str]) -> Any:
         return (concept.get(place[0]) or {} if place[0] else concept).get(place[1])
 
     for place, ours in _OF_CONCEPTS.items():
-        values = {said(concept, place) for concept in concepts} - {None}
+        values = {skip(concept, place) for concept in concepts} - {None}
         if len(values) == 1:
             value = values.pop()
-            if value and not (ours == "keep_tokens" and not taken.ours.get("shuffle_caption")):
-                taken.put(ours, value, f"concepts.{place[1]}")
+            if value and not (ours == "keep_tokens" and not imported.ours.get("shuffle_caption")):
+                imported.set(ours, value, f"concepts.{place[1]}")
         elif values:
-            taken.leave(f"concepts.{place[1]}", sorted(values), "one value is for all folders here")
+            imported.skip(f"concepts.{place[1]}", sorted(values), "one value is for all folders here")
     for place, nothing in _SAID_BY_CONCEPTS.items():
         for concept in concepts:
-            if (value := said(concept, place)) not in (None, nothing):
-                taken.leave(f"{concept['path']}.{place[1]}", value)
+            if (value := skip(concept, place)) not in (None, nothing):
+                imported.skip(f"{concept['path']}.{place[1]}", value)
 
 
-def _concept_file(taken: Taken, value: Any) -> None:
+def _concept_file(imported: ImportedConfig, value: Any) -> None:
     path = Path(value)
     if path.is_file():
-        _concepts(taken, json.loads(path.read_text(encoding="utf-8")))
+        _concepts(imported, json.loads(path.read_text(encoding="utf-8")))
     else:
-        taken.leave("concept_file_name", value, "no such file here; give --data")
+        imported.skip("concept_file_name", value, "no such file here; give --data")
 
 
-def _masked(taken: Taken, value: Any) -> None:
+def _masked(imported: ImportedConfig, value: Any) -> None:
     if not value:  # masks that lie there are heeded here
-        taken.ours["masked_loss"] = False
+        imported.ours["masked_loss"] = False
 
 
-def _warmup(taken: Taken, value: Any) -> None:
+def _warmup(imported: ImportedConfig, value: Any) -> None:
     if not isinstance(value, int | float):
-        taken.leave("learning_rate_warmup_steps", value)
+        imported.skip("learning_rate_warmup_steps", value)
     elif 0 < value < 1:
-        taken.leave("learning_rate_warmup_steps", value, "a share of the length, in epochs; give --lr_warmup_steps")
+        imported.skip("learning_rate_warmup_steps", value, "a share of the length, in epochs; give --lr_warmup_steps")
     else:
-        taken.put("lr_warmup_steps", int(value), "learning_rate_warmup_steps")
+        imported.set("lr_warmup_steps", int(value), "learning_rate_warmup_steps")
 
 
-def _schedule(taken: Taken, value: Any) -> None:
+def _schedule(imported: ImportedConfig, value: Any) -> None:
     name = str(value).lower()
     if name not in ("constant", "linear", "cosine"):
-        near = "cosine" if name.startswith("cosine") else "constant"
-        taken.leave("learning_rate_scheduler", value, f"there is no such schedule here; {near} is taken")
-        name = near
-    taken.put("lr_scheduler", name, "learning_rate_scheduler")
+        similar = "cosine" if name.startswith("cosine") else "constant"
+        imported.skip("learning_rate_scheduler", value, f"there is no such schedule here; {similar} is taken")
+        name = similar
+    imported.set("lr_scheduler", name, "learning_rate_scheduler")
 
 
-def _buckets(taken: Taken, value: Any) -> None:
-    taken.put("aspect_ratio_bucketing", value, "aspect_ratio_bucketing")
+def _buckets(imported: ImportedConfig, value: Any) -> None:
+    imported.set("aspect_ratio_bucketing", value, "aspect_ratio_bucketing")
     if value:  # it enlarges small pictures
-        taken.ours["bucket_upscale"] = True
+        imported.ours["bucket_upscale"] = True
 
 
-def _checkpointing(taken: Taken, value: Any) -> None:
-    taken.ours["gradient_checkpointing"] = value not in ("OFF", False)
+def _checkpointing(imported: ImportedConfig, value: Any) -> None:
+    imported.ours["gradient_checkpointing"] = value not in ("OFF", False)
 
 
 _RENAMED: Renamed = {
@@ -232,10 +232,10 @@ _RENAMED: Renamed = {
     "train_dtype": _chosen("mixed_precision", "train_dtype", _DTYPES),
     "peft_type": _chosen("lora_type", "peft_type", _KINDS),
     "masked_training": _masked, "learning_rate_warmup_steps": _warmup, "learning_rate_scheduler": _schedule,
-    "lora_decompose": lambda taken, value: taken.put("lora_type", "dora", "lora_decompose") if value else None,
-    "ema": lambda taken, value: taken.put("use_ema", value != "OFF", "ema"),
-    "force_v_prediction": lambda taken, value: taken.put("prediction_type", "v_prediction", "") if value else None,
-    "force_epsilon_prediction": lambda taken, value: taken.put("prediction_type", "epsilon", "") if value else None,
+    "lora_decompose": lambda imported, value: imported.set("lora_type", "dora", "lora_decompose") if value else None,
+    "ema": lambda imported, value: imported.set("use_ema", value != "OFF", "ema"),
+    "force_v_prediction": lambda imported, on: imported.set("prediction_type", "v_prediction", "") if on else None,
+    "force_epsilon_prediction": lambda imported, on: imported.set("prediction_type", "epsilon", "") if on else None,
 }  # fmt: skip
 
 
@@ -258,29 +258,31 @@ def _as_it_is_said_now(given: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def take(given: Mapping[str, Any]) -> Taken:
+def take(given: Mapping[str, Any]) -> ImportedConfig:
     """The settings of a config or preset."""
-    taken = Taken("OneTrainer", defaults=_CHANGES_NOTHING)
+    imported = ImportedConfig("OneTrainer", defaults=_CHANGES_NOTHING)
     given = _as_it_is_said_now({**DEFAULTS, **given})
-    taken.ours["validation_fraction"] = 0.0
+    imported.ours["validation_fraction"] = 0.0
     lora = given.get("training_method") == "LORA"
     if lora:
         given = {"lora_rank": 16, "lora_alpha": 1.0} | given
-        taken.notes.append(f"alpha is {given['lora_alpha']:g} (OneTrainer's default is 1, here it would be the rank)")
+        imported.notes.append(
+            f"alpha is {given['lora_alpha']:g} (OneTrainer's default is 1, here it would be the rank)"
+        )
         layers = str(given.get("layer_filter_preset") or given.get("lora_layer_preset") or "full")
         some = layers in ("attn-mlp", "attentions") or given.get("lora_layers") in ("attentions",)
-        taken.ours["lora_target_modules"] = TRANSFORMERS if some else (*TRANSFORMERS, *_EVERY_LAYER)
+        imported.ours["lora_target_modules"] = TRANSFORMERS if some else (*TRANSFORMERS, *_EVERY_LAYER)
     else:
         for name in [name for name in given if name.startswith("lora_") or name == "peft_type"]:
             if value := given.pop(name):
-                taken.leave(name, value, "a full fine-tune has no LoRA")
+                imported.skip(name, value, "a full fine-tune has no LoRA")
         given.pop("dropout_probability", None)
     gamma, weighted = given.pop("loss_weight_strength", 5.0), given.get("loss_weight_fn") == "MIN_SNR_GAMMA"
     if weighted:
-        taken.put("snr_gamma", gamma, "loss_weight_strength")
+        imported.set("snr_gamma", gamma, "loss_weight_strength")
     if str(given.get("model_type")).endswith("_INPAINTING") and given.pop("masked_training", False):
-        taken.leave("masked_training", True, "masks say where an inpainting model paints, and all errors count")
+        imported.skip("masked_training", True, "masks say where an inpainting model paints, and all errors count")
     if given.get("concepts"):
         given.pop("concept_file_name", None)
-    taken.take({name: value for name, value in given.items() if value != {}}, _RENAMED)
-    return taken
+    imported.take({name: value for name, value in given.items() if value != {}}, _RENAMED)
+    return imported

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.commands.foreign.imported_config import ImportedConfig, word_value
 from finetune.commands.foreign.sd_scripts_dataset import read_dataset, take_dataset
 from finetune.commands.foreign.sd_scripts_options import (
     CHANGES_NOTHING,
@@ -14,7 +15,6 @@ from finetune.commands.foreign.sd_scripts_options import (
     take_captions,
     take_warmup,
 )
-from finetune.commands.foreign.taken import Taken, word_value
 
 DEFAULTS: Mapping[str, Any] = {
     "train_batch_size": 1, "max_train_steps": 1600, "lr_warmup_steps": 0, "lr_scheduler": "constant",
@@ -41,7 +41,7 @@ def flattened(tables: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def take(given: Mapping[str, Any], script: str, place: Path = Path()) -> Taken:
+def take(given: Mapping[str, Any], script: str, place: Path = Path()) -> ImportedConfig:
     """The settings of a run of sd-scripts.
 
     Args:
@@ -49,12 +49,12 @@ def take(given: Mapping[str, Any], script: str, place: Path = Path()) -> Taken:
         script: its name, such as `sdxl_train_network.py`; "" for a TOML file.
         place: the folder that a dataset file which it names is relative to.
     """
-    given, taken = dict(given), Taken("sd-scripts", defaults=CHANGES_NOTHING)
+    given, imported = dict(given), ImportedConfig("sd-scripts", defaults=CHANGES_NOTHING)
     lora = "network" in script if script else "network_module" in given or "network_dim" in given
     told_xl = given.pop("sdxl", False) or "sdxl" in script
     named_xl = re.search(r"sd[_-]?xl", Path(str(given.get("pretrained_model_name_or_path", ""))).name, re.IGNORECASE)
     if (told_xl or named_xl) and given.pop("clip_skip", None):
-        taken.notes.append("clip_skip does nothing for XL in sd-scripts, and is left out")
+        imported.notes.append("clip_skip does nothing for XL in sd-scripts, and is left out")
     subsets = given.pop("subsets", [])
     rate = given.pop("unet_lr", None)
     if rate is not None:
@@ -63,46 +63,46 @@ def take(given: Mapping[str, Any], script: str, place: Path = Path()) -> Taken:
     directory, name = given.pop("output_dir", None), given.pop("output_name", None)
     if directory or name:
         directory, name = (" ".join(map(str, v)) if isinstance(v, list) else str(v or "") for v in (directory, name))
-        taken.ours["output_dir"] = (
+        imported.ours["output_dir"] = (
             f"{directory.rstrip('/')}/{name}".strip("/") if name and directory else directory or name
         )
     if lora:
-        taken.ours |= {"method": "lora", "lora_target_modules": TRANSFORMERS}
+        imported.ours |= {"method": "lora", "lora_target_modules": TRANSFORMERS}
         if not given.get("network_train_unet_only"):
-            taken.notes.append("sd-scripts trained the text encoder too; here it stays frozen")
+            imported.notes.append("sd-scripts trained the text encoder too; here it stays frozen")
         if "network_alpha" not in given:
-            taken.notes.append("alpha is 1 where sd-scripts is told none (here it would be the rank)")
+            imported.notes.append("alpha is 1 where sd-scripts is told none (here it would be the rank)")
         elif word_value(given["network_alpha"]) == 0:
             given["network_alpha"] = given.get("network_dim", 4)  # which 0 stands for there
     else:
-        taken.ours["method"] = "full"
+        imported.ours["method"] = "full"
     if file := given.pop("config_file", None):
-        taken.leave("config_file", file, "import that file too, and put the settings together by hand")
-    dataset = _dataset_of(taken, given.pop("dataset_config", None), place, subsets)
-    take_buckets(taken, given)
-    take_captions(taken, given)
+        imported.skip("config_file", file, "import that file too, and put the settings together by hand")
+    dataset = _dataset_of(imported, given.pop("dataset_config", None), place, subsets)
+    take_buckets(imported, given)
+    take_captions(imported, given)
     if not given.get("reg_data_dir"):
         given.pop("prior_loss_weight", None)  # theirs has a value also where there are no class pictures
     if ratio := given.pop("warmup_ratio", None):
         warmup = warmup or ratio
     if "batch_size" in given:
         given.setdefault("train_batch_size", given.pop("batch_size"))
-    taken.take(given, RENAMED)
+    imported.take(given, RENAMED)
     if dataset is not None:  # whose settings win there too
-        taken.ours |= dataset.ours
-        taken.notes += dataset.notes
-        taken.left |= dataset.left
+        imported.ours |= dataset.ours
+        imported.notes += dataset.notes
+        imported.skipped |= dataset.skipped
     defaults = {option: value for option, value in DEFAULTS.items() if lora or option not in _LORA_ALONE}
-    if "num_train_epochs" in taken.ours:
-        taken.ours.pop("max_train_steps", None)  # sd-scripts lets the epochs win
+    if "num_train_epochs" in imported.ours:
+        imported.ours.pop("max_train_steps", None)  # sd-scripts lets the epochs win
         defaults.pop("max_train_steps", None)
-    taken.ours = defaults | taken.ours
+    imported.ours = defaults | imported.ours
     if warmup is not None:
-        take_warmup(taken, warmup)
-    return taken
+        take_warmup(imported, warmup)
+    return imported
 
 
-def _dataset_of(taken: Taken, file: Any, place: Path, subsets: Sequence[Any]) -> Taken | None:
+def _dataset_of(imported: ImportedConfig, file: Any, place: Path, subsets: Sequence[Any]) -> ImportedConfig | None:
     """The settings of the dataset file that a run names, or of the folders that its own file has."""
     if subsets:
         return take_dataset({"datasets": [{"subsets": list(subsets)}]})
@@ -110,6 +110,6 @@ def _dataset_of(taken: Taken, file: Any, place: Path, subsets: Sequence[Any]) ->
         return None
     path = Path(str(file)) if Path(str(file)).is_file() else place / str(file)
     if not path.is_file():
-        taken.leave("dataset_config", file, "no such file here; give it as --data")
+        imported.skip("dataset_config", file, "no such file here; give it as --data")
         return None
     return read_dataset(path)

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.commands.foreign.imported_config import ImportedConfig
 from finetune.commands.foreign.sd_scripts_options import CHANGES_NOTHING, RENAMED, take_buckets, take_captions
-from finetune.commands.foreign.taken import Taken
 from finetune.data.listing import is_picture, list_files
 from finetune.errors import UsageError
-from finetune.text import listed
+from finetune.text import join_limited
 
 
-def read_dataset(path: Path) -> Taken:
+def read_dataset(path: Path) -> ImportedConfig:
     """What `take_dataset` takes from a file. Raises UsageError where it is none."""
     try:
         text = path.expanduser().read_text(encoding="utf-8-sig")
@@ -26,9 +26,9 @@ def read_dataset(path: Path) -> Taken:
     return take_dataset(tables)
 
 
-def take_dataset(tables: Mapping[str, Any]) -> Taken:
+def take_dataset(tables: Mapping[str, Any]) -> ImportedConfig:
     """The settings of a dataset TOML: its folders with their repeats; what else a folder has is that of the first."""
-    taken = Taken("sd-scripts", defaults=CHANGES_NOTHING)
+    imported = ImportedConfig("sd-scripts", defaults=CHANGES_NOTHING)
     datasets = tables.get("datasets", [])
     everything = [subset for dataset in datasets for subset in dataset.get("subsets", [])]
     subsets = [subset for subset in everything if not subset.get("is_reg")]
@@ -39,61 +39,65 @@ def take_dataset(tables: Mapping[str, Any]) -> Taken:
     for subset in subsets[:1]:
         merged |= subset
     if len(datasets) > 1:
-        taken.leave("datasets", f"{len(datasets)} tables", "settings are those of the first, folders those of all")
+        imported.skip("datasets", f"{len(datasets)} tables", "settings are those of the first, folders those of all")
     for name in ("image_dir", "num_repeats", "class_tokens"):
         merged.pop(name, None)
-    _folders(taken, everything, default)
-    _class_tokens(taken, subsets)
+    _folders(imported, everything, default)
+    _class_tokens(imported, subsets)
     names = {"batch_size": "train_batch_size"}
     extension = merged.pop("caption_extension", None)
     if extension not in (None, ".txt", ".caption"):
-        taken.leave("caption_extension", extension, "captions are read from .txt and .caption files")
-    take_buckets(taken, merged)
-    take_captions(taken, merged)
-    taken.take(merged, {**RENAMED, **names})
-    return taken
+        imported.skip("caption_extension", extension, "captions are read from .txt and .caption files")
+    take_buckets(imported, merged)
+    take_captions(imported, merged)
+    imported.take(merged, {**RENAMED, **names})
+    return imported
 
 
-def _folders(taken: Taken, subsets: list[dict[str, Any]], default: int) -> None:
+def _folders(imported: ImportedConfig, subsets: list[dict[str, Any]], default: int) -> None:
     """Folders and repeats; a setting that one folder has otherwise than the first is left."""
     everything = [subset for subset in subsets if "image_dir" in subset]
     with_pictures = [subset for subset in everything if not subset.get("is_reg")]
     for number, subset in enumerate(subset for subset in everything if subset.get("is_reg")):
         if number:
-            taken.leave("is_reg", subset["image_dir"], "class pictures come from one folder")
+            imported.skip("is_reg", subset["image_dir"], "class pictures come from one folder")
             continue
-        taken.put("class_data", subset["image_dir"], "image_dir")
+        imported.set("class_data", subset["image_dir"], "image_dir")
         if prompt := subset.get("class_tokens"):
-            taken.put("class_prompt", prompt, "class_tokens")
+            imported.set("class_prompt", prompt, "class_tokens")
     if not with_pictures:
         return
-    taken.put("data", [subset["image_dir"] for subset in with_pictures], "image_dir")
+    imported.set("data", [subset["image_dir"] for subset in with_pictures], "image_dir")
     repeats = [subset.get("num_repeats", default) for subset in with_pictures]
     if set(repeats) != {1}:
-        taken.put("repeats", repeats, "num_repeats")
+        imported.set("repeats", repeats, "num_repeats")
     for folder in (subset["image_dir"] for subset in everything):
         below = (
             {file.rpartition("/")[0] for file in list_files(Path(folder)) if is_picture(file)} if _there(folder) else ()
         )
         if deeper := sorted(set(below) - {""}):
-            taken.notes.append(f"{folder}: subfolders are trained on too, which sd-scripts does not: {listed(deeper)}")
+            imported.notes.append(
+                f"{folder}: subfolders are trained on too, which sd-scripts does not: {join_limited(deeper)}"
+            )
     for subset in with_pictures[1:]:
         for name, value in subset.items():
             if name not in ("image_dir", "num_repeats", "class_tokens") and value != with_pictures[0].get(name):
-                taken.leave(f"{subset['image_dir']}.{name}", value, "all folders have the settings of the first")
+                imported.skip(f"{subset['image_dir']}.{name}", value, "all folders have the settings of the first")
 
 
 def _there(folder: Any) -> bool:
     return Path(str(folder)).is_dir()
 
 
-def _class_tokens(taken: Taken, subsets: Sequence[Mapping[str, Any]]) -> None:
+def _class_tokens(imported: ImportedConfig, subsets: Sequence[Mapping[str, Any]]) -> None:
     """One prompt, if all folders of the subject have the same; else each would be trained with another one's."""
     tokens = {str(subset["image_dir"]): subset.get("class_tokens") for subset in subsets if "image_dir" in subset}
     distinct = set(tokens.values())
     if len(distinct) == 1 and None not in distinct:
-        taken.put("prompt", distinct.pop(), "class_tokens")
+        imported.set("prompt", distinct.pop(), "class_tokens")
         return
     for folder, prompt in tokens.items():
         if prompt:
-            taken.leave(f"{folder}.class_tokens", prompt, "one --prompt is for all folders; give captions beside them")
+            imported.skip(
+                f"{folder}.class_tokens", prompt, "one --prompt is for all folders; give captions beside them"
+            )

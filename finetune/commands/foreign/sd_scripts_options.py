@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from finetune.commands.foreign.taken import Renamed, Taken, dropout, no_resume, square, word_value
+from finetune.commands.foreign.imported_config import ImportedConfig, Renamed, dropout, no_resume, square, word_value
 from finetune.options import ATTENTION_AND_FEED_FORWARD
 
 _OPTIMIZERS = {
@@ -27,134 +27,142 @@ CHANGES_NOTHING: Mapping[str, Collection[Any]] = {
 """Options without a like here -> values that are their defaults, or change nothing of what is learned."""
 
 
-def _optimizer(taken: Taken, value: Any) -> None:
-    known = _OPTIMIZERS.get(str(value).lower().replace("_", ""))
-    if known is None:
-        taken.leave("optimizer_type", value, f"the optimizers here: {', '.join(sorted(set(_OPTIMIZERS.values())))}")
+def _optimizer(imported: ImportedConfig, value: Any) -> None:
+    optimizer = _OPTIMIZERS.get(str(value).lower().replace("_", ""))
+    if optimizer is None:
+        imported.skip("optimizer_type", value, f"the optimizers here: {', '.join(sorted(set(_OPTIMIZERS.values())))}")
         return
-    taken.ours["optimizer"] = known
+    imported.ours["optimizer"] = optimizer
     if str(value).lower().startswith(("paged", "sgdnesterov8")):
-        taken.notes.append(f"{value} became {known}: what is paged, or SGD in 8 bits, there is not")
+        imported.notes.append(f"{value} became {optimizer}: what is paged, or SGD in 8 bits, there is not")
 
 
-def _optimizer_arguments(taken: Taken, value: Any) -> None:
+def _optimizer_arguments(imported: ImportedConfig, value: Any) -> None:
     for argument in value if isinstance(value, list) else str(value).split():
         name, _, text = str(argument).partition("=")
         if name == "betas" and text.count(",") == 1:
             for ours, beta in zip(("adam_beta1", "adam_beta2"), text.strip("()[] ").split(","), strict=True):
-                taken.put(ours, word_value(beta.strip()), "optimizer_args.betas")
+                imported.set(ours, word_value(beta.strip()), "optimizer_args.betas")
         elif name in _ARGUMENTS:
-            taken.put(_ARGUMENTS[name], word_value(text), f"optimizer_args.{name}")
+            imported.set(_ARGUMENTS[name], word_value(text), f"optimizer_args.{name}")
         else:
-            taken.leave(f"optimizer_args.{name}", text)
+            imported.skip(f"optimizer_args.{name}", text)
 
 
-def _network_arguments(taken: Taken, value: Any) -> None:
+def _network_arguments(imported: ImportedConfig, value: Any) -> None:
     pairs = [str(argument).partition("=") for argument in (value if isinstance(value, list) else str(value).split())]
     given = {name: word_value(text) for name, _, text in pairs}
     if (algorithm := given.pop("algo", None)) is not None:
         if algorithm in _ALGORITHMS:
-            taken.put("lora_type", _ALGORITHMS[algorithm], "network_args.algo")
+            imported.set("lora_type", _ALGORITHMS[algorithm], "network_args.algo")
         else:
-            taken.leave("network_args.algo", algorithm, f"the kinds here: {', '.join(_ALGORITHMS)}")
-    if given.pop("dora_wd", False) and taken.ours.get("lora_type", "lora") != "lora":
-        taken.leave("network_args.dora_wd", True, f"{taken.ours['lora_type']} is taken, of which there is no dora here")
+            imported.skip("network_args.algo", algorithm, f"the kinds here: {', '.join(_ALGORITHMS)}")
+    if given.pop("dora_wd", False) and imported.ours.get("lora_type", "lora") != "lora":
+        imported.skip(
+            "network_args.dora_wd", True, f"{imported.ours['lora_type']} is taken, of which there is no dora here"
+        )
     elif "dora_wd" in str(value):
-        taken.put("lora_type", "dora", "network_args.dora_wd")
+        imported.set("lora_type", "dora", "network_args.dora_wd")
     if (convolutions := given.pop("conv_dim", None)) is not None:
-        taken.notes.append(f"conv_dim = {convolutions}: convolutions have the rank and alpha of the other layers here")
+        imported.notes.append(
+            f"conv_dim = {convolutions}: convolutions have the rank and alpha of the other layers here"
+        )
         given.pop("conv_alpha", None)
-        taken.ours["lora_target_modules"] = (*TRANSFORMERS, "conv1", "conv2", "conv_shortcut")
+        imported.ours["lora_target_modules"] = (*TRANSFORMERS, "conv1", "conv2", "conv_shortcut")
     for name, argument in given.items():
-        taken.leave(f"network_args.{name}", argument)
+        imported.skip(f"network_args.{name}", argument)
 
 
-def take_warmup(taken: Taken, value: Any) -> None:
+def take_warmup(imported: ImportedConfig, value: Any) -> None:
     value = word_value(str(value))
     if not isinstance(value, int | float):
-        taken.leave("lr_warmup_steps", value)
+        imported.skip("lr_warmup_steps", value)
         return
     if isinstance(value, float) and 0 < value < 1:
-        steps = taken.ours.get("max_train_steps")
+        steps = imported.ours.get("max_train_steps")
         if steps is None:
-            taken.leave("lr_warmup_steps", value, "a share of a length that is given in epochs; give --lr_warmup_steps")
+            imported.skip(
+                "lr_warmup_steps", value, "a share of a length that is given in epochs; give --lr_warmup_steps"
+            )
             return
         value = round(value * steps)
-    taken.put("lr_warmup_steps", int(value), "lr_warmup_steps")
+    imported.set("lr_warmup_steps", int(value), "lr_warmup_steps")
 
 
-def _schedule(taken: Taken, value: Any) -> None:
-    known = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
-    if value not in known:
-        near = _NO_LIKE.get(value, "constant")
-        taken.leave("lr_scheduler", value, f"there is no such schedule here; {near} is taken")
-        value = near
-    taken.put("lr_scheduler", _SCHEDULES.get(value, value), "lr_scheduler")
+def _schedule(imported: ImportedConfig, value: Any) -> None:
+    schedules = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
+    if value not in schedules:
+        similar = _NO_LIKE.get(value, "constant")
+        imported.skip("lr_scheduler", value, f"there is no such schedule here; {similar} is taken")
+        value = similar
+    imported.set("lr_scheduler", _SCHEDULES.get(value, value), "lr_scheduler")
 
 
-def _velocity(taken: Taken, value: Any) -> None:
+def _velocity(imported: ImportedConfig, value: Any) -> None:
     if value:
-        taken.put("prediction_type", "v_prediction", "v_parameterization")
+        imported.set("prediction_type", "v_prediction", "v_parameterization")
 
 
-def _clip_skip(taken: Taken, value: Any) -> None:
+def _clip_skip(imported: ImportedConfig, value: Any) -> None:
     if value != 1:  # their neutral value; for XL, which takes the last layer but one, it would be another here
-        taken.put("clip_skip", value, "clip_skip")
+        imported.set("clip_skip", value, "clip_skip")
 
 
-def _full_bf16(taken: Taken, value: Any) -> None:
-    if value and taken.ours["method"] == "lora":
-        taken.leave("full_bf16", value, "a LoRA keeps its few weights in fp32 here, and the rest in bf16 anyway")
+def _full_bf16(imported: ImportedConfig, value: Any) -> None:
+    if value and imported.ours["method"] == "lora":
+        imported.skip("full_bf16", value, "a LoRA keeps its few weights in fp32 here, and the rest in bf16 anyway")
     elif value:
-        taken.put("full_bf16", True, "full_bf16")
+        imported.set("full_bf16", True, "full_bf16")
 
 
-def _fused_backward_pass(taken: Taken, value: Any) -> None:
+def _fused_backward_pass(imported: ImportedConfig, value: Any) -> None:
     if value:
-        taken.leave("fused_backward_pass", value, "here with --full_bf16, without clipping, and one picture at a time")
+        imported.skip(
+            "fused_backward_pass", value, "here with --full_bf16, without clipping, and one picture at a time"
+        )
 
 
-def _random_crop(taken: Taken, value: Any) -> None:
-    taken.put("center_crop", not value, "random_crop")
+def _random_crop(imported: ImportedConfig, value: Any) -> None:
+    imported.set("center_crop", not value, "random_crop")
 
 
-def take_buckets(taken: Taken, given: dict[str, Any]) -> None:
+def take_buckets(imported: ImportedConfig, given: dict[str, Any]) -> None:
     """Their switch and its sides, which do nothing without it; small pictures are enlarged there unless they say no."""
     sides = {"min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64}
     sides |= {name: given.pop(name) for name in sides if name in given}
     upscale = not given.pop("bucket_no_upscale", False)
-    taken.ours["aspect_ratio_bucketing"] = bool(given.pop("enable_bucket", False))
-    if taken.ours["aspect_ratio_bucketing"]:
+    imported.ours["aspect_ratio_bucketing"] = bool(given.pop("enable_bucket", False))
+    if imported.ours["aspect_ratio_bucketing"]:
         for name, value in {**sides, "bucket_upscale": upscale}.items():
-            taken.put(name, value, name)
+            imported.set(name, value, name)
 
 
-def take_captions(taken: Taken, given: dict[str, Any]) -> None:
+def take_captions(imported: ImportedConfig, given: dict[str, Any]) -> None:
     """Kept tokens mean nothing where nothing is shuffled; each line of a file is a caption where wildcards are on."""
-    taken.ours["shuffle_caption"] = bool(given.pop("shuffle_caption", False))
-    kept = given.pop("keep_tokens", 0)
-    if taken.ours["shuffle_caption"] and kept:
-        taken.put("keep_tokens", kept, "keep_tokens")
+    imported.ours["shuffle_caption"] = bool(given.pop("shuffle_caption", False))
+    keep_tokens = given.pop("keep_tokens", 0)
+    if imported.ours["shuffle_caption"] and keep_tokens:
+        imported.set("keep_tokens", keep_tokens, "keep_tokens")
     if given.pop("enable_wildcard", False):
-        taken.ours["caption_lines"] = "chosen"
-        taken.notes.append("enable_wildcard: each visit takes a line of a caption file, but {a|b} is not expanded")
+        imported.ours["caption_lines"] = "chosen"
+        imported.notes.append("enable_wildcard: each visit takes a line of a caption file, but {a|b} is not expanded")
 
 
-def _network_module(taken: Taken, value: Any) -> None:
+def _network_module(imported: ImportedConfig, value: Any) -> None:
     if value not in ("networks.lora", "lycoris.kohya"):
-        taken.leave("network_module", value, "networks.lora and lycoris.kohya have their like here")
+        imported.skip("network_module", value, "networks.lora and lycoris.kohya have their like here")
 
 
-def _trackers(taken: Taken, value: Any) -> None:
-    taken.put("report_to", ["tensorboard", "wandb"] if value == "all" else [value], "log_with")
+def _trackers(imported: ImportedConfig, value: Any) -> None:
+    imported.set("report_to", ["tensorboard", "wandb"] if value == "all" else [value], "log_with")
 
 
-def _max_token_length(taken: Taken, value: Any) -> None:
-    taken.put("max_token_length", 77 if value == 75 else value, "max_token_length")
+def _max_token_length(imported: ImportedConfig, value: Any) -> None:
+    imported.set("max_token_length", 77 if value == 75 else value, "max_token_length")
 
 
-def _prompts(taken: Taken, value: Any) -> None:
-    taken.put("sample_prompts", [str(value)], "sample_prompts")
+def _prompts(imported: ImportedConfig, value: Any) -> None:
+    imported.set("sample_prompts", [str(value)], "sample_prompts")
 
 
 _METADATA = "captions were in it: have them in .txt files, or in metadata.jsonl with file_name and text"
@@ -180,8 +188,8 @@ RENAMED: Renamed = {
     "network_args": _network_arguments, "lr_scheduler": _schedule, "lr_warmup_steps": take_warmup,
     "v_parameterization": _velocity, "random_crop": _random_crop, "log_with": _trackers,
     "max_token_length": _max_token_length, "network_module": _network_module,
-    "network_train_unet_only": lambda taken, value: None, "resume": no_resume,
-    "use_8bit_adam": lambda taken, value: taken.put("optimizer", "adamw8bit", "use_8bit_adam") if value else None,
-    "in_json": lambda taken, value: taken.leave("in_json", value, _METADATA),
-    "metadata_file": lambda taken, value: taken.leave("metadata_file", value, _METADATA),
+    "network_train_unet_only": lambda imported, value: None, "resume": no_resume,
+    "use_8bit_adam": lambda imported, value: imported.set("optimizer", "adamw8bit", "use_8bit_adam") if value else None,
+    "in_json": lambda imported, value: imported.skip("in_json", value, _METADATA),
+    "metadata_file": lambda imported, value: imported.skip("metadata_file", value, _METADATA),
 }  # fmt: skip

@@ -9,36 +9,36 @@ from finetune.config import ELSEWHERE, TrainConfig, alternatives
 from finetune.errors import UsageError
 from finetune.options import option_types
 
-Renamed = Mapping[str, str | Callable[["Taken", Any], None]]
+Renamed = Mapping[str, str | Callable[["ImportedConfig", Any], None]]
 """Their option -> ours of the same meaning, or what does its work."""
 
 
 @dataclass
-class Taken:
+class ImportedConfig:
     """Settings on their way from another tool to ours."""
 
     tool: str
     """Its name, for messages."""
     ours: dict[str, Any] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     """Their option, with its value -> why it was not taken over."""
     notes: list[str] = field(default_factory=list)
     """What is otherwise here, although every option was taken over."""
     defaults: Mapping[str, Collection[Any]] = field(default_factory=dict)
     """Their options that are not here -> values that change nothing there either."""
 
-    def put(self, name: str, value: Any, theirs: str) -> None:
+    def set(self, name: str, value: Any, theirs: str) -> None:
         """Set our option, or leave theirs where the value is none of ours; 0 is off there, and absent here."""
         try:
             self.ours[name] = getattr(TrainConfig(**{name: _as_meant(name, value)}), name)
         except UsageError as error:
             if isinstance(value, bool) or word_value(str(value)) != 0:
-                self.leave(theirs, value, str(error))
+                self.skip(theirs, value, str(error))
 
-    def leave(self, theirs: str, value: Any, why: str | None = None) -> None:
+    def skip(self, theirs: str, value: Any, why: str | None = None) -> None:
         """Say why an option is not taken over; by default what is known of it, or that there is none like it."""
-        known = ELSEWHERE.get(theirs.rpartition(".")[2], "there is no such option here")
-        self.left[f"{theirs} = {word_value(value)!r}"] = why or known
+        reason = ELSEWHERE.get(theirs.rpartition(".")[2], "there is no such option here")
+        self.skipped[f"{theirs} = {word_value(value)!r}"] = why or reason
 
     def take(self, given: Mapping[str, Any], renamed: Renamed) -> None:
         """Go through what was given; what `renamed` has not is left."""
@@ -46,24 +46,26 @@ class Taken:
             rule = renamed.get(theirs)
             if rule is None:
                 if word_value(value) not in (None, False, "", [], {}, *self.defaults.get(theirs, ())):
-                    self.leave(theirs, value)  # what is turned off there is absent here
+                    self.skip(theirs, value)  # what is turned off there is absent here
             elif isinstance(rule, str):
                 if value not in (None, ""):
-                    self.put(rule, value, theirs)
+                    self.set(rule, value, theirs)
             else:
                 rule(self, word_value(value))
 
 
-def dropout(taken: Taken, value: Any) -> None:
+def dropout(imported: ImportedConfig, value: Any) -> None:
     """Dropout inside the layers; none there is none here, where not every kind of adapter has the option."""
     if value:
-        taken.put("lora_dropout", value, "dropout")
+        imported.set("lora_dropout", value, "dropout")
 
 
-def no_resume(taken: Taken, value: Any) -> None:
+def no_resume(imported: ImportedConfig, value: Any) -> None:
     """What another tool has saved to go on from."""
     if value:
-        taken.leave("resume", value, f"a state of {taken.tool} cannot be gone on from; --init_lora takes a LoRA file")
+        imported.skip(
+            "resume", value, f"a state of {imported.tool} cannot be gone on from; --init_lora takes a LoRA file"
+        )
 
 
 def _as_meant(name: str, value: Any) -> Any:
@@ -90,11 +92,11 @@ def word_value(word: Any) -> Any:
     return {"true": True, "false": False, "none": None}.get(word.lower(), word)
 
 
-def square(taken: Taken, value: Any) -> None:
+def square(imported: ImportedConfig, value: Any) -> None:
     """ "512", 512, "512,512" or [512, 512] as the resolution; other shapes are left."""
     sides = value if isinstance(value, list) else str(value).replace("x", ",").split(",")
     sides = {int(side) for side in sides if str(side).strip().isdigit()}
     if len(sides) == 1:
-        taken.put("resolution", sides.pop(), "resolution")
+        imported.set("resolution", sides.pop(), "resolution")
     else:
-        taken.leave("resolution", value, "one number of pixels is taken, whose square no bucket exceeds in area")
+        imported.skip("resolution", value, "one number of pixels is taken, whose square no bucket exceeds in area")
