@@ -12,7 +12,7 @@ def memory_limit(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/
 
     Args:
         root: where the system shows control groups.
-        own: the file that says in which of them this process is.
+        membership: the file that says in which of them this process is.
     """
     limits = [limit for limit, _ in _groups(root, membership)]
     return min([psutil.virtual_memory().total, *limits])

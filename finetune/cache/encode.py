@@ -60,7 +60,7 @@ def encode(
         visited: the visits to come, in order: number of the picture, and key or None, for any. None: any, to all.
         at_most: seconds that pictures may take, and captions. What would take longer is encoded when a visit comes to
             it, for which the encoder stays on its device. None: everything is encoded now.
-        told: hears after each encoding what is encoded, how many are, and of how many.
+        on_progress: called after each encoding with what is encoded, how many are, and of how many.
 
     Raises:
         DataError: two pictures share an id, one has changed since it was opened, or an encoding is not finite.

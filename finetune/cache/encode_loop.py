@@ -78,7 +78,7 @@ def fill(
         store: to be filled.
         work: what is wanted.
         at_most: seconds. As soon as it shows that all will take longer, the rest is left. None: however long it takes.
-        told: hears, as it goes on, what is made, how many are, and of how many.
+        on_progress: called, as it goes on, what is made, how many are, and of how many.
     """
     new, clock, missing = 0, time.monotonic(), store.missing(work.keys)
     total = len(missing)

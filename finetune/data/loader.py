@@ -112,7 +112,7 @@ def training_steps(
         num_workers: processes that load visits; changes nothing but speed. None are started for what is in memory.
         device: where the tensors go (the keys stay on the CPU).
         rank: of this process among those that train together; it gets its part of each step.
-        world: how many there are.
+        world_size: how many there are.
 
     Raises:
         UsageError: the source is empty, a size is below 1, or there are more processes than examples in a step.

@@ -20,7 +20,7 @@ def ahead(items: Iterator[Item], *, allowed: Callable[[], bool] = lambda: True) 
 
     Args:
         items: what another thread may make.
-        wanted: asked before each item; as long as it answers False, the items are made when they are asked for.
+        allowed: asked before each item; as long as it answers False, the items are made when they are asked for.
     """
     thread, end = ThreadPoolExecutor(1, "ahead"), object()
 

@@ -116,7 +116,7 @@ class Sampler:
         Args:
             step: 0 for the first.
             rank: of the process, from 0.
-            world: how many processes there are; each gets as many visits as the others, to one.
+            world_size: how many processes there are; each gets as many visits as the others, to one.
 
         Raises:
             UsageError: there are more processes than visits.

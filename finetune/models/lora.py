@@ -248,8 +248,7 @@ class Adapter:
         (folder / LORA_FILE).write_bytes(save(self.state(dtype), {LORA_ADAPTER_METADATA_KEY: text}))
 
     def save_kohya(self, path: Path, metadata: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the adapter's tensors, or an earlier `state` of them, in kohya's layout, with what is `told` of them
-        as metadata."""
+        """Write the adapter's tensors, or an earlier `state` of them, in kohya's layout, with `metadata`."""
         lora = LoraFile(dict(self.state() if state is None else state), self.alphas(), 0)
         write_kohya(path, lora, metadata, self.unet.peft_config[self.name].r)
 

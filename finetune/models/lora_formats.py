@@ -241,7 +241,7 @@ def write_kohya(path: Path, lora: LoraFile, metadata: Mapping[str, str], rank: i
     Args:
         path: the file.
         lora: what to write.
-        told: metadata, beside what the tensors themselves say.
+        metadata: metadata, beside what the tensors themselves say.
         rank: that was asked for; None: the most frequent.
     """
     tensors = to_kohya(lora.tensors, lora.alphas)

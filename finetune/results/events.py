@@ -48,7 +48,7 @@ class Events:
         Args:
             folder: of the run.
             step, total: done before, and wanted.
-            again: forget what an earlier run has left there; else it is gone on with.
+            anew: forget what an earlier run has left there; else it is gone on with.
         """
         waited, state, text = self._waiting, "failed", ""
         # Without a buffer, which would hold what a full disk has refused, and fail again when the file is closed.

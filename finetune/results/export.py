@@ -79,7 +79,7 @@ def export(model: DiffusionModel, folder: str | Path, metadata: Mapping[str, str
     Args:
         model: with an adapter, or with trained weights.
         folder: made if it is not there.
-        told: metadata of the kohya file, beside what the adapter itself knows.
+        metadata: metadata of the kohya file, beside what the adapter itself knows.
 
     Returns:
         The largest difference between the trained and the reloaded UNet's outputs, relative to the largest output.

@@ -32,7 +32,7 @@ def write_format(
         to: a file (kohya, single-file) or a folder that is not there yet.
         form: see `finetune.commands.export`.
         precision: number format of what is written.
-        told: metadata for a LoRA file.
+        metadata: metadata for a LoRA file.
         base: for a checkpoint in one file: where to take from what a diffusers folder has no place for.
 
     Returns:

@@ -53,7 +53,7 @@ def write_report(
     Args:
         folder: of the run.
         step: whose weights are the result, or the last one yet.
-        about: what to say of it first: name -> text.
+        facts: what to say of it first: name -> text.
         given: options that were given, and differ from their defaults.
         derived: those that the run decided by itself.
         load: how to use the result: program -> what to do there.

@@ -95,7 +95,7 @@ def note_fault(folder: Path, fault: Fault, facts: Sequence[Mapping[str, Any]]) -
     Args:
         folder: of the run.
         fault: what was wrong.
-        seen: what is known of each of its examples.
+        facts: what is known of each of its examples.
     """
     plain = {"step": fault.step, "loss": _number(fault.loss), "grad_norm": _number(fault.grad_norm)}
     examples = [{**fact, "loss": _number(loss)} for fact, loss in zip(facts, fault.losses, strict=True)]

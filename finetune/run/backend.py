@@ -18,7 +18,8 @@ def resolve_precision(mixed_precision: str, device: torch.device, *, small: bool
     """ "no", "fp16" or "bf16".
 
     Args:
-        wanted: also "auto": bf16 where the hardware multiplies it natively, else fp16 on a GPU and no on a CPU.
+        mixed_precision: also "auto": bf16 where the hardware multiplies it natively, else fp16 on a GPU and "no" on a
+            CPU.
         device: where the UNet runs.
         small: a network that gains nothing from bf16 on a CPU; "auto" then means no there.
 

@@ -79,7 +79,7 @@ def assembled(
 ) -> tuple[DiffusionModel, EncodedDataset, Trainer]:
     """The untrained model, what `steps` (from 0) and validations need of the pictures, encoded, and the trainer.
 
-    `told` hears how much is encoded: what, how many are, of how many.
+    `on_progress` is called with what is encoded, how many are, and of how many.
     """
     model = _load(config, model_info, device)
     encoded = encoded_for(

@@ -64,7 +64,7 @@ def note_chunk(folder: Path, config: ResolvedConfig, steps_of_chunk: ChunkSteps,
     Args:
         folder: of the run.
         config: of the run.
-        stretch: which chunk it is, and the steps that are going to visit it.
+        steps_of_chunk: which chunk it is, and the steps that are going to visit it.
         pictures: it, opened.
     """
     lines = {line["volume"]: line for line in json_lines(folder / VOLUMES)}

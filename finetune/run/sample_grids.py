@@ -54,7 +54,7 @@ def plan_samples(config: ResolvedConfig, *, latent: bool, captions: Sequence[str
     """Grids as asked for, or a first and a last of the largest size that `SAMPLING_SHARE` of the run allows.
 
     At least one picture is drawn before and after, unless none is wanted. How many grids fit between them is said by
-    `pace.eval_interval`, when the run knows how long it takes. Beforehand the cost is counted in UNet passes over one
+    `eval_interval`, when the run knows how long it takes. Beforehand the cost is counted in UNet passes over one
     picture: a sampler step is one (two with guidance), a training example three (forward, and a backward of about two),
     or two where frozen weights need no gradient (LoRA).
 

@@ -36,7 +36,7 @@ def save(
         run_folder: an existing folder.
         state: a trainer's `state_dict`.
         keep: how many checkpoints stay.
-        about: what a resume compares with what it finds, fit for JSON (see `record`).
+        provenance: what a resume compares with what it finds, fit for JSON (see `record`).
 
     Returns:
         The checkpoint's folder.

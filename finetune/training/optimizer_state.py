@@ -40,7 +40,7 @@ def load_optimizer(
         saved: of a checkpoint. Version 0.1.0 saved neither kind nor names; its order is that of the same options.
         held: name -> parameter, as the optimizer holds it.
         parameters: name -> the same in its own shape and memory layout, which moments of this shape get.
-        kept: further entries of the parameter groups that are taken from the checkpoint.
+        extra_entries: further entries of the parameter groups that are taken from the checkpoint.
 
     Raises:
         RunError: the parameters are others, or the state is that of another kind of optimizer.
