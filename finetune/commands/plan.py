@@ -137,7 +137,7 @@ def _time_of_earlier(runs: Path, config: ResolvedConfig) -> str:
 def _time_of_trial(
     config: ResolvedConfig, model_info: "ModelInfo", chunks: "Chunks", device: "torch.device", steps: int
 ) -> str:
-    """By a few steps that are trained and thrown away."""
+    """Estimate the time from a few steps that are trained and thrown away."""
     from finetune.out_of_memory import means_out_of_memory
     from finetune.run.memory_estimate import out_of_memory
     from finetune.run.trial import seconds_per_step
@@ -149,8 +149,8 @@ def _time_of_trial(
         if not means_out_of_memory(error):
             raise
         return f"not known: {out_of_memory(config, model_info, device)}"
-    minutes = seconds * config.max_train_steps / 60
-    return f"about {minutes:.3g} minutes of steps, as fast as {pluralize(steps, 'step')} that were tried here"
+    minutes, tried = seconds * config.max_train_steps / 60, max(1, min(steps, config.max_train_steps - 1))
+    return f"about {minutes:.3g} minutes of steps, as fast as {pluralize(tried, 'step')} tried here"
 
 
 def _formatted(value: object) -> str:

@@ -15,8 +15,8 @@ from tests.small_models import small_pipeline
 def plan(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
 
-    def planned(*words: str, code: int = 0) -> str:
-        given = ["--data", str(pictures), "--train_batch_size", "2", "--max_train_steps", "60"]
+    def planned(*words: str, code: int = 0, steps: int = 60) -> str:
+        given = ["--data", str(pictures), "--train_batch_size", "2", "--max_train_steps", str(steps)]
         assert main(["plan", *given, *words]) == code
         said = capsys.readouterr()
         return said.err if code else said.out
@@ -32,7 +32,7 @@ def row(said: str, name: str) -> str:
 
 def test_two_steps_are_timed_and_nothing_is_kept(plan, tmp_path: Path) -> None:
     time = row(plan(), "time")
-    minutes = re.fullmatch(r"about ([\d.e-]+) minutes of steps, as fast as 2 steps that were tried here", time)
+    minutes = re.fullmatch(r"about ([\d.e-]+) minutes of steps, as fast as 2 steps tried here", time)
     assert minutes
     assert 0 < float(minutes[1]) < 60
     assert not list(tmp_path.iterdir())
@@ -45,6 +45,11 @@ def test_an_earlier_run_says_how_long_it_takes(plan, pictures: Path) -> None:
     fine_tune(config)
     assert "as fast as runs/dog" in row(plan(), "time")
     assert "tried here" in row(plan("--runs", "elsewhere"), "time")
+
+
+def test_a_run_of_one_step_is_timed_by_it(plan) -> None:
+    said = plan("--lr_warmup_steps", "0", steps=1)
+    assert row(said, "time").endswith("as fast as 1 step tried here")
 
 
 def test_no_step_is_timed_where_none_is_wanted(plan) -> None:
