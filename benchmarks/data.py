@@ -238,7 +238,7 @@ def precision(work: Path, data: Path | None) -> None:
         with torch.no_grad():
             losses[name] = torch.cat(
                 [
-                    objective.loss(model.unet, objective.draw(model.encoder.sample(b.stored, b.keys), b.keys), b.cond)
+                    objective.loss(model.unet, objective.sample(model.encoder.sample(b.stored, b.keys), b.keys), b.cond)
                     for b in batches
                 ]
             )

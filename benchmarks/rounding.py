@@ -36,7 +36,7 @@ def main() -> None:
     latents = latents_of(options.data, options.resolution, options.batch_size)
     objective = ft.NoisePrediction(schedule())
     keys = torch.arange(len(latents))
-    noised = moved(objective.draw(latents / latents.std(), keys), device)
+    noised = moved(objective.sample(latents / latents.std(), keys), device)
     cond = moved(conditions("sd15", len(latents)), device)
     for method in ("lora", "full"):
         reference: tuple[Tensor, Tensor] | None = None

@@ -240,7 +240,7 @@ def held_out_losses(seed: int, *, steps: int, every: int) -> Iterator[float]:
     fixed = next(ft.batches(unseen, batch_size=64, steps=1))
     x0 = model.encoder.sample(fixed.stored, fixed.keys)
     noise = seeding.normal(fixed.keys, "held-out noise", x0.shape[1:])
-    noised = objective.noised(x0, noise, torch.arange(64) * 1000 // 64 + 7)
+    noised = objective.add_noise(x0, noise, torch.arange(64) * 1000 // 64 + 7)
     optimizer = torch.optim.AdamW(ft.trainable(model.unet), lr=2e-4)
     trainer = ft.Trainer(model.unet, model.encoder, objective, optimizer, seed=seed)
     for batch in ft.batches(source, batch_size=4, steps=steps + 1, seed=seed):

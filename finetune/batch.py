@@ -75,6 +75,8 @@ class GlobalStep:
     weights of this step would cancel where all of its examples weigh the same."""
     start: int
     """Where this process's begin."""
+    keys: tuple[int, ...] = ()
+    """Sample keys of all its examples; may be left out, and are then unknown where a step is not finite."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Names of earlier versions that go on working."""
 
+import inspect
 import warnings
 from typing import Any
 
@@ -22,3 +23,12 @@ class Renamed:
             f"{owner.__name__}.{self._old} is now {owner.__name__}.{self._new}", DeprecationWarning, stacklevel=2
         )
         return getattr(owner if instance is None else instance, self._new)
+
+
+def renamed_in(instance: Any, *, old: str, new: str) -> Any:
+    """Return the method `new`, or with a warning `old` where somebody's own class still defines that."""
+    method = inspect.getattr_static(instance, old, None)
+    if method is None or isinstance(method, Renamed):
+        return getattr(instance, new)
+    warnings.warn(f"{type(instance).__name__}.{old} is now called {new}", DeprecationWarning, stacklevel=3)
+    return getattr(instance, old)

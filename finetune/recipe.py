@@ -3,30 +3,27 @@
 import shlex
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors import SafetensorError
 
 from finetune.config import ResolvedConfig, TrainConfig, as_settings, config_text, decided_otherwise
-from finetune.data.prefetch import ahead
-from finetune.data.sampler import steps_per_epoch
 from finetune.data.user_dataset import MapDataset, refuse_unindexed
 from finetune.errors import Interrupted, RunError, UsageError
 from finetune.models.families import Family
 from finetune.out_of_memory import means_out_of_memory
 from finetune.results import hub, tracking
 from finetune.results.events import Events, StdoutTee
-from finetune.results.export import discard_steps_after, export, step_export
+from finetune.results.export import discard_steps_after, export
 from finetune.run.backend import gpu_algorithms, tuning_pays
 from finetune.run.build_dataset import identity
+from finetune.run.checkpointer import checkpointing
 from finetune.run.context import Run
 from finetune.run.disk_use import disk_line, disk_use
-from finetune.run.early_stopping import restore_best, save_best, should_stop
-from finetune.run.evaluation import should_run
-from finetune.run.forgetting import measure_forgetting
+from finetune.run.evaluation import Evaluator
 from finetune.run.html_report import how_to_load, lora_facts, report
 from finetune.run.ledger import write_ledger
 from finetune.run.load_trained import discard_exports, write_exports
@@ -34,18 +31,21 @@ from finetune.run.memory_estimate import check_memory, out_of_memory
 from finetune.run.provenance import recorded_threads, threads
 from finetune.run.resume import choose
 from finetune.run.run_dir import RunDir, finish, occupied
-from finetune.run.sample_grids import delete_stale_grids, draw_grid, write_before_after
 from finetune.run.setup import build_run, resolve_run
-from finetune.run.signals import PAUSE, SAVE, TIME_UP, StopConditions, StopRequest, catch_signals
-from finetune.run.step_logger import reports
-from finetune.run.validation import least_step, validate
+from finetune.run.signals import TIME_UP, LoopAction, StopConditions, catch_signals
+from finetune.run.step_logger import step_logger
+from finetune.run.train_loader import prepared_ahead
 from finetune.training import checkpoint
-from finetune.training.async_writer import AsyncWriter, copied
 from finetune.training.distributed import PATIENCE, Parallel, from_environment
-from finetune.training.micro_batch import PreparedStep
 
 
-def fine_tune(config: TrainConfig, dataset: MapDataset | None = None, *, repeats: Path | None = None) -> Path:
+def fine_tune(
+    config: TrainConfig,
+    dataset: MapDataset | None = None,
+    *,
+    evaluators: Sequence[Callable[[Run], Evaluator]] = (),
+    repeats: Path | None = None,
+) -> Path:
     """Train as `config` says, and export the result to the run folder.
 
     Args:
@@ -53,6 +53,8 @@ def fine_tune(config: TrainConfig, dataset: MapDataset | None = None, *, repeats
         dataset: pictures to train on instead of `config.data`: a map-style dataset of (image, caption, id), or a
             `datasets.Dataset` or `IterableDataset` (whose rows are kept on the disk while the program runs) with the
             columns `config.image_column` and `config.caption_column`.
+        evaluators: more of what is measured while training pauses: each is called with the `Run` and returns an
+            `Evaluator`, as its class does (see `finetune/run/evaluation.py`).
         repeats: the config.toml that `config` was read from: what is decided otherwise than then is printed.
 
     Returns:
@@ -67,7 +69,7 @@ def fine_tune(config: TrainConfig, dataset: MapDataset | None = None, *, repeats
             "fine_tune runs in another thread already, and both would learn other weights; use a process each"
         )
     try:
-        return _fine_tune(config, dataset, repeats)
+        return _fine_tune(config, dataset, evaluators, repeats)
     finally:
         _running.release()
 
@@ -86,23 +88,29 @@ def _check_arguments(config: object, dataset: MapDataset | None) -> None:
             raise UsageError("data and a dataset are given: give one of them")
 
 
-def _fine_tune(config: TrainConfig, dataset: MapDataset | None, repeats: Path | None) -> Path:
+def _fine_tune(
+    config: TrainConfig,
+    dataset: MapDataset | None,
+    evaluators: Sequence[Callable[[Run], Evaluator]],
+    repeats: Path | None,
+) -> Path:
     tracking.check_trackers(config.report_to)
     accelerator = Accelerator(
         log_with=list(config.report_to) or None,
         project_dir="runs",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    parallel, requests, events = from_environment(), StopConditions(), Events()
+    parallel, conditions, events = from_environment(), StopConditions(), Events()
     tee = StdoutTee(sys.stdout, events) if parallel.is_main_process and sys.stdout else None  # one process tells
-    with requests.hearing_usr1(), redirect_stdout(tee):
+    with conditions.catch_sigusr1(), redirect_stdout(tee):
         return _run(
             config=config,
             dataset=dataset,
+            evaluators=evaluators,
             repeats=repeats,
             accelerator=accelerator,
             parallel=parallel,
-            requests=requests,
+            conditions=conditions,
             events=events,
         )
 
@@ -110,10 +118,11 @@ def _fine_tune(config: TrainConfig, dataset: MapDataset | None, repeats: Path | 
 def _run(
     config: TrainConfig,
     dataset: MapDataset | None,
+    evaluators: Sequence[Callable[[Run], Evaluator]],
     repeats: Path | None,
     accelerator: Accelerator,
     parallel: Parallel,
-    requests: StopConditions,
+    conditions: StopConditions,
     events: Events,
 ) -> Path:
     with parallel.main_process_first():
@@ -134,6 +143,7 @@ def _run(
         return folder.path
     print(f"{'memory':>10}  {check_memory(config, model_info, accelerator.device)}")
     print(f"{'disk':>10}  {disk_line(config, disk_use(config, model_info, chunks), folder.path)}")
+    conditions.save_minutes, conditions.stop_minutes = config.checkpointing_minutes, config.max_train_minutes
     held = _held(folder, config, events) if parallel.is_main_process else nullcontext()
     computing = threads(recorded_threads(folder.provenance, accelerator.device, parallel.world_size))
     tuned = accelerator.device.type == "cuda" and tuning_pays(
@@ -149,15 +159,14 @@ def _run(
                 accelerator=accelerator,
                 parallel=parallel,
                 events=events,
+                evaluators=evaluators,
             )
             _begin(run, folder.checkpoint)
+            _train(run, conditions)
             if parallel.is_main_process:
-                _train(run, requests)
                 _finish(run)
                 del run  # what it holds is loaded again
                 write_exports(config, folder.path)
-            else:
-                _follow(run, requests)
         except (RuntimeError, MemoryError) as error:
             if means_out_of_memory(error):
                 raise RunError(out_of_memory(config, model_info, accelerator.device)) from error
@@ -182,160 +191,85 @@ def _held(folder: RunDir, config: ResolvedConfig, events: Events) -> Iterator[No
 
 
 def _begin(run: Run, resumed: Path | None) -> None:
-    """The grid of the untrained model, then what the run has learned before, without anything that came after."""
-    first = run.trainer.parallel.is_main_process
-    if first:
-        validate(run)
-        measure_forgetting(run)
-        draw_grid(run)
+    """Measure the untrained model, then load what the run has learned before, without anything that came after."""
+    for evaluator in run.evaluators:
+        evaluator.run(0)
     if resumed:
         run.trainer.load_state_dict(checkpoint.load(resumed))
-    if resumed and first:
-        checkpoint.discard_after(run.folder, run.trainer.steps_done)
-        discard_steps_after(run.folder, run.trainer.steps_done)
-    if first:
-        delete_stale_grids(run)
+    if run.trainer.parallel.is_main_process:
+        if resumed:
+            checkpoint.discard_after(run.folder, run.trainer.steps_done)
+            discard_steps_after(run.folder, run.trainer.steps_done)
+        run.grids.delete_stale(run.trainer.steps_done)
 
 
-def _train(run: Run, requests: StopConditions) -> None:
-    """The loop: from the trainer's step to the last."""
-    config, trainer = run.config, run.trainer
-    total = config.max_train_steps
-    epoch = steps_per_epoch(run.chunks.epoch_visits, config.global_batch)
-    every_epochs = config.save_model_epochs and config.save_model_epochs * epoch
+def _train(run: Run, conditions: StopConditions) -> None:
+    """The loop of every process: from the trainer's step to the last."""
+    trainer, parallel, total = run.trainer, run.trainer.parallel, run.config.max_train_steps
     with (
-        catch_signals() as stop,
-        reports(run) as logger,
-        AsyncWriter() as saving,
-        closing(run.train_loader),
-        _ahead(run) as steps,
+        catch_signals() as conditions.stop_request,
+        step_logger(run) as logger,
+        checkpointing(run) as checkpointer,
+        closing(run.train_loader) as loader,
+        prepared_ahead(trainer, loader) as steps,
     ):
-        due = logger.should_run(trainer.steps_done)  # the last part may have stopped before
-        if "validation" in due:
-            validate(run)
-        _evaluate(run, due)
+        step = trainer.steps_done
+        ended = _evaluate(run, run.due(step) if step else ())  # the last part may have stopped before
         logger.resume()
-        for prepared_step in () if _is_over(run) else steps:
-            logger.add(trainer.run_prepared(prepared_step))
-            saving.check()
-            step = trainer.steps_done
-            last = step == total
-            saves = last or should_run(step, config.checkpointing_steps) or should_run(step, every_epochs)
-            due = logger.should_run(step)
-            action = trainer.parallel.all_reduce_max(
-                max(SAVE * saves, PAUSE * bool(due), _poll(requests, stop, config))
+        for prepared_step in () if ended else steps:
+            logger.log(trainer.run_prepared(prepared_step))
+            checkpointer.check()
+            step, due = trainer.steps_done, run.due(trainer.steps_done)
+            wanted = max(
+                checkpointer.poll(step), conditions.poll(), LoopAction.EVALUATE if due else LoopAction.CONTINUE
             )
-            if not action:
+            action = LoopAction(parallel.all_reduce_max(wanted))
+            if action is LoopAction.CONTINUE:
                 continue
-            logger.finish()
-            if action >= SAVE:
-                saved = _save(run, saving)
-                requests.saved()
-                if last or action > SAVE:
-                    saving.wait()
-                if action > SAVE and not last:
-                    why = f" after max_train_minutes = {config.max_train_minutes}" if action == TIME_UP else ""
-                    saved_as = f"{saved} is kept, and the same command goes on from there"
-                    trainer.parallel.all_reduce_max(0)  # the others wait, see `_follow`
-                    raise Interrupted(f"stopped at step {step} of {total}{why}; {saved_as}", action)
-            if "validation" in due:
-                validate(run)
-            if _is_over(run):
-                if action < SAVE:
-                    _save(run, saving)
-                saving.wait()
+            logger.flush()
+            if action >= LoopAction.CHECKPOINT:
+                saved = checkpointer.save(wait=step == total or action is LoopAction.STOP)
+                conditions.checkpoint_saved()
+                if action is LoopAction.STOP and step < total:
+                    raise _interrupted(run, saved, parallel.all_reduce_max(conditions.exit_code))
+            if _evaluate(run, due):
+                if action < LoopAction.CHECKPOINT:
+                    checkpointer.save(wait=True)
                 break
-            _evaluate(run, due)
             if due:
                 report(run)
             logger.resume()
 
 
-def _evaluate(run: Run, due: frozenset[str]) -> None:
-    """What has become of the model, apart from the loss."""
-    if "forgetting" in due:
-        measure_forgetting(run)
-    if "grid" in due:
-        draw_grid(run)
+def _evaluate(run: Run, due: Sequence[Evaluator]) -> bool:
+    """Run what is due, and return whether early stopping ends the run: the rest then measures the best weights."""
+    step = run.trainer.steps_done
+    if run.validation in due:
+        run.validation.run(step)
+    if run.early_stopping.should_stop(step):
+        return True
+    for evaluator in due:
+        evaluator.run(step)
+    return False
 
 
-def _is_over(run: Run) -> bool:
-    """Whether to stop early: asked by all processes, and answered by the first, which has validated."""
-    if not run.config.early_stop:
-        return False
-    risen = False
-    if run.trainer.parallel.is_main_process:
-        save_best(run)
-        risen = should_stop(run)
-    return bool(run.trainer.parallel.all_reduce_max(int(risen)))
-
-
-def _save(run: Run, saving: AsyncWriter) -> Path:
-    """Begin to write a checkpoint, in a thread where memory suffices for a copy of what it holds; answers its folder.
-
-    It is written last: what a resume from it would not make again is there by then.
-    """
-    trainer, folder, step = run.trainer, run.folder, run.trainer.steps_done
-    export_adapter = None  # at the end the run's own export follows
-    if step < run.config.max_train_steps:
-        with trainer.export_weights():
-            export_adapter = step_export(run.model, folder, step, lora_facts(run))
-    copy = copied(trainer.state_dict())
-
-    def write() -> None:
-        if export_adapter is not None:
-            export_adapter()
-        state, keep = copy or trainer.state_dict(), run.config.checkpoints_total_limit
-        checkpoint.save(folder, state, keep=keep, provenance=run.provenance)
-
-    if copy is None:
-        saving.wait()
-        write()
-    else:
-        saving.begin(write)
-    return checkpoint.folder_of(folder, step)
-
-
-def _poll(requests: StopConditions, stop: StopRequest, config: ResolvedConfig) -> int:
-    return requests.poll(stop.number, config.checkpointing_minutes, config.max_train_minutes)
-
-
-def _follow(run: Run, requests: StopConditions) -> None:
-    """The loop of the processes that are not the first: to compute their parts."""
-    trainer, total = run.trainer, run.config.max_train_steps
-    with catch_signals() as stop, closing(run.train_loader), _ahead(run) as steps:
-        for prepared_step in () if _is_over(run) else steps:
-            trainer.run_prepared(prepared_step)
-            action = trainer.parallel.all_reduce_max(_poll(requests, stop, run.config))
-            if action:
-                trainer.raise_if_diverged()  # what is wrong with the step is told by all, or by none
-            if action >= SAVE:
-                requests.saved()
-            if action > SAVE and trainer.steps_done < total:
-                # A launcher takes the first process that ends for a failure, and kills the one that still writes.
-                trainer.parallel.all_reduce_max(0)
-                raise Interrupted(f"stopped at step {trainer.steps_done} of {total}", action)
-            if action and _is_over(run):
-                break
-    trainer.raise_if_diverged()
-
-
-def _ahead(run: Run) -> AbstractContextManager[Iterator[PreparedStep]]:
-    """What the trainer takes, step by step, prepared by a thread as soon as visits need no encoder."""
-    planned = run.train_loader.steps(run.trainer.steps_done)
-    return ahead((run.trainer.prepare(*batches) for batches in planned), allowed=lambda: not run.train_loader.live)
+def _interrupted(run: Run, saved: Path, exit_code: int) -> Interrupted:
+    why = f" after max_train_minutes = {run.config.max_train_minutes}" if exit_code == TIME_UP else ""
+    stopped = f"stopped at step {run.trainer.steps_done} of {run.config.max_train_steps}{why}"
+    return Interrupted(f"{stopped}; {saved} is kept, and the same command goes on from there", exit_code)
 
 
 def _finish(run: Run) -> None:
     """Export, prove the export, and say where everything is."""
     config, folder, trained, family = run.config, run.folder, run.trainer.steps_done, run.model.family
     if config.early_stop:
-        restore_best(run)
-        _evaluate(run, frozenset({"forgetting", "grid"}))
+        run.early_stopping.restore_best()
+        for evaluator in run.evaluators:
+            evaluator.run(run.trainer.steps_done)
     run.events.set_phase("exporting", run.trainer.steps_done)
     with run.trainer.export_weights():
         difference = export(run.model, folder, lora_facts(run, final=True))
-    write_before_after(run)
+    run.grids.write_before_after(run.trainer.steps_done)
     write_ledger(folder, config, run.chunks, trained)
     page = report(run, ended=True)
     run.accelerator.end_training()
@@ -345,12 +279,13 @@ def _finish(run: Run) -> None:
     print(f"done: the export was loaded back and compared (largest difference {difference:.0e})")
     for program, how in how_to_load(run).items():
         print(f"{program}: {how.replace(chr(10), '; ')}")
-    prompt = f" --prompt {shlex.quote(run.samples.prompts[0].text)}" if run.samples.prompts and family.latent else ""
+    prompts = run.grids.plan.prompts
+    prompt = f" --prompt {shlex.quote(prompts[0].text)}" if prompts and family.latent else ""
     print(f"draw with it: finetune-unet sample --model {shlex.quote(str(folder))}{prompt}")
-    if (least := least_step(run)) is not None:
+    if (least := run.validation.best_step(trained=False)) is not None:
         untrained = ", before anything was learned" if least == 0 else ""
         print(f"validation: the loss was least at step {least} of {trained}{untrained}")
-    if run.samples.prompts:
+    if prompts:
         print(f"pictures: {folder / 'samples'}")
     if config.lr_scheduler == "constant" and config.data:  # any other schedule has ended
         more = f"--resume_from_checkpoint latest --max_train_steps {2 * config.max_train_steps}"

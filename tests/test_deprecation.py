@@ -25,7 +25,7 @@ def test_a_renamed_method_works_and_warns() -> None:
         ("Trainer", "settle", "raise_if_diverged"),
         ("Trainer", "in_full", "export_weights"),
         ("Trainer", "averaged", "ema_weights"),
-        ("NoisePrediction", "moved", "ddim_step"),
+        ("NoisePrediction", "moved", "step"),
         ("NoisePrediction", "velocity", "predict_v"),
         ("ImageFolder", "checked", "image_info"),
     ],

@@ -24,7 +24,7 @@ from finetune.data.sampler import steps_per_epoch
 from finetune.errors import DataError, FinetuneError, Interrupted, UsageError
 from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
-from finetune.run.evaluation import should_run
+from finetune.run.evaluation import is_multiple
 from finetune.training import checkpoint
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -194,10 +194,10 @@ def test_a_finished_run_can_be_made_longer_as_it_says_itself(
 
 def test_what_happens_every_few_epochs_happens_when_they_are_over() -> None:
     every = steps_per_epoch(5, 4)  # 1.25, 2.5, 3.75, 5
-    assert [step for step in range(1, 11) if should_run(step, every)] == [2, 3, 4, 5, 7, 8, 9, 10]
-    assert [step for step in range(1, 11) if should_run(step, 4)] == [4, 8]
-    assert not should_run(4, None)
-    assert not should_run(4, 0)
+    assert [step for step in range(1, 11) if is_multiple(step, every)] == [2, 3, 4, 5, 7, 8, 9, 10]
+    assert [step for step in range(1, 11) if is_multiple(step, 4)] == [4, 8]
+    assert not is_multiple(4, None)
+    assert not is_multiple(4, 0)
 
 
 def test_options_given_beside_a_runs_own_file_win_over_what_that_run_had_derived(

@@ -139,7 +139,7 @@ def training_steps(
         generator=torch.Generator(),  # DataLoader draws a seed for its workers; not from the global one
     )
     for step, items in enumerate(_received(loader), start):
-        global_step = _whole(source, weight, *sampler.share(step, rank, world_size)) if shared else None
+        global_step = _whole(source, weight, *sampler.share(step, rank, world_size), seed) if shared else None
         alike: dict[int, list[tuple[int, int, Any]]] = {}
         for item in items:
             alike.setdefault(source.shapes[item[0]], []).append(item)
@@ -196,8 +196,10 @@ def _plan(
         yield keyed
 
 
-def _whole(source: Examples, weight: float, visits: list[Visit], local_slice: slice) -> GlobalStep:
-    return GlobalStep(tuple(source.ids[visit.example] for visit in visits), weight, local_slice.start)
+def _whole(source: Examples, weight: float, visits: list[Visit], local_slice: slice, seed: int) -> GlobalStep:
+    ids = tuple(source.ids[visit.example] for visit in visits)
+    keys = tuple(example_key(seed, name, visit.number) for name, visit in zip(ids, visits, strict=True))
+    return GlobalStep(ids, weight, local_slice.start, keys)
 
 
 class _Plan:

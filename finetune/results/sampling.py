@@ -197,6 +197,31 @@ def first_picture(path: Path) -> Image.Image | None:
         return None if box is None else sheet.crop([int(side) for side in box.split()])
 
 
+def grid_pictures(path: Path, number: int, side: int) -> list[Image.Image]:
+    """Return the pictures of a saved grid, row by row, as they were before `grid` enlarged them.
+
+    Args:
+        path: of the grid; where there is none, there are no pictures.
+        number: of its pictures, in rows of one length; a last row may be shorter.
+        side: width of a picture before it was enlarged.
+    """
+    if not path.exists():
+        return []
+    with Image.open(path) as file:
+        sheet = file.convert("RGB")
+        left, top, right, bottom = map(int, file.info[_FIRST].split())
+    width, height = right - left, bottom - top
+    columns = (sheet.width - MARGIN) // (width + MARGIN)
+    rows = -(-number // columns)
+    strip = (sheet.height - MARGIN - top - rows * height) // max(1, rows - 1)
+    size = side, height * side // width
+    pictures = []
+    for place in range(number):
+        x, y = left + place % columns * (width + MARGIN), top + place // columns * (height + strip)
+        pictures.append(sheet.crop((x, y, x + width, y + height)).resize(size, Image.Resampling.NEAREST))
+    return pictures
+
+
 def side_by_side(before: Path, after: Path, to: Path) -> None:
     """Lay the first and the last grid of a run beside each other in one picture."""
     left, right = Image.open(before).convert("RGB"), Image.open(after).convert("RGB")

@@ -21,13 +21,17 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
-from finetune.atomic_io import write_whole
+from finetune.atomic_io import json_lines, write_whole
 from finetune.errors import UsageError
 from finetune.training.metrics import Fault, StepMetrics
 
 METRICS, TIMINGS, FAULTS = "metrics.jsonl", "timings.jsonl", "faults.jsonl"
 TRACKED = "run-id.txt"
 VALIDATION, FORGETTING, COPIES = "validation.jsonl", "forgetting.jsonl", "copies.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+"""What evaluators record that have no file of their own."""
+FILES = (METRICS, TIMINGS, FAULTS, VALIDATION, FORGETTING, COPIES, EVALUATIONS)
+"""Lines of steps, which a run that goes on from an earlier step cuts off."""
 
 
 class Log:
@@ -61,7 +65,7 @@ def log(folder: Path, step: int) -> Iterator[Log]:
         folder: the run folder.
         step: steps already done; later lines of an interrupted run are cut off.
     """
-    for name in (METRICS, TIMINGS, FAULTS, VALIDATION, FORGETTING, COPIES):
+    for name in FILES:
         _cut(folder / name, step)
     with _appended(folder / METRICS) as metrics, _appended(folder / TIMINGS) as timings:
         yield Log(metrics, timings)
@@ -109,8 +113,8 @@ def _number(value: float) -> float | str:
 
 
 def timings(folder: Path) -> list[dict[str, Any]]:
-    """The lines of timings.jsonl."""
-    return [json.loads(line) for line in (folder / TIMINGS).read_text(encoding="utf-8").splitlines()]
+    """Return the lines of timings.jsonl."""
+    return json_lines(folder / TIMINGS)
 
 
 def _cut(path: Path, step: int) -> None:
@@ -243,24 +247,6 @@ def track(accelerator: Accelerator, metrics: StepMetrics) -> None:
     """Send a step's metrics to the open trackers."""
     values = {name: value for name, value in metrics.as_dict().items() if name != "step"}
     accelerator.log({f"train/{name}": value for name, value in values.items()}, step=metrics.step)
-
-
-def track_validation(accelerator: Accelerator, record: Mapping[str, Any]) -> None:
-    """Send a line of validation.jsonl to the open trackers: each loss, and the mean of each change."""
-    values = {name: value for name, value in record.items() if name.startswith("loss") and name != "losses"}
-    values |= {name: value[0] for name, value in record.items() if name.startswith("change")}
-    accelerator.log({f"val/{name}": value for name, value in values.items()}, step=record["step"])
-
-
-def track_forgetting(accelerator: Accelerator, record: Mapping[str, Any]) -> None:
-    """Send a line of forgetting.jsonl to the open trackers."""
-    values = {f"forgetting/{name}": value for name, value in record.items() if name != "step"}
-    accelerator.log(values, step=record["step"])
-
-
-def track_copies(accelerator: Accelerator, record: Mapping[str, Any]) -> None:
-    """Send the share of near copies that a line of copies.jsonl tells of to the open trackers."""
-    accelerator.log({"samples/copies": record["copies"] / record["pictures"]}, step=record["step"])
 
 
 def track_pictures(accelerator: Accelerator, step: int, path: Path) -> None:

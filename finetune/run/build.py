@@ -24,7 +24,7 @@ from finetune.text import pluralize
 from finetune.training.distributed import Parallel
 from finetune.training.ema import Ema
 from finetune.training.gradient_checkpointing import recompute
-from finetune.training.objective import NoisePrediction
+from finetune.training.objective import DiffusionObjective, NoisePrediction
 from finetune.training.optimizers import learning_rate, make_optimizer, parameter_groups
 from finetune.training.prior_prediction import Prior, untrained
 from finetune.training.trainer import Trainer
@@ -76,7 +76,7 @@ def assembled(
     validated: Sequence[int] = (),
     parallel: Parallel = Parallel(),  # noqa: B008 # frozen
     on_progress: Callable[[str, int, int], None] | None = None,
-) -> tuple[DiffusionModel, EncodedDataset, Trainer]:
+) -> tuple[DiffusionModel, EncodedDataset, Trainer[DiffusionObjective]]:
     """The untrained model, what `steps` (from 0) and validations need of the pictures, encoded, and the trainer.
 
     `on_progress` is called with what is encoded, how many are, and of how many.
@@ -170,7 +170,7 @@ def _load(config: ResolvedConfig, model_info: ModelInfo, device: torch.device) -
     return model
 
 
-def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) -> Trainer:
+def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) -> Trainer[DiffusionObjective]:
     learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
     masters = not config.full_bf16
     rates = numbers_by_block("block_learning_rate", config.block_learning_rate or (), learned)

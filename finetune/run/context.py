@@ -11,14 +11,16 @@ from finetune.data.chunks import Chunks
 from finetune.data.image_dataset import ImageDataset
 from finetune.models.loading import DiffusionModel
 from finetune.results.events import Events
-from finetune.results.memorization import TrainingFeatures
+from finetune.run.early_stopping import EarlyStopping
+from finetune.run.evaluation import EvaluationLog, Evaluator
+from finetune.run.forgetting import Forgetting
+from finetune.run.sample_grids import SampleGrids
+from finetune.run.validation import Validation
+from finetune.training.objective import DiffusionObjective
 from finetune.training.trainer import Trainer
 
 if TYPE_CHECKING:  # they work with a `Run` themselves
-    from finetune.run.forgetting import ForgettingProbes
-    from finetune.run.sample_grids import SamplePlan
     from finetune.run.train_loader import TrainDataLoader
-    from finetune.run.validation import ValidationPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +33,16 @@ class Run:
     encoded: EncodedDataset
     """The first chunk."""
     train_loader: "TrainDataLoader"
-    trainer: Trainer
-    samples: "SamplePlan"
-    validation: "ValidationPlan"
-    forgetting_probes: "ForgettingProbes | None"
-    """None where forgetting is not measured, and in processes that are not the first."""
-    originals: TrainingFeatures | None
-    """What grids are compared with; None where that tells nothing, and in processes that are not the first."""
+    trainer: Trainer[DiffusionObjective]
+    validation: Validation
+    forgetting: Forgetting | None
+    """None where forgetting is not measured, and in processes that are not the main one."""
+    grids: SampleGrids
+    evaluators: tuple[Evaluator, ...] = ()
+    """All that runs while training pauses, in this order; none in processes that are not the main one."""
+    early_stopping: EarlyStopping
+    log: EvaluationLog
+    """Where evaluators record what they measure."""
     folder: Path
     accelerator: Any
     """An `accelerate.Accelerator`."""
@@ -50,8 +55,6 @@ class Run:
         """The first chunk: most often all."""
         return self.chunks.first
 
-    def release(self) -> None:
-        """Send the frozen parts that no visit to come needs from the device."""
-        for network in (self.model.conditioner, self.model.encoder):
-            if not self.train_loader.needs(network):
-                network.to("cpu")
+    def due(self, step: int) -> list[Evaluator]:
+        """Return the evaluators that run after this step."""
+        return [evaluator for evaluator in self.evaluators if evaluator.should_run(step)]

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from finetune.atomic_io import write_whole
-from finetune.run.context import Run
-from finetune.run.validation import best_step, measured, steps_between_validations
+from finetune.run.validation import Validation
+from finetune.training.trainer import Trainer
 from finetune.training.validation import chance_of_rise
 
 BEST = "best.safetensors"
@@ -23,27 +23,61 @@ _LEVEL = 0.025
 """Of the one-sided test that the loss has risen, for all validations of a run together."""
 
 
-def save_best(run: Run) -> None:
-    """Keep the weights, as they would be exported, where no validation had a smaller loss than that of this step."""
-    step = run.trainer.steps_done
-    if best_step(run) != step:
-        return
-    with run.trainer.export_weights():
-        weights = {name: p.detach().cpu().contiguous() for name, p in run.trainer.parameters.items()}
-    write_whole(run.folder / BEST, save(weights, {"step": str(step)}))
+class EarlyStopping:
+    """Keeps the weights of the best validation, and ends the run when the loss has risen since.
 
-
-def should_stop(run: Run) -> bool:
-    """Whether the last validations lie above the best, which is what the run has learned since it was there.
-
-    The best of many lies low by chance too. So each of the last is tested against it at 2.5 % divided by the number of
-    validations that the run plans (Bonferroni's correction for having chosen the best among them).
+    Args:
+        validation: whose losses count; None where early stopping is off.
+        trainer: of the run.
+        folder: of the run.
+        total: steps of the run.
     """
-    losses, best = measured(run), best_step(run)
-    every = steps_between_validations(run)
-    if best is None or every is None:
-        return False
-    return rises(losses, best, planned=ceil(run.config.max_train_steps / every))
+
+    def __init__(self, validation: Validation | None, trainer: Trainer, folder: Path, *, total: int):
+        self._validation, self._trainer, self._total = validation, trainer, total
+        self._path = folder / BEST
+
+    def should_stop(self, step: int) -> bool:
+        """Whether the run ends after this step: the main process, which has validated, decides for all of them."""
+        if self._validation is None:
+            return False
+        risen = False
+        if self._trainer.parallel.is_main_process:
+            if self._validation.best_step() == step:
+                self._save()
+            risen = self._has_risen(self._validation, step)
+        return bool(self._trainer.parallel.all_reduce_max(int(risen)))
+
+    def _save(self) -> None:
+        """Keep the weights as they would be exported."""
+        with self._trainer.export_weights():
+            weights = {name: p.detach().cpu().contiguous() for name, p in self._trainer.parameters.items()}
+        write_whole(self._path, save(weights, {"step": str(self._trainer.steps_done)}))
+
+    def _has_risen(self, validation: Validation, step: int) -> bool:
+        """Whether the last validations lie above the best, which is what the run has learned since it was there.
+
+        The best of many lies low by chance too. So each of the last is tested against it at 2.5 % divided by the number
+        of validations that the run plans (Bonferroni's correction for having chosen the best among them).
+        """
+        best, every = validation.best_step(), validation.period.every(step)
+        if best is None or every is None:
+            return False
+        return rises(validation.measured(), best, planned=ceil(self._total / every))
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        """Put the kept weights in the place of the last, if another validation than the last was the best."""
+        best = self._validation and self._validation.best_step()
+        if best in (None, self._trainer.steps_done):
+            return
+        if _step_of(self._path) != best:  # a run that went on from an older checkpoint to other bits
+            print(f"{'note':>10}  the weights of step {best}, which had the least validation loss, were not kept")
+            return
+        trained = self._trainer.steps_done
+        print(f"exported is step {best}, which had the least validation loss, of {trained} that were trained")
+        with safe_open(self._path, "pt") as file:
+            self._trainer.adopt_weights({name: file.get_tensor(name) for name in self._trainer.parameters}, best)
 
 
 def rises(losses: Mapping[int, torch.Tensor], best: int, *, planned: int) -> bool:
@@ -58,21 +92,6 @@ def rises(losses: Mapping[int, torch.Tensor], best: int, *, planned: int) -> boo
     if len(last) < _RUNNING or last[0] <= best:
         return False
     return all(chance_of_rise(losses[best], losses[step]) < _LEVEL / planned for step in last)
-
-
-@torch.no_grad()
-def restore_best(run: Run) -> None:
-    """Put the kept weights in the place of the last, if another validation than the last was the best."""
-    trainer, best, path = run.trainer, best_step(run), run.folder / BEST
-    if best in (None, trainer.steps_done):
-        return
-    saved_step = _step_of(path)
-    if saved_step != best:  # only where a run went on from an older checkpoint to other bits, as on another machine
-        print(f"{'note':>10}  the weights of step {best}, which had the least validation loss, were not kept")
-        return
-    print(f"exported is step {best}, which had the least validation loss, of {trainer.steps_done} that were trained")
-    with safe_open(path, "pt") as file:
-        trainer.adopt_weights({name: file.get_tensor(name) for name in trainer.parameters}, best)
 
 
 def best_of_ended(folder: Path) -> dict[str, torch.Tensor] | None:

@@ -8,17 +8,16 @@ from importlib.resources import files
 import torch
 
 from finetune import seeding
-from finetune.atomic_io import json_lines, write_json_lines
 from finetune.batch import moved
 from finetune.config import ResolvedConfig
 from finetune.data.captions import with_trigger
 from finetune.models.image_condition import fully_masked_channels
 from finetune.models.loading import DiffusionModel
 from finetune.results import tracking
-from finetune.run.context import Run
-from finetune.run.evaluation import measured_interval
+from finetune.run.evaluation import EvaluationLog, EvaluationPeriod, training_passes
 from finetune.training.forgetting import Probe, probe_drift, record_probe
-from finetune.training.objective import NoisePrediction
+from finetune.training.objective import DiffusionObjective
+from finetune.training.trainer import Trainer
 
 SHARE = 0.02
 """Of a run's time that this may take unless a number of prompts was asked for."""
@@ -41,15 +40,16 @@ class ForgettingProbes:
     """That asking has taken."""
 
 
-def make_probes(config: ResolvedConfig, model: DiffusionModel) -> ForgettingProbes | None:
+def make_probes(
+    config: ResolvedConfig, model: DiffusionModel, objective: DiffusionObjective
+) -> ForgettingProbes | None:
     """Probe the untrained model; None where it takes no text, or `SHARE` of the run is too short for `FEWEST_PROMPTS`.
 
-    The cost is counted in UNet passes over one picture: a training example takes three (forward, and a backward of
-    about two), or two where frozen weights need no gradient (LoRA). Its prompts are asked at the start and in the end.
+    Its prompts are asked at the start and in the end.
     """
     number = config.forgetting_prompts
     if number is None:
-        passes = SHARE / 2 * (2 if config.method == "lora" else 3) * config.global_batch * config.max_train_steps
+        passes = training_passes(config, SHARE / 2)
         number = min(MOST_PROMPTS, int(passes / (2 * STATES * (2 if config.trigger else 1))))
         number = 0 if number < FEWEST_PROMPTS else number
     if not model.family.latent or not number:
@@ -57,9 +57,9 @@ def make_probes(config: ResolvedConfig, model: DiffusionModel) -> ForgettingProb
     clock = time.perf_counter()
     prompts = generic_prompts(model.family.probe_prompts)[:number]
     model.conditioner.to(model.unet.device)
-    plain, triggered = _record(config, model, prompts), None
+    plain, triggered = _record(config, model, objective, prompts), None
     if config.trigger:
-        triggered = _record(config, model, [with_trigger(prompt, config.trigger) for prompt in prompts])
+        triggered = _record(config, model, objective, [with_trigger(prompt, config.trigger) for prompt in prompts])
     return ForgettingProbes(plain, triggered, time.perf_counter() - clock)
 
 
@@ -68,7 +68,9 @@ def generic_prompts(probe_prompts: str) -> list[str]:
     return (files("finetune") / f"assets/prompts/{probe_prompts}.txt").read_text(encoding="utf-8").splitlines()
 
 
-def _record(config: ResolvedConfig, model: DiffusionModel, prompts: Sequence[str]) -> Probe:
+def _record(
+    config: ResolvedConfig, model: DiffusionModel, objective: DiffusionObjective, prompts: Sequence[str]
+) -> Probe:
     side, unet, conditioner = config.resolution, model.unet, model.conditioner
     geometry = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts), device=unet.device)
     cond, empty = (
@@ -79,47 +81,56 @@ def _record(config: ResolvedConfig, model: DiffusionModel, prompts: Sequence[str
     latent = side // model.pipeline().vae_scale_factor  # pyright: ignore[reportAttributeAccessIssue] # of latent ones
     noise = seeding.normal(keys, "forgetting", (unet.config["out_channels"], latent, latent))
     extra = fully_masked_channels(model.encoder.to(unet.device), keys, side) if model.inpainting else None
-    objective, size = NoisePrediction(model.scheduler), config.train_batch_size
-    return record_probe(unet, objective, cond, empty, noise, states=STATES, batch_size=size, extra=extra)
+    return record_probe(
+        unet, objective, cond, empty, noise, states=STATES, batch_size=config.train_batch_size, extra=extra
+    )
 
 
 MOST_PROBES = 10
-"""Readings of a run."""
+"""How often a run measures it at most."""
 
 
-def measure_forgetting(run: Run) -> None:
-    """Read the meter, and record and tell what it says; unless that was done already."""
-    step, path = run.trainer.steps_done, run.folder / tracking.FORGETTING
-    lines = json_lines(path)
-    if run.forgetting_probes is None or any(line["step"] == step for line in lines):
-        return
-    run.events.set_phase("forgetting", step)
-    clock = time.perf_counter()
-    if step:
-        with run.trainer.ema_weights():
-            record = {"step": step, "forgetting": _read(run, run.forgetting_probes.plain)}
-            if run.forgetting_probes.triggered:
-                record["with_trigger"] = _read(run, run.forgetting_probes.triggered)
-        seconds = time.perf_counter() - clock
-    else:
-        record = {"step": 0, "forgetting": 0.0} | ({"with_trigger": 0.0} if run.forgetting_probes.triggered else {})
-        seconds = run.forgetting_probes.seconds
-    tracking.note_seconds(run.folder, step, "forgetting", seconds)
-    write_json_lines(path, [*lines, record])
-    run.events.emit("forgetting", **record)
-    tracking.track_forgetting(run.accelerator, record)
-    if step:
-        trigger = f" ({record['with_trigger']:.1%} with the trigger)" if "with_trigger" in record else ""
-        print(f"forgetting at step {step}: {record['forgetting']:.1%}{trigger}", flush=True)
+class Forgetting:
+    """The evaluator of how far unrelated prompts have come to mean something else, in forgetting.jsonl.
 
+    Args:
+        probes: of the untrained model.
+        trainer: of the run.
+        log: of the run.
+        total: steps of the run.
+    """
 
-def steps_between_readings(run: Run) -> int | None:
-    """What the first reading and the first steps leave room for, None while that is not known."""
-    if run.forgetting_probes is None:
-        return None
-    return measured_interval(run.folder, "forgetting", run.config.max_train_steps, share=SHARE, most=MOST_PROBES)
+    def __init__(self, probes: ForgettingProbes, trainer: Trainer, log: EvaluationLog, *, total: int):
+        self.probes, self._trainer, self._log = probes, trainer, log
+        self._period = EvaluationPeriod(log.folder, "forgetting", total, every=None, share=SHARE, most=MOST_PROBES)
 
+    def should_run(self, step: int) -> bool:
+        """Whether the run measures it after this step."""
+        return self._period.includes(step)
 
-def _read(run: Run, probe: Probe) -> float:
-    batch_size = run.trainer.micro_batch_size or run.config.train_batch_size
-    return probe_drift(run.model.unet, probe, batch_size=batch_size)
+    def run(self, step: int) -> None:
+        """Measure how far the prompts have drifted, and record it."""
+        if any(line["step"] == step for line in self._log.lines(tracking.FORGETTING)):
+            return
+        self._log.set_phase("forgetting", step)
+        probes = {"forgetting": self.probes.plain}
+        if self.probes.triggered:
+            probes["with_trigger"] = self.probes.triggered
+        if step:
+            with self._log.timed("forgetting", step), self._trainer.ema_weights():
+                drifts = {name: self._drift(probe) for name, probe in probes.items()}
+        else:
+            drifts = dict.fromkeys(probes, 0.0)
+            tracking.note_seconds(self._log.folder, step, "forgetting", self.probes.seconds)
+        trigger = f" ({drifts['with_trigger']:.1%} with the trigger)" if "with_trigger" in drifts else ""
+        self._log.write(
+            "forgetting",
+            {"step": step} | drifts,
+            file=tracking.FORGETTING,
+            tracked={f"forgetting/{name}": drift for name, drift in drifts.items()},
+            message=f"forgetting at step {step}: {drifts['forgetting']:.1%}{trigger}" if step else "",
+        )
+
+    def _drift(self, probe: Probe) -> float:
+        batch_size = self._trainer.micro_batch_size or probe.x_t.shape[1]
+        return probe_drift(self._trainer.unet, probe, batch_size=batch_size)

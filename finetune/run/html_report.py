@@ -18,7 +18,6 @@ from finetune.results.report import write_report
 from finetune.results.report_sections import SHEET
 from finetune.run.context import Run
 from finetune.run.run_dir import name_of
-from finetune.run.sample_grids import last_picture
 from finetune.run.summary import summary_rows
 from finetune.seeding import example_key
 
@@ -45,7 +44,7 @@ def lora_facts(run: Run, *, final: bool = False) -> dict[str, str]:
         model=base.name if base.is_absolute() else config.model,
         model_hash=short_hash(base) if base.is_file() else None,
         family=run.model.family.layout or run.model.family.name,
-        prediction_type=run.model.scheduler.config["prediction_type"],
+        prediction_type=run.trainer.objective.prediction_type,
         resolution=config.resolution,
         batch_size=config.global_batch,
         epoch_steps=float(steps_per_epoch(run.chunks.epoch_visits, config.global_batch)),
@@ -56,7 +55,7 @@ def lora_facts(run: Run, *, final: bool = False) -> dict[str, str]:
         trigger=config.trigger,
         data=name_of(config.data),
         captions=run.pictures.trained_captions,
-        thumbnail=last_picture(run) if final else None,
+        thumbnail=run.grids.first_picture(step) if final else None,
     )
     title = run.folder.resolve().name
     return facts.metadata(title if final else f"{title}-{step:06d}", step)

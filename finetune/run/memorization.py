@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from finetune.atomic_io import json_lines, write_json_lines
 from finetune.cache.image_source import LiveImages
 from finetune.config import ResolvedConfig
 from finetune.data.image_dataset import ImageDataset
 from finetune.results import tracking
 from finetune.results.memorization import TrainingFeatures, originals
-from finetune.run.context import Run
+from finetune.run.evaluation import EvaluationLog
+from finetune.run.sample_grids import SampleGrids
 from finetune.seeding import example_key, fold
 
 MOST = 300
@@ -32,14 +32,36 @@ def _as_trained(config: ResolvedConfig, pictures: ImageDataset, some: Sequence[i
         yield to_pil_image(pixels)
 
 
-def count_copies(run: Run, drawn: Sequence[Image.Image]) -> None:
-    """Record and tell how many of the pictures drawn at this step are near copies."""
-    if run.originals is None:
-        return
-    step, path = run.trainer.steps_done, run.folder / tracking.COPIES
-    record = {"step": step, "pictures": len(drawn), "copies": run.originals.copied(drawn)}
-    write_json_lines(path, [*(line for line in json_lines(path) if line["step"] != step), record])
-    run.events.emit("copies", **record)
-    tracking.track_copies(run.accelerator, record)
-    if step and record["copies"]:
-        print(f"pictures at step {step}: {record['copies']} of {len(drawn)} are near copies of training pictures")
+class Memorization:
+    """The evaluator of how many pictures of each grid are near copies of training pictures, in copies.jsonl.
+
+    Args:
+        training_features: of the training pictures.
+        grids: draws the pictures.
+        log: of the run.
+    """
+
+    def __init__(self, training_features: TrainingFeatures, grids: SampleGrids, log: EvaluationLog):
+        self._training_features, self._grids, self._log = training_features, grids, log
+
+    def should_run(self, step: int) -> bool:
+        """Whether a grid is drawn after this step."""
+        return self._grids.should_run(step)
+
+    def run(self, step: int) -> None:
+        """Count the near copies in the grid of this step, and record them."""
+        counted = any(line["step"] == step for line in self._log.lines(tracking.COPIES))
+        if counted and step not in self._grids.drawn:
+            return
+        pictures = self._grids.pictures(step)
+        if not pictures:
+            return
+        copies = self._training_features.copied(pictures)
+        found = f"{copies} of {len(pictures)} are near copies of training pictures"
+        self._log.write(
+            "copies",
+            {"step": step, "pictures": len(pictures), "copies": copies},
+            file=tracking.COPIES,
+            tracked={"samples/copies": copies / len(pictures)},
+            message=f"pictures at step {step}: {found}" if step and copies else "",
+        )

@@ -16,11 +16,12 @@ from finetune.atomic_io import remove, write_whole
 from finetune.config import ResolvedConfig, TrainConfig, config_text, own_version, replace
 from finetune.data.data_source import called
 from finetune.errors import UsageError, first_line
+from finetune.results import tracking
 from finetune.results.export import MOVING, has_own_parts, kohya_files, names_of_exports
 from finetune.training.checkpoint import checkpoints, latest
 
 _LEFT_BY_A_RUN = (
-    *("timings.jsonl", "faults.jsonl", "validation.jsonl", "forgetting.jsonl", "copies.jsonl"),
+    *tracking.FILES,
     *(
         "quarantine.jsonl",
         "pictures.jpg",
@@ -120,7 +121,7 @@ def _clear(path: Path) -> None:
         remove(path / name)
     for _, written in (*checkpoints(path), *kohya_files(path)):
         remove(written)
-    for pattern in (*_LEFT_BY_A_RUN, "result.json", "metrics.jsonl", "config.toml"):
+    for pattern in (*_LEFT_BY_A_RUN, "result.json", "config.toml"):
         for entry in path.glob(pattern):
             remove(entry)
 

@@ -1,8 +1,7 @@
 """The sample grids of a run: which are drawn, when, and what they show."""
 
 import re
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -13,23 +12,24 @@ from torchvision.transforms.v2.functional import to_pil_image
 from finetune.cache.image_source import LiveImages
 from finetune.config import ResolvedConfig, TrainConfig
 from finetune.data.captions import TRIGGER, with_trigger
+from finetune.data.image_dataset import ImageDataset
 from finetune.data.inpainting import middle_mask
 from finetune.data.sampler import steps_per_epoch
-from finetune.results import tracking
+from finetune.models.loading import DiffusionModel
 from finetune.results.sampling import (
     Hole,
     already_shows,
     draw_pictures,
     first_picture,
     grid,
+    grid_pictures,
     save_picture,
     side_by_side,
 )
-from finetune.run.context import Run
-from finetune.run.evaluation import measured_interval
-from finetune.run.memorization import count_copies
+from finetune.run.evaluation import EvaluationLog, EvaluationPeriod, training_passes
 from finetune.run.sample_prompts import SamplePrompt, sample_prompts
 from finetune.seeding import example_key, fold
+from finetune.training.trainer import Trainer
 
 MOST_GRIDS = 10
 SAMPLING_SHARE = 0.05
@@ -55,8 +55,7 @@ def plan_samples(config: ResolvedConfig, *, latent: bool, captions: Sequence[str
 
     At least one picture is drawn before and after, unless none is wanted. How many grids fit between them is said by
     `eval_interval`, when the run knows how long it takes. Beforehand the cost is counted in UNet passes over one
-    picture: a sampler step is one (two with guidance), a training example three (forward, and a backward of about two),
-    or two where frozen weights need no gradient (LoRA).
+    picture: a sampler step is one, or two with guidance; for training see `training_passes`.
 
     Args:
         config: resolved.
@@ -70,8 +69,7 @@ def plan_samples(config: ResolvedConfig, *, latent: bool, captions: Sequence[str
     every = config.sample_every or (config.save_image_epochs * epoch if config.save_image_epochs else None)
     prompts = sample_prompts(config.sample_prompts or (default_prompts(config, captions) if latent else ("",)))
     per_picture = config.num_inference_steps * (2 if latent and config.guidance_scale > 1 else 1)
-    total = config.max_train_steps
-    training = (2 if config.method == "lora" else 3) * config.global_batch * total
+    total, training = config.max_train_steps, training_passes(config)
     chosen = config.eval_batch_size
 
     def plan(prompts: tuple[SamplePrompt, ...], pictures: int, every: int | Fraction | None) -> SamplePlan:
@@ -99,20 +97,64 @@ AT_ONCE = 4
 _NAME = re.compile(r"step-(\d+)\.png")
 
 
-def draw_grid(run: Run) -> None:
-    """A grid with the same prompts and seeds each time, as samples/step-N.png, unless it is there already."""
-    config, model, samples, step = run.config, run.model, run.samples, run.trainer.steps_done
-    path = _path(run, step)
-    if not samples.prompts or already_shows(path, _settings(run)):
-        return
-    run.events.set_phase("sampling", step)
-    clock, hole = time.perf_counter(), _hole(run)
-    with run.trainer.ema_weights():
-        rows = [
+class SampleGrids:
+    """The evaluator that draws the same prompts with the same seeds each time, as samples/step-N.png.
+
+    Args:
+        plan: what is drawn; without prompts nothing is.
+        model: draws it.
+        pictures: the first of them is what an inpainting model paints into.
+        trainer: of the run.
+        log: of the run.
+        config: of the run.
+        release: called when the pictures are drawn, and the frozen networks may leave the device again.
+    """
+
+    def __init__(
+        self,
+        plan: SamplePlan,
+        model: DiffusionModel,
+        pictures: ImageDataset,
+        trainer: Trainer,
+        log: EvaluationLog,
+        config: ResolvedConfig,
+        release: Callable[[], None],
+    ):
+        self.plan, self._model, self._pictures, self._trainer = plan, model, pictures, trainer
+        self._log, self._config, self._release = log, config, release
+        self._period = EvaluationPeriod(
+            log.folder, "grid", config.max_train_steps, every=plan.every, share=SAMPLING_SHARE, most=MOST_GRIDS
+        )
+        self.drawn = set[int]()
+        """Steps whose grids were drawn by this object, rather than found."""
+
+    def should_run(self, step: int) -> bool:
+        """Whether the run draws a grid after this step."""
+        return bool(self.plan.prompts) and self._period.includes(step)
+
+    def run(self, step: int) -> None:
+        """Draw the grid of this step, unless it is there."""
+        path, settings = self.path(step), self._settings()
+        if not self.plan.prompts or already_shows(path, settings):
+            return
+        self._log.set_phase("sampling", step)
+        with self._log.timed("grid", step):
+            with self._trainer.ema_weights():
+                rows = self._draw()
+            self._release()
+            labels = [prompt.text for prompt in self.plan.prompts]
+            save_picture(grid(rows, labels, title=f"step {step}"), path, shows=settings)
+        self.drawn.add(step)
+        self._log.add_picture(step, path)
+
+    def _draw(self) -> list[list[Image.Image]]:
+        """A row of pictures for each prompt."""
+        config, hole = self._config, self._hole()
+        return [
             draw_pictures(
-                model,
+                self._model,
                 [prompt.text],
-                range(prompt.seed, prompt.seed + samples.pictures),
+                range(prompt.seed, prompt.seed + self.plan.pictures),
                 resolution=config.resolution,
                 num_inference_steps=prompt.num_inference_steps or config.num_inference_steps,
                 guidance_scale=config.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale,
@@ -120,66 +162,53 @@ def draw_grid(run: Run) -> None:
                 at_once=AT_ONCE,
                 hole=hole,
             )[0]
-            for prompt in samples.prompts
+            for prompt in self.plan.prompts
         ]
-    run.release()
-    count_copies(run, [picture for row in rows for picture in row])
-    labels = [prompt.text for prompt in samples.prompts]
-    save_picture(grid(rows, labels, title=f"step {step}"), path, shows=_settings(run))
-    tracking.note_seconds(run.folder, step, "grid", time.perf_counter() - clock)
-    run.events.emit("picture", step=step, path=path.relative_to(run.folder).as_posix())
-    tracking.track_pictures(run.accelerator, step, path)
 
+    def _hole(self) -> Hole | None:
+        """What an inpainting model paints: the first training picture, as its mask says, or the middle of it."""
+        if not self._model.inpainting:
+            return None
+        pictures, index = self._pictures, self._pictures.trained[0]
+        pixels, _ = LiveImages(pictures, inpainting=True).load(
+            index, example_key(self._config.seed, pictures.ids[index], 0), False
+        )
+        drawn = pictures.mask_digest(index) is None
+        mask = middle_mask(pixels.shape[1], pixels.shape[2]) if drawn else pixels[3:]
+        return Hole(to_pil_image(pixels[:3]), to_pil_image(mask))
 
-def _hole(run: Run) -> Hole | None:
-    """What an inpainting model paints: the first training picture, as its mask says, or the middle of it."""
-    if not run.model.inpainting:
-        return None
-    pictures, index = run.pictures, run.pictures.trained[0]
-    pixels, _ = LiveImages(pictures, inpainting=True).load(
-        index, example_key(run.config.seed, pictures.ids[index], 0), False
-    )
-    drawn = pictures.mask_digest(index) is None
-    mask = middle_mask(pixels.shape[1], pixels.shape[2]) if drawn else pixels[3:]
-    return Hole(to_pil_image(pixels[:3]), to_pil_image(mask))
+    def delete_stale(self, step: int) -> None:
+        """Delete grids of steps after this one, which the run may not come to, and, if it draws any, those of other
+        settings.
+        """
+        for path in self.path(0).parent.iterdir():
+            match = _NAME.fullmatch(path.name)
+            others = self.plan.prompts and not already_shows(path, self._settings())
+            if match and (others or int(match[1]) > step):
+                path.unlink()
 
+    def write_before_after(self, step: int) -> None:
+        """Write samples/before-after.png from the first grid and that of this step, the last."""
+        if self.plan.prompts:
+            side_by_side(self.path(0), self.path(step), self.path(0).with_name("before-after.png"))
 
-def steps_between(run: Run) -> int | Fraction | None:
-    """As asked for; else what the first grid and the first steps leave room for, and None while that is not known."""
-    if run.samples.every or not run.samples.prompts:
-        return run.samples.every
-    return measured_interval(run.folder, "grid", run.config.max_train_steps, share=SAMPLING_SHARE, most=MOST_GRIDS)
+    def pictures(self, step: int) -> list[Image.Image]:
+        """Return the pictures of the grid of this step, one prompt after the other; none where there is no grid."""
+        number = len(self.plan.prompts) * self.plan.pictures
+        return grid_pictures(self.path(step), number, self._config.resolution) if number else []
 
+    def first_picture(self, step: int) -> Image.Image | None:
+        """The first picture of the grid of this step, as large as it is there; None where none was drawn."""
+        return first_picture(self.path(step)) if self.plan.prompts else None
 
-def delete_stale_grids(run: Run) -> None:
-    """Delete grids of later steps, which this run may not come to, and, if it draws any, those of other settings."""
-    for path in (run.folder / "samples").iterdir():
-        match = _NAME.fullmatch(path.name)
-        others = run.samples.prompts and not already_shows(path, _settings(run))
-        if match and (others or int(match[1]) > run.trainer.steps_done):
-            path.unlink()
+    def path(self, step: int) -> Path:
+        """The file of the grid of a step."""
+        return self._log.folder / f"samples/step-{step}.png"
 
-
-def write_before_after(run: Run) -> None:
-    """samples/before-after.png from the first grid and the last."""
-    if run.samples.prompts:
-        last = _path(run, run.trainer.steps_done)
-        side_by_side(_path(run, 0), last, run.folder / "samples/before-after.png")
-
-
-def last_picture(run: Run) -> Image.Image | None:
-    """The first picture of the grid of the last step; None where none was drawn."""
-    return first_picture(_path(run, run.trainer.steps_done)) if run.samples.prompts else None
-
-
-def _path(run: Run, step: int) -> Path:
-    return run.folder / f"samples/step-{step}.png"
-
-
-def _settings(run: Run) -> str:
-    """A digest of everything but the weights that decides what a grid shows."""
-    config, samples = run.config, run.samples
-    settings = (samples.pictures, config.resolution, config.num_inference_steps, config.guidance_scale)
-    if run.model.inpainting:
-        settings += (run.pictures.image_info(run.pictures.trained[0]).digest,)
-    return f"{fold(*map(repr, samples.prompts), *map(str, settings)):016x}"
+    def _settings(self) -> str:
+        """A digest of everything but the weights that decides what a grid shows."""
+        config, plan = self._config, self.plan
+        settings = (plan.pictures, config.resolution, config.num_inference_steps, config.guidance_scale)
+        if self._model.inpainting:
+            settings += (self._pictures.image_info(self._pictures.trained[0]).digest,)
+        return f"{fold(*map(repr, plan.prompts), *map(str, settings)):016x}"

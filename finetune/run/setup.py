@@ -1,5 +1,7 @@
 """From a config to a run that can start: every option decided, then its parts built, recorded and printed."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,18 +20,20 @@ from finetune.run.build import assembled
 from finetune.run.build_dataset import identity, open_pictures
 from finetune.run.class_images import draw_missing
 from finetune.run.context import Run
-from finetune.run.forgetting import make_probes
+from finetune.run.early_stopping import EarlyStopping
+from finetune.run.evaluation import EvaluationLog, Evaluator
+from finetune.run.forgetting import Forgetting, make_probes
 from finetune.run.html_report import write_training_preview
 from finetune.run.ledger import note_chunk, write_ledger
-from finetune.run.memorization import known_pictures
+from finetune.run.memorization import Memorization, known_pictures
 from finetune.run.provenance import check_provenance, run_provenance
 from finetune.run.resolve_config import resolve_for, with_absolute_paths
 from finetune.run.resume import with_earlier, with_newest
 from finetune.run.run_dir import RunDir, begin
-from finetune.run.sample_grids import plan_samples
+from finetune.run.sample_grids import SampleGrids, plan_samples
 from finetune.run.summary import print_summary
 from finetune.run.train_loader import TrainDataLoader
-from finetune.run.validation import plan_validation
+from finetune.run.validation import Validation, plan_validation, steps_between_validations
 from finetune.training.distributed import Parallel
 
 
@@ -59,34 +63,46 @@ def build_run(
     accelerator: Accelerator,
     parallel: Parallel,
     events: Events,
+    evaluators: Sequence[Callable[[Run], Evaluator]] = (),
 ) -> Run:
-    """Load the model, encode the pictures, and record and say what is going to happen."""
+    """Load the model, encode the pictures, and record and say what is going to happen.
+
+    Args:
+        config, model_info, chunks, folder, accelerator, parallel, events: of the run.
+        evaluators: of the caller, each made from the run.
+    """
     pictures = chunks.first
     events.set_phase("loading", folder.step)
     earlier = json_lines(folder.path / tracking.VALIDATION) if folder.checkpoint else []
-    validation = plan_validation(config, pictures, earlier)
+    plan = plan_validation(config, pictures, earlier)
     model, encoded, trainer = assembled(
         config,
         model_info,
         pictures,
         accelerator.device,
         steps=chunks.local_steps(0, range(folder.step, config.max_train_steps), config.global_batch),
-        validated=validation.examples,
+        validated=plan.examples,
         parallel=parallel,
         on_progress=events.progress,
     )
-    samples = plan_samples(
-        config, latent=model_info.family.latent, captions=pictures.trained_captions, visits=chunks.epoch_visits
-    )
     provenance = run_provenance(model, identity(chunks), accelerator.device, parallel.world_size)
-    events.set_phase("forgetting", folder.step)
-    probes = make_probes(config, model) if parallel.is_main_process else None
-    comparable = samples.prompts and not model.inpainting  # whose pictures hold most of a training picture
-    training_features = known_pictures(config, pictures) if parallel.is_main_process and comparable else None
     entered = partial(note_chunk, folder.path, config) if parallel.is_main_process else None
     train_loader = TrainDataLoader(
         config=config, model=model, chunks=chunks, first=encoded, trainer=trainer, entered=entered
     )
+    total, log = config.max_train_steps, EvaluationLog(folder.path, events, accelerator)
+    every = steps_between_validations(config)
+    validation = Validation(plan, encoded, trainer, log, total=total, every=every, seed=config.seed)
+    events.set_phase("forgetting", folder.step)
+    probes = make_probes(config, model, trainer.objective) if parallel.is_main_process else None
+    forgetting = Forgetting(probes, trainer, log, total=total) if probes else None
+    samples = plan_samples(
+        config, latent=model_info.family.latent, captions=pictures.trained_captions, visits=chunks.epoch_visits
+    )
+    grids = SampleGrids(samples, model, pictures, trainer, log, config, train_loader.release_frozen)
+    comparable = samples.prompts and not model.inpainting  # whose pictures hold most of a training picture
+    training_features = known_pictures(config, pictures) if parallel.is_main_process and comparable else None
+    memorization = Memorization(training_features, grids, log) if training_features else None
     run = Run(
         config=config,
         model=model,
@@ -94,24 +110,33 @@ def build_run(
         encoded=encoded,
         train_loader=train_loader,
         trainer=trainer,
-        samples=samples,
         validation=validation,
-        forgetting_probes=probes,
-        originals=training_features,
+        forgetting=forgetting,
+        grids=grids,
+        early_stopping=EarlyStopping(validation if config.early_stop else None, trainer, folder.path, total=total),
+        log=log,
         folder=folder.path,
         accelerator=accelerator,
         provenance=provenance,
         events=events,
     )
-    run.release()
+    train_loader.release_frozen()
     if parallel.is_main_process:
-        if moved := check_provenance(folder.provenance, provenance, config.allow_changed):
-            print(f"{'note':>10}  {moved}: from here on the bits are this machine's")
-        begin(folder, config, identity(chunks))
-        write_ledger(folder.path, config, chunks, folder.step)
-        write_training_preview(run)
-        print_summary(run)
-        resumed = folder.step > 0
-        project = config.tracker_project_name
-        tracking.start_trackers(accelerator, folder.path, project, as_settings(config), resumed=resumed)
+        own = [each for each in (validation, forgetting, grids, memorization) if each]
+        run = replace(run, evaluators=(*own, *(make(run) for make in evaluators)))
+        _record_start(run, folder)
     return run
+
+
+def _record_start(run: Run, folder: RunDir) -> None:
+    """Record what is going to be trained in the run folder, print it, and open the trackers."""
+    config = run.config
+    if moved := check_provenance(folder.provenance, run.provenance, config.allow_changed):
+        print(f"{'note':>10}  {moved}: from here on the bits are this machine's")
+    begin(folder, config, identity(run.chunks))
+    write_ledger(folder.path, config, run.chunks, folder.step)
+    write_training_preview(run)
+    print_summary(run)
+    resumed = folder.step > 0
+    project = config.tracker_project_name
+    tracking.start_trackers(run.accelerator, folder.path, project, as_settings(config), resumed=resumed)

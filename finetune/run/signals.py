@@ -13,10 +13,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import IntEnum
 
-PAUSE, SAVE, TIME_UP = 1, 2, 124
-"""What is asked of a run, the greater before the less: to draw, to save, and to stop with an exit code, of which that
-after `max_train_minutes` is timeout(1)'s."""
+
+class LoopAction(IntEnum):
+    """What the loop does after a step; of several, the greatest includes those before it."""
+
+    CONTINUE = 0
+    EVALUATE = 1
+    CHECKPOINT = 2
+    STOP = 3
+
+
+TIME_UP = 124
+"""The exit code after `max_train_minutes`: that of timeout(1)."""
 
 
 _SAME = 5.0
@@ -30,33 +40,38 @@ class StopConditions:
         now: the clock, in seconds.
     """
 
+    save_minutes: float | None = None
+    """From one checkpoint to the next; None: none is asked for by the clock."""
+    stop_minutes: float | None = None
+    """From the making of this object to a stop; None: none is asked for by the clock."""
+
     def __init__(self, now: Callable[[], float] = time.monotonic):
         self._now = now
         self._began = self._saved = now()
         self._save_by_signal = False
+        self.stop_request = StopRequest()
+        """Of the signals that are caught, see `catch_signals`."""
+        self.exit_code = 0
+        """With which the process ends after a stop; 0 while none was asked for."""
 
-    def poll(self, stop_signal: int | None, save_minutes: float | None, end_minutes: float | None) -> int:
-        """0 for nothing, `SAVE`, or the exit code to stop with; of several the greatest counts.
-
-        Args:
-            stop_signal: the number of the signal that has asked for a stop.
-            save_minutes: after the last checkpoint, the next is asked for; None: never.
-            end_minutes: after this object was made, a stop is asked for; None: never.
-        """
-        if stop_signal:
-            return 128 + stop_signal
+    def poll(self) -> LoopAction:
+        """Return CONTINUE, CHECKPOINT or STOP."""
         now = self._now()
-        if end_minutes and now - self._began >= 60 * end_minutes:
-            return TIME_UP
-        by_clock = save_minutes and now - self._saved >= 60 * save_minutes
-        return SAVE if by_clock or self._save_by_signal else 0
+        if self.stop_request.number:
+            self.exit_code = 128 + self.stop_request.number
+        elif self.stop_minutes and now - self._began >= 60 * self.stop_minutes:
+            self.exit_code = TIME_UP
+        if self.exit_code:
+            return LoopAction.STOP
+        by_clock = self.save_minutes and now - self._saved >= 60 * self.save_minutes
+        return LoopAction.CHECKPOINT if by_clock or self._save_by_signal else LoopAction.CONTINUE
 
-    def saved(self) -> None:
-        """A checkpoint was kept."""
+    def checkpoint_saved(self) -> None:
+        """Count the minutes to the next checkpoint from now on."""
         self._saved, self._save_by_signal = self._now(), False
 
     @contextmanager
-    def hearing_usr1(self) -> Iterator[None]:
+    def catch_sigusr1(self) -> Iterator[None]:
         """Turn SIGUSR1 into a request for a checkpoint; otherwise it would end the process. Main thread only."""
         if threading.current_thread() is not threading.main_thread():
             yield

@@ -4,77 +4,87 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from fractions import Fraction
+from typing import Protocol
 
 import torch
 
 from finetune.results import tracking
-from finetune.run.build import sampler
 from finetune.run.context import Run
-from finetune.run.evaluation import FIRST_STEPS, should_run
-from finetune.run.forgetting import steps_between_readings
-from finetune.run.sample_grids import steps_between
-from finetune.run.validation import steps_between_validations
-from finetune.seeding import example_key
 from finetune.text import pluralize
 from finetune.training.metrics import Fault, NotFinite, StepMetrics
-from finetune.training.objective import timesteps
+from finetune.training.trainer import Trainer
+
+
+class StepWriter(Protocol):
+    """Takes the figures of one step after the other."""
+
+    def write(self, metrics: StepMetrics, seconds: float) -> None:
+        """Record a step that took so many seconds; its figures are there."""
+        ...
+
+    def out_of_memory(self, step: int, micro_batch_size: int) -> None:
+        """From this step on, so many examples are computed at a time."""
+        ...
+
+    def resume(self) -> None:
+        """Training goes on after a pause."""
+        ...
 
 
 class StepLogger:
-    """Tells of a step as soon as nobody has to wait for its figures: on a GPU that is one step later.
+    """Records each step as soon as nobody has to wait for its figures: on a GPU that is one step later.
 
-    Of several processes, all hear of a step at the same point, one step later, or the first might leave the others.
+    All processes wait for a step's figures at the same point, one step later, so that none leaves the others.
+
+    Args:
+        trainer: makes the steps.
+        writer: of the main process; None in the others.
     """
 
-    def __init__(self, run: Run, log: tracking.Log, progress: tracking.Progress):
-        self._run, self._log, self._progress = run, log, progress
-        self._pauses = self._paced()
+    def __init__(self, trainer: Trainer, writer: StepWriter | None):
+        self._trainer, self._writer = trainer, writer
         self._waiting: deque[StepMetrics] = deque()
-        self._oom_micro_batch_size = run.trainer.oom_micro_batch_size
+        self._oom_micro_batch_size = trainer.oom_micro_batch_size
         self._clock = time.perf_counter()
 
-    def _paced(self) -> dict[str, int | Fraction | None]:
-        """For what training pauses -> steps between, None while that is not known."""
-        run = self._run
-        return {
-            "validation": steps_between_validations(run),
-            "forgetting": steps_between_readings(run),
-            "grid": steps_between(run),
-        }
-
-    def should_run(self, step: int) -> frozenset[str]:
-        """For what training pauses after this step: "validation", "forgetting", "grid"; for all of them in the end."""
-        last = step == self._run.config.max_train_steps
-        return frozenset(what for what, every in self._pauses.items() if last or should_run(step, every))
-
-    def add(self, metrics: StepMetrics) -> None:
-        """A step that was just made; tells of it, or of the one before."""
+    def log(self, metrics: StepMetrics) -> None:
+        """Take a step that was just made; record it, or the one before."""
         self._waiting.append(metrics)
-        if (size := self._run.trainer.oom_micro_batch_size) != self._oom_micro_batch_size:
+        if (size := self._trainer.oom_micro_batch_size) != self._oom_micro_batch_size:
             self._oom_micro_batch_size = size
-            pictures = pluralize(size or 0, "picture")
-            message = f"from step {metrics.step} on {pictures} at a time, to the same gradient"
-            print(f"out of memory: {message} (the step stays as large)", flush=True)
-        alone = self._run.trainer.parallel.world_size == 1
+            if self._writer:
+                self._writer.out_of_memory(metrics.step, size or 0)
+        alone = self._trainer.parallel.world_size == 1
         while self._waiting and (len(self._waiting) > 1 or (alone and self._waiting[0].ready)):
             self._write(self._waiting.popleft())
 
-    def finish(self) -> None:
-        """Tell of what has not been told of, before something else is done than training."""
+    def flush(self) -> None:
+        """Record all steps that were made, before something else is done than training."""
         while self._waiting:
             self._write(self._waiting.popleft())
 
     def resume(self) -> None:
         """What was done since the last step (a grid, a checkpoint) does not count into the time of the next."""
         self._clock = time.perf_counter()
-        self._progress.resume()
-        self._run.events.set_phase("training", self._run.trainer.steps_done)
+        if self._writer:
+            self._writer.resume()
 
     def _write(self, metrics: StepMetrics) -> None:
         metrics.as_dict()  # waits for the step, so that the time is its own
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
+        if self._writer:
+            self._writer.write(metrics, seconds)
+
+
+class RunWriter:
+    """Writes the steps of a run: metrics.jsonl and timings.jsonl, the trackers, the progress and the events."""
+
+    def __init__(self, run: Run, log: tracking.Log, progress: tracking.Progress):
+        self._run, self._log, self._progress = run, log, progress
+
+    def write(self, metrics: StepMetrics, seconds: float) -> None:
+        """Record a step, and print what was wrong with it."""
         values = self._log.write(metrics, seconds)
         tracking.track(self._run.accelerator, metrics)
         self._progress.show(metrics, seconds)
@@ -82,34 +92,40 @@ class StepLogger:
         if metrics.fault:
             record_fault(self._run, metrics.fault)
             print(f"{metrics.fault}: its update was left out", flush=True)
-        if metrics.step == FIRST_STEPS:
-            self._pauses = self._paced()
+
+    def out_of_memory(self, step: int, micro_batch_size: int) -> None:
+        """Print that fewer examples are computed at a time."""
+        message = f"from step {step} on {pluralize(micro_batch_size, 'picture')} at a time, to the same gradient"
+        print(f"out of memory: {message} (the step stays as large)", flush=True)
+
+    def resume(self) -> None:
+        """Training goes on after a pause."""
+        self._progress.resume()
+        self._run.events.set_phase("training", self._run.trainer.steps_done)
 
 
 @contextmanager
-def reports(run: Run) -> Iterator[StepLogger]:
-    """The reports of a run from the trainer's step on, its files open inside."""
+def step_logger(run: Run) -> Iterator[StepLogger]:
+    """The logger of a run from the trainer's step on, its files open inside."""
+    if not run.trainer.parallel.is_main_process:
+        yield StepLogger(run.trainer, None)
+        return
     done, total = run.trainer.steps_done, run.config.max_train_steps
     with tracking.log(run.folder, done) as log, tracking.progress(done, total) as progress:
         try:
-            yield StepLogger(run, log, progress)
+            yield StepLogger(run.trainer, RunWriter(run, log, progress))
         except NotFinite as error:
             record_fault(run, error.fault)
             raise
 
 
 def record_fault(run: Run, fault: Fault) -> None:
-    """Write a line: the step's loss and norm, and id, timestep, caption and loss of each of its examples.
-
-    All of it is a function of seed and step, so it is known here of what another process has computed, too.
-    """
+    """Write a line: the step's loss and norm, and id, timestep, caption and loss of each of its examples."""
     (steps_of_chunk,) = run.chunks.chunk_steps(range(fault.step - 1, fault.step), run.config.global_batch)
     pictures = run.chunks.at(steps_of_chunk.chunk)
-    visits, _ = sampler(run.config, pictures).share(steps_of_chunk.own.start)
-    keys = [example_key(run.config.seed, pictures.ids[visit.example], visit.number) for visit in visits]
-    times = timesteps(torch.tensor(keys), run.model.scheduler.config["num_train_timesteps"]).tolist()
+    timesteps = run.trainer.objective.sample_timesteps(torch.tensor(fault.keys)).tolist()
     facts = []
-    for visit, key, t in zip(visits, keys, times, strict=True):
-        caption = run.encoded.captioning.caption(pictures.texts(visit.example), key)
-        facts.append({"id": pictures.ids[visit.example], "timestep": t, "caption": caption})
+    for name, key, t in zip(fault.ids, fault.keys, timesteps, strict=True):
+        caption = run.encoded.captioning.caption(pictures.texts(pictures.ids.index(name)), key)
+        facts.append({"id": name, "timestep": t, "caption": caption})
     tracking.note_fault(run.folder, fault, facts)

@@ -27,7 +27,7 @@ def print_summary(run: Run) -> None:
         *run.pictures.notes(),
         *_about_words(run),
         *_about_memory(run),
-        *_about_sizes(run.samples),
+        *_about_sizes(run.grids.plan),
         *_about_options(run),
     ]:
         print(f"{'note':>10}  {line}")
@@ -38,7 +38,7 @@ def summary_rows(run: Run) -> dict[str, str]:
     config, encoded, family = run.config, run.encoded, run.model.family
     epochs = float(config.max_train_steps / steps_per_epoch(run.chunks.epoch_visits, config.global_batch))
     rows = {
-        "model": f"{config.model} ({family.description}), predicts {run.model.scheduler.config['prediction_type']}",
+        "model": f"{config.model} ({family.description}), predicts {run.trainer.objective.prediction_type}",
         "learns": f"{_learns(run)} parameters",
         "pictures": f"{pluralize(sum(run.chunks.counts), 'photo')}{_repeats(encoded)}: "
         f"{pluralize(config.max_train_steps, 'step')} of {config.global_batch}, {epochs:.4g} epochs, "
@@ -53,7 +53,7 @@ def summary_rows(run: Run) -> dict[str, str]:
         f"{config.lr_warmup_steps} warm-up steps{', EMA' if config.use_ema else ''}",
         "precision": f"{_precision(config)} on {run.trainer.device.type}{_processes(run)}"
         f"{', compiled' if is_compiled(run.model.unet) else ''}",
-        "samples": _samples(run.samples),
+        "samples": _samples(run.grids.plan),
         "output": str(run.folder),
     }
     return {name: text for name, text in rows.items() if text}
@@ -90,20 +90,21 @@ def _learns(run: Run) -> str:
 
 
 def _validation(run: Run) -> str:
-    held, validation = len(run.pictures.held_out), run.validation
+    held, plan = len(run.pictures.held_out), run.validation.plan
     if not held and run.config.validation_fraction:
         return "none: those drawn for it are near duplicates of too many others; --validation_data names others"
     if not held:
         return "none: no pictures are held out"
-    some = "" if held == len(validation.examples) else f", {len(validation.examples)} of them used"
-    return f"{pluralize(held, 'photo')} held out{some}, at {validation.draws} timesteps each"
+    some = "" if held == len(plan.examples) else f", {len(plan.examples)} of them used"
+    return f"{pluralize(held, 'photo')} held out{some}, at {plan.draws} timesteps each"
 
 
 def _forgetting(run: Run) -> str:
-    if run.forgetting_probes is None:
+    if run.forgetting is None:
         return ""
-    trigger = ", with and without the trigger" if run.forgetting_probes.triggered else ""
-    prompts = pluralize(run.forgetting_probes.plain.x_t.shape[1], "unrelated prompt")
+    probes = run.forgetting.probes
+    trigger = ", with and without the trigger" if probes.triggered else ""
+    prompts = pluralize(probes.plain.x_t.shape[1], "unrelated prompt")
     return f"tracking how {prompts} change{trigger}"
 
 

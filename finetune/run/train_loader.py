@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from itertools import chain, pairwise
 
 from finetune.batch import Batch
@@ -10,12 +11,19 @@ from finetune.config import ResolvedConfig
 from finetune.data.chunks import Chunks, ChunkSteps
 from finetune.data.image_dataset import ImageDataset
 from finetune.data.loader import training_steps
-from finetune.data.prefetch import DEPTH
+from finetune.data.prefetch import DEPTH, ahead
 from finetune.models.conditioners import Conditioner
 from finetune.models.encoders import Encoder
 from finetune.models.loading import DiffusionModel
 from finetune.run.build import encoded_for
+from finetune.training.micro_batch import PreparedStep
 from finetune.training.trainer import Trainer
+
+
+def prepared_ahead(trainer: Trainer, loader: "TrainDataLoader") -> AbstractContextManager[Iterator[PreparedStep]]:
+    """The steps from the trainer's on, prepared by a thread as soon as visits need no encoder."""
+    steps = (trainer.prepare(*batches) for batches in loader.steps(trainer.steps_done))
+    return ahead(steps, allowed=lambda: not loader.live)
 
 
 class TrainDataLoader:
@@ -78,6 +86,12 @@ class TrainDataLoader:
                     opening = self._opener.submit(self._volumes.at, following.chunk)
                 self._left -= 1
                 yield batches
+
+    def release_frozen(self) -> None:
+        """Send the frozen networks that no visit to come needs from the device."""
+        for network in (self._model.conditioner, self._model.encoder):
+            if not self.needs(network):
+                network.to("cpu")
 
     def close(self) -> None:
         """Keep what was encoded last; nothing more is going to be read. A look at the next chunk is not waited for."""

@@ -1,23 +1,21 @@
 """Validation in the course of a run: on which pictures, when, and what validation.jsonl records of it."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from math import ceil, inf
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finetune.atomic_io import json_lines
+from finetune.cache.encoded_dataset import EncodedDataset
 from finetune.config import ResolvedConfig
 from finetune.data.image_dataset import ImageDataset
 from finetune.results import tracking
-from finetune.run.context import Run
-from finetune.run.evaluation import measured_interval
+from finetune.run.evaluation import EvaluationLog, EvaluationPeriod, training_passes
 from finetune.seeding import fold
-from finetune.training.objective import NoisePrediction
+from finetune.training.objective import DiffusionObjective
+from finetune.training.trainer import Trainer
 from finetune.training.validation import BANDS, band, paired, validation_losses
 
 SHARE = 0.05
@@ -44,9 +42,6 @@ def plan_validation(
 ) -> ValidationPlan:
     """All pictures that are held out with as many draws as a first and a last validation may take, or some of them.
 
-    The cost is counted in UNet passes over one picture: a training example takes three (forward, and a backward of
-    about two), or two where frozen weights need no gradient (LoRA).
-
     Args:
         config: of the run.
         pictures: its pictures.
@@ -60,7 +55,7 @@ def plan_validation(
         plan = _plan(config, pictures, held[: len(losses)], len(losses[0]))
         if plan.digest == earlier[-1]["of"]:
             return plan
-    passes = SHARE / 2 * (2 if config.method == "lora" else 3) * config.global_batch * config.max_train_steps
+    passes = training_passes(config, SHARE / 2)
     draws = next((draws for draws in DRAWS if draws * len(held) <= passes), DRAWS[-1])
     return _plan(config, pictures, held[: max(2, int(passes / draws))], draws)
 
@@ -75,33 +70,89 @@ MOST_VALIDATIONS = 20
 """Validations of a run, unless more were asked for."""
 
 
-def validate(run: Run) -> None:
-    """Measure the loss on what is held out, and record and tell how it has changed; unless that was done already."""
-    plan, step = run.validation, run.trainer.steps_done
-    before = measured(run)
-    if not plan.examples or step in before:
-        return
-    objective = run.trainer.objective
-    assert isinstance(objective, NoisePrediction)
-    run.events.set_phase("validating", step)
-    clock = time.perf_counter()
-    with run.trainer.ema_weights():
-        losses = validation_losses(
-            run.model.unet,
-            run.model.encoder,
-            objective,
-            run.encoded,
-            plan.examples,
-            draws=plan.draws,
-            seed=run.config.seed,
-            batch_size=run.trainer.micro_batch_size or run.config.train_batch_size,
+def steps_between_validations(config: ResolvedConfig) -> int | None:
+    """Steps between validations as the config says; None where it leaves that to the time that they take."""
+    if config.validate_every or not config.early_stop:
+        return config.validate_every or None
+    return ceil(config.max_train_steps / MOST_VALIDATIONS)  # not of the time: where a run ends depends on its config
+
+
+class Validation:
+    """The evaluator of the loss on pictures that are held out, in validation.jsonl.
+
+    Args:
+        plan: which pictures; of one without pictures nothing is measured.
+        encoded: where they are.
+        trainer: of the run.
+        log: of the run.
+        total: steps of the run.
+        every: steps between validations; None: as many as keep them to `SHARE` of the time.
+        seed: of the noise and timesteps.
+    """
+
+    def __init__(
+        self,
+        plan: ValidationPlan,
+        encoded: EncodedDataset,
+        trainer: Trainer[DiffusionObjective],
+        log: EvaluationLog,
+        *,
+        total: int,
+        every: int | None = None,
+        seed: int = 0,
+    ):
+        self.plan, self._encoded, self._trainer, self._log, self._seed = plan, encoded, trainer, log, seed
+        self.period = EvaluationPeriod(log.folder, "validation", total, every=every, share=SHARE, most=MOST_VALIDATIONS)
+
+    def should_run(self, step: int) -> bool:
+        """Whether the run validates after this step."""
+        return bool(self.plan.examples) and self.period.includes(step)
+
+    def run(self, step: int) -> None:
+        """Measure the loss, and record how it has changed since step 0."""
+        before = self.measured()
+        if not self.plan.examples or step in before:
+            return
+        trainer = self._trainer
+        self._log.set_phase("validating", step)
+        with self._log.timed("validation", step), trainer.ema_weights():
+            losses = validation_losses(
+                trainer.unet,
+                trainer.encoder,
+                trainer.objective,
+                self._encoded,
+                self.plan.examples,
+                draws=self.plan.draws,
+                seed=self._seed,
+                batch_size=trainer.micro_batch_size or len(self.plan.examples),
+            )
+        record = _record(step, losses, before.get(0))
+        self._log.write(
+            "validation",
+            record | {"of": self.plan.digest, "losses": losses.tolist()},
+            file=tracking.VALIDATION,
+            event=record,
+            tracked={
+                f"val/{name}": value[0] if name.startswith("change") else value
+                for name, value in record.items()
+                if name != "step"
+            },
+            message=f"validation at step {step}: {_as_line(record)}",
         )
-    tracking.note_seconds(run.folder, step, "validation", time.perf_counter() - clock)
-    record = _record(step, losses, before.get(0)) | {"of": plan.digest, "losses": losses.tolist()}
-    tracking.append_line(run.folder / tracking.VALIDATION, record)
-    run.events.emit("validation", **{name: value for name, value in record.items() if name not in ("of", "losses")})
-    tracking.track_validation(run.accelerator, record)
-    print(f"validation at step {step}: {_as_line(record)}", flush=True)
+
+    def measured(self) -> dict[int, Tensor]:
+        """Step -> the losses that were measured there, (examples, draws), of what this run validates on."""
+        lines = self._log.lines(tracking.VALIDATION)
+        return {line["step"]: torch.tensor(line["losses"]) for line in lines if line["of"] == self.plan.digest}
+
+    def best_step(self, *, trained: bool = True) -> int | None:
+        """The step with the least loss; None where there was no validation yet.
+
+        Args:
+            trained: of those after the start; False: the untrained model's loss is among them.
+        """
+        means = {step: losses.mean().nan_to_num(nan=inf).item() for step, losses in self.measured().items()}
+        return min((step for step in means if step or not trained), key=means.__getitem__, default=None)
 
 
 def _record(step: int, losses: Tensor, first: Tensor | None) -> dict[str, Any]:
@@ -114,41 +165,9 @@ def _record(step: int, losses: Tensor, first: Tensor | None) -> dict[str, Any]:
     return record
 
 
-def _as_line(record: dict[str, Any]) -> str:
+def _as_line(record: Mapping[str, Any]) -> str:
     line = f"loss {record['loss']:.4f}"
     if "change" in record:
         mean, low, high = record["change"]
         line += f", {mean:+.4f} since the start (95 %: {low:+.4f} to {high:+.4f})"
     return line
-
-
-def measured(run: Run) -> dict[int, Tensor]:
-    """Step -> the losses that were measured there, (examples, draws), of what this run validates on."""
-    return {line["step"]: torch.tensor(line["losses"]) for line in _lines(run)}
-
-
-def best_step(run: Run) -> int | None:
-    """The step after the start with the least loss on what is held out; None where there was no validation yet."""
-    means = {step: losses.mean().nan_to_num(nan=inf).item() for step, losses in measured(run).items() if step}
-    return min(means, key=means.__getitem__, default=None)
-
-
-def least_step(run: Run) -> int | None:
-    """The step with the least loss on what is held out, the untrained model's among them."""
-    means = {step: losses.mean().nan_to_num(nan=inf).item() for step, losses in measured(run).items()}
-    return min(means, key=means.__getitem__, default=None)
-
-
-def steps_between_validations(run: Run) -> int | Fraction | None:
-    """As asked for; else what the first validation and the first steps leave room for, None while that is not known."""
-    config, total = run.config, run.config.max_train_steps
-    if config.validate_every or not run.validation.examples:
-        return config.validate_every
-    if config.early_stop:  # a function of the config, so that where a run ends is one, too
-        return ceil(total / MOST_VALIDATIONS)
-    return measured_interval(run.folder, "validation", total, share=SHARE, most=MOST_VALIDATIONS)
-
-
-def _lines(run: Run) -> list[dict[str, Any]]:
-    """Return the lines of validation.jsonl of what this run validates on."""
-    return [line for line in json_lines(run.folder / tracking.VALIDATION) if line["of"] == run.validation.digest]

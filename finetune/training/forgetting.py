@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from finetune.batch import map_tensors
 from finetune.out_of_memory import halved_until_it_fits
-from finetune.training.objective import NoisePrediction, prediction
+from finetune.training.objective import DiffusionObjective, prediction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Probe:
 @torch.no_grad()
 def record_probe(
     unet: nn.Module,
-    objective: NoisePrediction,
+    objective: DiffusionObjective,
     cond: Mapping[str, Any],
     empty: Mapping[str, Any],
     noise: Tensor,
@@ -59,8 +59,7 @@ def record_probe(
         batch_size: prompts per forward pass; fewer where memory does not suffice.
         extra: channels appended to x_t (inpainting), (N, C', H, W) on the CPU.
     """
-    total = len(objective.alphas_cumprod)
-    times = tuple((state + 1) * total // states - 1 for state in reversed(range(states)))
+    times = objective.probe_timesteps(states)
     inputs, effects = [], []
     x_t = noise.float()
     for t, following in zip(times, (*times[1:], None), strict=True):
@@ -70,7 +69,7 @@ def record_probe(
         effects.append(answer - without)
         if following is not None:
             now, then = torch.tensor([t]), torch.tensor([following])
-            x_t = objective.ddim_step(x_t, objective.predict_v(answer, x_t, now), now, then)
+            x_t = objective.step(x_t, objective.predict_v(answer, x_t, now), now, then)
     return Probe(cond=cond, empty=empty, t=times, x_t=torch.stack(inputs), effect=torch.stack(effects), extra=extra)
 
 

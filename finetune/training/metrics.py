@@ -23,6 +23,8 @@ class Fault:
     """Of each of them."""
     loss: float
     grad_norm: float
+    keys: tuple[int, ...] = ()
+    """Sample keys of its examples, of which timesteps, noise and captions are functions; none where not known."""
 
     def __str__(self) -> str:
         bad = [name for name, loss in zip(self.ids, self.losses, strict=True) if not math.isfinite(loss)]

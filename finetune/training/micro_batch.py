@@ -43,6 +43,8 @@ class PreparedStep:
     """Of the whole step, in all processes."""
     start: int = 0
     """Where those of this process begin."""
+    keys: tuple[int, ...] = ()
+    """Sample keys of the whole step, in the order of `ids`; none where they are not known."""
 
     def cut(self, size: int | None) -> "PreparedStep":
         """Return the step in micro-batches of at most `size` examples; None: unchanged."""

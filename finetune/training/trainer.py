@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from finetune.batch import Batch, as_input, moved, tensors_of
-from finetune.deprecation import Renamed
+from finetune.deprecation import Renamed, renamed_in
 from finetune.errors import RunError
 from finetune.models.encoders import Encoder
 from finetune.out_of_memory import free_cached_memory, means_out_of_memory
@@ -26,6 +26,7 @@ from finetune.training.master_weights import MasterWeights
 from finetune.training.metrics import DeviceScalars, Fault, NotFinite, StepMetrics, StepValues
 from finetune.training.micro_batch import MicroBatch, PreparedStep
 from finetune.training.nonfinite import FiniteGate
+from finetune.training.objective import Objective
 from finetune.training.optimizer_state import load_optimizer, optimizer_state
 from finetune.training.prior_prediction import Prior, with_prior
 from finetune.training.stochastic_rounding import StochasticRounding
@@ -34,19 +35,10 @@ MAX_OVERFLOWS = 25
 """Steps in a row that fp16 may skip: its loss scale starts at 2 ** 16 and halves each time."""
 
 
-class Objective(Protocol):
-    """What a network is trained to do: `NoisePrediction`, or one of your own."""
-
-    def draw(self, x0: Tensor, keys: Tensor) -> Any:
-        """Everything random of a visit: x0 (B, C, H, W), keys (B,) on the CPU; a tensor, or a dataclass of them."""
-        ...
-
-    def loss(self, network: Any, drawn: Any, cond: Mapping[str, Any], extra: Tensor | None, /) -> Tensor:
-        """The loss of each example, (B,) fp32, from what `draw` answered. What it gives the network is in its dtype."""
-        ...
+AnyObjective = TypeVar("AnyObjective", bound=Objective)
 
 
-class Trainer:
+class Trainer(Generic[AnyObjective]):
     """Trains the parameters of `unet` that require gradients.
 
     Args:
@@ -83,7 +75,7 @@ class Trainer:
         self,
         unet: nn.Module,
         encoder: Encoder,
-        objective: Objective,
+        objective: AnyObjective,
         optimizer: torch.optim.Optimizer,
         *,
         learning_rate: Callable[[int], float] | None = None,
@@ -106,6 +98,7 @@ class Trainer:
         self.device, self.dtype = first.device, first.dtype
         self.encoder = encoder
         self.objective = objective
+        self._sample = renamed_in(objective, old="draw", new="sample")
         self.prior = prior
         self.optimizer = optimizer
         self.learning_rate = learning_rate
@@ -168,15 +161,17 @@ class Trainer:
         total = global_step.weight if global_step else sum(part.weight.sum() for part in micro_batches)
         drawn = []
         for part in micro_batches:
-            noised = self.objective.draw(self.encoder.sample(part.stored, part.keys), part.keys)
+            noised = self._sample(self.encoder.sample(part.stored, part.keys), part.keys)
             noised = noised if part.mask is None else replace(noised, mask=part.mask)
             rows = torch.tensor([row for row, of_class in enumerate(part.of_class) if of_class])
             prior = rows if self.prior is not None and len(rows) else None
             drawn.append(MicroBatch(noised, as_input(part.cond, self.dtype), part.extra, part.weight / total, prior))
-        ids = global_step.ids if global_step else tuple(name for batch in batches for name in batch.ids)
-        return PreparedStep(
-            tuple(moved(part, self.device) for part in drawn), ids, global_step.start if global_step else 0
-        )
+        if global_step:
+            ids, start, keys = global_step.ids, global_step.start, global_step.keys
+        else:
+            ids, start = tuple(name for batch in batches for name in batch.ids), 0
+            keys = tuple(key for batch in batches for key in batch.keys.tolist())
+        return PreparedStep(tuple(moved(part, self.device) for part in drawn), ids, start, keys)
 
     take, settle = Renamed("run_prepared"), Renamed("raise_if_diverged")
     in_full, averaged = Renamed("export_weights"), Renamed("ema_weights")
@@ -189,7 +184,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         norm = self._clip_grad_norm()
         number, arriving = self.steps_done + 1, DeviceScalars(loss, norm)
-        read = partial(self._read_values, number, step.ids, losses, arriving)
+        read = partial(self._read_values, number, step.ids, step.keys, losses, arriving)
         good = True
         if self.syncs_every_step:
             values = read()
@@ -311,7 +306,9 @@ class Trainer:
             group["lr"] = lr * group.get("factor", 1.0)
         return lr
 
-    def _read_values(self, step: int, ids: tuple[str, ...], losses: Tensor, arriving: DeviceScalars) -> StepValues:
+    def _read_values(
+        self, step: int, ids: tuple[str, ...], keys: tuple[int, ...], losses: Tensor, arriving: DeviceScalars
+    ) -> StepValues:
         """Loss and norm of a step, and what is wrong with them. Raises NotFinite after one bad step too many."""
         loss, norm = arriving.wait()
         if math.isfinite(loss) and math.isfinite(norm):
@@ -322,7 +319,7 @@ class Trainer:
             return StepValues(loss, None)
         self.overflows = 0
         self.bad_steps += 1
-        fault = Fault(step, ids, tuple(losses.tolist()), loss, norm)
+        fault = Fault(step, ids, tuple(losses.tolist()), loss, norm, keys)
         if self.bad_steps < self.max_bad_steps:
             return StepValues(loss, norm, fault)
         self._drop_gradients()

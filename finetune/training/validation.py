@@ -17,7 +17,7 @@ from finetune import seeding
 from finetune.data.loader import Examples
 from finetune.models.encoders import Encoder
 from finetune.out_of_memory import halved_until_it_fits
-from finetune.training.objective import NoisePrediction
+from finetune.training.objective import DiffusionObjective
 
 BANDS = ("low", "middle", "high")
 """Thirds of the timesteps, by noise."""
@@ -27,7 +27,7 @@ BANDS = ("low", "middle", "high")
 def validation_losses(
     unet: nn.Module,
     encoder: Encoder,
-    objective: NoisePrediction,
+    objective: DiffusionObjective,
     source: Examples,
     examples: Sequence[int],
     *,
@@ -53,7 +53,7 @@ def validation_losses(
         (examples, draws) fp32 on the CPU, from low noise to high.
     """
     device = next(unet.parameters()).device
-    trained, total = unet.training, len(objective.alphas_cumprod)
+    trained = unet.training
 
     def measured(size: int) -> Tensor:
         losses = torch.zeros(len(examples), draws)
@@ -67,10 +67,9 @@ def validation_losses(
                 loaded = [source.visits.load(index, key) for index, key in visits]
                 batch = source.collate(indices, keys, loaded).to(device)
                 x0 = encoder.sample(batch.stored, batch.keys)
-                first, end = draw * total // draws, (draw + 1) * total // draws
-                t = first + seeding.integers(keys, "timestep", end - first)
+                t = objective.validation_timesteps(keys, draw, draws)
                 noise = seeding.normal(keys, "noise", x0.shape[1:])
-                noised = replace(objective.noised(x0, noise.to(device), t.to(device)), mask=batch.mask)
+                noised = replace(objective.add_noise(x0, noise.to(device), t.to(device)), mask=batch.mask)
                 losses[rows, draw] = objective.loss(unet, noised, batch.cond, batch.extra).float().cpu()
         return losses
 

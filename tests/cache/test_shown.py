@@ -96,7 +96,7 @@ def test_the_extra_channels_reach_the_unet_and_count(folder: Path, model: Diffus
     encoded = encode(ImageFolder(folder, "a disc", resolution=64), model, cache_dir="none")
     (batch,) = batches(encoded, batch_size=6, steps=1)
     objective = NoisePrediction(model.scheduler)
-    noised = objective.draw(model.encoder.sample(batch.stored, batch.keys), batch.keys)
+    noised = objective.sample(model.encoder.sample(batch.stored, batch.keys), batch.keys)
     loss = objective.loss(model.unet, noised, batch.cond, batch.extra)
     assert batch.extra is not None
     other = objective.loss(model.unet, noised, batch.cond, torch.zeros_like(batch.extra))

@@ -138,7 +138,7 @@ def test_errors_count_where_the_mask_is_white() -> None:
     assert [piece.mean().item() for piece in pieces if piece is not None] == [0, 0.5]
     assert isinstance(trainer.encoder, PixelEncoder)
     assert (
-        NoisePrediction(DDPMScheduler()).draw(torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.int64)).mask is None
+        NoisePrediction(DDPMScheduler()).sample(torch.zeros(1, 4, 8, 8), torch.zeros(1, dtype=torch.int64)).mask is None
     )
 
 

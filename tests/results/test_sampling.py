@@ -1,11 +1,22 @@
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from finetune.models.loading import load_model
-from finetune.results.sampling import MARGIN, READABLE, draw_pictures, first_picture, grid, save_picture, side_by_side
+from finetune.results.sampling import (
+    MARGIN,
+    READABLE,
+    draw_pictures,
+    first_picture,
+    grid,
+    grid_pictures,
+    save_picture,
+    side_by_side,
+)
 
 
 def test_pictures_equal_a_plain_pipeline_call() -> None:
@@ -110,3 +121,21 @@ def test_the_first_picture_of_a_saved_grid_is_found_again(tmp_path) -> None:
     save_picture(red, tmp_path / "plain.png")
     assert first_picture(tmp_path / "plain.png") is None
     assert first_picture(tmp_path / "none.png") is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "title"),
+    [([3, 3], ["a", "b"], "step 4"), ([5], [""], ""), ([1], ["a"], "step 0"), ([2, 2, 2], ["", "", ""], "")],
+)
+@pytest.mark.parametrize("side", [16, 64, 200])
+def test_the_pictures_of_a_saved_grid_are_read_back(
+    tmp_path: Path, rows: list[int], labels: list[str], title: str, side: int
+) -> None:
+    noise = np.random.default_rng(0)
+    drawn = [[Image.fromarray(noise.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(n)] for n in rows]
+    save_picture(grid(drawn, labels, title=title), tmp_path / "grid.png")
+    found = grid_pictures(tmp_path / "grid.png", sum(rows), side)
+    assert [np.asarray(picture).tobytes() for picture in found] == [
+        np.asarray(picture).tobytes() for row in drawn for picture in row
+    ]
+    assert grid_pictures(tmp_path / "none.png", 1, side) == []

@@ -8,7 +8,7 @@ import pytest
 from finetune.config import TrainConfig
 from finetune.errors import Interrupted
 from finetune.recipe import fine_tune
-from finetune.run.signals import SAVE, TIME_UP, StopConditions, catch_signals
+from finetune.run.signals import TIME_UP, LoopAction, StopConditions, catch_signals
 from finetune.training import checkpoint
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -26,27 +26,32 @@ def options(pictures: Path, output: Path, **more: object) -> TrainConfig:
 
 def test_the_clock_asks_for_a_checkpoint_after_the_last_and_for_a_stop_after_the_start() -> None:
     seconds = [100.0]
-    requests = StopConditions(lambda: seconds[0])
-    assert requests.poll(None, None, None) == 0
+    conditions = StopConditions(lambda: seconds[0])
+    assert conditions.poll() is LoopAction.CONTINUE
     seconds[0] += 60
-    assert requests.poll(None, 1, None) == SAVE
-    requests.saved()
-    assert requests.poll(None, 1, None) == 0
+    conditions.save_minutes = 1
+    assert conditions.poll() is LoopAction.CHECKPOINT
+    conditions.checkpoint_saved()
+    assert conditions.poll() is LoopAction.CONTINUE
     seconds[0] += 59
-    assert requests.poll(None, 1, 2) == 0
+    conditions.stop_minutes = 2
+    assert conditions.poll() is LoopAction.CONTINUE
     seconds[0] += 1
-    assert requests.poll(None, 1, 2) == TIME_UP
-    assert requests.poll(signal.SIGTERM, 1, 2) == 143
+    assert conditions.poll() is LoopAction.STOP
+    assert conditions.exit_code == TIME_UP
+    conditions.stop_request.number = signal.SIGTERM
+    assert conditions.poll() is LoopAction.STOP
+    assert conditions.exit_code == 143
 
 
 def test_usr1_asks_for_a_checkpoint_once_and_is_then_as_before() -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    requests = StopConditions()
-    with requests.hearing_usr1():
+    conditions = StopConditions()
+    with conditions.catch_sigusr1():
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert requests.poll(None, None, None) == SAVE
-        requests.saved()
-        assert requests.poll(None, None, None) == 0
+        assert conditions.poll() is LoopAction.CHECKPOINT
+        conditions.checkpoint_saved()
+        assert conditions.poll() is LoopAction.CONTINUE
     assert signal.getsignal(signal.SIGUSR1) == before
 
 

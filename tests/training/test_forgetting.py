@@ -37,10 +37,10 @@ def test_a_perfect_answer_is_the_true_velocity_and_leads_to_the_true_x_t(kind: s
     ours, plain = objective(kind), objective("v_prediction")
     x0, noise = torch.randn(2, 3, 4, 5, 5, generator=torch.Generator().manual_seed(0)).unbind()
     t, to = torch.tensor([999, 500, 1]), torch.tensor([600, 0, 0])
-    noised = ours.noised(x0, noise, t)
+    noised = ours.add_noise(x0, noise, t)
     velocity = ours.predict_v(noised.target, noised.x_t, t)
-    torch.testing.assert_close(velocity, plain.noised(x0, noise, t).target, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(ours.ddim_step(noised.x_t, velocity, t, to), ours.noised(x0, noise, to).x_t)
+    torch.testing.assert_close(velocity, plain.add_noise(x0, noise, t).target, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.step(noised.x_t, velocity, t, to), ours.add_noise(x0, noise, to).x_t)
 
 
 def asked(unet: Scaling, kind: str = "v_prediction", batch_size: int = 2) -> Any:

@@ -36,7 +36,7 @@ class ToOne:
 
     scale = 1.0
 
-    def draw(self, x0: Tensor, keys: Tensor) -> Tensor:
+    def sample(self, x0: Tensor, keys: Tensor) -> Tensor:
         return x0
 
     def loss(self, network: Any, drawn: Tensor, cond: Any, extra: Tensor | None) -> Tensor:

@@ -40,7 +40,7 @@ def test_loss_and_gradient_equal_those_of_diffusers_own_calls(prediction_type: s
     scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type)
     x0, noise, t = tensors()
     unet = small_unet()
-    noised = NoisePrediction(scheduler).noised(x0, noise, t)
+    noised = NoisePrediction(scheduler).add_noise(x0, noise, t)
     loss = NoisePrediction(scheduler).loss(unet, noised, {}).mean()
     loss.backward()
     ours = gradient(unet)
@@ -62,10 +62,10 @@ def test_snr_weights_equal_the_papers_formula(prediction_type: str) -> None:
     snr = (alpha / sigma) ** 2
     expected = torch.minimum(snr, torch.full_like(snr, 5.0))
     expected = expected / {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones(())}[prediction_type]
-    noised = NoisePrediction(scheduler, snr_gamma=5.0).noised(x0, noise, t)
+    noised = NoisePrediction(scheduler, snr_gamma=5.0).add_noise(x0, noise, t)
     torch.testing.assert_close(noised.snr_weight, expected, rtol=1e-5, atol=1e-7)
     weighted = NoisePrediction(scheduler, snr_gamma=5.0).loss(small_unet(), noised, {})
-    plain = NoisePrediction(scheduler).loss(small_unet(), NoisePrediction(scheduler).noised(x0, noise, t), {})
+    plain = NoisePrediction(scheduler).loss(small_unet(), NoisePrediction(scheduler).add_noise(x0, noise, t), {})
     torch.testing.assert_close(weighted, plain * expected)
 
 
@@ -73,11 +73,11 @@ def test_draws_are_functions_of_the_key_and_offset_is_constant_per_channel() -> 
     scheduler = DDPMScheduler()
     x0 = torch.zeros(3, 4, 8, 8)
     keys = torch.tensor([11, 12, 13])
-    plain = NoisePrediction(scheduler).draw(x0, keys)
-    again = NoisePrediction(scheduler).draw(x0[1:], keys[1:])
+    plain = NoisePrediction(scheduler).sample(x0, keys)
+    again = NoisePrediction(scheduler).sample(x0[1:], keys[1:])
     assert torch.equal(plain.target[1:], again.target)
     assert torch.equal(plain.t[1:], again.t)
-    offset = NoisePrediction(scheduler, noise_offset=0.5).draw(x0, keys).target - plain.target
+    offset = NoisePrediction(scheduler, noise_offset=0.5).sample(x0, keys).target - plain.target
     assert offset.std(dim=(2, 3)).max() < 1e-6
     assert offset.abs().max() > 0.01
 
@@ -85,8 +85,8 @@ def test_draws_are_functions_of_the_key_and_offset_is_constant_per_channel() -> 
 def test_input_perturbation_changes_what_the_unet_sees_and_not_its_target() -> None:
     scheduler = DDPMScheduler()
     x0, keys = torch.zeros(2, 4, 8, 8), torch.tensor([1, 2])
-    plain = NoisePrediction(scheduler).draw(x0, keys)
-    perturbed = NoisePrediction(scheduler, input_perturbation=0.1).draw(x0, keys)
+    plain = NoisePrediction(scheduler).sample(x0, keys)
+    perturbed = NoisePrediction(scheduler, input_perturbation=0.1).sample(x0, keys)
     assert torch.equal(plain.target, perturbed.target)
     assert not torch.equal(plain.x_t, perturbed.x_t)
 
@@ -102,7 +102,7 @@ def test_extra_channels_reach_the_unet() -> None:
         return Answer()
 
     objective = NoisePrediction(DDPMScheduler())
-    noised = objective.draw(torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]))
+    noised = objective.sample(torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]))
     objective.loss(unet, noised, {}, extra=torch.zeros(2, 5, 8, 8))
     assert seen == [(2, 9, 8, 8)]
 

@@ -51,7 +51,7 @@ def test_negative_numbers_are_rounded_without_bias() -> None:
 class Linear:
     """Predicts y = w x; the loss is each example's squared error."""
 
-    def draw(self, x0: Tensor, keys: Tensor) -> Tensor:
+    def sample(self, x0: Tensor, keys: Tensor) -> Tensor:
         return x0
 
     def loss(self, network: Any, drawn: Tensor, cond: Any, extra: Tensor | None) -> Tensor:
