@@ -12,12 +12,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetune.arguments import FLAG, PROGRAM, parse, show_help
 from finetune.config import TrainConfig, read_options, suggest
 from finetune.data.data_source import check_sources
 from finetune.errors import INTERRUPTED, Elsewhere, FinetuneError, Interrupted, UsageError
+from finetune.log_handlers import PACKAGE, JsonHandler, TextHandler, install
 from finetune.models.families import FAMILIES
 from finetune.models.model_info import check_name
 from finetune.options import SECTIONS, option_info
@@ -63,6 +64,8 @@ _EXIT_CODES = (
     "Exit codes: 0 done, 1 failed, 2 wrong usage, 124 stopped by --max_train_minutes, 128 + n stopped by signal n."
 )
 
+_log = logging.getLogger(__name__)
+
 GROUPS = {"cache": "on encodings that are kept", "lora": "on LoRA files"}
 """First words that take a second one."""
 
@@ -71,10 +74,12 @@ _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileOptions:
-    """Options from a file."""
+    """Options from a file, and messages."""
 
     config: str | None = None
     """A TOML file, such as the config.toml of an earlier run. Options given as flags win over it."""
+    log_format: Literal["text", "json"] = "text"
+    """What is logged on standard output: lines of text, or a JSON object a line, as container platforms read it."""
 
 
 TRAIN_SECTIONS: dict[str, type] = {"file": FileOptions, **SECTIONS}
@@ -86,6 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if importlib.util.find_spec("fcntl") is None:
         return _complain("runs on Linux, macOS and in WSL: Windows itself has not the file locks that it needs", 2)
     _prepare_environment()
+    install(TextHandler())
+    if _rank() > 0:  # the main process logs what all of them do
+        PACKAGE.setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -115,7 +123,7 @@ def _prepare_environment() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Tokenizing is over before workers are forked; without this the tokenizer warns about each of them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if _rank() > 0:  # one process tells
+    if _rank() > 0:  # the main process shows its own
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
@@ -131,7 +139,10 @@ def _rank() -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    if any(isinstance(handler, JsonHandler) for handler in PACKAGE.handlers):
+        _log.error(message)
+    else:
+        print(f"{PROGRAM}: {message}", file=sys.stderr)
     return code
 
 
@@ -163,6 +174,8 @@ def _dispatch(argv: list[str]) -> int:
         show_help(TRAIN_SECTIONS, PROGRAM, f"{_overview()}\n{_EXIT_CODES}")
     else:
         given = parse(TRAIN_SECTIONS, argv)
+        if given.get("log_format") == "json":
+            install(JsonHandler())
         file = given.get("config")
         _train(_config(given), Path(file) if file else None)
     return 0
@@ -187,10 +200,10 @@ def _train(config: TrainConfig, file: Path | None) -> None:
 
     by_default = "model" not in config.given and config.resume_from_checkpoint is None
     if by_default:
-        print(f"{'note':>10}  {_TINY}")
+        _log.warning(_TINY)
     fine_tune(config, repeats=file)
     if by_default:
-        print(f"{'note':>10}  {_TINY}")
+        _log.warning(_TINY)
 
 
 def _verb(argv: list[str]) -> str | None:
@@ -240,6 +253,7 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
 def _config(given: dict[str, Any]) -> TrainConfig:
     """The config of what was given as flags, over what is in the file that they name."""
     file = given.pop("config", None)
+    given.pop("log_format", None)
     options = _over(given, read_options(Path(file))) if file else given
     sources = options.get("data", ())
     if len(sources) == 1 and sources[0].endswith((".toml", ".json")):
@@ -250,7 +264,7 @@ def _config(given: dict[str, Any]) -> TrainConfig:
             *imported.notes,
             *(f"not taken over: {setting}: {why}" for setting, why in imported.skipped.items()),
         ):
-            print(f"{sources[0]}: {line}")
+            _log.warning("%s: %s", sources[0], line)
         options = imported.ours | {name: value for name, value in options.items() if name != "data"}
     return TrainConfig(**options)
 

@@ -140,7 +140,7 @@ def _freeze(config: TrainConfig, values: Mapping[str, Any], given: typing.Iterab
         value = getattr(config, name)
         numbers = value if isinstance(value, tuple) else () if value is None else (value,)
         if info.range is not None and not all(map(info.range.holds, numbers)):
-            raise UsageError(f"{name} = {value}: allowed is {info.range.allowed}")
+            raise UsageError(f"{name} = {value}: expected {info.range.allowed}")
 
 
 def suggest(word: str, names: typing.Iterable[str]) -> str:
@@ -207,7 +207,9 @@ def fitted(hint: Any, value: Any) -> Any:
             return _text(str(value))
         if kind in (bool, int) and type(value) is kind:
             return value
-    raise ValueError(f"allowed is {readable(hint)}{_suggest_value(hint, value)}")
+    choices = all(typing.get_origin(kind) is Literal for kind in alternatives(hint) if kind is not types.NoneType)
+    words = "choose one of" if choices else "expected"
+    raise ValueError(f"{words} {readable(hint)}{_suggest_value(hint, value)}")
 
 
 def _text(value: str) -> str:
@@ -215,7 +217,7 @@ def _text(value: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError("allowed is text in UTF-8; a file or folder of another name must be renamed") from error
+        raise ValueError("expected text in UTF-8; a file or folder of another name must be renamed") from error
     return value
 
 
@@ -371,7 +373,7 @@ def numbers_by_block(option: str, given: Iterable[str], names: Iterable[str]) ->
     for text in given:
         begin, _, number = text.partition("=")
         if not re.fullmatch(r"\d+(\.\d+)?", number):
-            raise UsageError(f"{option} {text}: allowed is BLOCK=NUMBER, such as up_blocks.1=2")
+            raise UsageError(f"{option} {text}: expected BLOCK=NUMBER, such as up_blocks.1=2")
         if not any(name.startswith(begin) for name in names):
             blocks = sorted({".".join(name.split(".")[: 2 if name[:2] in ("do", "up") else 1]) for name in names})
             raise UsageError(f"{option} {text}: no layer begins like that; the UNet's blocks: {', '.join(blocks)}")

@@ -1,10 +1,10 @@
 """fine_tune(config): puts the parts together and owns the loop, in plain sight."""
 
+import logging
 import shlex
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext, redirect_stdout
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -13,10 +13,11 @@ from safetensors import SafetensorError
 from finetune.config import ResolvedConfig, TrainConfig, as_settings, config_text, decided_otherwise
 from finetune.data.user_dataset import MapDataset, refuse_unindexed
 from finetune.errors import Interrupted, RunError, UsageError
+from finetune.log_handlers import labelled, logging_to
 from finetune.models.families import Family
 from finetune.out_of_memory import means_out_of_memory
 from finetune.results import hub, tracking
-from finetune.results.events import Events, StdoutTee
+from finetune.results.events import EventHandler, Events
 from finetune.results.export import discard_steps_after, export
 from finetune.run.backend import gpu_algorithms, tuning_pays
 from finetune.run.build_dataset import identity
@@ -37,6 +38,8 @@ from finetune.run.step_logger import step_logger
 from finetune.run.train_loader import prepared_ahead
 from finetune.training import checkpoint
 from finetune.training.distributed import PATIENCE, Parallel, from_environment
+
+_log = logging.getLogger(__name__)
 
 
 def fine_tune(
@@ -101,8 +104,7 @@ def _fine_tune(
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     parallel, conditions, events = from_environment(), StopConditions(), Events()
-    tee = StdoutTee(sys.stdout, events) if parallel.is_main_process and sys.stdout else None  # one process tells
-    with conditions.catch_sigusr1(), redirect_stdout(tee):
+    with conditions.catch_sigusr1(), logging_to(EventHandler(events), silent=not parallel.is_main_process):
         return _run(
             config=config,
             dataset=dataset,
@@ -133,16 +135,16 @@ def _run(
     if not parallel.all_equal((config_text(config), identity(chunks), str(folder.checkpoint))):
         raise UsageError("the processes see different pictures, options or checkpoints: they need one file system")
     if folder.note:
-        print(folder.note)
+        _log.info(folder.note)
     if repeats is not None and not folder.finished and (changed := decided_otherwise(repeats, config)):
-        print(f"{'note':>10}  {changed}")
+        _log.warning(changed)
     if folder.finished:
         if parallel.is_main_process:
             write_exports(config, folder.path)
             _push(config, folder.path, model_info.family)
         return folder.path
-    print(f"{'memory':>10}  {check_memory(config, model_info, accelerator.device)}")
-    print(f"{'disk':>10}  {disk_line(config, disk_use(config, model_info, chunks), folder.path)}")
+    _log.info(check_memory(config, model_info, accelerator.device), extra=labelled("Memory"))
+    _log.info(disk_line(config, disk_use(config, model_info, chunks), folder.path), extra=labelled("Disk"))
     conditions.save_minutes, conditions.stop_minutes = config.checkpointing_minutes, config.max_train_minutes
     held = _held(folder, config, events) if parallel.is_main_process else nullcontext()
     computing = threads(recorded_threads(folder.provenance, accelerator.device, parallel.world_size))
@@ -276,25 +278,28 @@ def _finish(run: Run) -> None:
     result = {"steps": run.trainer.steps_done, "trained": trained, "reloaded_output_difference": difference}
     discard_exports(config, folder)
     finish(folder, result)
-    print(f"done: the export was loaded back and compared (largest difference {difference:.0e})")
+    exact = "exactly" if difference == 0 else f"within {difference:.0e}"
+    _log.info("%s (verified: reloads %s)", folder, exact, extra=labelled("Exported"))
     for program, how in how_to_load(run).items():
-        print(f"{program}: {how.replace(chr(10), '; ')}")
+        _log.info(how.replace("\n", "; "), extra=labelled(program))
     prompts = run.grids.plan.prompts
     prompt = f" --prompt {shlex.quote(prompts[0].text)}" if prompts and family.latent else ""
-    print(f"draw with it: finetune-unet sample --model {shlex.quote(str(folder))}{prompt}")
+    _log.info("finetune-unet sample --model %s%s", shlex.quote(str(folder)), prompt, extra=labelled("Generate"))
     if (least := run.validation.best_step(trained=False)) is not None:
-        untrained = ", before anything was learned" if least == 0 else ""
-        print(f"validation: the loss was least at step {least} of {trained}{untrained}")
+        untrained = ", before training" if least == 0 else ""
+        _log.info("lowest loss at step %s of %s%s", least, trained, untrained, extra=labelled("Validation"))
     if prompts:
-        print(f"pictures: {folder / 'samples'}")
+        _log.info("%s", folder / "samples", extra=labelled("Samples"))
     if config.lr_scheduler == "constant" and config.data:  # any other schedule has ended
         more = f"--resume_from_checkpoint latest --max_train_steps {2 * config.max_train_steps}"
-        print(f"to go on for longer: finetune-unet --output_dir {shlex.quote(str(folder))} {more}")
-    print(f"report: {page}")
+        command = f"finetune-unet --output_dir {shlex.quote(str(folder))} {more}"
+        _log.info(command, extra=labelled("Train longer"))
+    _log.info("%s", page, extra=labelled("Report"))
     _push(config, folder, family)
 
 
 def _push(config: ResolvedConfig, folder: Path, family: Family) -> None:
     if config.push_to_hub:
         how = {"private": config.hub_private_repo, "inpainting": family.inpainting}
-        print("pushed:", hub.push(folder, config.hub_model_id, settings=as_settings(config), **how))
+        address = hub.push(folder, config.hub_model_id, settings=as_settings(config), **how)
+        _log.info("pushed: %s", address)

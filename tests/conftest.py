@@ -9,12 +9,20 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from finetune.log_handlers import TextHandler, install
+
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: threads of their own would only wait for one another
     os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def messages_on_standard_output() -> None:
+    """As the command shows them; pytest's own handlers would count as a configuration of the user."""
+    install(TextHandler())
 
 
 @pytest.fixture(scope="session", autouse=True)

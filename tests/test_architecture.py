@@ -31,7 +31,7 @@ LAYERS = [
     {"config"},
     {"options"},
     {"option_info"},
-    {"deprecation", "errors", "text"},
+    {"deprecation", "errors", "log_handlers", "text"},
 ]
 """From the top down; a part imports only from layers below it, or from itself."""
 

@@ -162,26 +162,26 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("--no_rank", "unknown option --no_rank; did you mean --rank?"),
         ("-rank 4", "unknown option -rank; did you mean --rank?"),
         ("--xyzzy", "unknown option --xyzzy"),
-        ("--method loar", "--method loar: allowed is lora, full; did you mean lora?"),
-        ("--report_to wand", "--report_to wand: allowed is tensorboard, wandb, trackio; did you mean wandb?"),
-        ("--rank many", "--rank many: allowed is a whole number"),
-        ("--rank 4.0", "--rank 4.0: allowed is a whole number"),
-        ("--rank None", "--rank None: allowed is a whole number"),
-        ("--learning_rate nan", "--learning_rate nan: allowed is a number"),
-        ("--use_ema maybe", "--use_ema maybe: allowed is true or false"),
+        ("--method loar", "--method loar: choose one of lora, full; did you mean lora?"),
+        ("--report_to wand", "--report_to wand: choose one of tensorboard, wandb, trackio; did you mean wandb?"),
+        ("--rank many", "--rank many: expected a whole number"),
+        ("--rank 4.0", "--rank 4.0: expected a whole number"),
+        ("--rank None", "--rank None: expected a whole number"),
+        ("--learning_rate nan", "--learning_rate nan: expected a number"),
+        ("--use_ema maybe", "--use_ema maybe: expected true or false"),
         ("--rank", "--rank needs a value (a whole number)"),
         ("--rank --seed 1", "--rank needs a value (a whole number)"),
         ("--sample_prompts", "--sample_prompts needs a value (a list of: text)"),
         ("--sample_prompts a --sample_prompts", "--sample_prompts needs a value (a list of: text)"),
-        ("--rank 0", "rank = 0: allowed is 1 or more"),
+        ("--rank 0", "rank = 0: expected 1 or more"),
         ("--seed 1 --rank 2 --seed 1", "--seed is given twice"),
         ("--use_ema --use_ema", "--use_ema is given twice"),
         ("--image_size 1 --resolution 1", "--image_size and --resolution are one option: give one of them"),
         ("--use_ema --no-use_ema", "--use_ema and --no-use_ema are one option: give one of them"),
         ("--no-use_ema True", "--no-use_ema takes no value, but 'True' follows"),
-        ("--use_ema 0.5", "--use_ema 0.5: allowed is true or false"),
-        ("--gradient_checkpointing half", "--gradient_checkpointing half: allowed is true or false or a number"),
-        ("--gradient_checkpointing 1.5", "gradient_checkpointing = 1.5: allowed is from 0 to 1, or true or false"),
+        ("--use_ema 0.5", "--use_ema 0.5: expected true or false"),
+        ("--gradient_checkpointing half", "--gradient_checkpointing half: expected true or false or a number"),
+        ("--gradient_checkpointing 1.5", "gradient_checkpointing = 1.5: expected from 0 to 1, or true or false"),
         ("--prompt a butterfly", "--prompt takes one value, but 'butterfly' follows 'a'; put quotes around a text"),
         ("--config none.toml", "config file none.toml: No such file or directory"),
         (
@@ -273,8 +273,8 @@ def test_verb_gets_its_options(sampled: list[Options]) -> None:
         ("sample", "sample needs --run"),
         ("sample runs/a", "'runs/a' follows no option; every value comes after its --option"),
         ("sample --rum a", "unknown option --rum; did you mean --run?"),
-        ("sample --seeds 1 x", "--seeds x: allowed is a whole number"),
-        ("sample --scheduler dim", "--scheduler dim: allowed is ddim, unipc; did you mean ddim?"),
+        ("sample --seeds 1 x", "--seeds x: expected a whole number"),
+        ("sample --scheduler dim", "--scheduler dim: choose one of ddim, unipc; did you mean ddim?"),
         ("sample --validation_prompts a", "unknown option --validation_prompts; did you mean --prompts?"),
     ],
 )
@@ -342,7 +342,7 @@ sys.exit(", ".join({"torch", "diffusers", "transformers", "accelerate"} & sys.mo
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = [line.removeprefix("finetune-unet: ") for line in done.stderr.splitlines()]
-    assert lines[0] == "--rank many: allowed is a whole number"
+    assert lines[0] == "--rank many: expected a whole number"
     assert lines[1].startswith("--model sd16: no such folder, and not one of sd15")
     assert lines[2] == "--data nowhere: no such folder, nor an id as on the Hugging Face hub (owner/name)"
 
@@ -352,7 +352,7 @@ def test_exit_code_of_the_process() -> None:
         [sys.executable, "-m", "finetune", "--rank", "many"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "finetune-unet: --rank many: allowed is a whole number\n"
+    assert done.stderr == "finetune-unet: --rank many: expected a whole number\n"
 
 
 def test_reader_who_leaves_early() -> None:

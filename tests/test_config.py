@@ -79,7 +79,7 @@ def test_config_is_frozen_hashable_and_comparable() -> None:
 def test_replace_changes_and_checks() -> None:
     config = TrainConfig(rank=4)
     assert replace(config, rank=8, seed=1) == TrainConfig(rank=8, seed=1)
-    with pytest.raises(UsageError, match="rank = 0: allowed is 1 or more"):
+    with pytest.raises(UsageError, match="rank = 0: expected 1 or more"):
         replace(config, rank=0)
 
 
@@ -102,28 +102,28 @@ def test_both_names_of_one_option(names: tuple[str, str]) -> None:
         ({"learning-rate": 1e-4}, "unknown option 'learning-rate'; did you mean learning_rate?"),
         ({"image_sise": 64}, "unknown option 'image_sise'; did you mean image_size?"),
         ({"xyzzy": 1}, "unknown option 'xyzzy'"),
-        ({"method": "loar"}, "method = 'loar': allowed is lora, full; did you mean lora?"),
-        ({"method": 3}, "method = 3: allowed is lora, full"),
-        ({"mixed_precision": None}, "mixed_precision = None: allowed is auto, no, fp16, bf16"),
-        ({"rank": "many"}, "rank = 'many': allowed is a whole number"),
-        ({"rank": 4.0}, "rank = 4.0: allowed is a whole number"),
-        ({"rank": True}, "rank = True: allowed is a whole number"),
-        ({"rank": None}, "rank = None: allowed is a whole number"),
-        ({"learning_rate": "fast"}, "learning_rate = 'fast': allowed is a number"),
-        ({"learning_rate": False}, "learning_rate = False: allowed is a number"),
-        ({"center_crop": "yes"}, "center_crop = 'yes': allowed is true or false"),
-        ({"use_ema": 1}, "use_ema = 1: allowed is true or false"),
-        ({"prompt": 7}, "prompt = 7: allowed is text"),
+        ({"method": "loar"}, "method = 'loar': choose one of lora, full; did you mean lora?"),
+        ({"method": 3}, "method = 3: choose one of lora, full"),
+        ({"mixed_precision": None}, "mixed_precision = None: choose one of auto, no, fp16, bf16"),
+        ({"rank": "many"}, "rank = 'many': expected a whole number"),
+        ({"rank": 4.0}, "rank = 4.0: expected a whole number"),
+        ({"rank": True}, "rank = True: expected a whole number"),
+        ({"rank": None}, "rank = None: expected a whole number"),
+        ({"learning_rate": "fast"}, "learning_rate = 'fast': expected a number"),
+        ({"learning_rate": False}, "learning_rate = False: expected a number"),
+        ({"center_crop": "yes"}, "center_crop = 'yes': expected true or false"),
+        ({"use_ema": 1}, "use_ema = 1: expected true or false"),
+        ({"prompt": 7}, "prompt = 7: expected text"),
         (
             {"prompt": "caf\udce9"},  # as Python reads the Latin-1 of a terminal
-            "prompt = 'caf\\udce9': allowed is text in UTF-8; a file or folder of another name must be renamed",
+            "prompt = 'caf\\udce9': expected text in UTF-8; a file or folder of another name must be renamed",
         ),
-        ({"max_token_length": 78}, "max_token_length = 78: allowed is 77, 150, 225"),
-        ({"max_token_length": 77.0}, "max_token_length = 77.0: allowed is 77, 150, 225; did you mean 77?"),
-        ({"sample_prompts": 1.5}, "sample_prompts = 1.5: allowed is a list of: text"),
+        ({"max_token_length": 78}, "max_token_length = 78: choose one of 77, 150, 225"),
+        ({"max_token_length": 77.0}, "max_token_length = 77.0: choose one of 77, 150, 225; did you mean 77?"),
+        ({"sample_prompts": 1.5}, "sample_prompts = 1.5: expected a list of: text"),
         (
             {"report_to": ["tensorbord"]},
-            "report_to = ['tensorbord']: allowed is tensorboard, wandb, trackio; did you mean tensorboard?",
+            "report_to = ['tensorbord']: choose one of tensorboard, wandb, trackio; did you mean tensorboard?",
         ),
     ],
 )
@@ -146,18 +146,18 @@ def test_what_is_unknown_or_of_the_wrong_type(options: dict[str, Any], message: 
     ],
 )
 def test_out_of_range(option: str, value: float, allowed: str) -> None:
-    assert complaint(**{option: value}) == f"{option} = {value}: allowed is {allowed}"
+    assert complaint(**{option: value}) == f"{option} = {value}: expected {allowed}"
 
 
 @pytest.mark.parametrize("option", [name for name, hint in option_types().items() if hint in (int, int | None)])
 def test_no_whole_number_may_be_negative(option: str) -> None:
-    assert "allowed is" in complaint(**{option: -1})
+    assert "expected" in complaint(**{option: -1})
 
 
 @pytest.mark.parametrize("option", [name for name, hint in option_types().items() if hint in (float, float | None)])
 @pytest.mark.parametrize("value", [math.nan, math.inf, 10**400])
 def test_numbers_are_finite(option: str, value: float) -> None:
-    assert complaint(**{option: value}).endswith("allowed is a number")
+    assert complaint(**{option: value}).endswith("expected a number")
 
 
 def values(hint: Any) -> st.SearchStrategy[Any]:
@@ -219,7 +219,7 @@ def test_file_may_be_flat_and_use_other_names(tmp_path: Path) -> None:
     [
         ("[traning]\nseed = 1", "unknown section [traning]; did you mean training?"),
         ("[training]\nsed = 1", "unknown option 'sed'; did you mean seed?"),
-        ("[training]\nseed = 'one'", "seed = 'one': allowed is a whole number"),
+        ("[training]\nseed = 'one'", "seed = 'one': expected a whole number"),
         ("seed = 1\n[training]\nseed = 2", "seed is given twice"),
         ("[model]\nseed = 1\n[training]\nseed = 2", "seed is given twice"),
         ("[training]\nnum_epochs = 1\nnum_train_epochs = 2", "num_epochs and num_train_epochs are one option"),
@@ -246,7 +246,7 @@ def test_values_of_other_types_that_commands_use() -> None:
     assert fitted(tuple[int, ...], [1, 2]) == (1, 2)
     assert fitted(tuple[str, ...] | None, None) is None
     assert readable(str | None) == "text"
-    with pytest.raises(ValueError, match="allowed is a, b or a whole number; did you mean b"):
+    with pytest.raises(ValueError, match="expected a, b or a whole number; did you mean b"):
         fitted(Literal["a", "b"] | int, "bb")
 
 

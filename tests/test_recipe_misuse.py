@@ -82,13 +82,13 @@ def test_what_looks_as_if_it_were_not_meant_so_is_noted(
     for number in range(5):
         (data / f"{number}.cr2").touch()
     notes = ImageFolder(data, "a disc").notes()
-    assert "most files are not read: 5 of 9" in notes
-    assert "trained as pictures, though called like masks: 00_mask.png; a mask is NAME.mask.png" in notes
+    assert "most files are ignored: 5 of 9" in notes
+    assert "images whose names look like masks are trained on: 00_mask.png; a mask is named NAME.mask.png" in notes
     ft.fine_tune(options(data, tmp_path / "out", prompt="a disc", masked_loss=True, learning_rate=0.5))
     told = capsys.readouterr().out
-    assert "--masked_loss, but no mask lies beside the pictures: only their alpha channels count" in told
+    assert "--masked_loss is set, but there are no mask files: only alpha channels count" in told
     assert "learning_rate 0.5 is" in told
-    assert "times the usual one" in told
+    assert "times the default" in told
 
 
 def test_another_clip_skip_than_that_of_xl_is_noted(

@@ -24,7 +24,7 @@ def run(options: Options) -> None:
 
     for name, value in (("unused_days", options.unused_days), ("max_gb", options.max_gb)):
         if value is not None and not value >= 0:
-            raise UsageError(f"--{name} {value}: allowed is 0 or more")
+            raise UsageError(f"--{name} {value}: expected 0 or more")
     if options.unused_days is None and options.max_gb is None:
         raise UsageError("cache prune needs --unused_days or --max_gb")
     store = existing_store(options.cache_dir)

@@ -28,7 +28,7 @@ def run(options: Options) -> None:
 
     folders = [Path(folder).expanduser() for folder in options.runs]
     if len(folders) < 2:
-        raise UsageError(f"--runs {' '.join(options.runs)}: allowed is two or more")
+        raise UsageError(f"--runs {' '.join(options.runs)}: expected two or more")
     for folder in folders:
         if not (folder / "config.toml").is_file():
             raise UsageError(f"--runs {folder}: no run there")

@@ -47,7 +47,7 @@ def run(options: Options) -> None:
         raise UsageError(f"--run {folder}: no run folder")
     config = load_resolved(folder / "config.toml")
     if not 1 <= options.step <= config.max_train_steps:
-        raise UsageError(f"--step {options.step}: allowed are 1 to {config.max_train_steps}")
+        raise UsageError(f"--step {options.step}: expected 1 to {config.max_train_steps}")
     if not config.data:
         raise UsageError(f"--run {folder}: it learned from a dataset of a program's own, which is not here")
     model_info, device = locate(config.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")

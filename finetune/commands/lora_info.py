@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.log_handlers import row
+
 _SHOWN = {
     "ss_base_model_version": "base", "ss_sd_model_name": "model", "modelspec.prediction_type": "predicts",
     "ss_steps": "steps", "ss_epoch": "epochs", "ss_num_train_images": "pictures", "ss_resolution": "resolution",
@@ -53,7 +55,7 @@ def run(options: Options) -> None:
     rows |= {name: metadata.get(entry, "") for entry, name in _SHOWN.items()} | {"tags": _tags(metadata)}
     for name, text in rows.items():
         if text:
-            print(f"{name:>10}  {text}")
+            print(row(name, text))
 
 
 def _counts(values: Iterable[Any]) -> str:

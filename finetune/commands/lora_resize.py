@@ -49,6 +49,6 @@ def check_target(rank: int | None, energy: float) -> None:
     if rank is None and energy == 1.0:
         raise UsageError("give --rank, or --energy below 1")
     if rank is not None and rank < 1:
-        raise UsageError(f"--rank {rank}: allowed is 1 or more")
+        raise UsageError(f"--rank {rank}: expected 1 or more")
     if not 0 < energy <= 1:
-        raise UsageError(f"--energy {energy:g}: allowed is above 0, up to 1")
+        raise UsageError(f"--energy {energy:g}: expected above 0, up to 1")

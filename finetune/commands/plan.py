@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from finetune.config import ResolvedConfig, TrainConfig, as_dict, load_resolved
 from finetune.data.data_source import check_sources
 from finetune.errors import UsageError
+from finetune.log_handlers import row
 from finetune.option_info import NOT_NEGATIVE, POSITIVE, option
+from finetune.text import duration, pluralize
 
 if TYPE_CHECKING:
     import torch
@@ -61,12 +63,13 @@ def run(options: Options, config: TrainConfig) -> None:
     chunks = open_pictures(config, model_info, None)
     resolved = resolve_for(config, model_info, chunks, device)
     rows = {
-        "model": f"{resolved.model}, {resolved.method}",
+        "Model": f"{resolved.model}, {resolved.method}",
         **_pictures(chunks),
-        "steps": f"{resolved.max_train_steps} of {resolved.global_batch}, learning rate {resolved.learning_rate:g}",
-        "memory": check_memory(resolved, model_info, device, absent),
-        "check": _check(resolved, chunks),
-        "disk": disk_line(resolved, disk_use(resolved, model_info, chunks), Path(config.output_dir or ".")),
+        "Steps": f"{resolved.max_train_steps} of batch size {resolved.global_batch}, "
+        f"learning rate {resolved.learning_rate:g}",
+        "Memory": check_memory(resolved, model_info, device, absent),
+        "Check": _check(resolved, chunks),
+        "Disk": disk_line(resolved, disk_use(resolved, model_info, chunks), Path(config.output_dir or ".")),
     }
     open_ones = {name: value for name, value in as_dict(resolved).items() if name not in config.given}
     useless = "lora_" if resolved.method == "full" else " "
@@ -75,24 +78,23 @@ def run(options: Options, config: TrainConfig) -> None:
         for name, value in open_ones.items()
         if name in ResolvedConfig.__annotations__ and not name.startswith(useless)
     }
-    rows["decided"] = ", ".join(f"{name} {_formatted(value)}" for name, value in decided.items())
+    rows["Decided"] = ", ".join(f"{name} {_formatted(value)}" for name, value in decided.items())
     for name, text in rows.items():
         if text:
-            print(f"{name:>11}  {text}")
+            print(row(name, text))
     for line in chunks.first.notes():
-        print(f"{'note':>11}  {line}")
+        print(row("note", line))
     time = _time_of_earlier(Path(options.runs), resolved)
     if not time:
         steps = 0 if absent else options.timed_steps
         time = (
             _time_of_trial(resolved, model_info, chunks, device, steps) if steps else "not known: no run like this one"
         )
-    print(f"{'time':>11}  {time}", flush=True)
+    print(row("Time", time), flush=True)
 
 
 def _check(config: ResolvedConfig, chunks: "Chunks") -> str:
     """What it costs to compare half precision with fp32."""
-    from finetune.text import pluralize
     from finetune.training.half_precision import check_share
 
     if config.mixed_precision == "no":
@@ -108,11 +110,11 @@ def _pictures(chunks: "Chunks") -> dict[str, str]:
 
     pictures = chunks.first
     ledger = pictures.ledger()
-    several = {"volumes": f"{sum(chunks.counts)} pictures in {chunks_row(chunks)}"} if len(chunks) > 1 else {}
+    several = {"Volumes": f"{sum(chunks.counts)} images in {chunks_row(chunks)}"} if len(chunks) > 1 else {}
     return several | {
-        "pictures": f"{ledger.trained} to train on, {ledger.held_out} held out, {ledger.quarantined} quarantined, "
+        "Images": f"{ledger.trained} to train on, {ledger.held_out} held out, {ledger.quarantined} quarantined, "
         f"{ledger.captions} caption files; {sizes(pictures)}",
-        "captions": ", ".join(f"{count} from {source}" for source, count in pictures.sources.items()),
+        "Captions": ", ".join(f"{count} from {source}" for source, count in pictures.sources.items()),
     }
 
 
@@ -129,8 +131,7 @@ def _time_of_earlier(runs: Path, config: ResolvedConfig) -> str:
             continue
         took = [record["seconds"] for record in records if "seconds" in record][_FIRST_STEPS:]
         if took and all(getattr(earlier, name) == getattr(config, name) for name in like):
-            minutes = median(took) * config.max_train_steps / 60
-            return f"about {minutes:.3g} minutes of steps, as fast as {folder.parent}"
+            return f"about {duration(median(took) * config.max_train_steps)} of steps, at the speed of {folder.parent}"
     return ""
 
 
@@ -141,7 +142,6 @@ def _time_of_trial(
     from finetune.out_of_memory import means_out_of_memory
     from finetune.run.memory_estimate import out_of_memory
     from finetune.run.trial import seconds_per_step
-    from finetune.text import pluralize
 
     try:
         seconds = seconds_per_step(config, model_info, chunks, device, steps=steps)
@@ -149,8 +149,8 @@ def _time_of_trial(
         if not means_out_of_memory(error):
             raise
         return f"not known: {out_of_memory(config, model_info, device)}"
-    minutes, tried = seconds * config.max_train_steps / 60, max(1, min(steps, config.max_train_steps - 1))
-    return f"about {minutes:.3g} minutes of steps, as fast as {pluralize(tried, 'step')} tried here"
+    tried = pluralize(max(1, min(steps, config.max_train_steps - 1)), "step")
+    return f"about {duration(seconds * config.max_train_steps)} of steps, at the speed of {tried} tried here"
 
 
 def _formatted(value: object) -> str:

@@ -40,7 +40,7 @@ def run(options: Options, config: TrainConfig) -> None:
     from finetune.text import pluralize
 
     if options.max_pictures < 1:
-        raise UsageError(f"--max_pictures {options.max_pictures}: allowed is 1 or more")
+        raise UsageError(f"--max_pictures {options.max_pictures}: expected 1 or more")
     check_sources(config.data)
     path = Path(options.output).expanduser()
     for source in config.data:

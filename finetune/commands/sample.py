@@ -69,7 +69,7 @@ def run(options: Options) -> None:
     for name in ("num_images", "num_inference_steps", "seed"):
         least = 0 if name == "seed" else 1
         if getattr(options, name) < least:
-            raise UsageError(f"--{name} {getattr(options, name)}: allowed is {least} or more")
+            raise UsageError(f"--{name} {getattr(options, name)}: expected {least} or more")
     import torch
 
     from finetune.results.sampling import draw_pictures
@@ -160,7 +160,7 @@ def _check_sizes(options: Options, *, latent: bool) -> None:
     if options.image and not latent:
         raise UsageError("--image cannot be used: a pixel-space model begins with noise alone")
     if not 0 < options.denoising_strength <= 1:
-        raise UsageError(f"--denoising_strength {options.denoising_strength:g}: allowed is above 0, up to 1")
+        raise UsageError(f"--denoising_strength {options.denoising_strength:g}: expected above 0, up to 1")
     if options.image and options.num_inference_steps * options.denoising_strength < 1:
         least = math.ceil(1 / options.denoising_strength)
         raise UsageError(f"--denoising_strength {options.denoising_strength:g} needs {least} --num_inference_steps")

@@ -315,7 +315,7 @@ def _name_and_text(where: str, row: Any, column: str) -> tuple[str, Texts]:
     _refuse_other_names(where, row, column)
     several = isinstance(text, list) and all(isinstance(one, str) for one in text)
     if text is not None and not isinstance(text, str) and not several:
-        raise DataError(f"{where}: {column} is {text!r}, allowed is a string or a list of them")
+        raise DataError(f"{where}: {column} is {text!r}, expected a string or a list of them")
     return row["file_name"], text
 
 

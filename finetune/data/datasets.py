@@ -170,7 +170,7 @@ def _caption_texts(rows: "datasets.Dataset", column: str, numbers: Sequence[int]
     for number, value in zip(numbers, values, strict=True):
         for text in value if isinstance(value, list) else [value]:
             if text is not None and not isinstance(text, str):
-                raise DataError(f"--caption_column {column}: row {number} holds {text!r}, allowed is text")
+                raise DataError(f"--caption_column {column}: row {number} holds {text!r}, expected text")
     return [[text for text in value if text] if isinstance(value, list) else value for value in values]
 
 
@@ -304,7 +304,7 @@ def _holds_tables(path: Path, files: Sequence[str]) -> bool:
         if path.suffix.lower() in _TABLE_SUFFIXES:
             return True
         raise UsageError(
-            f"--data {path}: not a folder; allowed are folders and {' '.join((SUFFIX, *_TABLE_SUFFIXES))} files"
+            f"--data {path}: not a folder; expected folders and {' '.join((SUFFIX, *_TABLE_SUFFIXES))} files"
         )
     if _was_saved(path):
         return True

@@ -189,7 +189,7 @@ def _caption(row: Mapping[str, Any], number: int, column: str) -> str | list[str
         raise DataError(f"--caption_column {column}: no such column; there are {', '.join(row)}")
     for text in row[column] if isinstance(row.get(column), list) else [row.get(column)]:
         if text is not None and not isinstance(text, str):
-            raise DataError(f"--caption_column {column}: row {number} holds {text!r}, allowed is text")
+            raise DataError(f"--caption_column {column}: row {number} holds {text!r}, expected text")
     return row.get(column)
 
 

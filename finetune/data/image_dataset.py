@@ -214,10 +214,10 @@ class ImageDataset(Dataset[Example], ABC):
             lines.append(f"not read as captions: {join_limited(self.passed_over)}")
         if self.triggerless:
             captions = pluralize(self.triggerless, "caption")
-            lines.append(f"[trigger] stands in {captions}, but no --trigger is given: it is left out")
+            lines.append(f"[trigger] is removed from {captions}, because --trigger is not given")
         if self.glued:
             captions, better = pluralize(len(self.glued), "caption"), placed_trigger(self.glued[0])
-            lines.append(f"the trigger is put in front of {captions}; better say where it belongs: {better!r}")
+            lines.append(f"the trigger is put in front of {captions}; to place it yourself: {better!r}")
         return lines
 
 
@@ -325,11 +325,11 @@ class ImageFileDataset(ImageDataset):
         reasons = [f"{bad.path} ({bad.reason})" for bad in self.quarantined]
         white = sum(info.white for info in self._mask_infos.values())
         lines = {
-            f"{pluralize(len(reasons), 'picture')} quarantined: {join_limited(reasons)}": reasons,
-            f"caption files without a picture, {len(self.orphans)}: {join_limited(self.orphans)}": self.orphans,
-            f"empty caption files, {len(self.empty)}: {join_limited(self.empty)}": self.empty,
-            f"smaller than they are trained, and enlarged: {pluralize(self.small, 'picture')}": self.small,
-            f"masks that are white all over, and so change nothing: {white}": white,
+            f"{pluralize(len(reasons), 'image')} quarantined: {join_limited(reasons)}": reasons,
+            f"caption files without an image ({len(self.orphans)}): {join_limited(self.orphans)}": self.orphans,
+            f"empty caption files ({len(self.empty)}): {join_limited(self.empty)}": self.empty,
+            f"{pluralize(self.small, 'image')} smaller than the training size: upscaled": self.small,
+            f"{pluralize(white, 'mask')} entirely white: no effect": white,
         }
         return [line for line, applies in lines.items() if applies] + super().notes()
 

@@ -96,7 +96,7 @@ class ImageFolder(ImageFileDataset):
         if metadata is None and (project := _project(root, self._names)):
             raise UsageError(project)
         if not self._names:
-            raise DataError(f"{folder}: no picture found; allowed are {' '.join(PICTURE_SUFFIXES)}")
+            raise DataError(f"{folder}: no picture found; expected {' '.join(PICTURE_SUFFIXES)}")
         masks_by_picture, self._lonely_masks = masks_of(files, self._names)
         self._masks = {root / picture: root / mask for picture, mask in masks_by_picture.items()}
         self._alpha, self.masked = masks == "files and alpha", masks != "none"
@@ -154,13 +154,14 @@ class ImageFolder(ImageFileDataset):
     def _warnings(self) -> list[str]:
         """What looks as if it were not meant so."""
         ignored = sum(self._others.values())
-        lines = [f"most files are not read: {ignored} of {self._count}"] if 2 * ignored > self._count else []
+        lines = [f"most files are ignored: {ignored} of {self._count}"] if 2 * ignored > self._count else []
         stems = {os.path.splitext(name)[0] for name in self._names}
         mask_like = [name for name in self._names if _MASK_NAME.fullmatch(stem := os.path.splitext(name)[0]) and
                   _MASK_NAME.sub(r"\1", stem) in stems]  # fmt: skip
         if mask_like:
             lines.append(
-                f"trained as pictures, though called like masks: {join_limited(mask_like)}; a mask is NAME.mask.png"
+                f"images whose names look like masks are trained on: {join_limited(mask_like)}; "
+                "a mask is named NAME.mask.png"
             )
         return lines
 
@@ -169,9 +170,9 @@ class ImageFolder(ImageFileDataset):
         named = sorted({name.split("/")[0] for name in self.ids if _REPEATED.match(name)})
         unused, lonely = [] if self._repeated else named, self._lonely_masks
         lines = {
-            f"masks without a picture, {len(lonely)}: {join_limited(lonely)}": lonely,
-            f"files that are neither pictures nor captions: {kinds}": kinds,
-            f"not read as repeats, since other folders hold pictures too: {join_limited(unused)}": unused,
+            f"masks without an image ({len(lonely)}): {join_limited(lonely)}": lonely,
+            f"ignored files (neither image nor caption): {kinds}": kinds,
+            f"folder names not read as repeats, because other folders hold images too: {join_limited(unused)}": unused,
         }
         return super().notes() + [line for line, applies in lines.items() if applies] + self._warnings()
 

@@ -215,4 +215,4 @@ def _of_json(content: Any) -> Texts:
     text = next((content[key] for key in _TEXT_KEYS if content.get(key)), None)
     if text is None or isinstance(text, str) or (isinstance(text, list) and all(isinstance(t, str) for t in text)):
         return text
-    raise ValueError(f"the caption is {text!r}, allowed is a string or a list of them")
+    raise ValueError(f"the caption is {text!r}, expected a string or a list of them")

@@ -74,13 +74,13 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if self.resolution < 1:
-            raise UsageError(f"resolution = {self.resolution}: allowed is 1 or more")
+            raise UsageError(f"resolution = {self.resolution}: expected 1 or more")
         if self.resize_mode not in ("crop", "squash"):
-            raise UsageError(f"resize_mode = {self.resize_mode!r}: allowed is crop, squash")
+            raise UsageError(f"resize_mode = {self.resize_mode!r}: choose crop or squash")
         if self.buckets and (self.resize_mode == "squash" or self.buckets.resolution != self.resolution):
             raise UsageError(f"{self.buckets} goes with resize_mode crop and resolution = {self.buckets.resolution}")
         if not _is_colour(self.background):
-            raise UsageError(f"background = {self.background!r}: allowed is a colour: black, grey, #ff8000")
+            raise UsageError(f"background = {self.background!r}: expected a colour: black, grey, #ff8000")
 
     def __call__(self, image: Image.Image, key: int, flip: bool = False) -> tuple[Tensor, Tensor]:
         """Pixels and geometry of an upright RGB picture; a pure function of picture, key and flip.

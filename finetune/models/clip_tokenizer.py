@@ -43,7 +43,7 @@ def clip_tokenizer(given: str | None, pad: str = END) -> CLIPTokenizer:
     elif place.is_file() and place.name.endswith(".txt.gz"):
         tokenizer = _from_vocabulary(place)
     else:
-        raise UsageError(f"tokenizer {given}: no tokenizer; allowed is {_WAYS}")
+        raise UsageError(f"tokenizer {given}: no tokenizer; expected {_WAYS}")
     tokenizer.pad_token = pad
     return tokenizer
 

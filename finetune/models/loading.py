@@ -204,7 +204,7 @@ def _frozen(
     vae.register_to_config(_name_or_path="")  # or an export would name the user's folder
     layers = text["text_encoder"].config.num_hidden_layers
     if clip_skip is not None and clip_skip > layers:
-        raise UsageError(f"clip_skip = {clip_skip}: allowed is 1 to {layers}, the layers of the text encoder")
+        raise UsageError(f"clip_skip = {clip_skip}: expected 1 to {layers}, the layers of the text encoder")
     if "text_encoder_2" in text:
         zeros = source.config("model_index").get("force_zeros_for_empty_prompt", True)
         conditioner = SdxlConditioner(

@@ -79,7 +79,7 @@ def add_lora(
     weights = [getattr(layer, "weight", None) for layers in matched.values() for layer in layers]
     widest = max((min(w.shape[0], w[0].numel()) for w in weights if isinstance(w, torch.Tensor)), default=rank)
     if not 1 <= rank <= widest:
-        raise UsageError(f"rank = {rank}: allowed are 1 to {widest}, the highest rank that an adapted layer has")
+        raise UsageError(f"rank = {rank}: expected 1 to {widest}, the highest rank that an adapted layer has")
     unet.requires_grad_(False)
     config = settings_of(
         kind,

@@ -180,8 +180,8 @@ def _refuse_other_classes(name: str, folder: Path, family: Family) -> None:
         kind = ".".join(map(str, class_name)) if isinstance(class_name, list) else str(class_name)
         if not re.fullmatch(rf"(diffusers|transformers)\.({expected})", kind):
             raise ModelError(
-                f"--model {name}: model_index.json has {kind} as its {part}; no code of a model folder is run, and "
-                f"allowed is {expected.replace('|', ', ')}"
+                f"--model {name}: model_index.json has {kind} as its {part}; no code of a model folder is run; "
+                f"expected {expected.replace('|', ', ')}"
             )
 
 

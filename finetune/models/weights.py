@@ -88,7 +88,7 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> Iterator[tup
                 if file.readinto(content.numpy().data) != end - begin:
                     raise ModelError(f"{path} is cut off")
                 if (dtype := NUMBER_FORMATS.get(entry["dtype"])) is None:
-                    raise ModelError(f"{path}: {name} is {entry['dtype']}; allowed are {', '.join(NUMBER_FORMATS)}")
+                    raise ModelError(f"{path}: {name} is {entry['dtype']}; expected one of {', '.join(NUMBER_FORMATS)}")
                 numbers = content.view(dtype) if len(content) else torch.empty(0, dtype=dtype)
                 yield name, numbers.view(entry["shape"])
     except (SafetensorError, OSError) as error:

@@ -49,7 +49,7 @@ class AllowedPaths:
         path = Path(given).expanduser().resolve()
         if not given or not self._is_open(path):
             allowed = ", ".join(map(str, self.data))
-            raise UsageError(f"{given or 'no folder'}: allowed is what lies in {allowed} (--data of finetune-unet ui)")
+            raise UsageError(f"{given or 'no folder'}: expected what lies in {allowed} (--data of finetune-unet ui)")
         if path.suffix in (".toml", ".json"):
             raise UsageError(f"{given}: such a file may name folders that are not open; it is for the command line")
         return path

@@ -82,7 +82,7 @@ def _model(given: str, places: AllowedPaths) -> str:
     if path.exists() and any(path.is_relative_to(folder) for folder in (*places.data, places.runs)):
         return str(path)
     if not _HUB_ID.fullmatch(given) or path.exists():
-        raise UsageError(f"model {given!r}: allowed is {', '.join(FAMILIES)}, owner/name, or what lies in --data")
+        raise UsageError(f"model {given!r}: choose one of {', '.join(FAMILIES)}, owner/name, or what lies in --data")
     return given
 
 

@@ -8,12 +8,12 @@ Each line has `at` (seconds since 1970), `event`, and what that event tells:
     step      a line of metrics.jsonl and of timings.jsonl, and left: seconds that the steps to come will take
     validation, forgetting, copies   what validation.jsonl, forgetting.jsonl and copies.jsonl say of a step
     picture   path in the run folder, and the step
-    said      text: a line that was printed
+    said      text: a line that was logged
     end       state: done, stopped or failed; and why
 """
 
-import io
 import json
+import logging
 import os
 import platform
 import time
@@ -21,11 +21,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import RawIOBase
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import psutil
 
 from finetune.errors import FinetuneError, Interrupted
+from finetune.log_handlers import line_of
 
 EVENTS = "events.jsonl"
 
@@ -87,24 +88,18 @@ class Events:
             self.emit("progress", name=name, done=done, total=total)
 
 
-class StdoutTee(io.TextIOBase):
-    """Standard output that notes each line of it as an event."""
+class EventHandler(logging.Handler):
+    """Emits an event for each line that is logged.
 
-    def __init__(self, out: TextIO, events: Events) -> None:
-        self._out, self._events, self._line = out, events, ""
+    Args:
+        events: of the run.
+    """
 
-    def write(self, text: str) -> int:
-        self._out.write(text)
-        *lines, self._line = (self._line + text).split("\n")
-        for line in lines:
+    def __init__(self, events: Events) -> None:
+        super().__init__()
+        self._events = events
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Emit the record. Unlike the handlers of the standard library it passes errors on: the disk may be full."""
+        for line in line_of(record).split("\n"):
             self._events.emit("said", text=line)
-        return len(text)
-
-    def flush(self) -> None:
-        self._out.flush()
-
-    def isatty(self) -> bool:
-        return self._out.isatty()
-
-    def fileno(self) -> int:
-        return self._out.fileno()

@@ -62,7 +62,7 @@ def write_format(
         return verify_unet(model, to, dtype)
     family = model.family.layout
     if family is None:
-        raise UsageError(f"--format {form}: {model.family.description} has no such form; allowed is diffusers or unet")
+        raise UsageError(f"--format {form}: {model.family.description} has no such form; choose diffusers or unet")
     settings = _settings(model, family)
     tensors = {name: tensor.to(dtype) for name, tensor in checkpoint_tensors(model.pipeline(), family).items()}
     rest = {} if base is None else dict(read_tensors(base.path, rest_of(base, tensors, family)))

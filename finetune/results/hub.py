@@ -43,7 +43,7 @@ def check_login(repository: str | None = None) -> None:
         validate_repo_id((repository or "any").encode("ascii").decode())  # older hub libraries let letters like é pass
     except (HFValidationError, UnicodeEncodeError) as error:
         allowed = "owner/name or name, of letters, digits and single '-', '_', '.'"
-        raise UsageError(f"hub_model_id {repository!r}: allowed is {allowed}") from error
+        raise UsageError(f"hub_model_id {repository!r}: expected {allowed}") from error
 
 
 def push(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import re
 import resource
@@ -23,7 +24,10 @@ from tqdm.auto import tqdm
 
 from finetune.atomic_io import json_lines, write_whole
 from finetune.errors import UsageError
+from finetune.log_handlers import labelled
 from finetune.training.metrics import Fault, StepMetrics
+
+_log = logging.getLogger(__name__)
 
 METRICS, TIMINGS, FAULTS = "metrics.jsonl", "timings.jsonl", "faults.jsonl"
 TRACKED = "run-id.txt"
@@ -138,7 +142,7 @@ def peak_memory_gb() -> float:
 
 
 class Progress:
-    """Steps done, the smoothed loss, images per second and peak memory: as a bar, or without a terminal as lines.
+    """Steps done, loss, learning rate, speed, memory and time left: as a bar, or without a terminal as lines.
 
     Args:
         bar: disabled where there is no terminal.
@@ -150,7 +154,7 @@ class Progress:
         self._bar, self._total, self._pause = bar, total, pause
         self._loss: float | None = None
         self._seconds: float | None = None
-        self._said = time.monotonic()
+        self._logged = time.monotonic()
         self.left = 0.0
         """Seconds that the steps to come will take."""
 
@@ -160,15 +164,22 @@ class Progress:
             self._loss = _smoothed(self._loss, metrics.loss)
         self._seconds = _smoothed(self._seconds, seconds)
         self.left = (self._total - metrics.step) * self._seconds
-        loss = nan if self._loss is None else self._loss
-        text = f"smoothed loss {loss:.4f}, {metrics.examples / self._seconds:.3g} images/s, {peak_memory_gb():.1f} GB"
-        self._bar.set_postfix_str(text, refresh=False)
+        values = {
+            "loss": nan if self._loss is None else self._loss,
+            "lr": metrics.lr,
+            "images_per_second": metrics.examples / self._seconds,
+            "memory_gb": peak_memory_gb(),
+            "seconds_left": round(self.left),
+        }
+        text = "loss {loss:.4f}, lr {lr:.2g}, {images_per_second:.3g} images/s, {memory_gb:.1f} GB".format(**values)
+        left = f"{timedelta(seconds=values['seconds_left'])} left"
+        self._bar.set_description_str(f"{text.replace('images/s', 'img/s')}, {left}", refresh=False)
         self._bar.update()
         last = metrics.step == self._total
-        if self._bar.disable and (last or time.monotonic() - self._said >= self._pause):
-            self._said = time.monotonic()
-            left = timedelta(seconds=round(self.left))
-            print(f"step {metrics.step} of {self._total}: {text}{'' if last else f', {left} left'}", flush=True)
+        if self._bar.disable and (last or time.monotonic() - self._logged >= self._pause):
+            self._logged = time.monotonic()
+            message = f"step {metrics.step} of {self._total}: {text}{'' if last else f', {left}'}"
+            _log.info(message, extra=labelled("", step=metrics.step, steps=self._total, **values))
 
     def resume(self) -> None:
         """What was done since the last step (a grid, a checkpoint) does not count into the time of the next."""
@@ -183,7 +194,8 @@ def _smoothed(before: float | None, now: float) -> float:
 def progress(done: int, total: int, pause: float = 30) -> Iterator[Progress]:
     """Progress from `done` to `total` steps."""
     # With disable=None a bar is only drawn on a terminal, or in a notebook.
-    with tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=None) as bar:
+    form = "{n_fmt}/{total_fmt} {bar} {desc}"
+    with tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=None, bar_format=form) as bar:
         yield Progress(bar, total, pause)
 
 

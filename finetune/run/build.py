@@ -1,5 +1,6 @@
 """Builds the parts of a run from its config: the model, the encoded pictures, the trainer."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -28,6 +29,8 @@ from finetune.training.objective import DiffusionObjective, NoisePrediction
 from finetune.training.optimizers import learning_rate, make_optimizer, parameter_groups
 from finetune.training.prior_prediction import Prior, untrained
 from finetune.training.trainer import Trainer
+
+_log = logging.getLogger(__name__)
 
 
 def load_base(config: ResolvedConfig, model_info: ModelInfo, dtype: torch.dtype) -> DiffusionModel:
@@ -162,11 +165,10 @@ def _load(config: ResolvedConfig, model_info: ModelInfo, device: torch.device) -
         raise UsageError(f"prior_prediction: the model does not predict {new} yet; leave prediction_type out")
     recompute(model.unet, config.gradient_checkpointing)
     if config.compile and (why_not := compile_blocks(model.unet)):
-        print(f"{'note':>10}  the UNet is not compiled: {why_not}")
+        _log.warning("the UNet is not compiled: %s", why_not)
     if config.init_lora and (left := Adapter(model.unet).init_from(Path(config.init_lora))):
-        print(
-            f"{'note':>10}  {config.init_lora}: {pluralize(left, 'tensor')} for text encoders, which stay as they are"
-        )
+        tensors = pluralize(left, "tensor")
+        _log.warning("%s: %s for text encoders, which stay as they are", config.init_lora, tensors)
     return model
 
 

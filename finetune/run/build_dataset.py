@@ -284,7 +284,7 @@ def _own_pictures(config: TrainConfig, model_info: ModelInfo, dataset: MapDatase
     transform = getattr(dataset, "transform", None)
     if transform is not None and not isinstance(transform, Preprocess):
         raise UsageError(
-            f"the dataset's transform is a {type(transform).__name__}; allowed is a finetune.Preprocess, or none"
+            f"the dataset's transform is a {type(transform).__name__}; expected a finetune.Preprocess, or none"
         )
     decided = {"dataset", "transform" if transform is not None else "dataset"}
     given = [name for name in config.given if getattr(config, name) is not None]

@@ -3,6 +3,7 @@
 Ruiz et al. 2022, "DreamBooth", section 3.2: the model's own pictures of "a dog" beside those of one dog.
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from finetune.models.model_info import ModelInfo
 from finetune.results.sampling import draw_pictures, save_picture
 from finetune.run.backend import DTYPES, resolve_precision
 from finetune.text import pluralize
+
+_log = logging.getLogger(__name__)
 
 DRAWN = 100
 """Pictures that are drawn where there are none, as in diffusers' script."""
@@ -41,7 +44,7 @@ def draw_missing(config: TrainConfig, model_info: ModelInfo, device: torch.devic
         raise UsageError(f"class_data {folder}: {found_there}; give --class_prompt, and the model draws the others")
     folder.mkdir(parents=True, exist_ok=True)
     drawn = f"{number - there} of {config.class_prompt!r}, drawn by {config.model}"
-    print(f"class pictures: {drawn} to {folder}", flush=True)
+    _log.info("class pictures: %s to %s", drawn, folder)
     half = DTYPES[
         resolve_precision(config.mixed_precision, device, small=model_info.family.is_small(model_info.resolution))
     ]

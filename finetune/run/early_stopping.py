@@ -1,6 +1,7 @@
 """Early stopping: the weights of the best validation are kept, and a loss that has risen since ends the run."""
 
 import json
+import logging
 from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
@@ -13,6 +14,8 @@ from finetune.atomic_io import write_whole
 from finetune.run.validation import Validation
 from finetune.training.trainer import Trainer
 from finetune.training.validation import chance_of_rise
+
+_log = logging.getLogger(__name__)
 
 BEST = "best.safetensors"
 
@@ -72,10 +75,10 @@ class EarlyStopping:
         if best in (None, self._trainer.steps_done):
             return
         if _step_of(self._path) != best:  # a run that went on from an older checkpoint to other bits
-            print(f"{'note':>10}  the weights of step {best}, which had the least validation loss, were not kept")
+            _log.warning("the weights of step %s, which had the lowest validation loss, were not kept", best)
             return
         trained = self._trainer.steps_done
-        print(f"exported is step {best}, which had the least validation loss, of {trained} that were trained")
+        _log.info("step %s of %s had the lowest validation loss and is exported", best, trained)
         with safe_open(self._path, "pt") as file:
             self._trainer.adopt_weights({name: file.get_tensor(name) for name in self._trainer.parameters}, best)
 

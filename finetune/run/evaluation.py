@@ -4,6 +4,7 @@ Validation, forgetting, sample grids and memorization are four of them. A fifth 
 `Run`, for `fine_tune(..., evaluators=[...])`.
 """
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +16,11 @@ from typing import Any, Protocol
 
 from finetune.atomic_io import json_lines, write_json_lines
 from finetune.config import ResolvedConfig
+from finetune.log_handlers import labelled
 from finetune.results import tracking
 from finetune.results.events import Events
+
+_log = logging.getLogger(__name__)
 
 FIRST_STEPS = 6
 """Steps of training that suffice to know how long one takes."""
@@ -84,7 +88,7 @@ class EvaluationLog:
         self._events.emit("evaluation" if shared else name, **(record if event is None else event))
         self._accelerator.log(dict(tracked), step=record["step"])
         if message:
-            print(message, flush=True)
+            _log.info(message, extra=labelled("", **(record if event is None else event)))
 
     def add_picture(self, step: int, path: Path) -> None:
         """Record a picture that was written into the run folder: an event, and the picture in the trackers."""

@@ -1,6 +1,7 @@
 """What became of every file that was found: ledger.json and quarantine.jsonl of a run folder."""
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from finetune.errors import RunError
 from finetune.run.build import sampler
 from finetune.run.build_dataset import digest
 from finetune.text import join_limited, pluralize
+
+_log = logging.getLogger(__name__)
 
 LEDGER, QUARANTINE, VOLUMES = "ledger.json", "quarantine.jsonl", "volumes.jsonl"
 """The last has a line for each chunk that the run has come to, where there are several."""
@@ -73,13 +76,13 @@ def note_chunk(folder: Path, config: ResolvedConfig, steps_of_chunk: ChunkSteps,
     lines[steps_of_chunk.chunk] |= _Seen.from_chunk(pictures, config, steps_of_chunk.own.stop).as_dict()
     _write_lines(folder / VOLUMES, [lines[number] for number in sorted(lines)])
     bad = [f"{image.path} ({image.reason})" for image in pictures.quarantined]
-    notes = [f"{pluralize(len(bad), 'picture')} quarantined: {join_limited(bad)}"] if bad else []
+    notes = [f"{pluralize(len(bad), 'image')} quarantined: {join_limited(bad)}"] if bad else []
     notes += [f"{pluralize(number, 'picture')} left aside: {why}" for why, number in pictures.aside.items()]
     if before is not None:  # all that was told then
         other = "other pictures or captions than when the run came to it before: from here on the bits are others"
         notes = [other] if before["data"] != now else []
     for line in notes:
-        print(f"{'note':>10}  volume {steps_of_chunk.chunk + 1}: {line}", flush=True)
+        _log.warning("volume %s: %s", steps_of_chunk.chunk + 1, line)
 
 
 def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """What a run has learned, taken from its folder, and written in the forms that the run was asked for."""
 
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,8 @@ from finetune.results.export_formats import has_yaml, write_format
 from finetune.run.build import load_base
 from finetune.run.early_stopping import best_of_ended
 from finetune.training import checkpoint
+
+_log = logging.getLogger(__name__)
 
 
 def load_trained(
@@ -85,7 +88,7 @@ def write_verified(
         flush_to_disk(to.parent)
     finally:
         remove(scratch)
-    print(f"{to}: loaded back and compared (largest difference {difference:.0e})")
+    _log.info(f"{to}: loaded back and compared (largest difference {difference:.0e})")
 
 
 def left_out(config: ResolvedConfig, to: Path) -> list[str]:

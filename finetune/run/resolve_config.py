@@ -153,7 +153,7 @@ def _precision(config: TrainConfig, device: torch.device, *, small: bool) -> str
     if not config.full_bf16:
         return resolve_precision(config.mixed_precision, device, small=small)
     if config.mixed_precision not in ("auto", "bf16"):
-        raise UsageError(f"full_bf16 with mixed_precision = {config.mixed_precision}: allowed is bf16 or auto")
+        raise UsageError(f"full_bf16 with mixed_precision = {config.mixed_precision}: choose bf16 or auto")
     if device.type == "cuda" and resolve_precision("auto", device, small=small) != "bf16":
         raise UsageError("full_bf16: this GPU cannot compute in bf16; leave it out")
     return "bf16"
@@ -168,7 +168,7 @@ def _one_pass(config: TrainConfig, processes: int, buckets: Buckets | None) -> d
     for name, value in (given | ({"num_processes": processes} if processes > 1 else {})).items():
         if value != only[name]:
             or_else = ", or --no-aspect_ratio_bucketing" if name == "train_batch_size" else ""
-            raise UsageError(f"fused_backward_pass with {name} = {value}: allowed is {only[name]}{or_else}")
+            raise UsageError(f"fused_backward_pass with {name} = {value}: expected {only[name]}{or_else}")
     return only
 
 
@@ -221,7 +221,7 @@ def _refuse_unusable(config: TrainConfig, model_info: ModelInfo, method: str, bu
         "method lora": "with method full; give --method lora",
     }
     if not model_info.family.latent and method == "lora":
-        raise UsageError(f"method = lora: {model_info.name} is a pixel-space model; allowed is full")
+        raise UsageError(f"method = lora: {model_info.name} is a pixel-space model; choose full")
     if config.masked_loss and model_info.family.inpainting:
         raise UsageError(
             f"masked_loss cannot be used with {model_info.name}: masks say where it paints, and all errors count"

@@ -117,5 +117,5 @@ def _number(kind: type, value: str, where: str) -> Any:
         raise UsageError(f"{where} {value}: a number is needed") from error
     least = 1 if where.endswith("--s") else 0
     if kind is not str and not least <= number < 2**63:
-        raise UsageError(f"{where} {value}: allowed is {least} or more")
+        raise UsageError(f"{where} {value}: expected {least} or more")
     return number

@@ -1,5 +1,6 @@
 """From a config to a run that can start: every option decided, then its parts built, recorded and printed."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,6 +36,8 @@ from finetune.run.summary import print_summary
 from finetune.run.train_loader import TrainDataLoader
 from finetune.run.validation import Validation, plan_validation, steps_between_validations
 from finetune.training.distributed import Parallel
+
+_log = logging.getLogger(__name__)
 
 
 def resolve_run(
@@ -132,7 +135,7 @@ def _record_start(run: Run, folder: RunDir) -> None:
     """Record what is going to be trained in the run folder, print it, and open the trackers."""
     config = run.config
     if moved := check_provenance(folder.provenance, run.provenance, config.allow_changed):
-        print(f"{'note':>10}  {moved}: from here on the bits are this machine's")
+        _log.warning("%s: from here on the bits are this machine's", moved)
     begin(folder, config, identity(run.chunks))
     write_ledger(folder.path, config, run.chunks, folder.step)
     write_training_preview(run)

@@ -1,5 +1,6 @@
 """What is recorded and printed of each step: lines in files, trackers, progress on the terminal, faults."""
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from finetune.run.context import Run
 from finetune.text import pluralize
 from finetune.training.metrics import Fault, NotFinite, StepMetrics
 from finetune.training.trainer import Trainer
+
+_log = logging.getLogger(__name__)
 
 
 class StepWriter(Protocol):
@@ -91,12 +94,12 @@ class RunWriter:
         self._run.events.emit("step", **values, left=round(self._progress.left))
         if metrics.fault:
             record_fault(self._run, metrics.fault)
-            print(f"{metrics.fault}: its update was left out", flush=True)
+            _log.warning("%s: its update was left out", metrics.fault)
 
     def out_of_memory(self, step: int, micro_batch_size: int) -> None:
         """Print that fewer examples are computed at a time."""
         message = f"from step {step} on {pluralize(micro_batch_size, 'picture')} at a time, to the same gradient"
-        print(f"out of memory: {message} (the step stays as large)", flush=True)
+        _log.warning("out of memory: %s (the step stays as large)", message)
 
     def resume(self) -> None:
         """Training goes on after a pause."""

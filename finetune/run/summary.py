@@ -1,5 +1,6 @@
 """The lines a run prints before it starts: everything that a person would want to stop it for."""
 
+import logging
 from collections import Counter
 
 from finetune.cache.encoded_dataset import EncodedDataset
@@ -9,6 +10,7 @@ from finetune.data.chunks import Chunks
 from finetune.data.image_dataset import ImageDataset
 from finetune.data.inpainting import MASKS
 from finetune.data.sampler import steps_per_epoch
+from finetune.log_handlers import labelled
 from finetune.models.adapter_types import NAMES
 from finetune.models.conditioners import spelt_words
 from finetune.models.families import defaults
@@ -16,13 +18,15 @@ from finetune.models.lora import trainable
 from finetune.run.backend import is_compiled
 from finetune.run.context import Run
 from finetune.run.sample_grids import SAMPLING_SHARE, SamplePlan
-from finetune.text import join_limited, pluralize
+from finetune.text import join_limited, pluralize, pluralize_float
+
+_log = logging.getLogger(__name__)
 
 
 def print_summary(run: Run) -> None:
-    """A line for each of `summary_rows`; then what was noticed."""
+    """Log a row for each of `summary_rows`, and a note for each thing that looks unintended."""
     for name, text in summary_rows(run).items():
-        print(f"{name:>10}  {text}")
+        _log.info(text, extra=labelled(name))
     for line in [
         *run.pictures.notes(),
         *_about_words(run),
@@ -30,73 +34,76 @@ def print_summary(run: Run) -> None:
         *_about_sizes(run.grids.plan),
         *_about_options(run),
     ]:
-        print(f"{'note':>10}  {line}")
+        _log.warning(line)
 
 
 def summary_rows(run: Run) -> dict[str, str]:
-    """Model, pictures, captions, schedule, precision, samples and output: name -> text."""
+    """What is trained, on what, how and where to: label -> text."""
     config, encoded, family = run.config, run.encoded, run.model.family
-    epochs = float(config.max_train_steps / steps_per_epoch(run.chunks.epoch_visits, config.global_batch))
     rows = {
-        "model": f"{config.model} ({family.description}), predicts {run.trainer.objective.prediction_type}",
-        "learns": f"{_learns(run)} parameters",
-        "pictures": f"{pluralize(sum(run.chunks.counts), 'photo')}{_repeats(encoded)}: "
-        f"{pluralize(config.max_train_steps, 'step')} of {config.global_batch}, {epochs:.4g} epochs, "
-        f"{sizes(run.pictures)}",
-        "volumes": chunks_row(run.chunks),
-        "validation": _validation(run),
-        "forgetting": _forgetting(run),
-        "masks": _masks(run),
-        "captions": _captions(run) if family.latent else "",
-        "encodings": encodings(encoded, config.cache_dir),
-        "optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g} {config.lr_scheduler}, "
-        f"{config.lr_warmup_steps} warm-up steps{', EMA' if config.use_ema else ''}",
-        "precision": f"{_precision(config)} on {run.trainer.device.type}{_processes(run)}"
+        "Model": f"{config.model} ({family.description}); predicts {run.trainer.objective.prediction_type}",
+        "Trainable": _trainable(run),
+        "Data": _data(run),
+        "Volumes": chunks_row(run.chunks),
+        "Validation": _validation(run),
+        "Forgetting": _forgetting(run),
+        "Masks": _masks(run),
+        "Captions": _captions(run) if family.latent else "",
+        "Cache": encodings(encoded, config.cache_dir),
+        "Optimizer": f"{config.optimizer}, learning rate {config.learning_rate:g}, {config.lr_scheduler} schedule, "
+        f"{pluralize(config.lr_warmup_steps, 'warm-up step')}{', EMA' if config.use_ema else ''}",
+        "Precision": f"{_precision(config)} on {run.trainer.device.type}{_processes(run)}"
         f"{', compiled' if is_compiled(run.model.unet) else ''}",
-        "samples": _samples(run.grids.plan),
-        "output": str(run.folder),
+        "Samples": _samples(run.grids.plan),
+        "Output": str(run.folder),
     }
     return {name: text for name, text in rows.items() if text}
 
 
+def _data(run: Run) -> str:
+    config, images = run.config, pluralize(sum(run.chunks.counts), "image")
+    epochs = float(config.max_train_steps / steps_per_epoch(run.chunks.epoch_visits, config.global_batch))
+    steps = f"{pluralize(config.max_train_steps, 'step')} of batch size {config.global_batch}"
+    share = f"{pluralize_float(epochs, 'epoch')}"
+    return f"{images}{_repeats(run.encoded)}; {steps} ({share}); {sizes(run.pictures)}"
+
+
 def chunks_row(chunks: Chunks) -> str:
-    """How many there are, where not all pictures are looked at at once."""
+    """How many there are, where not all images are opened before training."""
     if len(chunks) == 1:
         return ""
-    return (
-        f"{len(chunks)}, each looked at when the run comes to it; sizes, captions and notes here are those of the "
-        f"first, of {pluralize(len(chunks.first), 'picture')}"
-    )
+    first = pluralize(len(chunks.first), "image")
+    return f"{len(chunks)}, each opened when training reaches it; sizes, captions and notes are of the first ({first})"
 
 
 def _precision(config: ResolvedConfig) -> str:
     if config.full_bf16:
-        return f"bf16 alone{', updates in the backward pass' if config.fused_backward_pass else ''}"
+        return f"bf16 only{', updates in the backward pass' if config.fused_backward_pass else ''}"
     return "fp32" if config.mixed_precision == "no" else config.mixed_precision
 
 
 def _processes(run: Run) -> str:
-    probe_prompts = run.trainer.parallel.world_size
-    return f" in {probe_prompts} processes" if probe_prompts > 1 else ""
+    world_size = run.trainer.parallel.world_size
+    return f" in {world_size} processes" if world_size > 1 else ""
 
 
-def _learns(run: Run) -> str:
+def _trainable(run: Run) -> str:
     learned = sum(p.numel() for p in trainable(run.model.unet)) / 1e6
     total = sum(p.numel() for p in run.model.unet.parameters()) / 1e6
     if run.config.method == "full":
-        return f"every weight of the UNet: {learned:.1f} M"
-    lora = f"{NAMES[run.config.lora_type]} rank {run.config.rank}, alpha {run.config.lora_alpha:g}"
-    return f"{lora}: {learned:.2f} M beside the UNet's {total - learned:.1f} M"
+        return f"all {learned:.1f}M parameters of the UNet"
+    lora = f"{NAMES[run.config.lora_type]}, rank {run.config.rank}, alpha {run.config.lora_alpha:g}"
+    return f"{lora}: {learned:.2f}M parameters; the UNet's {total - learned:.1f}M are frozen"
 
 
 def _validation(run: Run) -> str:
     held, plan = len(run.pictures.held_out), run.validation.plan
     if not held and run.config.validation_fraction:
-        return "none: those drawn for it are near duplicates of too many others; --validation_data names others"
+        return "none: the images chosen for it are near duplicates of too many others; use --validation_data"
     if not held:
-        return "none: no pictures are held out"
+        return "none: no images are held out"
     some = "" if held == len(plan.examples) else f", {len(plan.examples)} of them used"
-    return f"{pluralize(held, 'photo')} held out{some}, at {plan.draws} timesteps each"
+    return f"{pluralize(held, 'image')} held out{some}, {plan.draws} timesteps each"
 
 
 def _forgetting(run: Run) -> str:
@@ -109,16 +116,16 @@ def _forgetting(run: Run) -> str:
 
 
 def _masks(run: Run) -> str:
-    files = pluralize(len(run.pictures.mask_digests), "file")
+    files = len(run.pictures.mask_digests)
     if run.model.inpainting:
-        drawn = "drawn anew at each visit" if run.config.live_encoding else f"drawn, {MASKS} for each picture"
-        if not run.pictures.mask_digests:
-            return f"the model paints where they are white: {drawn}"
-        return f"the model paints where these are white: {files}; for other pictures {drawn}"
+        drawn = "random, another at each visit" if run.config.live_encoding else f"random, {MASKS} for each image"
+        if not files:
+            return f"{drawn}; the model paints white areas"
+        return f"{files}, for other images {drawn}; the model paints white areas"
     if not run.pictures.masked:
         return ""
-    alpha = ", and alpha channels" if run.config.masked_loss else ""
-    return f"errors count where these are white: {files}{alpha}"
+    alpha = " and alpha channels" if run.config.masked_loss else ""
+    return f"{files}{alpha}; loss counts only in white areas"
 
 
 def _captions(run: Run) -> str:
@@ -127,7 +134,7 @@ def _captions(run: Run) -> str:
         "caption": ".caption files",
         "prompt": "--prompt",
         "class_prompt": "--class_prompt",
-        "folder": "the folders' names",
+        "folder": "folder names",
     }
     counts = ", ".join(f"{count} from {named.get(source, source)}" for source, count in run.pictures.sources.items())
     return f"{counts} ({len(set(run.encoded.captions))} distinct)"
@@ -136,50 +143,50 @@ def _captions(run: Run) -> str:
 def _repeats(encoded: EncodedDataset) -> str:
     """How many come more than once in an epoch."""
     counts = sorted(Counter(encoded.repeats).items())
-    counted = [f"{count} of them {times} times" for times, count in counts if times > 1]
-    return f" ({', '.join(counted)} an epoch)" if counted else ""
+    repeated = [f"{count} repeated {times} times" for times, count in counts if times > 1]
+    return f" ({', '.join(repeated)} per epoch)" if repeated else ""
 
 
 def sizes(pictures: ImageDataset, most: int = 4) -> str:
-    """Width and height of what is trained, and of how many pictures, the most frequent first."""
+    """Width and height of what is trained, and of how many images, the most frequent first."""
     transform = pictures.transform
     if transform is None:
-        return "as they are"
+        return "sizes as given"
     if transform.buckets is None:
-        return f"{transform.resolution} px"
+        return f"{transform.resolution}x{transform.resolution}"
     counts = Counter(transform.size(*pictures.image_info(index).size) for index in range(len(pictures)))
     counted = [f"{width}x{height}: {count}" for (height, width), count in counts.most_common()]
-    return f"in {pluralize(len(counts), 'size')} ({join_limited(counted, most)})"
+    return f"{pluralize(len(counts), 'size')} ({join_limited(counted, most)})"
 
 
 def encodings(encoded: EncodedDataset, cache_dir: str | None) -> str:
-    """How many were found and how many were made, and where they are kept."""
-    mirrored = " (mirrored ones too)" * encoded.pictures.flips
-    lines = [
-        f"{pluralize(made.items, made.kind)}{mirrored * (made.kind == 'picture')}, {made.new} of them new"
-        + (f", {made.left} to be encoded when the run comes to them" if made.left else "")
-        for made in encoded.made
-    ]
-    folder = cache_folder(cache_dir)
-    return f"{'; '.join(lines)}; kept {f'in {folder}' if folder else 'in memory'}"
+    """How many encodings were cached and how many are new, and where they are kept."""
+    folder, parts = cache_folder(cache_dir), list[str]()
+    for made in encoded.made:
+        kind = "image" if made.kind == "picture" else made.kind
+        flipped = " with their mirror images" if made.kind == "picture" and encoded.pictures.flips else ""
+        new = f"{made.new} new" if made.new else "" if made.left else "all cached"
+        left = f"{made.left} to be encoded during training" if made.left else ""
+        parts.append(f"{pluralize(made.items, kind)}{flipped} ({', '.join(filter(None, (new, left)))})")
+    return f"{', '.join(parts)} in {folder or 'memory'}"
 
 
 def _samples(samples: SamplePlan) -> str:
     if not samples.prompts:
-        return "none: turned off"
+        return "none"
+    size = f"{pluralize(len(samples.prompts), 'prompt')} x {pluralize(samples.pictures, 'image')}"
     if samples.every:
-        when = f", every {float(samples.every):.4g} steps"
+        when = f"every {float(samples.every):.4g} steps"
     else:
-        when = f", and between as often as {SAMPLING_SHARE:.0%} of the time allows"
-    size = f"{pluralize(len(samples.prompts), 'prompt')} x {pluralize(samples.pictures, 'picture')}"
-    return f"{size} at the start and the end{when}; about {100 * samples.share:.2g} % of the run"
+        when = f"at the start, the end, and between within {SAMPLING_SHARE:.0%} of the time"
+    return f"{size}, {when}; about {max(1, round(100 * samples.share))}% of the run"
 
 
 def _about_options(run: Run) -> list[str]:
     """Options that look as if they were not meant so."""
     config, lines = run.config, list[str]()
     if config.masked_loss and not run.pictures.mask_digests:
-        lines.append("--masked_loss, but no mask lies beside the pictures: only their alpha channels count")
+        lines.append("--masked_loss is set, but there are no mask files: only alpha channels count")
     if run.model.family.layout == "sdxl" and config.clip_skip not in (None, 2):
         lines.append(f"--clip_skip {config.clip_skip}: XL is made for 2, and sd-scripts takes 2 whatever it is given")
     pictures = max(1, len(run.pictures.trained))
@@ -192,9 +199,7 @@ def _about_options(run: Run) -> list[str]:
         varied_captions=False,
     )["learning_rate"]
     if config.learning_rate >= 100 * usual:
-        lines.append(
-            f"learning_rate {config.learning_rate:g} is {config.learning_rate / usual:.0f} times the usual one"
-        )
+        lines.append(f"learning_rate {config.learning_rate:g} is {config.learning_rate / usual:.0f} times the default")
     return lines
 
 
@@ -202,9 +207,11 @@ def _about_sizes(samples: SamplePlan) -> list[str]:
     other = sum(prompt.other_size for prompt in samples.prompts)
     unknown = sorted({setting for prompt in samples.prompts for setting in prompt.unknown})
     lines = (
-        [f"--w and --h of {pluralize(other, 'sample prompt')}: grids have the resolution of the run"] if other else []
+        [f"--w and --h of {pluralize(other, 'sample prompt')} are ignored: grids have the training resolution"]
+        if other
+        else []
     )
-    return lines + ([f"settings of sample prompts that are passed over: {' '.join(unknown)}"] if unknown else [])
+    return lines + ([f"ignored settings of sample prompts: {' '.join(unknown)}"] if unknown else [])
 
 
 def _about_memory(run: Run) -> list[str]:
@@ -226,9 +233,14 @@ def _about_words(run: Run) -> list[str]:
     lines = []
     spelt = spelt_words(conditioner.tokenizer, encoded.captions) if run.model.family.tiny_vocabulary else []
     if spelt:
-        lines.append(f"words that {run.config.model} does not know, spelt with several tokens: {join_limited(spelt)}")
+        lines.append(
+            f"{run.config.model} splits words that it does not know into several tokens: {join_limited(spelt)}"
+        )
     counts, limit = conditioner.token_counts(encoded.captions), conditioner.token_limit
     long = [f"{name} ({count})" for name, count in zip(encoded.ids, counts, strict=True) if count > limit]
     if long:
-        lines.append(f"over {limit} tokens and cut, {pluralize(len(long), 'caption')}: {join_limited(long)}")
+        more = "; --max_token_length 225 keeps up to 225" if run.config.max_token_length < 225 else ""
+        lines.append(
+            f"{pluralize(len(long), 'caption')} longer than {limit} tokens, truncated{more}: {join_limited(long)}"
+        )
     return lines

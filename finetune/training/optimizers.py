@@ -52,7 +52,7 @@ def make_optimizer(
             raise UsageError("optimizer = 'adamw8bit' needs a package: pip install bitsandbytes") from error
         return AdamW8bit(some, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon)
     if name != "prodigy":
-        raise UsageError(f"optimizer = {name!r}: allowed is adamw, adamw8bit, adafactor, prodigy, sgd")
+        raise UsageError(f"optimizer = {name!r}: choose one of adamw, adamw8bit, adafactor, prodigy, sgd")
     try:
         from prodigyopt import Prodigy
     except ImportError as error:

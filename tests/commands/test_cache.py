@@ -24,8 +24,8 @@ def test_encoding_telling_verifying_and_pruning(
 ) -> None:
     cache = ("--cache_dir", tmp_path / "cache")
     train = ("--model", "tiny", "--data", folder, "--max_train_steps", 3, "--num_inference_steps", 0, *cache)
-    assert "6 pictures, 6 of them new" in told(capsys, "cache", "encode", *train)
-    assert "6 pictures, 0 of them new" in told(capsys, *train, "--output_dir", tmp_path / "run")
+    assert "6 images (6 new)" in told(capsys, "cache", "encode", *train)
+    assert "6 images (all cached)" in told(capsys, *train, "--output_dir", tmp_path / "run")
     information = told(capsys, "cache", "info", *cache)
     assert "6 pictures encoded" in information
     assert "7 captions encoded" in information
@@ -45,8 +45,8 @@ def test_encoding_telling_verifying_and_pruning(
         ("info --cache_dir {}/nothing", "cache_dir {}/nothing: no encodings are kept there"),
         ("verify --cache_dir none", "cache_dir none: no encodings are kept there"),
         ("prune", "cache prune needs --unused_days or --max_gb"),
-        ("prune --unused_days -1", "--unused_days -1: allowed is 0 or more"),
-        ("prune --max_gb nan", "--max_gb nan: allowed is a number"),
+        ("prune --unused_days -1", "--unused_days -1: expected 0 or more"),
+        ("prune --max_gb nan", "--max_gb nan: expected a number"),
         ("encode --data {} --cache_dir none", "cache_dir none cannot be used here: nothing would be kept"),
         ("encode --data {} --live_encoding", "live_encoding cannot be used here: nothing would be kept"),
         ("encode --data {} --cache_dir {}/file", "cache_dir {}/file: "),

@@ -63,7 +63,7 @@ def test_sample_draws_from_a_base_model_into_the_named_folder(tmp_path: Path) ->
     [
         ({"model": "tiny"}, "give --prompt"),
         ({"model": "ddpm"}, "ddpm is untrained"),
-        ({"model": "tiny", "prompt": ("x",), "num_images": 0}, "--num_images 0: allowed is 1 or more"),
+        ({"model": "tiny", "prompt": ("x",), "num_images": 0}, "--num_images 0: expected 1 or more"),
         ({"model": "tiny", "prompt": ("x",), "resolution": 66}, "the nearest: 64 and 72"),
         ({"model": "nowhere", "prompt": ("x",)}, "no such folder"),
         ({"model": "tiny", "prompt": ("x",), "mixed_precision": "fp16"}, "a CPU cannot"),
@@ -88,7 +88,7 @@ def test_preview_shows_the_pixels_and_names_long_captions(
     words = ("--data", str(pictures), "--trigger", "x" * 70, "--output", str(sheet), "--max_pictures", "4")
     assert main(["preview", *words]) == 0
     said = capsys.readouterr().out
-    assert "4 of 6 pictures, in 3 sizes (72x56: 2, 48x80: 2, 64x64: 2)" in said
+    assert "4 of 6 pictures, 3 sizes (72x56: 2, 48x80: 2, 64x64: 2)" in said
     assert "05.png: 82 tokens, of which the model reads 75" in said
     pixels = np.asarray(Image.open(sheet))
     assert pixels.shape == (8 + 192 + 4 * 14 + 8, 8 + 4 * 200, 3)
@@ -103,7 +103,7 @@ def test_preview_shows_where_the_trigger_would_read_well(
     preview.run(
         preview.Options(output=str(tmp_path / "sheet.png")), TrainConfig(data=str(tmp_path / "data"), trigger="sks")
     )
-    where = "note: the trigger is put in front of 1 caption; better say where it belongs: 'a photo of [trigger] disc'"
+    where = "note: the trigger is put in front of 1 caption; to place it yourself: 'a photo of [trigger] disc'"
     assert where in capsys.readouterr().out.splitlines()
 
 

@@ -70,6 +70,6 @@ def test_pictures_that_have_changed_are_noticed(trained: tuple[Path, Path], caps
 def test_what_is_no_step_of_a_run_is_told(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     _, out = trained
     assert cli.main(["inspect", "--run", str(out), "--step", "4"]) == 2
-    assert "--step 4: allowed are 1 to 3" in capsys.readouterr().err
+    assert "--step 4: expected 1 to 3" in capsys.readouterr().err
     assert cli.main(["inspect", "--run", str(out / "samples"), "--step", "1"]) == 2
     assert "no run folder" in capsys.readouterr().err

@@ -55,7 +55,15 @@ def test_info_is_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     tiny_lora(tmp_path / "a.safetensors")
     assert lora("info", "--file", tmp_path / "a.safetensors", "--model", "tiny") == 0
     metadata = capsys.readouterr().out
-    for row in ("layout  kohya", "kind  lora", "rank  4", "alpha  3", "steps  10", "tags  dog (3)", "in float32"):
+    for row in (
+        "layout       kohya",
+        "kind         lora",
+        "rank         4",
+        "alpha        3",
+        "steps        10",
+        "tags         dog (3)",
+        "in float32",
+    ):
         assert row in metadata
     assert "attention (" in metadata
     assert "convolutions (" in metadata
@@ -74,7 +82,7 @@ def test_info_knows_the_layers_of_what_a_file_was_made_for(
         {k: torch.ones(4, wide) if "lora_down" in k else t for k, t in tensors.items()}, tmp_path / "a.safetensors"
     )
     assert lora("info", "--file", tmp_path / "a.safetensors") == 0
-    assert f"made for  {shape}" in capsys.readouterr().out
+    assert f"made for     {shape}" in capsys.readouterr().out
 
 
 def test_there_and_back_between_the_layouts(tmp_path: Path) -> None:
@@ -226,7 +234,7 @@ def test_what_a_fine_tune_learned_is_extracted(tmp_path: Path, capsys: pytest.Ca
         ("info --file A --model ddpm", 2, "--model ddpm: a pixel-space model takes no LoRA"),
         ("convert --file A --to A", 2, "exists already; give another place"),
         ("resize --file A --to x", 2, "give --rank, or --energy below 1"),
-        ("resize --file A --to x --energy 2", 2, "--energy 2: allowed is above 0, up to 1"),
+        ("resize --file A --to x --energy 2", 2, "--energy 2: expected above 0, up to 1"),
         ("merge --model tiny --file A --strength 1 2 --to x", 2, "1 files and 2 strengths"),
         ("merge --model tiny --file A --to x --format single-file", 2, "has no such form"),
         ("merge --model tiny --file BASE --to x", 1, "BASE: cond_stage_model."),

@@ -83,7 +83,7 @@ def test_a_picture_keeps_its_shape(tmp_path: Path) -> None:
         ({"width": 64, "image": "a.png"}, "--width and --height cannot be used here: the picture's own shape decides"),
         ({"strength": (1.0, 2.0), "lora": ("a",)}, "1 --lora and 2 --strength: give one for each"),
         ({"lora": ("nowhere.safetensors",)}, "--lora nowhere.safetensors: no such file"),
-        ({"image": "a.png", "denoising_strength": 0.0}, "--denoising_strength 0: allowed is above 0, up to 1"),
+        ({"image": "a.png", "denoising_strength": 0.0}, "--denoising_strength 0: expected above 0, up to 1"),
         ({"image": "a.png", "denoising_strength": 0.1}, "--denoising_strength 0.1 needs 10 --num_inference_steps"),
         ({"mask": "a.png"}, "--mask cannot be used: it needs --image"),
     ],

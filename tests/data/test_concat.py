@@ -42,7 +42,7 @@ def test_several_folders_are_one_dataset(folders: list[str]) -> None:
     assert [bad.path for bad in both.quarantined] == ["cats/broken.png"]
     assert both.ledger()[:4] == (9, 4, 1, 4)
     assert both.ledger().adds_up()
-    assert any(note.startswith("cats: 1 picture quarantined") for note in both.notes())
+    assert any(note.startswith("cats: 1 image quarantined") for note in both.notes())
     assert ConcatDataset([ConcatPart("dogs", both, 1)]).notes() == both.notes()  # each line has one name in front
 
 
@@ -76,7 +76,7 @@ def test_one_folder_may_be_repeated_and_keeps_its_ids_otherwise(folders: list[st
 def test_repeats_are_one_for_each_folder(folders: list[str]) -> None:
     with pytest.raises(UsageError, match=r"^repeats: 1 number for 2 --data$"):
         open_pictures(TrainConfig(data=folders, repeats=5), locate("tiny"), None)
-    with pytest.raises(UsageError, match=r"repeats = \(0,\): allowed is 1 or more"):
+    with pytest.raises(UsageError, match=r"repeats = \(0,\): expected 1 or more"):
         TrainConfig(data=folders[0], repeats=0)
 
 

@@ -120,7 +120,7 @@ def test_a_folder_that_is_none_or_has_no_pictures_is_an_error(tmp_path: Path):
     with pytest.raises(UsageError, match=r"a\.png: not a folder$"):
         ImageFolder(save(tmp_path / "one" / "a.png"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty: no picture found; allowed are \.jpg .*\.avif$"):
+    with pytest.raises(DataError, match=r"empty: no picture found; expected \.jpg .*\.avif$"):
         ImageFolder(tmp_path / "empty")
 
 
@@ -209,7 +209,7 @@ def test_selected_and_formatted_rows_are_taken_as_they_are():
             {"caption_column": "title"},
             "--caption_column title: no such column; there are image",
         ),
-        ({"image": [b""], "text": [3]}, {}, "--caption_column text: row 0 holds 3, allowed is text"),
+        ({"image": [b""], "text": [3]}, {}, "--caption_column text: row 0 holds 3, expected text"),
         ({"image": []}, {}, "the dataset has no rows"),
         (
             {"image": [b""]},
@@ -319,9 +319,7 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(source: str, as
 def test_an_empty_source_and_a_file_are_usage_errors(tmp_path: Path):
     with pytest.raises(UsageError, match="--data is empty"):
         open_dataset("")
-    with pytest.raises(
-        UsageError, match=r"a\.png: not a folder; allowed are folders and \.tar \.parquet \.arrow files"
-    ):
+    with pytest.raises(UsageError, match=r"a\.png: not a folder; expected folders and \.tar \.parquet \.arrow files"):
         open_dataset(str(save(tmp_path / "a.png")))
 
 
@@ -353,7 +351,7 @@ def test_files_of_other_kinds_are_counted(tmp_path: Path) -> None:
     for name in ("a.txt", "b.docx", "c.DOCX", "LICENSE", "metadata.jsonl", ".hidden.zip"):
         (tmp_path / name).write_text("")
     notes = ImageFolder(tmp_path, resolution=8).notes()
-    assert "files that are neither pictures nor captions: 2 .docx, 1 without an ending" in notes
+    assert "ignored files (neither image nor caption): 2 .docx, 1 without an ending" in notes
 
 
 def test_folders_named_for_repeats_and_triggers_that_read_badly_are_noted(tmp_path: Path):
@@ -362,7 +360,7 @@ def test_folders_named_for_repeats_and_triggers_that_read_badly_are_noted(tmp_pa
         (tmp_path / name).with_suffix(".txt").write_text("a photo of a dog")
     (tmp_path / "cats/c.txt").write_text("a photo of [trigger] cat")
     notes = ImageFolder(tmp_path, trigger="sks", resolution=4).notes()
-    assert "not read as repeats, since other folders hold pictures too: 10_dog" in notes
+    assert "folder names not read as repeats, because other folders hold images too: 10_dog" in notes
     where = "the trigger is put in front of 2 captions; better say where it belongs: 'a photo of [trigger] dog'"
     assert where in notes
     assert not any("trigger is put" in note for note in ImageFolder(tmp_path, resolution=4).notes())
@@ -374,4 +372,4 @@ def test_folders_named_for_repeats_and_triggers_that_read_badly_are_noted(tmp_pa
 def test_empty_caption_files_are_counted(tmp_path: Path):
     save(tmp_path / "a.png")
     (tmp_path / "a.txt").touch()
-    assert "empty caption files, 1: a.txt" in ImageFolder(tmp_path, prompt="x", resolution=4).notes()
+    assert "empty caption files (1): a.txt" in ImageFolder(tmp_path, prompt="x", resolution=4).notes()

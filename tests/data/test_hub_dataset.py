@@ -164,7 +164,7 @@ def test_pictures_of_any_form_are_kept_as_bytes(tmp_path: Path, form: str) -> No
             ("image", "text"),
             "--image_column image: no such column; there are jpg",
         ),
-        ({"image": encoded(0), "text": 5}, ("image", "text"), "--caption_column text: row 0 holds 5, allowed is text"),
+        ({"image": encoded(0), "text": 5}, ("image", "text"), "--caption_column text: row 0 holds 5, expected text"),
         ({"image": 7, "text": "x"}, ("image", "text"), "--image_column image: row 0 holds int, no picture"),
     ],
 )

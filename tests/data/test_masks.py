@@ -77,7 +77,7 @@ def test_masks_are_no_pictures_and_all_files_are_accounted_for(folder: Path) -> 
     ledger = found.ledger()
     assert (ledger.found, ledger.trained, ledger.masks, ledger.skipped) == (15, 6, 6, {"masks without a picture": 1})
     assert ledger.adds_up()
-    assert "masks without a picture, 1: lonely.mask.png" in found.notes()
+    assert "masks without an image (1): lonely.mask.png" in found.notes()
     none = ImageFolder(folder, "a box", resolution=64, masks="none")
     assert (none.masked, len(none.ids), none.quarantined) == (False, 8, [])
     assert none.ledger().adds_up()
@@ -227,7 +227,7 @@ def test_masks_that_change_nothing_are_told(folder: Path, tmp_path: Path) -> Non
     memory = ImageIndex(tmp_path / "cache")
     for _ in range(2):
         notes = ImageFolder(folder, "x", resolution=64, memory=memory).notes()
-        assert "masks that are white all over, and so change nothing: 1" in notes
+        assert "1 mask entirely white: no effect" in notes
 
 
 def test_masks_at_hand_are_bounded_by_their_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

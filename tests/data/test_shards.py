@@ -154,7 +154,7 @@ def test_masks_are_those_of_the_same_files_in_a_folder(tmp_path: Path) -> None:
         ({"a.json": "{"}, "a.json: Expecting property name"),
         ({"a.json": "[1]"}, "a.json: no JSON object"),
         ({"a.json": "[" * 100_000}, "a.json: maximum recursion depth exceeded"),
-        ({"a.json": '{"caption": 5}'}, "a.json: the caption is 5, allowed is"),
+        ({"a.json": '{"caption": 5}'}, "a.json: the caption is 5, expected"),
         ({"a.txt": "x" * 1_000_001}, "a.txt: a caption of 1000001 bytes"),
     ],
 )

@@ -100,12 +100,12 @@ def test_every_shape_gives_a_square_from_inside_the_picture(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"resolution": 0}, "resolution = 0: allowed is 1 or more"),
-        ({"resolution": 8, "resize_mode": "pad"}, "resize_mode = 'pad': allowed is crop, squash"),
-        ({"resolution": 8, "background": "wite"}, "background = 'wite': allowed is a colour: black, grey, #ff8000"),
+        ({"resolution": 0}, "resolution = 0: expected 1 or more"),
+        ({"resolution": 8, "resize_mode": "pad"}, "resize_mode = 'pad': choose crop or squash"),
+        ({"resolution": 8, "background": "wite"}, "background = 'wite': expected a colour: black, grey, #ff8000"),
         (
             {"resolution": 8, "background": "#ff000080"},
-            "background = '#ff000080': allowed is a colour: black, grey, #ff8000",
+            "background = '#ff000080': expected a colour: black, grey, #ff8000",
         ),
     ],
 )

@@ -154,7 +154,7 @@ def test_an_index_that_is_none_is_told_in_a_line(entry: object, options: dict[st
     (model / "model_index.json").write_text(json.dumps(index | {"vae": entry}))
     ended = run(typed({**options, "model": model}), folder)
     assert (ended.code, "Traceback" in ended.said) == (1, False), ended.said
-    assert "as its vae; no code of a model folder is run, and allowed is AutoencoderKL" in ended.last_line
+    assert "as its vae; no code of a model folder is run; expected AutoencoderKL" in ended.last_line
 
 
 CAPTIONS = {

@@ -216,7 +216,7 @@ def test_blocks_and_matrices_learn_at_rates_of_their_own(pictures: Path, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"block_rank": ["up=x"]}, r"block_rank up=x: allowed is BLOCK=NUMBER"),
+        ({"block_rank": ["up=x"]}, r"block_rank up=x: expected BLOCK=NUMBER"),
         ({"block_rank": ["op=4"]}, r"no layer begins like that; the UNet's blocks: conv_in, .*down_blocks\.0"),
         ({"block_rank": ["up=0.5"]}, "a rank is a whole number"),
         ({"block_rank": ["up=2"], "lora_type": "rslora"}, "with rslora each rank has an alpha of its own"),

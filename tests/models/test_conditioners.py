@@ -60,7 +60,7 @@ def test_clip_skip_takes_an_earlier_layer_through_the_final_norm() -> None:
 
 
 def test_clip_skip_beyond_the_layers_is_refused() -> None:
-    with pytest.raises(UsageError, match="clip_skip = 4: allowed is 1 to 3"):
+    with pytest.raises(UsageError, match="clip_skip = 4: expected 1 to 3"):
         clip(clip_skip=4)
 
 

@@ -55,5 +55,5 @@ def test_a_pixel_space_unet_takes_no_adapter() -> None:
 
 @pytest.mark.parametrize("rank", [0, 129])
 def test_a_rank_above_every_layers_is_refused(rank: int) -> None:
-    with pytest.raises(UsageError, match=rf"^rank = {rank}: allowed are 1 to 128, the highest rank"):
+    with pytest.raises(UsageError, match=rf"^rank = {rank}: expected 1 to 128, the highest rank"):
         add_lora(load_model("tiny").unet, rank=rank)

@@ -244,7 +244,7 @@ def test_the_tokenizer_comes_from_where_it_is_and_else_the_way_to_it_is_told(
     monkeypatch.setattr(tokenizer_module, "_installed", lambda: None)
     with pytest.raises(ModelError, match=r"give --tokenizer PATH .* or pip install .finetune-unet.single-file"):
         load_model(files["sd15"])
-    with pytest.raises(UsageError, match=r"no tokenizer; allowed is a folder with vocab\.json"):
+    with pytest.raises(UsageError, match=r"no tokenizer; expected a folder with vocab\.json"):
         clip_tokenizer(str(tmp_path))
     with pytest.raises(UsageError, match="tiny has its own; this is for a checkpoint in one file"):
         load_model("tiny", tokenizer=TOKENIZER)

@@ -78,7 +78,7 @@ def test_what_fails_is_told_and_those_behind_it_go_on(page: Page) -> None:
 
 
 def test_what_is_wrong_stands_on_the_page(page: Page) -> None:
-    assert "allowed is what lies in" in show_errors(page.plan)("/etc", "tiny", "", "", "", 0, False, "")
+    assert "expected what lies in" in show_errors(page.plan)("/etc", "tiny", "", "", "", 0, False, "")
     assert "no run in" in show_errors(page.draw)("../x", "", 0, 1)
     assert page.tick("gone", "gone too", {"names": ["gone"]})[0] == views.of_run(None)
 

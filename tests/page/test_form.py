@@ -35,7 +35,7 @@ def test_it_is_what_the_command_line_understands(places: AllowedPaths, tmp_path:
 @pytest.mark.parametrize("data", ["", "/", "closed", "open/../closed", "open/link"])
 def test_nothing_outside_of_what_was_named_is_opened(places: AllowedPaths, tmp_path: Path, data: str) -> None:
     (tmp_path / "open/link").symlink_to(tmp_path / "closed")
-    with pytest.raises(UsageError, match="allowed is what lies in"):
+    with pytest.raises(UsageError, match="expected what lies in"):
         Form(str(tmp_path / data) if data else "").words(places)
     with pytest.raises(UsageError, match="no run in"):
         places.run("../../closed")
@@ -76,7 +76,7 @@ def test_a_model_is_one_that_is_known_or_lies_in_the_open(places: AllowedPaths, 
     for model, meant in given.items():
         assert Form(str(tmp_path / "open/a"), model=model).words(places)[:2] == ["--model", meant]
     for model in (str(tmp_path / "closed"), "../closed", "nothing"):
-        with pytest.raises(UsageError, match=r"model .* allowed is"):
+        with pytest.raises(UsageError, match=r"model .* choose one of"):
             Form(str(tmp_path / "open/a"), model=model).words(places)
 
 

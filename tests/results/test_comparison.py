@@ -48,7 +48,7 @@ def test_it_shows_what_differs_and_what_came_of_it(tmp_path: Path, capsys: pytes
 def test_what_is_no_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = a_run(tmp_path / "one", 0.25)
     assert main(["compare", "--runs", str(run)]) == 2
-    assert "allowed is two or more" in capsys.readouterr().err
+    assert "expected two or more" in capsys.readouterr().err
     assert main(["compare", "--runs", str(run), str(tmp_path)]) == 2
     assert f"--runs {tmp_path}: no run there" in capsys.readouterr().err
     assert main(["compare", "--runs", str(run), str(run), "--output", str(tmp_path)]) == 2

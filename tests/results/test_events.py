@@ -1,7 +1,7 @@
 """events.jsonl: what a run does while it does it."""
 
-import io
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -9,7 +9,8 @@ import psutil
 import pytest
 
 from finetune.errors import Interrupted, RunError
-from finetune.results.events import Events, StdoutTee
+from finetune.log_handlers import labelled, logging_to
+from finetune.results.events import EventHandler, Events
 
 
 def lines(folder: Path) -> list[dict]:
@@ -55,11 +56,12 @@ def test_progress_is_told_now_and_then_and_in_the_end(tmp_path: Path) -> None:
     assert len(done) < 10
 
 
-def test_what_is_printed_is_shown_and_noted_by_the_line(tmp_path: Path) -> None:
-    out, events = io.StringIO(), Events()
-    with events.written_to(tmp_path, step=0, total=1, anew=False):
-        said = StdoutTee(out, events)
-        print("one", end="", file=said)
-        print(" and a half\ntwo", file=said, flush=True)
-    assert out.getvalue() == "one and a half\ntwo\n"
-    assert [line["text"] for line in lines(tmp_path) if line["event"] == "said"] == ["one and a half", "two"]
+def test_what_is_logged_is_an_event_for_each_line(tmp_path: Path) -> None:
+    events, log = Events(), logging.getLogger("finetune.run.summary")
+    with events.written_to(tmp_path, step=0, total=1, anew=False), logging_to(EventHandler(events)):
+        log.info("one %s", "and a half")
+        log.warning("two\nthree")
+        log.info("tiny", extra=labelled("Model"))
+    log.info("four")
+    said = [line["text"] for line in lines(tmp_path) if line["event"] == "said"]
+    assert said == ["one and a half", "note         two", "three", "Model        tiny"]

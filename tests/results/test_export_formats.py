@@ -101,7 +101,7 @@ def test_any_checkpoint_averaged_or_not_in_half_precision(lora_run: Path, tmp_pa
         ("--run RUN --format kohya --to RUN", "exists already; give another place"),
         ("--run RUN --format kohya --to no/where", "there is no folder"),
         ("--run RUN --format kohya --to x --step 3", "no checkpoint 3; there are: 2, 4"),
-        ("--run RUN --format single-file --to x", "has no such form; allowed is diffusers or unet"),
+        ("--run RUN --format single-file --to x", "has no such form; choose diffusers or unet"),
     ],
 )
 def test_what_cannot_be_exported_is_told(
@@ -308,7 +308,7 @@ def test_a_pixel_run_exports_a_pipeline_and_no_single_file(
     weights = "unet/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (run / weights).read_bytes()
     assert export(run, "single-file", tmp_path / "x") == 2
-    assert "has no such form; allowed is diffusers or unet" in capsys.readouterr().err
+    assert "has no such form; choose diffusers or unet" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("family", "heads", "read"), [("sd15", 4, "[8, 8, 8]"), ("sd21", 2, "[1, 2, 4]")])

@@ -28,13 +28,13 @@ def test_encoding_ahead_of_the_steps_changes_nothing(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = run(pictures, tmp_path / "before", "before", "none")
-    both = "8 pictures (mirrored ones too)"  # of 4 of 6 photos
-    assert f"{both}, 8 of them new;" in capsys.readouterr().out
+    both = "8 images with their mirror images"  # of 4 of 6 photos
+    assert f"{both} (8 new)" in capsys.readouterr().out
     ahead = run(pictures, tmp_path / "ahead", "ahead", str(tmp_path / "cache"))
-    assert f"{both}, 0 of them new, 8 to be encoded when the run comes to them" in capsys.readouterr().out
+    assert f"{both} (8 to be encoded during training)" in capsys.readouterr().out
     assert learned(before) == learned(ahead)
     again = run(pictures, tmp_path / "again", "auto", str(tmp_path / "cache"))
-    assert f"{both}, 0 of them new;" in capsys.readouterr().out
+    assert f"{both} (all cached)" in capsys.readouterr().out
     assert learned(before) == learned(again)
 
 
@@ -48,5 +48,5 @@ def test_a_resumed_run_encodes_only_what_is_still_to_be_visited(
     (tmp_path / "parts/checkpoint-3").rename(tmp_path / "parts/best")  # which may be called as one likes
     more = once | {"max_train_steps": 4, "resume_from_checkpoint": str(tmp_path / "parts/best")}
     resumed = run(pictures, tmp_path / "parts", "before", "none", **more)
-    assert "1 picture, 1 of them new;" in capsys.readouterr().out
+    assert "1 image (1 new)" in capsys.readouterr().out
     assert learned(whole) == learned(resumed)

@@ -76,5 +76,5 @@ def test_events_tell_of_all_that_it_does(pictures: Path, tmp_path: Path) -> None
         line | {"at": 0} for line in told if line["event"] == "copies"
     ]
     assert [(line["step"], line["pictures"]) for line in copies] == [(0, 1), (2, 1)]
-    assert any("LoRA rank 4" in line["text"] for line in told if line["event"] == "said")
+    assert any("LoRA, rank 4" in line["text"] for line in told if line["event"] == "said")
     assert told[-1]["state"] == "done"

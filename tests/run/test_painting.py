@@ -131,7 +131,7 @@ def test_full_training_exports_a_pipeline_that_paints(
     options = {"method": "full", "learning_rate": 1e-4, "live_encoding": True, "sample_prompts": ()}
     out = fine_tune(config(model, data, tmp_path / "out", **options, num_inference_steps=0, forgetting_prompts=0))
     told = capsys.readouterr().out
-    assert "the model paints where these are white: 1 file; for other pictures drawn anew at each visit" in told
+    assert "Masks        1, for other images random, another at each visit; the model paints white areas" in told
     pipeline = DiffusionPipeline.from_pretrained(out)
     picture, mask = (Image.open(data / name).resize((64, 64)) for name in ("00.png", "00.mask.png"))
     ours = draw_pictures(

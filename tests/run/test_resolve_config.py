@@ -97,7 +97,7 @@ def test_what_the_user_gives_wins_and_steps_count_accumulation() -> None:
         ({"prompt": "a dog"}, DDPM, "prompt cannot be used with ddpm: a pixel-space model takes no text"),
         ({"trigger": "sks"}, DDPM, "trigger cannot be used"),
         ({"caption_dropout": 0.1}, DDPM, "caption_dropout cannot be used"),
-        ({"method": "lora"}, DDPM, "allowed is full"),
+        ({"method": "lora"}, DDPM, "choose full"),
         ({"method": "full", "lora_alpha": 4.0}, SD15, "lora_alpha cannot be used with method full"),
         ({"method": "full", "rank": 4}, SD15, "rank cannot be used with method full"),
         ({"optimizer": "sgd", "adam_beta1": 0.5}, SD15, "adam_beta1 .* needs an optimizer of the Adam family"),
@@ -167,7 +167,7 @@ def test_bf16_alone_decides_what_follows_from_it() -> None:
     assert (config.mixed_precision, config.use_ema) == ("bf16", False)
     pixels = resolve(TrainConfig(model="ddpm", full_bf16=True), DDPM, **few)
     assert pixels.use_ema is False  # its default is to have one
-    with pytest.raises(UsageError, match="full_bf16 with mixed_precision = no: allowed is bf16 or auto"):
+    with pytest.raises(UsageError, match="full_bf16 with mixed_precision = no: choose bf16 or auto"):
         resolve(TrainConfig(**given, mixed_precision="no"), SD15, **few)
     for more in ({"optimizer": "prodigy"}, {"use_ema": True}, {"method": "lora"}):
         with pytest.raises(UsageError, match="full_bf16 cannot be used here: it needs method full, no use_ema, and an"):
@@ -182,11 +182,11 @@ def test_updates_in_the_backward_pass_take_steps_of_one_pass() -> None:
     buckets = Buckets(512, 256, 1024, 64)
     assert resolve(TrainConfig(**given), SD15, buckets=buckets, **few).train_batch_size == 1
     for name, value in {"gradient_accumulation_steps": 2, "max_grad_norm": 1.0, "max_bad_steps": 3}.items():
-        with pytest.raises(UsageError, match=f"fused_backward_pass with {name} = {value}: allowed is "):
+        with pytest.raises(UsageError, match=f"fused_backward_pass with {name} = {value}: expected "):
             resolve(TrainConfig(**given, **{name: value}), SD15, **few)
-    with pytest.raises(UsageError, match="train_batch_size = 2: allowed is 1, or --no-aspect_ratio_bucketing"):
+    with pytest.raises(UsageError, match="train_batch_size = 2: expected 1, or --no-aspect_ratio_bucketing"):
         resolve(TrainConfig(**given, train_batch_size=2), SD15, buckets=buckets, **few)
-    with pytest.raises(UsageError, match="fused_backward_pass with num_processes = 2: allowed is 1"):
+    with pytest.raises(UsageError, match="fused_backward_pass with num_processes = 2: expected 1"):
         resolve(TrainConfig(**given), SD15, processes=2, **few)
     with pytest.raises(UsageError, match="fused_backward_pass cannot be used here: it needs full_bf16"):
         resolve(TrainConfig(method="full", fused_backward_pass=True), SD15, **few)

@@ -65,8 +65,8 @@ def test_an_epoch_sees_every_picture_once_and_the_ledger_adds_up(
     assert (ledger["found"], ledger["trained"], ledger["captions"], ledger["skipped"]) == (48, 24, 24, {})
     assert (ledger["steps"], ledger["visits"], ledger["visited"]) == (6, 24, 24)
     said = capsys.readouterr().out
-    assert "24 photos: 6 steps of 4, 1 epochs" in said
-    assert "volumes  3, each looked at when the run comes to it" in said
+    assert "24 images; 6 steps of batch size 4 (1 epoch)" in said
+    assert "Volumes      3, each opened when training reaches it" in said
 
 
 def test_only_what_is_visited_is_looked_at_and_encoded(many: Path, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_what_cannot_be_read_is_told_when_the_run_comes_to_it(
     with pytest.raises(DataError, match=f"1 of 8 pictures cannot be trained on: {name}: .*max_bad_fraction 0.13"):
         run(many, tmp_path / "out")
     out = run(many, tmp_path / "out", max_bad_fraction=0.2)
-    assert f"note  volume 3: 1 picture quarantined: {name}" in capsys.readouterr().out
+    assert f"note         volume 3: 1 image quarantined: {name}" in capsys.readouterr().out
     ledger = record(out)
     assert (ledger["found"], ledger["trained"], ledger["quarantined"], ledger["visited"]) == (48, 23, 1, 23)
     assert ledger["visits"] == FOUND  # another of its volume in its place
@@ -125,7 +125,7 @@ def test_a_few_captions_that_are_absent_do_not_end_a_run_in_a_later_volume(
     with pytest.raises(UsageError, match=r"1 of 8 pictures without a caption \(03.png\): give --prompt"):
         opened(many).at(1)
     out = run(many, tmp_path / "out", max_bad_fraction=0.2)
-    assert "note  volume 2: 1 picture left aside: without a caption" in capsys.readouterr().out
+    assert "note         volume 2: 1 picture left aside: without a caption" in capsys.readouterr().out
     ledger = record(out)
     assert (ledger["found"], ledger["trained"], ledger["visited"]) == (47, 23, 23)
     assert ledger["skipped"] == {"without a caption": 1}
@@ -150,9 +150,9 @@ def test_a_volume_that_has_changed_since_the_run_learned_from_it_is_told(
     changed = many / opened(many).at(1).ids[0]
     changed.with_suffix(".txt").write_text("another caption")
     run(many, out, max_train_steps=10, resume_from_checkpoint="latest")
-    notes = [line for line in capsys.readouterr().out.splitlines() if "note  volume" in line]
+    notes = [line for line in capsys.readouterr().out.splitlines() if "note         volume" in line]
     assert len(notes) == 1
-    assert "note  volume 2: other pictures or captions than when the run came to it before" in notes[0]
+    assert "note         volume 2: other pictures or captions than when the run came to it before" in notes[0]
 
 
 def test_inspect_rebuilds_a_step_of_a_later_volume(
@@ -232,9 +232,7 @@ def test_several_sources_come_in_volumes_together(
     assert (ledger["found"], ledger["trained"], ledger["quarantined"], ledger["captions"]) == (52, 25, 1, 26)
     assert (ledger["visited"], ledger["visits"]) == (25, 4 * sum(-(-visits // 4) for visits in chunks.visits))
     told = [line for line in capsys.readouterr().out.splitlines() if "few/01.png" in line]
-    assert told == [
-        "      note  volume 2: 1 picture quarantined: few/01.png (not a picture of a kind that can be read)"
-    ]
+    assert told == ["note         volume 2: 1 image quarantined: few/01.png (not a picture of a kind that can be read)"]
 
 
 def test_one_folder_may_be_repeated_in_volumes(many: Path) -> None:

@@ -143,7 +143,7 @@ def test_a_run_whose_validation_loss_rises_ends_and_gives_its_best_step(
     result = json.loads((out / "result.json").read_text())
     assert (result["steps"], result["trained"]) == (best, trained)
     assert best + 2 <= trained < 30
-    assert f"exported is step {best}, which had the least validation loss, of {trained}" in capsys.readouterr().out
+    assert f"step {best} of {trained} had the lowest validation loss and is exported" in capsys.readouterr().out
     plain = fine_tune(replace(config, output_dir=str(tmp_path / "plain"), early_stop=False, max_train_steps=best))
     name = "unet/diffusion_pytorch_model.safetensors"
     exported = (out / name).read_bytes()

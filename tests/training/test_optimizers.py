@@ -106,5 +106,5 @@ def test_optimizers_of_other_packages_go_on_to_the_same_bits(name: str, tmp_path
 
 
 def test_an_unknown_optimizer_is_refused() -> None:
-    with pytest.raises(UsageError, match="allowed is adamw"):
+    with pytest.raises(UsageError, match="choose one of adamw"):
         make_optimizer("adamm", [], learning_rate=1.0)
