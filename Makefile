@@ -2,12 +2,13 @@
 #   make demo    install, fine-tune the embedded model on drawn butterflies, show before and after
 #   make test    install, lint, type check, test
 #   make faults  kill, starve and damage runs, and compare what is left
+#   make docs    build the documentation into site/, and fail for a broken link
 #   make test-oldest    the tests again, with the lowest version of every dependency that is admitted
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test faults test-oldest lint types format clean
+.PHONY: demo test faults docs test-oldest lint types format clean
 
 demo: $(VENV)/installed
 	$(BIN)/finetune-unet --config configs/tiny-butterflies.toml $(DEMO)
@@ -17,6 +18,9 @@ test: lint types
 
 faults: $(VENV)/installed-for-tests
 	$(BIN)/python -m pytest -n logical --dist worksteal tests/faults
+
+docs: $(VENV)/installed-for-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
@@ -48,5 +52,9 @@ $(VENV)/installed-for-tests: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install -e '.[test]'
 	touch $@ $(VENV)/installed
 
+$(VENV)/installed-for-docs: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install -e '.[docs]'
+	touch $@ $(VENV)/installed
+
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest site build dist *.egg-info

@@ -93,7 +93,7 @@ def _parser(sections: Mapping[str, type], prog: str, description: str) -> argpar
                 dest=field.name,
                 nargs="*",
                 action=_Use,
-                metavar=f"--{field.name}{_what_follows(field.name, hint)}",
+                metavar=f"--{field.name}{what_follows(field.name, hint)}",
                 help=_help(field, texts.get(field.name, "")),
             )
     return parser
@@ -119,7 +119,7 @@ def _with_dashes(name: str) -> set[str]:
     return {name, name.replace("_", "-", 1), name.replace("_", "-")}
 
 
-def _what_follows(name: str, hint: Any) -> str:
+def what_follows(name: str, hint: Any) -> str:
     """The value after a flag, and the other form of a switch, for `--help`."""
     if bool not in alternatives(hint):
         return f" {_kind_of_value(hint)}"
