@@ -22,7 +22,7 @@ sys.path.append(str(ROOT / "examples"))
 from draw_world import describe, draw, invent
 
 import finetune as ft
-from finetune.run.forgetting import MOST_PROMPTS, STATES, generic_prompts
+from finetune.evaluators.forgetting import MOST_PROMPTS, STATES, generic_prompts
 from finetune.training.forgetting import Probe, probe_drift, record_probe
 
 RUNS: tuple[dict[str, Any], ...] = (

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import finetune as ft
 from finetune.batch import as_input, moved
-from finetune.run.backend import compile_blocks, gpu_algorithms
+from finetune.training.backend import compile_blocks, gpu_algorithms
 from finetune.training.gradient_checkpointing import recompute
 
 RANK, ROUNDS, STEPS = 16, 3, 4

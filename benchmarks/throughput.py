@@ -52,7 +52,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import finetune as ft
 from finetune.models.loading import without_library_bars
 from finetune.models.tiny import tiny_folder
-from finetune.run.backend import DTYPES, compile_blocks, resolve_precision
+from finetune.training.backend import DTYPES, compile_blocks, resolve_precision
 
 LABELS = {"a": "plain diffusers loop, fp32", "b": "bare loop at its best", "c": "finetune: loader and Trainer"}
 CAPTION = "a picture of noise"

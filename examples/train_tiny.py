@@ -46,9 +46,9 @@ from finetune.atomic_io import flush_tree, write_whole
 from finetune.models.conditioners import ClipConditioner, NoCondition
 from finetune.models.encoders import Encoder, PixelEncoder, VaeEncoder
 from finetune.models.tiny import DIGESTS
-from finetune.run.backend import DTYPES, resolve_precision
 from finetune.run.signals import catch_signals
 from finetune.training import checkpoint
+from finetune.training.backend import DTYPES, resolve_precision
 from finetune.training.optimizers import learning_rate, make_optimizer
 
 SIZE = 64

@@ -13,23 +13,21 @@ from safetensors import SafetensorError
 from finetune.config import ResolvedConfig, TrainConfig, as_settings, config_text, decided_otherwise
 from finetune.data.user_dataset import MapDataset, refuse_unindexed
 from finetune.errors import Interrupted, RunError, UsageError
+from finetune.evaluators.evaluator import Evaluator
 from finetune.log_handlers import labelled, logging_to
 from finetune.models.families import Family
 from finetune.out_of_memory import means_out_of_memory
 from finetune.results import hub, tracking
 from finetune.results.events import EventHandler, Events
 from finetune.results.export import discard_steps_after, export
-from finetune.run.backend import gpu_algorithms, tuning_pays
 from finetune.run.build_dataset import identity
 from finetune.run.checkpointer import checkpointing
 from finetune.run.context import Run
-from finetune.run.disk_use import disk_line, disk_use
-from finetune.run.evaluation import Evaluator
 from finetune.run.html_report import how_to_load, lora_facts, report
 from finetune.run.ledger import write_ledger
 from finetune.run.load_trained import discard_exports, write_exports
-from finetune.run.memory_estimate import check_memory, out_of_memory
 from finetune.run.provenance import recorded_threads, threads
+from finetune.run.resource_estimate import check_memory, disk_line, disk_use, out_of_memory
 from finetune.run.resume import choose
 from finetune.run.run_dir import RunDir, finish, occupied
 from finetune.run.setup import build_run, resolve_run
@@ -37,6 +35,7 @@ from finetune.run.signals import TIME_UP, LoopAction, StopConditions, catch_sign
 from finetune.run.step_logger import step_logger
 from finetune.run.train_loader import prepared_ahead
 from finetune.training import checkpoint
+from finetune.training.backend import gpu_algorithms, tuning_pays
 from finetune.training.distributed import PATIENCE, Parallel, from_environment
 
 _log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ def fine_tune(
             `datasets.Dataset` or `IterableDataset` (whose rows are kept on the disk while the program runs) with the
             columns `config.image_column` and `config.caption_column`.
         evaluators: more of what is measured while training pauses: each is called with the `Run` and returns an
-            `Evaluator`, as its class does (see `finetune/run/evaluation.py`).
+            `Evaluator`, as its class does (see `finetune/evaluators/evaluator.py`).
         repeats: the config.toml that `config` was read from: what is decided otherwise than then is printed.
 
     Returns:

@@ -23,6 +23,7 @@ LAYERS = [
     {"page"},
     {"recipe"},
     {"run"},
+    {"evaluators"},
     {"results"},
     {"training"},
     {"cache"},
@@ -35,7 +36,7 @@ LAYERS = [
 ]
 """From the top down; a part imports only from layers below it, or from itself."""
 
-SEE_THE_CONFIG = {"arguments", "cli", "commands", "recipe", "run", "config", "__init__"}
+SEE_THE_CONFIG = {"arguments", "cli", "commands", "recipe", "run", "evaluators", "config", "__init__"}
 SEE_THE_ACCELERATOR = {"recipe.py", "results/tracking.py", "run/setup.py"}
 
 

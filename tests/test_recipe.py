@@ -22,9 +22,9 @@ from finetune.config import TrainConfig, load_resolved, replace
 from finetune.data.image_folder import ImageFolder
 from finetune.data.sampler import steps_per_epoch
 from finetune.errors import DataError, FinetuneError, Interrupted, UsageError
+from finetune.evaluators.evaluator import is_multiple
 from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
-from finetune.run.evaluation import is_multiple
 from finetune.training import checkpoint
 
 LORA = "pytorch_lora_weights.safetensors"

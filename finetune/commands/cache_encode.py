@@ -26,10 +26,10 @@ def run(options: Options, config: TrainConfig) -> None:
     from finetune.cache.encode import encode
     from finetune.models.loading import check_resolution, load_frozen
     from finetune.models.model_info import locate
-    from finetune.run.backend import gpu_algorithms
     from finetune.run.build_dataset import open_pictures
     from finetune.run.resolve_config import with_absolute_paths
     from finetune.run.summary import encodings
+    from finetune.training.backend import gpu_algorithms
 
     if config.live_encoding or config.cache_dir == "none":
         why = "live_encoding" if config.live_encoding else "cache_dir none"

@@ -1,12 +1,14 @@
 """finetune-unet plan: what training with the same options would do, take and decide, before it is started."""
 
 import json
+import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from finetune.config import ResolvedConfig, TrainConfig, as_dict, load_resolved
+from finetune.config import ResolvedConfig, TrainConfig, as_dict, load_resolved, replace
 from finetune.data.data_source import check_sources
 from finetune.errors import UsageError
 from finetune.log_handlers import row
@@ -50,9 +52,8 @@ def run(options: Options, config: TrainConfig) -> None:
     from finetune.models.loading import check_resolution
     from finetune.models.model_info import locate
     from finetune.run.build_dataset import open_pictures
-    from finetune.run.disk_use import disk_line, disk_use
-    from finetune.run.memory_estimate import check_memory
     from finetune.run.resolve_config import resolve_for, with_absolute_paths
+    from finetune.run.resource_estimate import check_memory, disk_line, disk_use
 
     config = with_absolute_paths(config)
     check_sources(config.data)
@@ -140,11 +141,10 @@ def _time_of_trial(
 ) -> str:
     """Estimate the time from a few steps that are trained and thrown away."""
     from finetune.out_of_memory import means_out_of_memory
-    from finetune.run.memory_estimate import out_of_memory
-    from finetune.run.trial import seconds_per_step
+    from finetune.run.resource_estimate import out_of_memory
 
     try:
-        seconds = seconds_per_step(config, model_info, chunks, device, steps=steps)
+        seconds = _seconds_per_step(config, model_info, chunks, device, steps=steps)
     except (RuntimeError, MemoryError) as error:
         if not means_out_of_memory(error):
             raise
@@ -157,3 +157,37 @@ def _formatted(value: object) -> str:
     if isinstance(value, tuple):
         return " ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _seconds_per_step(
+    config: ResolvedConfig, model_info: "ModelInfo", chunks: "Chunks", device: "torch.device", *, steps: int
+) -> float:
+    """Train `steps` steps after a first one that warms up, and return the mean seconds of each.
+
+    A run of fewer steps is tried to its end; of one step, that step is timed. Blocks are not compiled, which would take
+    minutes for a tenth of a step. The pictures of these steps are encoded into the cache, where the run finds them.
+    Nothing else is written.
+
+    Raises:
+        FinetuneError: as training would.
+        torch.OutOfMemoryError, RuntimeError: memory does not suffice for one example.
+    """
+
+    from finetune.run.build import assembled
+    from finetune.run.train_loader import TrainDataLoader
+    from finetune.training.backend import gpu_algorithms
+
+    config, total = replace(config, compile=False), min(1 + steps, config.max_train_steps)
+    with gpu_algorithms(deterministic=config.deterministic, tuned=False):
+        steps_there = chunks.local_steps(0, range(total), config.global_batch)
+        model, encoded, trainer = assembled(config, model_info, chunks.first, device, steps=steps_there)
+        with closing(
+            TrainDataLoader(config=config, model=model, chunks=chunks, first=encoded, trainer=trainer)
+        ) as train_loader:
+            clock = time.perf_counter()
+            for number, batches in zip(range(total), train_loader.steps(0), strict=False):
+                trainer.step(*batches).as_dict()  # waits for the device
+                if number == 0 and total > 1:
+                    clock = time.perf_counter()
+            seconds = time.perf_counter() - clock  # closing writes encodings
+    return seconds / max(1, total - 1)

@@ -73,7 +73,7 @@ def run(options: Options) -> None:
     import torch
 
     from finetune.results.sampling import draw_pictures
-    from finetune.run.backend import DTYPES, resolve_precision
+    from finetune.training.backend import DTYPES, resolve_precision
 
     recorded = Path(options.model).expanduser() / "config.toml"
     config = load_resolved(recorded) if recorded.is_file() else None

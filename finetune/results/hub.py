@@ -22,6 +22,8 @@ from finetune.results.export import Exported, exported
 TAG = "finetune-unet"
 """Of the model card: the repository was pushed from here."""
 PUSHED = "pushed.json"
+FILES = (PUSHED,)
+"""Patterns of what is written into a run folder here."""
 """In a run folder, once it was pushed: where to."""
 
 _GRID = re.compile(r"step-(\d+)\.png")

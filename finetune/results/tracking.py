@@ -34,8 +34,10 @@ TRACKED = "run-id.txt"
 VALIDATION, FORGETTING, COPIES = "validation.jsonl", "forgetting.jsonl", "copies.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 """What evaluators record that have no file of their own."""
-FILES = (METRICS, TIMINGS, FAULTS, VALIDATION, FORGETTING, COPIES, EVALUATIONS)
-"""Lines of steps, which a run that goes on from an earlier step cuts off."""
+LINES_OF_STEPS = (METRICS, TIMINGS, FAULTS, VALIDATION, FORGETTING, COPIES, EVALUATIONS)
+"""Files of lines that a run which goes on from an earlier step cuts off after that."""
+FILES = (*LINES_OF_STEPS, f"logs/{TRACKED}", "logs/**/events.out.tfevents.*", "logs/**/hparams.yml")
+"""Patterns of what is written into a run folder here."""
 
 
 class Log:
@@ -69,7 +71,7 @@ def log(folder: Path, step: int) -> Iterator[Log]:
         folder: the run folder.
         step: steps already done; later lines of an interrupted run are cut off.
     """
-    for name in FILES:
+    for name in LINES_OF_STEPS:
         _cut(folder / name, step)
     with _appended(folder / METRICS) as metrics, _appended(folder / TIMINGS) as timings:
         yield Log(metrics, timings)

@@ -19,9 +19,9 @@ from finetune.errors import UsageError
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.lora import Adapter, add_lora
 from finetune.models.model_info import ModelInfo
-from finetune.run.backend import DTYPES, compile_blocks
 from finetune.seeding import example_key
 from finetune.text import pluralize
+from finetune.training.backend import DTYPES, compile_blocks
 from finetune.training.distributed import Parallel
 from finetune.training.ema import Ema
 from finetune.training.gradient_checkpointing import recompute

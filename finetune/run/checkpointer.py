@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from finetune.data.sampler import steps_per_epoch
+from finetune.evaluators.evaluator import is_multiple
 from finetune.results.export import step_export
 from finetune.run.context import Run
-from finetune.run.evaluation import is_multiple
 from finetune.run.html_report import lora_facts
 from finetune.run.signals import LoopAction
 from finetune.training import checkpoint

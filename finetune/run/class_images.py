@@ -14,8 +14,8 @@ from finetune.errors import UsageError
 from finetune.models.loading import load_model
 from finetune.models.model_info import ModelInfo
 from finetune.results.sampling import draw_pictures, save_picture
-from finetune.run.backend import DTYPES, resolve_precision
 from finetune.text import pluralize
+from finetune.training.backend import DTYPES, resolve_precision
 
 _log = logging.getLogger(__name__)
 

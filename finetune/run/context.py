@@ -9,13 +9,13 @@ from finetune.cache.encoded_dataset import EncodedDataset
 from finetune.config import ResolvedConfig
 from finetune.data.chunks import Chunks
 from finetune.data.image_dataset import ImageDataset
+from finetune.evaluators.early_stopping import EarlyStopping
+from finetune.evaluators.evaluator import EvaluationLog, Evaluator
+from finetune.evaluators.forgetting import Forgetting
+from finetune.evaluators.sample_grids import SampleGrids
+from finetune.evaluators.validation import Validation
 from finetune.models.loading import DiffusionModel
 from finetune.results.events import Events
-from finetune.run.early_stopping import EarlyStopping
-from finetune.run.evaluation import EvaluationLog, Evaluator
-from finetune.run.forgetting import Forgetting
-from finetune.run.sample_grids import SampleGrids
-from finetune.run.validation import Validation
 from finetune.training.objective import DiffusionObjective
 from finetune.training.trainer import Trainer
 

@@ -14,12 +14,15 @@ from finetune.data.sampler import steps_per_epoch
 from finetune.results.contact_sheet import contact_sheet
 from finetune.results.export import exported, kohya_file
 from finetune.results.lora_metadata import LoraFacts, short_hash
-from finetune.results.report import write_report
+from finetune.results.report import REPORT, write_report
 from finetune.results.report_sections import SHEET
 from finetune.run.context import Run
 from finetune.run.run_dir import name_of
 from finetune.run.summary import summary_rows
 from finetune.seeding import example_key
+
+FILES = (REPORT, SHEET)
+"""Patterns of what is written into a run folder here."""
 
 
 def report(run: Run, *, ended: bool = False) -> Path:

@@ -17,6 +17,9 @@ from finetune.run.build import sampler
 from finetune.run.build_dataset import digest
 from finetune.text import join_limited, pluralize
 
+FILES = ("ledger.json", "quarantine.jsonl", "volumes.jsonl")
+"""Patterns of what is written into a run folder here."""
+
 _log = logging.getLogger(__name__)
 
 LEDGER, QUARANTINE, VOLUMES = "ledger.json", "quarantine.jsonl", "volumes.jsonl"

@@ -9,6 +9,7 @@ import torch
 from finetune.atomic_io import flush_to_disk, flush_tree, move_over, remove
 from finetune.config import ResolvedConfig
 from finetune.errors import ModelError, RunError, UsageError
+from finetune.evaluators.early_stopping import best_of_ended
 from finetune.models.loading import DiffusionModel
 from finetune.models.lora import Adapter
 from finetune.models.model_info import locate
@@ -16,8 +17,10 @@ from finetune.models.single_file import Checkpoint, inspect
 from finetune.results.export import EXPORTS, kohya_file
 from finetune.results.export_formats import has_yaml, write_format
 from finetune.run.build import load_base
-from finetune.run.early_stopping import best_of_ended
 from finetune.training import checkpoint
+
+FILES = ("exports/*.safetensors", "exports/*.yaml", "exports/diffusers", "exports/unet")
+"""Patterns of what is written into a run folder here."""
 
 _log = logging.getLogger(__name__)
 

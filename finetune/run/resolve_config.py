@@ -15,13 +15,13 @@ from finetune.data.chunks import Chunks
 from finetune.data.data_source import is_pattern
 from finetune.data.split import default_fraction
 from finetune.errors import UsageError
+from finetune.evaluators.sample_prompts import is_prompt_file
 from finetune.models.families import FAMILIES, bucket_sides, default_method, defaults, total_steps, warmup_steps
 from finetune.models.model_info import ModelInfo
 from finetune.models.single_file import heads_in_one_file
 from finetune.models.source import open_source
 from finetune.options import option_info
-from finetune.run.backend import compile_pays, resolve_precision
-from finetune.run.sample_prompts import is_prompt_file
+from finetune.training.backend import compile_pays, resolve_precision
 
 
 def _absolute(path: Path) -> str:

@@ -20,20 +20,8 @@ from finetune.results import tracking
 from finetune.results.export import MOVING, has_own_parts, kohya_files, names_of_exports
 from finetune.training.checkpoint import checkpoints, latest
 
-_LEFT_BY_A_RUN = (
-    *tracking.FILES,
-    *(
-        "quarantine.jsonl",
-        "pictures.jpg",
-        "ledger.json",
-        "volumes.jsonl",
-        "best.safetensors",
-        "report.html",
-        "samples/step-*.png",
-    ),
-    *("samples/before-after.png", ".checkpoint-*.part", "logs/**/events.out.tfevents.*", "logs/**/hparams.yml"),
-    *("pushed.json", "exports/*.safetensors", "exports/*.yaml", "exports/diffusers", "exports/unet"),
-)
+_CLEARED_LAST = ("result.json", tracking.METRICS, "config.toml")
+"""Files that tell a run's folder from a stranger's: one that was killed while it deleted them can still be cleared."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +59,18 @@ def name_of(data: Sequence[str]) -> str:
     return "+".join(names if len(names) <= _NAMED else [names[0], f"{len(names) - 1}-more"]) or "dataset"
 
 
-def begin(folder: RunDir, config: ResolvedConfig, data: str) -> None:
-    """All is loaded and training starts: delete what it replaces, and record the config and the data's digest."""
+def begin(folder: RunDir, config: ResolvedConfig, data: str, *, written: Sequence[str]) -> None:
+    """All is loaded and training starts: delete what it replaces, and record the config and the data's digest.
+
+    Args:
+        folder: of the run.
+        config: of the run.
+        data: the digest.
+        written: patterns of what runs write into their folders, beside their exports.
+    """
     cut_off = folder.checkpoint is None and (folder.path / "data.json").exists()  # an earlier start, no checkpoint yet
     if folder.overwrite or cut_off:
-        _clear(folder.path)
+        _clear(folder.path, written)
     (folder.path / "result.json").unlink(missing_ok=True)
     once = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "allow_changed": ()}
     recorded = replace(config, config.given - once.keys(), **once)
@@ -114,14 +109,14 @@ def _digest(path: Path) -> str | None:
         return None
 
 
-def _clear(path: Path) -> None:
+def _clear(path: Path, written: Sequence[str]) -> None:
     """Delete what a run writes, by name, and leave all else; last what tells it from a stranger's folder."""
     exports = names_of_exports()[::-1]  # the marks last: without them what is named like a part is the user's own
     for name in (*exports, MOVING) if has_own_parts(path) else exports[-1:]:
         remove(path / name)
-    for _, written in (*checkpoints(path), *kohya_files(path)):
-        remove(written)
-    for pattern in (*_LEFT_BY_A_RUN, "result.json", "config.toml"):
+    for _, saved in (*checkpoints(path), *kohya_files(path)):
+        remove(saved)
+    for pattern in (*(name for name in written if name not in _CLEARED_LAST), *_CLEARED_LAST):
         for entry in path.glob(pattern):
             remove(entry)
 

@@ -13,31 +13,42 @@ from finetune.config import ResolvedConfig, TrainConfig, as_settings
 from finetune.data.chunks import Chunks
 from finetune.data.data_source import check_sources
 from finetune.data.user_dataset import MapDataset
+from finetune.evaluators import early_stopping, sample_grids
+from finetune.evaluators.early_stopping import EarlyStopping
+from finetune.evaluators.evaluator import EvaluationLog, Evaluator
+from finetune.evaluators.forgetting import Forgetting, make_probes
+from finetune.evaluators.memorization import Memorization, known_pictures
+from finetune.evaluators.sample_grids import SampleGrids, plan_samples
+from finetune.evaluators.validation import Validation, plan_validation, steps_between_validations
 from finetune.models.loading import check_resolution
 from finetune.models.model_info import ModelInfo, locate
-from finetune.results import tracking
+from finetune.results import hub, tracking
 from finetune.results.events import Events
+from finetune.run import html_report, ledger, load_trained
 from finetune.run.build import assembled
 from finetune.run.build_dataset import identity, open_pictures
 from finetune.run.class_images import draw_missing
 from finetune.run.context import Run
-from finetune.run.early_stopping import EarlyStopping
-from finetune.run.evaluation import EvaluationLog, Evaluator
-from finetune.run.forgetting import Forgetting, make_probes
 from finetune.run.html_report import write_training_preview
 from finetune.run.ledger import note_chunk, write_ledger
-from finetune.run.memorization import Memorization, known_pictures
 from finetune.run.provenance import check_provenance, run_provenance
 from finetune.run.resolve_config import resolve_for, with_absolute_paths
 from finetune.run.resume import with_earlier, with_newest
 from finetune.run.run_dir import RunDir, begin
-from finetune.run.sample_grids import SampleGrids, plan_samples
 from finetune.run.summary import print_summary
 from finetune.run.train_loader import TrainDataLoader
-from finetune.run.validation import Validation, plan_validation, steps_between_validations
+from finetune.training import checkpoint
 from finetune.training.distributed import Parallel
 
 _log = logging.getLogger(__name__)
+
+
+WRITTEN = tuple(
+    pattern
+    for module in (tracking, hub, checkpoint, early_stopping, html_report, ledger, load_trained, sample_grids)
+    for pattern in module.FILES
+)
+"""Patterns of all that a run writes into its folder, beside its exports: what goes when it is written over."""
 
 
 def resolve_run(
@@ -136,7 +147,7 @@ def _record_start(run: Run, folder: RunDir) -> None:
     config = run.config
     if moved := check_provenance(folder.provenance, run.provenance, config.allow_changed):
         _log.warning("%s: from here on the bits are this machine's", moved)
-    begin(folder, config, identity(run.chunks))
+    begin(folder, config, identity(run.chunks), written=WRITTEN)
     write_ledger(folder.path, config, run.chunks, folder.step)
     write_training_preview(run)
     print_summary(run)

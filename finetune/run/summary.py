@@ -10,15 +10,15 @@ from finetune.data.chunks import Chunks
 from finetune.data.image_dataset import ImageDataset
 from finetune.data.inpainting import MASKS
 from finetune.data.sampler import steps_per_epoch
+from finetune.evaluators.sample_grids import SAMPLING_SHARE, SamplePlan
 from finetune.log_handlers import labelled
 from finetune.models.adapter_types import NAMES
 from finetune.models.conditioners import spelt_words
 from finetune.models.families import defaults
 from finetune.models.lora import trainable
-from finetune.run.backend import is_compiled
 from finetune.run.context import Run
-from finetune.run.sample_grids import SAMPLING_SHARE, SamplePlan
 from finetune.text import join_limited, pluralize, pluralize_float
+from finetune.training.backend import is_compiled
 
 _log = logging.getLogger(__name__)
 

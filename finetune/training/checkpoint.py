@@ -20,6 +20,9 @@ from torch import Tensor
 from finetune.atomic_io import as_readable_as, flush_to_disk, flush_tree, remove
 from finetune.errors import RunError
 
+FILES = (".checkpoint-*.part",)
+"""Patterns of what is written into a run folder here, apart from the checkpoints."""
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 _FILES = {"weights": "trainable.safetensors", "optimizer": "optimizer.safetensors", "ema": "ema.safetensors"}
 _STATE, _MANIFEST = "state.json", "manifest.json"

@@ -361,7 +361,7 @@ def test_folders_named_for_repeats_and_triggers_that_read_badly_are_noted(tmp_pa
     (tmp_path / "cats/c.txt").write_text("a photo of [trigger] cat")
     notes = ImageFolder(tmp_path, trigger="sks", resolution=4).notes()
     assert "folder names not read as repeats, because other folders hold images too: 10_dog" in notes
-    where = "the trigger is put in front of 2 captions; better say where it belongs: 'a photo of [trigger] dog'"
+    where = "the trigger is put in front of 2 captions; to place it yourself: 'a photo of [trigger] dog'"
     assert where in notes
     assert not any("trigger is put" in note for note in ImageFolder(tmp_path, resolution=4).notes())
     for old, new in (("10_dog", "1_dog"), ("cats", "1_cat")):

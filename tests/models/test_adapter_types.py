@@ -137,7 +137,7 @@ def test_a_run_of_another_kind_trains_and_draws(
     )  # fmt: skip
     out = fine_tune(config)
     metadata = capsys.readouterr().out
-    assert f"{NAMES[kind]} rank 4, alpha 4" in metadata
+    assert f"{NAMES[kind]}, rank 4, alpha 4" in metadata
     assert ("finetune.load_lora(pipeline.unet" in metadata) == (kind == "lokr")
     sample.run(sample.Options(model=str(out), prompt=("a red disc",), num_inference_steps=2))
     assert (out / "samples/a-red-disc-0.png").is_file()

@@ -12,7 +12,8 @@ from finetune.models.loading import load_model
 from finetune.models.model_info import locate
 from finetune.models.source import open_source
 from finetune.recipe import fine_tune
-from finetune.run.memory_estimate import (
+from finetune.run.resolve_config import resolve
+from finetune.run.resource_estimate import (
     LIBRARIES,
     bytes_of,
     check_memory,
@@ -21,7 +22,6 @@ from finetune.run.memory_estimate import (
     out_of_memory,
     takes_less,
 )
-from finetune.run.resolve_config import resolve
 
 CPU = torch.device("cpu")
 SD15 = {

@@ -7,12 +7,12 @@ import torch
 from finetune.config import TrainConfig
 from finetune.data.buckets import Buckets
 from finetune.errors import UsageError
+from finetune.evaluators.evaluator import eval_interval
+from finetune.evaluators.sample_grids import MOST_GRIDS, SAMPLING_SHARE, default_prompts, plan_samples
+from finetune.evaluators.sample_prompts import SamplePrompt
 from finetune.models.families import FAMILIES, pictures_seen
 from finetune.models.model_info import ModelInfo
-from finetune.run.evaluation import eval_interval
 from finetune.run.resolve_config import resolve
-from finetune.run.sample_grids import MOST_GRIDS, SAMPLING_SHARE, default_prompts, plan_samples
-from finetune.run.sample_prompts import SamplePrompt
 
 
 def location(family: str, resolution: int) -> ModelInfo:

@@ -13,6 +13,7 @@ from finetune.models.model_info import ModelInfo
 from finetune.run import resume, run_dir
 from finetune.run.resolve_config import resolve
 from finetune.run.run_dir import occupied
+from finetune.run.setup import WRITTEN
 from finetune.training import checkpoint
 
 STATE = {
@@ -50,7 +51,7 @@ def held(folder: run_dir.RunDir, *, lock: bool = True) -> AbstractContextManager
 def started(config: ResolvedConfig, finished: bool = False) -> Path:
     folder = choose(config)
     with held(folder):
-        run_dir.begin(folder, config, "digest")
+        run_dir.begin(folder, config, "digest", written=WRITTEN)
     (folder.path / "metrics.jsonl").write_text("")
     checkpoint.save(folder.path, STATE)
     if finished:
@@ -124,7 +125,7 @@ def test_overwrite_deletes_what_a_run_wrote_and_nothing_else() -> None:
     fresh = choose(replace(named, seed=1, overwrite_output_dir=True))
     assert (fresh.checkpoint, fresh.finished) == (None, False)
     assert (path / "checkpoint-5").exists()  # nothing goes before the new run has loaded
-    run_dir.begin(fresh, replace(named, seed=1), "digest")
+    run_dir.begin(fresh, replace(named, seed=1), "digest", written=WRITTEN)
     assert sorted(entry.name for entry in path.iterdir()) == [
         ".lock",
         "config.toml",
@@ -161,7 +162,7 @@ def test_other_pictures_or_captions_are_another_run() -> None:
 def test_a_start_that_failed_does_not_occupy_the_folder() -> None:
     folder = choose(CONFIG)
     with held(folder):
-        run_dir.begin(folder, CONFIG, "digest")
+        run_dir.begin(folder, CONFIG, "digest", written=WRITTEN)
     assert choose(replace(CONFIG, seed=1)).path == folder.path
 
 
@@ -255,7 +256,7 @@ def test_overwriting_leaves_what_no_run_wrote(tmp_path: Path) -> None:
         file.parent.mkdir(exist_ok=True)
         file.write_text("mine")
     again = choose(replace(CONFIG, output_dir="out", overwrite_output_dir=True))
-    run_dir.begin(again, CONFIG, "digest")
+    run_dir.begin(again, CONFIG, "digest", written=WRITTEN)
     assert all(file.exists() for file in mine)
     assert not (path / "checkpoint-5").exists()
     assert not (path / "metrics.jsonl").exists()

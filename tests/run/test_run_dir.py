@@ -3,16 +3,20 @@
 import errno
 import fcntl
 import os
+import re
 from pathlib import Path
 from typing import IO, Any
 
 import portalocker
 import pytest
 
+import finetune
 from finetune.config import TrainConfig, replace
 from finetune.errors import UsageError
+from finetune.recipe import fine_tune
 from finetune.run import resume
 from finetune.run.resolve_config import with_absolute_paths
+from finetune.run.setup import WRITTEN
 from tests.run.test_resume import CONFIG, _in_tmp, choose, held, started  # noqa: F401 # the fixture runs here too
 
 
@@ -105,3 +109,44 @@ def test_a_longer_cosine_schedule_is_told_what_it_would_do() -> None:
     with pytest.raises(UsageError, match=rf"{ends}; to go on all the same: --allow_changed max_train_steps"):
         choose(longer)
     assert choose(replace(longer, allow_changed=("max_train_steps",))).checkpoint == path / "checkpoint-5"
+
+
+def test_every_module_that_writes_into_a_run_folder_is_known() -> None:
+    package = Path(finetune.__file__).parent
+    writes = {path.stem for path in package.rglob("*.py") if re.search(r"^FILES = \(", path.read_text(), re.MULTILINE)}
+    (listed,) = re.findall(r"for module in \(([\w, ]+)\)", (package / "run/setup.py").read_text())
+    assert writes == set(listed.split(", "))
+    assert {"metrics.jsonl", "quarantine.jsonl", "samples/step-*.png", "best.safetensors"} <= set(WRITTEN)
+
+
+def test_an_overwritten_run_leaves_nothing_of_the_one_before(pictures: Path, tmp_path: Path) -> None:
+    basic = {"data": str(pictures), "output_dir": str(tmp_path / "out"), "train_batch_size": 1, "rank": 2}
+    first = TrainConfig(
+        **basic,
+        max_train_steps=3,
+        prompt="a disc",
+        num_inference_steps=1,
+        checkpointing_steps=1,
+        report_to="tensorboard",
+    )
+    out = fine_tune(first)
+    (out / "mine.txt").write_text("my own")
+    before = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert {"validation.jsonl", "copies.jsonl", "samples/step-3.png", "out-000002.safetensors"} & before
+    fine_tune(TrainConfig(**basic, max_train_steps=1, num_inference_steps=0, seed=1, overwrite_output_dir=True))
+    after = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    expected = {
+        *(
+            "mine.txt",
+            "config.toml",
+            "data.json",
+            "events.jsonl",
+            "ledger.json",
+            "quarantine.jsonl",
+            "metrics.jsonl",
+            "out.safetensors",
+        ),
+        *("pictures.jpg", "pytorch_lora_weights.safetensors", "report.html", "result.json", "timings.jsonl", ".lock"),
+    }
+    assert {name for name in after if not name.startswith("checkpoint-1/")} == expected
+    assert (out / "mine.txt").read_text() == "my own"

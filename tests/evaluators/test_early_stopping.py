@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune.run.early_stopping import rises
+from finetune.evaluators.early_stopping import rises
 
 VALIDATIONS, DRAWS = 20, 2
 

@@ -11,13 +11,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from finetune.atomic_io import write_whole
-from finetune.run.validation import Validation
+from finetune.evaluators.validation import Validation
 from finetune.training.trainer import Trainer
 from finetune.training.validation import chance_of_rise
 
 _log = logging.getLogger(__name__)
 
 BEST = "best.safetensors"
+FILES = (BEST,)
+"""Patterns of what is written into a run folder here."""
 
 _RUNNING = 2
 """Validations in a row that must show a rise."""

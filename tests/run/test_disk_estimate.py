@@ -9,8 +9,8 @@ from finetune.config import TrainConfig
 from finetune.models.model_info import locate
 from finetune.recipe import fine_tune
 from finetune.run.build_dataset import open_pictures
-from finetune.run.disk_use import DiskUse, disk_line, disk_use
 from finetune.run.resolve_config import resolve_for
+from finetune.run.resource_estimate import DiskUse, disk_line, disk_use
 
 
 def size_of(*places: Path) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import UsageError
-from finetune.run.sample_prompts import SamplePrompt, sample_prompts
+from finetune.evaluators.sample_prompts import SamplePrompt, sample_prompts
 
 
 def test_settings_of_other_tools_are_passed_over_and_kept_for_a_note(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from finetune.config import TrainConfig, load_resolved, replace
 from finetune.data.image_folder import ImageFolder
 from finetune.data.split import held_out
 from finetune.errors import DataError, UsageError
+from finetune.evaluators.validation import plan_validation
 from finetune.models.model_info import locate
 from finetune.recipe import fine_tune
 from finetune.run.build_dataset import open_pictures
 from finetune.run.load_trained import load_trained
-from finetune.run.validation import plan_validation
 from tests.data.test_near_duplicates import scene
 
 LORA = "pytorch_lora_weights.safetensors"

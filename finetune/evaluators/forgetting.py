@@ -11,10 +11,10 @@ from finetune import seeding
 from finetune.batch import moved
 from finetune.config import ResolvedConfig
 from finetune.data.captions import with_trigger
+from finetune.evaluators.evaluator import EvaluationLog, EvaluationPeriod, training_passes
 from finetune.models.image_condition import fully_masked_channels
 from finetune.models.loading import DiffusionModel
 from finetune.results import tracking
-from finetune.run.evaluation import EvaluationLog, EvaluationPeriod, training_passes
 from finetune.training.forgetting import Probe, probe_drift, record_probe
 from finetune.training.objective import DiffusionObjective
 from finetune.training.trainer import Trainer

@@ -15,6 +15,8 @@ from finetune.data.captions import TRIGGER, with_trigger
 from finetune.data.image_dataset import ImageDataset
 from finetune.data.inpainting import middle_mask
 from finetune.data.sampler import steps_per_epoch
+from finetune.evaluators.evaluator import EvaluationLog, EvaluationPeriod, training_passes
+from finetune.evaluators.sample_prompts import SamplePrompt, sample_prompts
 from finetune.models.loading import DiffusionModel
 from finetune.results.sampling import (
     Hole,
@@ -26,10 +28,11 @@ from finetune.results.sampling import (
     save_picture,
     side_by_side,
 )
-from finetune.run.evaluation import EvaluationLog, EvaluationPeriod, training_passes
-from finetune.run.sample_prompts import SamplePrompt, sample_prompts
 from finetune.seeding import example_key, fold
 from finetune.training.trainer import Trainer
+
+FILES = ("samples/step-*.png", "samples/before-after.png")
+"""Patterns of what is written into a run folder here."""
 
 MOST_GRIDS = 10
 SAMPLING_SHARE = 0.05

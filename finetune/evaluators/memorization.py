@@ -8,10 +8,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 from finetune.cache.image_source import LiveImages
 from finetune.config import ResolvedConfig
 from finetune.data.image_dataset import ImageDataset
+from finetune.evaluators.evaluator import EvaluationLog
+from finetune.evaluators.sample_grids import SampleGrids
 from finetune.results import tracking
 from finetune.results.memorization import TrainingFeatures, originals
-from finetune.run.evaluation import EvaluationLog
-from finetune.run.sample_grids import SampleGrids
 from finetune.seeding import example_key, fold
 
 MOST = 300

@@ -6,7 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from finetune.models.loading import load_model
-from finetune.run.backend import PAYS_AFTER, compile_blocks, compile_pays, is_compiled
+from finetune.training.backend import PAYS_AFTER, compile_blocks, compile_pays, is_compiled
 
 
 def test_only_long_runs_of_large_models_on_a_gpu_are_compiled_unasked() -> None:

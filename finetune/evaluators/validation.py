@@ -11,8 +11,8 @@ from torch import Tensor
 from finetune.cache.encoded_dataset import EncodedDataset
 from finetune.config import ResolvedConfig
 from finetune.data.image_dataset import ImageDataset
+from finetune.evaluators.evaluator import EvaluationLog, EvaluationPeriod, training_passes
 from finetune.results import tracking
-from finetune.run.evaluation import EvaluationLog, EvaluationPeriod, training_passes
 from finetune.seeding import fold
 from finetune.training.objective import DiffusionObjective
 from finetune.training.trainer import Trainer

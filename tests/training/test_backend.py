@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from finetune.errors import UsageError
-from finetune.run.backend import TUNING_PAYS_AFTER, gpu_algorithms, resolve_precision, tuning_pays
+from finetune.training.backend import TUNING_PAYS_AFTER, gpu_algorithms, resolve_precision, tuning_pays
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 
 from finetune.config import TrainConfig, replace
 from finetune.errors import UsageError
+from finetune.evaluators.forgetting import MOST_PROMPTS, generic_prompts
 from finetune.models.families import FAMILIES
 from finetune.recipe import fine_tune
-from finetune.run.forgetting import MOST_PROMPTS, generic_prompts
 
 
 @pytest.fixture(autouse=True)
