@@ -73,13 +73,13 @@ def measure_runs(page: Page, work: Path) -> None:
     say("a run that was started on the page has ended", watched(page))
     start(page, "more-tiny", work / "more", 400)
     until(lambda: "training" in watched(page), 120)
-    page.get_by_role("button", name="Stop with a checkpoint").press("Enter")
+    page.get_by_role("button", name="Save a checkpoint and stop").press("Enter")
     until(lambda: "stopped" in watched(page), 60)
     say("a run that was stopped", watched(page))
     page.get_by_role("button", name="Resume").press("Enter")
     until(lambda: "training" in watched(page), 120)
     say("the same, resumed", watched(page))
-    page.get_by_role("button", name="Stop with a checkpoint").press("Enter")
+    page.get_by_role("button", name="Save a checkpoint and stop").press("Enter")
     until(lambda: "stopped" in watched(page), 60)
 
 
@@ -129,7 +129,7 @@ def make_thumbnail(browser: Any, address: str, work: Path, axe: Path | None) -> 
         for width in (1280, 390):
             page = browser.new_page(viewport={"width": width, "height": 1000}, color_scheme=scheme)
             page.goto(address)
-            for tab in ("Start", "Watch", "Draw"):
+            for tab in ("Start", "Watch", "Generate"):
                 page.get_by_role("tab", name=tab).click()
                 page.wait_for_timeout(2500)
                 page.screenshot(path=work / f"{tab.lower()}-{scheme}-{width}.png", full_page=True)

@@ -115,6 +115,7 @@ class SampleGrids:
 
     def __init__(
         self,
+        *,
         plan: SamplePlan,
         model: DiffusionModel,
         pictures: ImageDataset,
@@ -214,4 +215,10 @@ class SampleGrids:
         settings = (plan.pictures, config.resolution, config.num_inference_steps, config.guidance_scale)
         if self._model.inpainting:
             settings += (self._pictures.image_info(self._pictures.trained[0]).digest,)
-        return f"{fold(*map(repr, plan.prompts), *map(str, settings)):016x}"
+        return f"{fold(*map(_drawn_of, plan.prompts), *map(str, settings)):016x}"
+
+
+def _drawn_of(prompt: SamplePrompt) -> str:
+    """What a row of a grid is drawn of, spelt out: grids are known by it, also those of earlier versions."""
+    names = ("text", "negative", "num_inference_steps", "guidance_scale", "seed", "other_size")
+    return f"SamplePrompt({', '.join(f'{name}={getattr(prompt, name)!r}' for name in names)})"

@@ -62,7 +62,7 @@ class Page:
     def start(self, *filled: Any) -> str:
         """Put the run into the queue."""
         self.queue.add(form_of(filled).words(self.places))
-        return views.of_text("It is in the queue; see Watch.")
+        return views.of_text("Queued. See the Watch tab.")
 
     def stop(self, name: str | None) -> str:
         self.places.run(name)
@@ -139,12 +139,12 @@ def build(page: Page) -> gr.Blocks:
             _start_tab(page, blocks)
         with gr.Tab("Watch"):
             name = _watch_tab(page)
-        with gr.Tab("Draw"):
+        with gr.Tab("Generate"):
             prompt = gr.Textbox(label="Prompt")
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0)
                 steps = gr.Number(20, label="Sampler steps", precision=0)
-            draw = gr.Button("Draw with the run that is watched", variant="primary")
+            draw = gr.Button("Generate with the run of the Watch tab", variant="primary")
             drawn = gr.HTML()
             draw.click(show_errors(page.draw), [name, prompt, seed, steps], drawn)
     return blocks
@@ -156,19 +156,19 @@ def _start_tab(page: Page, blocks: gr.Blocks) -> None:
             page.places.picture_folders(), label="Pictures", allow_custom_value=True, info="a folder or file"
         )
         model = gr.Dropdown(list(FAMILIES), value="tiny", label="Model", allow_custom_value=True)
-        method = gr.Dropdown([("as suits the model", ""), "lora", "full"], value="", label="Method")
+        method = gr.Dropdown([("default of the model", ""), "lora", "full"], value="", label="Method")
     with gr.Row():
-        prompt = gr.Textbox(label="Prompt", info="for pictures that have no caption")
+        prompt = gr.Textbox(label="Prompt", info="for images without a caption")
         trigger = gr.Textbox(label="Trigger word")
-        steps = gr.Number(0, label="Steps", precision=0, minimum=0, info="0: as suits the pictures")
+        steps = gr.Number(0, label="Steps", precision=0, minimum=0, info="0: chosen by the number of images")
     with gr.Row():
-        early = gr.Checkbox(label="Stop when it no longer learns what the pictures have in common")
-        more = gr.Textbox(label="More options", info="numbers, switches and choices, as --rank 8")
+        early = gr.Checkbox(label="Stop early when the validation loss rises")
+        more = gr.Textbox(label="More options", info="numbers, switches and choices, such as --rank 8")
     filled = [data, model, method, prompt, trigger, steps, early, more]
     with gr.Row():
-        preview, plan = gr.Button("Look at the pictures"), gr.Button("Plan")
+        preview, plan = gr.Button("Preview images"), gr.Button("Plan")
         start = gr.Button("Start", variant="primary")
-    command = gr.Textbox(label="The same in a terminal", interactive=False, buttons=["copy"], lines=2)
+    command = gr.Textbox(label="The same command for a terminal", interactive=False, buttons=["copy"], lines=2)
     answer = gr.HTML()
     preview.click(show_errors(page.preview), filled, answer)
     plan.click(show_errors(page.plan), filled, answer)
@@ -195,16 +195,16 @@ def _watch_tab(page: Page) -> gr.Dropdown:
     names = page.places.run_names()
     with gr.Row():
         name = gr.Dropdown(names, value=next(iter(names), None), label="Run")
-        other = gr.Dropdown(["", *names], value="", label="Beside it")
+        other = gr.Dropdown(["", *names], value="", label="Compare with")
     with gr.Row():
-        stopping, resuming = gr.Button("Stop with a checkpoint"), gr.Button("Resume")
+        stopping, resuming = gr.Button("Save a checkpoint and stop"), gr.Button("Resume")
     answer = gr.HTML()
     with gr.Row():
         with gr.Column(min_width=300):
             first = gr.HTML()
         with gr.Column(min_width=300, visible=False) as comparison:
             second = gr.HTML()
-    slider = gr.Slider(0, 1, value=0, step=1, label="Pictures, from the first to the last")
+    slider = gr.Slider(0, 1, value=0, step=1, label="Sample grid, from first to last")
     with gr.Row():
         with gr.Column(min_width=300):
             grid = gr.HTML()

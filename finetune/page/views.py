@@ -36,7 +36,7 @@ def of_run(run: RunEvents | None) -> str:
         return _NOTHING
     sections = [_where(run), _loss(run), _validation(run), _forgetting(run)]
     log = escape("\n".join(run.said))
-    sections.append(f"<details><summary>What it has said</summary><pre>{log}</pre></details>")
+    sections.append(f"<details><summary>Log</summary><pre>{log}</pre></details>")
     return f'<section class="run" aria-label="{escape(run.folder.name)}">{"".join(sections)}</section>'
 
 
@@ -56,7 +56,7 @@ def _where(run: RunEvents) -> str:
     bar = f'<progress value="{done}" max="{total or 1}" aria-label="{escape(what)}"></progress>'
     why = escape(run.end["text"]) if run.end else ""
     if state == "cut off":
-        why = "Its process has ended without a word; it can be resumed."
+        why = "Its process has ended without an error message. It can be resumed."
     head = f'<p class="state">{escape(run.folder.name)}: {escape(" · ".join(facts))}</p>'
     return f"{head}{bar}{f'<p>{why}</p>' if why else ''}"
 
@@ -76,7 +76,7 @@ def _validation(run: RunEvents) -> str:
     band = [(0.0, 0.0, 0.0), *((line["step"], *line["change"][1:]) for line in spread(lines))]
     drawn = curve("change of the validation loss", points, band=band, level=0.0)
     best = min(lines, key=lambda line: line["loss"])["step"]
-    caption = f"Validation: change since step 0, with its 95 % interval; least at step {best}"
+    caption = f"Validation: change since step 0 with its 95% interval; lowest at step {best}"
     return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
 
 
@@ -87,7 +87,7 @@ def _forgetting(run: RunEvents) -> str:
     drawn = curve(
         "forgetting, in percent", [(line["step"], 100 * line["forgetting"]) for line in spread(lines)], level=0.0
     )
-    caption = f"Forgetting: {lines[-1]['forgetting']:.0%} of what everyday prompts did is changed"
+    caption = f"Forgetting: {lines[-1]['forgetting']:.0%} of the effect of unrelated prompts has changed"
     return f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>"
 
 

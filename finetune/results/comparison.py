@@ -32,7 +32,7 @@ def write_comparison(path: Path, runs: Sequence[Path], settings: Sequence[Mappin
         "Validation": report_sections.validation,
         "Forgetting": report_sections.forgetting,
     }
-    sections = {"What came of it": _columns(names, rows), "What was set otherwise": _columns(names, different)}
+    sections = {"Results": _columns(names, rows), "Options that differ": _columns(names, different)}
     for heading, draw in (drawn | {"Loss": report_sections.loss}).items():
         columns = [f"<div><h3>{escape(name)}</h3>{draw(run)}</div>" for name, run in zip(names, runs, strict=True)]
         sections[heading] = f'<div class="runs">{"".join(columns)}</div>'

@@ -64,14 +64,14 @@ def write_report(
         "Validation": report_sections.validation(folder),
         "Forgetting": report_sections.forgetting(folder),
         "Loss": report_sections.loss(folder),
-        "Pictures on the way": report_sections.grids(folder),
-        "Pictures that it learns from": report_sections.pictures(folder),
+        "Samples during training": report_sections.grids(folder),
+        "Training images": report_sections.pictures(folder),
         "Use it": "".join(f"<h3>{escape(name)}</h3><pre>{escape(text)}</pre>" for name, text in load.items()),
-        "Every file that was found": report_sections.ledger(folder),
-        "Options that differ from their defaults": report_sections.table(
-            {name: str(value) for name, value in given.items()}
+        "Files": report_sections.ledger(folder),
+        "Options that were given": report_sections.table({name: str(value) for name, value in given.items()}),
+        "Options that were chosen automatically": report_sections.table(
+            {name: str(value) for name, value in derived.items()}
         ),
-        "Options that the run decided": report_sections.table({name: str(value) for name, value in derived.items()}),
     }
     write_whole(folder / REPORT, page(folder.resolve().name, sections))
     return folder / REPORT

@@ -137,7 +137,7 @@ def forgetting(folder: Path) -> str:
     drawn = curve(
         "forgetting, in percent", [(line["step"], 100 * line["forgetting"]) for line in spread(lines)], level=0.0
     )
-    caption = "In percent: 0, prompts steer as before; 100, as far off as a network that knows none"
+    caption = "In percent. 0: prompts have the same effect as before; 100: as far off as a network that ignores prompts"
     return f"<p>In the end {summary}.</p><figure>{drawn}<figcaption>{caption}</figcaption></figure>"
 
 

@@ -113,7 +113,15 @@ def build_run(
     samples = plan_samples(
         config, latent=model_info.family.latent, captions=pictures.trained_captions, visits=chunks.epoch_visits
     )
-    grids = SampleGrids(samples, model, pictures, trainer, log, config, train_loader.release_frozen)
+    grids = SampleGrids(
+        plan=samples,
+        model=model,
+        pictures=pictures,
+        trainer=trainer,
+        log=log,
+        config=config,
+        release=train_loader.release_frozen,
+    )
     comparable = samples.prompts and not model.inpainting  # whose pictures hold most of a training picture
     training_features = known_pictures(config, pictures) if parallel.is_main_process and comparable else None
     memorization = Memorization(training_features, grids, log) if training_features else None

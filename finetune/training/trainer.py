@@ -184,7 +184,7 @@ class Trainer(Generic[AnyObjective]):
         self.scaler.unscale_(self.optimizer)
         norm = self._clip_grad_norm()
         number, arriving = self.steps_done + 1, DeviceScalars(loss, norm)
-        read = partial(self._read_values, number, step.ids, step.keys, losses, arriving)
+        read = partial(self._read_values, number, ids=step.ids, keys=step.keys, losses=losses, arriving=arriving)
         good = True
         if self.syncs_every_step:
             values = read()
@@ -307,7 +307,7 @@ class Trainer(Generic[AnyObjective]):
         return lr
 
     def _read_values(
-        self, step: int, ids: tuple[str, ...], keys: tuple[int, ...], losses: Tensor, arriving: DeviceScalars
+        self, step: int, *, ids: tuple[str, ...], keys: tuple[int, ...], losses: Tensor, arriving: DeviceScalars
     ) -> StepValues:
         """Loss and norm of a step, and what is wrong with them. Raises NotFinite after one bad step too many."""
         loss, norm = arriving.wait()
@@ -319,7 +319,7 @@ class Trainer(Generic[AnyObjective]):
             return StepValues(loss, None)
         self.overflows = 0
         self.bad_steps += 1
-        fault = Fault(step, ids, tuple(losses.tolist()), loss, norm, keys)
+        fault = Fault(step, ids, tuple(losses.tolist()), loss=loss, grad_norm=norm, keys=keys)
         if self.bad_steps < self.max_bad_steps:
             return StepValues(loss, norm, fault)
         self._drop_gradients()

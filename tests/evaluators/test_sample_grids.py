@@ -6,6 +6,8 @@ import pytest
 from safetensors import safe_open
 
 from finetune.config import TrainConfig, replace
+from finetune.evaluators.sample_grids import _drawn_of
+from finetune.evaluators.sample_prompts import SamplePrompt
 from finetune.recipe import fine_tune
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -66,3 +68,9 @@ def test_grids_of_other_prompts_or_of_a_later_step_do_not_stay(pictures: Path, t
     assert all(grids_of(out)[name] != content for name, content in first.items())
     fine_tune(replace(config, resume_from_checkpoint=str(out / "checkpoint-2")))
     assert grids_of(out) == first
+
+
+def test_grids_are_known_by_what_979e0b0_knew_them_by() -> None:
+    prompt = SamplePrompt("a dog", "blur", 4, None, 7, unknown=("--x",))
+    settings = "num_inference_steps=4, guidance_scale=None, seed=7, other_size=False"
+    assert _drawn_of(prompt) == f"SamplePrompt(text='a dog', negative='blur', {settings})"
