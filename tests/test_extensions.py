@@ -62,6 +62,8 @@ def test_an_evaluator_of_the_callers_own(pictures: Path, tmp_path: Path, capsys:
     assert f"weights at step 5: norm {lines[-1]['norm']:.3f}\n" in capsys.readouterr().out
     events = [json.loads(line) for line in (straight / "events.jsonl").read_text().splitlines()]
     assert [event["norm"] for event in events if event["event"] == "evaluation"] == [line["norm"] for line in lines]
+    report = (straight / "report.html").read_text()
+    assert "<figcaption>weight_norm: norm</figcaption>" in report
     timings = (straight / "timings.jsonl").read_text()
     assert timings.count("weight_norm_seconds") == 4
     plain = ft.fine_tune(config(pictures, tmp_path / "plain"))

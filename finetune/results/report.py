@@ -63,6 +63,7 @@ def write_report(
         "Before and after": report_sections.before_after(folder, step),
         "Validation": report_sections.validation(folder),
         "Forgetting": report_sections.forgetting(folder),
+        "Evaluations": report_sections.evaluations(folder),
         "Loss": report_sections.loss(folder),
         "Samples during training": report_sections.grids(folder),
         "Training images": report_sections.pictures(folder),

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 from collections.abc import Mapping
 from html import escape
@@ -139,6 +140,20 @@ def forgetting(folder: Path) -> str:
     )
     caption = "In percent. 0: prompts have the same effect as before; 100: as far off as a network that ignores prompts"
     return f"<p>In the end {summary}.</p><figure>{drawn}<figcaption>{caption}</figcaption></figure>"
+
+
+def evaluations(folder: Path) -> str:
+    """The values of evaluators that have no section of their own, a curve each."""
+    points = dict[str, list[tuple[float, float]]]()
+    for line in json_lines(folder / tracking.EVALUATIONS):
+        for key, value in line.items():
+            if key not in ("step", "name") and isinstance(value, (int, float)) and math.isfinite(value):
+                points.setdefault(f"{line['name']}: {key}", []).append((line["step"], value))
+    return "".join(
+        f"<figure>{curve(name, spread(some))}<figcaption>{escape(name)}</figcaption></figure>"
+        for name, some in points.items()
+        if len(some) > 1
+    )
 
 
 def loss(folder: Path) -> str:
