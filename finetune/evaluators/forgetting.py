@@ -134,3 +134,11 @@ class Forgetting:
     def _drift(self, probe: Probe) -> float:
         batch_size = self._trainer.micro_batch_size or probe.x_t.shape[1]
         return probe_drift(self._trainer.unet, probe, batch_size=batch_size)
+
+
+def make_forgetting(
+    config: ResolvedConfig, model: DiffusionModel, trainer: Trainer[DiffusionObjective], log: EvaluationLog
+) -> Forgetting | None:
+    """The evaluator of a run, with probes of the untrained model; None where forgetting is not measured."""
+    probes = make_probes(config, model, trainer.objective)
+    return Forgetting(probes, trainer, log, total=config.max_train_steps) if probes else None

@@ -65,3 +65,16 @@ class Memorization:
             tracked={"samples/copies": copies / len(pictures)},
             message=f"pictures at step {step}: {found}" if step and copies else "",
         )
+
+
+def make_memorization(
+    config: ResolvedConfig, pictures: ImageDataset, grids: SampleGrids, log: EvaluationLog
+) -> Memorization | None:
+    """The evaluator of a run; None where grids cannot be compared with training pictures.
+
+    What an inpainting model paints holds most of a training picture.
+    """
+    if not grids.plan.prompts or grids.paints:
+        return None
+    training_features = known_pictures(config, pictures)
+    return Memorization(training_features, grids, log) if training_features else None

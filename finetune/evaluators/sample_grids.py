@@ -132,6 +132,11 @@ class SampleGrids:
         self.drawn = set[int]()
         """Steps whose grids were drawn by this object, rather than found."""
 
+    @property
+    def paints(self) -> bool:
+        """Whether grids show what an inpainting model has painted into a training picture."""
+        return self._model.inpainting
+
     def should_run(self, step: int) -> bool:
         """Whether the run draws a grid after this step."""
         return bool(self.plan.prompts) and self._period.includes(step)
@@ -171,7 +176,7 @@ class SampleGrids:
 
     def _hole(self) -> Hole | None:
         """What an inpainting model paints: the first training picture, as its mask says, or the middle of it."""
-        if not self._model.inpainting:
+        if not self.paints:
             return None
         pictures, index = self._pictures, self._pictures.trained[0]
         pixels, _ = LiveImages(pictures, inpainting=True).load(
@@ -213,7 +218,7 @@ class SampleGrids:
         """A digest of everything but the weights that decides what a grid shows."""
         config, plan = self._config, self.plan
         settings = (plan.pictures, config.resolution, config.num_inference_steps, config.guidance_scale)
-        if self._model.inpainting:
+        if self.paints:
             settings += (self._pictures.image_info(self._pictures.trained[0]).digest,)
         return f"{fold(*map(_drawn_of, plan.prompts), *map(str, settings)):016x}"
 

@@ -16,11 +16,11 @@ from finetune.data.user_dataset import MapDataset
 from finetune.evaluators import early_stopping, sample_grids
 from finetune.evaluators.early_stopping import EarlyStopping
 from finetune.evaluators.evaluator import EvaluationLog, Evaluator
-from finetune.evaluators.forgetting import Forgetting, make_probes
-from finetune.evaluators.memorization import Memorization, known_pictures
+from finetune.evaluators.forgetting import make_forgetting
+from finetune.evaluators.memorization import make_memorization
 from finetune.evaluators.sample_grids import SampleGrids, plan_samples
 from finetune.evaluators.validation import Validation, plan_validation, steps_between_validations
-from finetune.models.loading import check_resolution
+from finetune.models.loading import DiffusionModel, check_resolution
 from finetune.models.model_info import ModelInfo, locate
 from finetune.results import hub, tracking
 from finetune.results.events import Events
@@ -39,6 +39,7 @@ from finetune.run.summary import print_summary
 from finetune.run.train_loader import TrainDataLoader
 from finetune.training import checkpoint
 from finetune.training.distributed import Parallel
+from finetune.training.trainer import Trainer
 
 _log = logging.getLogger(__name__)
 
@@ -108,23 +109,8 @@ def build_run(
     every = steps_between_validations(config)
     validation = Validation(plan, encoded, trainer, log, total=total, every=every, seed=config.seed)
     events.set_phase("forgetting", folder.step)
-    probes = make_probes(config, model, trainer.objective) if parallel.is_main_process else None
-    forgetting = Forgetting(probes, trainer, log, total=total) if probes else None
-    samples = plan_samples(
-        config, latent=model_info.family.latent, captions=pictures.trained_captions, visits=chunks.epoch_visits
-    )
-    grids = SampleGrids(
-        plan=samples,
-        model=model,
-        pictures=pictures,
-        trainer=trainer,
-        log=log,
-        config=config,
-        release=train_loader.release_frozen,
-    )
-    comparable = samples.prompts and not model.inpainting  # whose pictures hold most of a training picture
-    training_features = known_pictures(config, pictures) if parallel.is_main_process and comparable else None
-    memorization = Memorization(training_features, grids, log) if training_features else None
+    forgetting = make_forgetting(config, model, trainer, log) if parallel.is_main_process else None
+    grids = _sample_grids(config, model, chunks, trainer, log=log, release=train_loader.release_frozen)
     run = Run(
         config=config,
         model=model,
@@ -144,10 +130,29 @@ def build_run(
     )
     train_loader.release_frozen()
     if parallel.is_main_process:
+        memorization = make_memorization(config, pictures, grids, log)
         own = [each for each in (validation, forgetting, grids, memorization) if each]
         run = replace(run, evaluators=(*own, *(make(run) for make in evaluators)))
         _record_start(run, folder)
     return run
+
+
+def _sample_grids(
+    config: ResolvedConfig,
+    model: DiffusionModel,
+    chunks: Chunks,
+    trainer: Trainer,
+    *,
+    log: EvaluationLog,
+    release: Callable[[], None],
+) -> SampleGrids:
+    pictures = chunks.first
+    plan = plan_samples(
+        config, latent=model.family.latent, captions=pictures.trained_captions, visits=chunks.epoch_visits
+    )
+    return SampleGrids(
+        plan=plan, model=model, pictures=pictures, trainer=trainer, log=log, config=config, release=release
+    )
 
 
 def _record_start(run: Run, folder: RunDir) -> None:
