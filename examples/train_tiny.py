@@ -91,7 +91,7 @@ class Drawings(Dataset):
 class Reconstruction:
     """The VAE's objective: give back the picture, from a posterior near N(0, 1) (Kingma & Welling 2013, eq. 10)."""
 
-    def draw(self, x0: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def sample(self, x0: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Pictures (B, 3, H, W), mirrored and with their colour channels exchanged at random, and noise for latents."""
         turned = []
         for picture, key in zip(x0, keys.tolist(), strict=True):
