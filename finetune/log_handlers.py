@@ -26,7 +26,7 @@ _NOTE = "note"
 _BOLD, _YELLOW, _PLAIN = "\x1b[1m", "\x1b[33m", "\x1b[0m"
 
 
-def labelled(label: str, **values: Any) -> dict[str, Any]:
+def labelled(label: str, /, **values: Any) -> dict[str, Any]:
     """The `extra` of a log record that is a row of a table.
 
     Args:
@@ -106,8 +106,7 @@ class JsonHandler(logging.Handler):
             "message": record.getMessage(),
         }
         label, values = getattr(record, "label", ""), getattr(record, "values", {})
-        line |= ({"label": label} if label else {}) | values
-        print(json.dumps(line), flush=True)
+        print(json.dumps(values | line | ({"label": label} if label else {})), flush=True)
 
 
 def install(handler: logging.Handler) -> None:

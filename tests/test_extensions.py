@@ -39,7 +39,7 @@ class WeightNorm:
             norm = sum(p.square().sum() for p in self._trainer.parameters.values()).sqrt().item()
         self._log.write(
             "weight_norm",
-            {"step": step, "norm": norm},
+            {"step": step, "norm": norm, "label": "L2", "event": "norm"},
             tracked={"weights/norm": norm},
             message=f"weights at step {step}: norm {norm:.3f}",
         )

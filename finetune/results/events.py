@@ -68,9 +68,10 @@ class Events:
                     self.emit("end", state=state, text=text)
                 self._file, self._waiting = None, []
 
-    def emit(self, event: str, **values: Any) -> None:
+    def emit(self, event: str, /, **values: Any) -> None:
         """Something happened."""
-        line = json.dumps({"at": round(time.time(), 3), "event": event} | values) + "\n"
+        kind = {"at": round(time.time(), 3), "event": event}
+        line = json.dumps(kind | values | kind) + "\n"  # whatever the values are called
         if self._file is None:
             self._waiting.append(line)
         else:
