@@ -284,9 +284,10 @@ def _overview() -> str:
         rows[first] = f"{rows[first]}, {second}" if first in rows else f"{GROUPS[first]}: {second}" if second else text
     verbs = "\n".join(f"  {name:<10}{text}" for name, text in rows.items())
     own = {family.name: f"{family.description}; {family.resolution} pixels" for family in FAMILIES.values()}
-    for name in [name for name, family in FAMILIES.items() if family.inpainting]:  # in the line of what they come from
-        del own[name]
-        own[name.removesuffix("-inpainting")] += f"; {name}"
+    for name, family in FAMILIES.items():
+        if family.variant_of:
+            del own[name]
+            own[family.variant_of] += f"; {name}"
     families = "\n".join(f"  {name:<10}{text}" for name, text in own.items())
     return f"""\
 Teach the UNet of a Stable Diffusion your pictures:

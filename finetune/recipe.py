@@ -16,6 +16,7 @@ from finetune.errors import Interrupted, RunError, UsageError
 from finetune.evaluators.evaluator import Evaluator
 from finetune.log_handlers import labelled, logging_to
 from finetune.models.families import Family
+from finetune.models.image_condition import image_condition_of
 from finetune.out_of_memory import means_out_of_memory
 from finetune.results import hub, tracking
 from finetune.results.events import EventHandler, Events
@@ -199,7 +200,7 @@ def _begin(run: Run, resumed: Path | None) -> None:
         run.trainer.load_state_dict(checkpoint.load(resumed))
     if run.trainer.parallel.is_main_process:
         if resumed:
-            checkpoint.discard_after(run.folder, run.trainer.steps_done)
+            checkpoint.discard_others(run.folder, run.trainer.steps_done, run.config.checkpoints_total_limit)
             discard_steps_after(run.folder, run.trainer.steps_done)
         run.grids.delete_stale(run.trainer.steps_done)
 
@@ -299,6 +300,12 @@ def _finish(run: Run) -> None:
 
 def _push(config: ResolvedConfig, folder: Path, family: Family) -> None:
     if config.push_to_hub:
-        how = {"private": config.hub_private_repo, "inpainting": family.inpainting}
-        address = hub.push(folder, config.hub_model_id, settings=as_settings(config), **how)
+        condition = image_condition_of(family.image_condition)
+        address = hub.push(
+            folder,
+            config.hub_model_id,
+            private=config.hub_private_repo,
+            settings=as_settings(config),
+            image_inputs=condition.pipeline_example if condition else {},
+        )
         _log.info("pushed: %s", address)

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import finetune as ft
 from finetune import seeding
 from finetune.errors import Interrupted
-from finetune.models.encoders import PixelEncoder
+from finetune.models.encoders import Encoder, PixelEncoder
+from finetune.models.image_condition import ConditionImages
 from finetune.run.context import Run
 from finetune.training.forgetting import probe_drift, record_probe
 from finetune.training.objective import DiffusionObjective, NoisedBatch, prediction
@@ -155,3 +159,91 @@ def test_forgetting_is_measured_of_an_objective_of_the_callers_own() -> None:
     with torch.no_grad():
         unet.answer.fill_(1.5)
     assert probe_drift(unet, probe) == pytest.approx(0.25)
+
+
+class SourcePicture:
+    """Brooks et al. 2023, "InstructPix2Pix", section 3.2: the latents of the picture that is edited, unscaled."""
+
+    companion, pipeline_example = "source", {"image": "photo.png"}
+
+    def variants(self, key: int | None, *, has_companion: bool) -> tuple[int]:
+        return (0,)
+
+    def pixels(self, companion: Tensor | None, size: tuple[int, int], key: int | None) -> Tensor:
+        return torch.full((3, *size), 127, dtype=torch.uint8) if companion is None else companion
+
+    def cache_name(self, companion: str | None, key: int) -> str:
+        return f"source {companion}"
+
+    def encode(self, encoder: Encoder, pixels: Tensor, condition: Tensor) -> dict[str, Tensor]:
+        mean, _ = encoder.encode(condition / 127.5 - 1).cpu().chunk(2, dim=1)
+        return {"mean": mean}
+
+    def channels(self, encoder: Encoder, stored: Mapping[str, Tensor], keys: Tensor) -> Tensor:
+        return stored["mean"]
+
+    def empty(self, encoder: Encoder, keys: Tensor, side: int) -> Tensor:
+        return torch.zeros(len(keys), 4, side // 8, side // 8)
+
+    def preview(self, pixels: Tensor, condition: Tensor) -> Tensor:
+        return torch.cat([condition, pixels], dim=2)
+
+    def pipeline_arguments(self, images: ConditionImages | None, *, width: int, height: int) -> dict[str, Any]:
+        return {"image": images.condition if images else Image.new("RGB", (width, height), "grey")}
+
+    def summary(self, companions: int, *, live: bool) -> str:
+        return f"{companions} source images"
+
+
+def edit_model() -> ft.DiffusionModel:
+    """The embedded model with a UNet that takes four channels more, whose weights are zero at first."""
+    model = ft.load_model("tiny")
+    old = model.unet.conv_in
+    model.unet.conv_in = nn.Conv2d(8, old.out_channels, kernel_size=3, padding=1)
+    with torch.no_grad():
+        model.unet.conv_in.weight[:, 4:].zero_()
+        model.unet.conv_in.weight[:, :4].copy_(old.weight)
+        model.unet.conv_in.bias.copy_(old.bias)
+    model.unet.register_to_config(in_channels=8)
+    model.image_condition = SourcePicture()
+    return model
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_an_image_condition_of_the_callers_own(live: bool) -> None:
+    model, plain = edit_model(), ft.load_model("tiny")
+    colours = [("red", "blue"), ("green", "yellow")]
+    sources, targets = ([Image.new("RGB", (64, 64), pair[which]) for pair in colours] for which in (0, 1))
+    rows = [(target, "other", str(i), {"source": sources[i]}) for i, target in enumerate(targets)]
+    encoded = ft.encode(rows, model, live=live, cache_dir="none")
+    (batch,) = ft.batches(encoded, batch_size=2, steps=1)
+    order = [int(name) for name in batch.ids]
+    for pictures, channels in ((targets, batch.stored[:, :4]), (sources, batch.extra)):
+        pixels = torch.stack([pil_to_tensor(pictures[index]) for index in order])
+        torch.testing.assert_close(channels, plain.encoder.encode(pixels / 127.5 - 1)[:, :4], rtol=1e-4, atol=1e-5)
+    trainer = ft.Trainer(
+        model.unet.requires_grad_(True),
+        model.encoder,
+        ft.NoisePrediction(model.scheduler),
+        torch.optim.SGD(model.unet.parameters(), lr=0.1),
+    )
+    trainer.step(batch)
+    assert model.unet.conv_in.weight[:, 4:].abs().max() > 0
+    preview = encoded.visits.preview_pixels(0, 0)
+    assert preview[:, 0, 0].tolist() == [255, 0, 0]
+    assert preview[:, 0, -1].tolist() == [0, 0, 255]
+
+
+def test_a_pipeline_is_given_the_image_condition_of_the_callers_own() -> None:
+    model = edit_model()
+    parts = dict(model.pipeline().components) | {"unet": model.unet, "image_encoder": None}
+    model.make_pipeline = lambda unet: StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+    with torch.no_grad():
+        model.unet.conv_in.weight[:, 4:].fill_(0.5)
+    drawn = [
+        ft.draw_pictures(
+            model, ["a"], [0], resolution=64, num_inference_steps=2, condition=ConditionImages(picture, picture)
+        )[0][0].tobytes()
+        for picture in (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    ]
+    assert drawn[0] != drawn[1]

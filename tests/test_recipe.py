@@ -290,8 +290,12 @@ def test_options_hold_for_a_dataset_of_ones_own(tmp_path: Path, monkeypatch: pyt
     ("dataset", "more", "message"),
     [
         ([], {}, "the dataset is empty"),
-        ([(Image.new("RGB", (64, 64)), "a")], {}, "row 0 of the dataset is no .picture, caption, id. but tuple"),
-        ([(torch.zeros(3, 64, 64), "a", "1")], {}, "row 0 of the dataset is .Tensor, str, str.; it should be"),
+        ([(Image.new("RGB", (64, 64)), "a")], {}, r"dataset\[0\] is a tuple of 2; expected .PIL image, caption, id."),
+        (
+            [(torch.zeros(3, 64, 64), "a", "1")],
+            {},
+            r"dataset\[0\] is .Tensor, str, str.; expected .PIL image, caption, id.",
+        ),
         ([(Image.new("RGB", (64, 64)), None, "1")], {}, "1 of 1 picture without a caption .1.: give --prompt"),
         ([(Image.new("RGB", (64, 64)), "a", "1")], {"image_column": "x"}, "image_column cannot be used with a dataset"),
     ],

@@ -16,7 +16,7 @@ from finetune.cache.lazy_encoder import LazyEncoder
 from finetune.cache.store import Item
 from finetune.data.caption_augmentation import CaptionAugmentation
 from finetune.data.image_dataset import ImageDataset
-from finetune.data.inpainting import small, visible
+from finetune.data.transforms import normalize
 from finetune.data.user_dataset import MapDataset, as_pictures
 from finetune.errors import DataError
 from finetune.models.conditioners import Conditioner
@@ -76,11 +76,16 @@ def encode(
             store, model.conditioner, precision, _maker(model.conditioner, any_environment)
         )
         works.append(_captions(pictures, conditions, [index for index, _ in planned]))
-    visits: CachedImages | LiveImages = LiveImages(pictures, model.inpainting)
+    visits: CachedImages | LiveImages = LiveImages(pictures, model.image_condition)
     if not live:
         maker = _maker(model.encoder, any_environment)
         visits = CachedImages(
-            store=store, pictures=pictures, encoder=maker, precision=precision, seed=seed, inpainting=model.inpainting
+            store=store,
+            pictures=pictures,
+            encoder=maker,
+            precision=precision,
+            seed=seed,
+            condition=model.image_condition,
         )
         works.append(_pictures(visits, model.encoder, planned))
     made = _filled(store, works, at_most, on_progress)
@@ -89,14 +94,13 @@ def encode(
         pictures=pictures,
         shapes=pictures.shapes(),
         visits=visits,
-        encoder=model.encoder if live else None,
+        encoder=model.encoder,
         conditioner=model.conditioner,
         conditions=conditions,
         captioning=captioning,
         made=made,
         store=store,
         lazy_encoders=lazy_encoders,
-        inpainting=model.encoder if model.inpainting else None,
     )
 
 
@@ -148,13 +152,13 @@ def _captions(pictures: ImageDataset, conditions: CachedTextEmbeddings, indices:
 
 
 def _pictures(images: CachedImages, encoder: Encoder, visits: Iterable[tuple[int, int | None]]) -> EncodeJob:
-    """The pictures, in each version that is wanted of them, through the encoder."""
+    """The pictures, in each variant that visits need, through the encoder."""
     variants = {
-        images.key(index, version): (index, version) for index, key in visits for version in images.versions(index, key)
+        images.key(index, variant): (index, variant) for index, key in visits for variant in images.variants(index, key)
     }
 
     def keys_of(index: int, key: int) -> list[str]:
-        return [images.key(index, version) for version in images.versions(index, key)]
+        return [images.key(index, variant) for variant in images.variants(index, key)]
 
     def prepare(key: str) -> Tensor:
         return images.pixels(*variants[key])
@@ -164,15 +168,16 @@ def _pictures(images: CachedImages, encoder: Encoder, visits: Iterable[tuple[int
 
     def compute(keys: Sequence[str], pixels: Sequence[Tensor]) -> list[Item]:
         batch = torch.stack(list(pixels))
-        stored = encoder.encode(visible(batch)).cpu()
-        for key, row in zip(keys, stored, strict=True):
-            if not row.float().isfinite().all():
+        whole, condition = normalize(batch[:, :3]), batch[:, 3:]
+        if images.condition is None or not condition.shape[1]:
+            stored = {"stored": encoder.encode(whole).cpu()}
+        else:
+            stored = images.condition.encode(encoder, whole, condition)
+        items: list[Item] = [{name: tensor[row] for name, tensor in stored.items()} for row in range(len(batch))]
+        for key, item in zip(keys, items, strict=True):
+            if not all(tensor.float().isfinite().all() for tensor in item.values()):
                 raise DataError(f"{images.pictures.ids[variants[key][0]]}: its encoding is not finite")
-        items: list[Item] = [{"stored": _rounded(row, images.precision).clone()} for row in stored]
-        if batch.shape[1] == 3:
-            return items
-        masks = small(batch[:, 3:], (stored.shape[-2], stored.shape[-1])).to(torch.uint8)
-        return [{**item, "mask": mask.clone()} for item, mask in zip(items, masks, strict=True)]
+        return [{name: _rounded(tensor, images.precision).clone() for name, tensor in item.items()} for item in items]
 
     return EncodeJob(
         kind="picture",

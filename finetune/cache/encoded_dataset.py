@@ -11,19 +11,17 @@ from torch import Tensor
 from finetune import seeding
 from finetune.batch import Batch
 from finetune.cache.encode_loop import EncodeStats
-from finetune.cache.image_source import CachedImages, LiveImages
+from finetune.cache.image_source import CachedImages, LiveImages, LoadedImage
 from finetune.cache.keys import caption_key
 from finetune.cache.lazy_encoder import LazyEncoder
 from finetune.cache.loss_masks import LossMasks
 from finetune.cache.store import Item, Store
 from finetune.data.caption_augmentation import CaptionAugmentation
 from finetune.data.image_dataset import ImageDataset
-from finetune.data.inpainting import drawn_mask, small, visible
 from finetune.data.transforms import normalize
 from finetune.errors import DataError, UsageError
 from finetune.models.conditioners import Conditioner
 from finetune.models.encoders import Encoder
-from finetune.models.image_condition import inpainting_channels, split_inpainting_latents
 from finetune.models.loading import DiffusionModel
 
 
@@ -83,8 +81,8 @@ class EncodedDataset:
     """Of each example; what has the same one can be computed together."""
     visits: CachedImages | LiveImages
     """The part that worker processes get a copy of."""
-    encoder: Encoder | None
-    """Encodes at each visit; None where encodings are kept."""
+    encoder: Encoder
+    """The model's; visits need it only where pictures are live."""
     conditioner: Conditioner
     conditions: CachedTextEmbeddings | LiveTextEmbeddings
     captioning: CaptionAugmentation
@@ -94,8 +92,6 @@ class EncodedDataset:
     """Of all that is kept."""
     lazy_encoders: Sequence[LazyEncoder] = ()
     """What is encoded when a visit comes to it."""
-    inpainting: Encoder | None = None
-    """What has made what an inpainting UNet is shown; None: it is another UNet."""
 
     @cached_property
     def masks(self) -> LossMasks:
@@ -108,15 +104,15 @@ class EncodedDataset:
     @property
     def live(self) -> bool:
         """Whether a visit needs an encoder, which nothing else can use meanwhile."""
-        cached = self.encoder is None and isinstance(self.conditions, CachedTextEmbeddings)
+        cached = isinstance(self.visits, CachedImages) and isinstance(self.conditions, CachedTextEmbeddings)
         return not cached or any(not lazy_encoder.done for lazy_encoder in self.lazy_encoders)
 
     def needs(self, network: Encoder | Conditioner | None) -> bool:
         """Whether visits to come need it: it stays on its device."""
         if any(lazy_encoder.work.network is network and not lazy_encoder.done for lazy_encoder in self.lazy_encoders):
             return True
-        live = isinstance(self.conditions, LiveTextEmbeddings) and network is self.conditioner
-        return live or (network is not None and network is self.encoder)
+        live_text = isinstance(self.conditions, LiveTextEmbeddings) and network is self.conditioner
+        return live_text or (isinstance(self.visits, LiveImages) and network is self.encoder)
 
     def ensure_encoded(self, visits: Sequence[tuple[int, int]]) -> None:
         """Encode what these visits, number of the example and key of each, need, and nothing has encoded yet."""
@@ -159,21 +155,23 @@ class EncodedDataset:
         """Visits of an epoch."""
         return self.pictures.epoch_visits
 
-    def collate(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[tuple[Tensor, Sequence[int]]]) -> Batch:
+    def collate(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[LoadedImage]) -> Batch:
         """Loaded visits -> Batch on the CPU. Raises DataError when the pictures differ in size."""
         ids = tuple(self.ids[index] for index in indices)
-        stored, extra = _stack([row[0] for row in loaded], ids), None
-        if self.encoder is not None:
-            stored = encoded_pixels(self.encoder, stored)
-        if self.inpainting is not None:
-            stored, extra = split_inpainting_latents(self.inpainting, stored, keys)
-        geometry = torch.tensor([row[1] for row in loaded])
+        stored = _stack([image.stored for image in loaded], ids)
+        condition = {name: _stack([image.condition[name] for image in loaded], ids) for name in loaded[0].condition}
+        if isinstance(self.visits, LiveImages):
+            stored, condition = self._encoded(stored, condition)
+        shown = self.visits.condition
+        extra = None if shown is None else shown.channels(self.encoder, condition, keys)
+        geometry = torch.tensor([image.geometry for image in loaded])
         visits = zip(indices, keys.tolist(), strict=True)
         captions = [self.captioning.caption(self.pictures.texts(index), key) for index, key in visits]
         cond = self.conditioner.kwargs(self.conditions.get(captions), geometry)
         weight = torch.tensor([self.pictures.weights[index] for index in indices])
         of_class = tuple(index >= self.pictures.subjects for index in indices)
-        mask = self.masks.get(indices, keys, (stored.shape[-2], stored.shape[-1])) if extra is None else None
+        size = stored.shape[-2], stored.shape[-1]
+        masked = shown is None or shown.companion != "mask"  # or the mask says what the UNet is shown
         return Batch(
             stored=stored,
             cond=cond,
@@ -182,22 +180,17 @@ class EncodedDataset:
             ids=ids,
             weight=weight,
             of_class=of_class,
-            mask=mask,
+            mask=self.masks.get(indices, keys, size) if masked else None,
             extra=extra,
         )
 
-
-def encoded_pixels(encoder: Encoder, pixels: Tensor) -> Tensor:
-    """Pixels (B, 3, H, W) uint8 -> what the encoder stores of them, on the CPU.
-
-    With a mask (B, 4, H, W), the encoding of what the mask leaves and the mask follow along the channels, as
-    `split_inpainting_latents` takes them.
-    """
-    stored = encoder.encode(normalize(pixels[:, :3])).cpu()
-    if pixels.shape[1] == 3:
-        return stored
-    left = encoder.encode(visible(pixels)).cpu()
-    return torch.cat([stored, left, small(pixels[:, 3:], (stored.shape[-2], stored.shape[-1]))], dim=1)
+    def _encoded(self, pixels: Tensor, condition: Item) -> tuple[Tensor, Item]:
+        """Pixels (B, 3, H, W) uint8, and those of their image condition -> what is stored of them, on the CPU."""
+        normalized = normalize(pixels)
+        stored = self.encoder.encode(normalized).cpu()
+        if self.visits.condition is None:
+            return stored, {}
+        return stored, self.visits.condition.encode(self.encoder, normalized, condition["pixels"])
 
 
 def as_batch(
@@ -232,12 +225,13 @@ def as_batch(
     geometry = torch.tensor([[height, width, 0, 0, height, width]] * len(ids))
     cond = model.conditioner.kwargs(model.conditioner.encode(prompts), geometry) if prompts else {}
     stored, extra = model.encoder.encode(pixels), None
-    if model.inpainting:
-        masks = torch.stack([drawn_mask(key, height, width) for key in keys.tolist()]) if masks is None else masks
-        left = model.encoder.encode(pixels * (masks == 0).to(pixels.device))
-        extra = inpainting_channels(
-            model.encoder, left.cpu(), small(masks.cpu(), (left.shape[-2], left.shape[-1])), keys
-        )
+    if condition := model.image_condition:
+        companions = [None] * len(ids) if masks is None else (masks.cpu() > 0).to(torch.uint8) * 255
+        shown = [
+            condition.pixels(companion, (height, width), key)
+            for companion, key in zip(companions, keys.tolist(), strict=True)
+        ]
+        extra = condition.channels(model.encoder, condition.encode(model.encoder, pixels, torch.stack(shown)), keys)
     batch = Batch(
         stored=stored, cond=cond, keys=keys, geometry=geometry, ids=ids, weight=torch.ones(len(ids)), extra=extra
     )

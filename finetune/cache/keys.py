@@ -11,7 +11,7 @@ def picture_key(
     encoder: str,
     precision: str,
     background: str = WHITE,
-    covered: str = "",
+    condition: str = "",
 ) -> str:
     """Return the cache key of an encoded crop of a picture.
 
@@ -22,11 +22,11 @@ def picture_key(
         encoder: the encoder's fingerprint and environment.
         precision: number format that is kept.
         background: the colour behind it.
-        covered: what hides some of it.
+        condition: what the image condition says of itself (`ImageCondition.cache_name`); "": the picture itself.
     """
     content = digest if background == WHITE else f"{digest} {background}"  # a key of versions without backgrounds holds
     (a, b), (c, d), (e, f) = placement.scaled, placement.corner, placement.size
-    content += f" but {covered}" * bool(covered)
+    content += f" but {condition}" * bool(condition)
     return wide_fold(f"picture {PREPROCESSING} {content} {a} {b} {c} {d} {e} {f} {flip} {encoder} {precision}")
 
 

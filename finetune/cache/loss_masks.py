@@ -41,7 +41,7 @@ class LossMasks:
         placement, flip = self._visits.crop_and_flip(index, key)
         name = (index, placement, flip)
         if name not in self._at_hand:
-            mask = self._pictures.mask(index)
+            mask = self._pictures.companion(index, "mask")
             made = self._at_hand[name] = None if mask is None else weights(mask, placement, flip, size)
             self._bytes += _size(made)
             while self._bytes > MOST and len(self._at_hand) > 1:

@@ -30,6 +30,7 @@ def run(options: Options, config: TrainConfig) -> None:
     """
     from finetune.cache.image_source import LiveImages
     from finetune.models.conditioners import chunks_of, count_tokens
+    from finetune.models.image_condition import image_condition_of
     from finetune.models.loading import check_resolution
     from finetune.models.model_info import locate
     from finetune.models.source import open_source
@@ -56,9 +57,9 @@ def run(options: Options, config: TrainConfig) -> None:
         tokenizer = open_source(model_info, config.tokenizer).tokenizer("tokenizer")
         counts = count_tokens(tokenizer, pictures.captions)
         limit = chunks_of(config.max_token_length) * (tokenizer.model_max_length - 2)
-    visits, cells, names = LiveImages(pictures, model_info.family.inpainting), [], []
+    visits, cells, names = LiveImages(pictures, image_condition_of(model_info.family.image_condition)), [], []
     for index in range(min(len(pictures), options.max_pictures)):
-        pixels, geometry = visits.masked_preview(index, example_key(config.seed, pictures.ids[index], 0))
+        pixels, geometry, _ = visits.masked_preview(index, example_key(config.seed, pictures.ids[index], 0))
         height, width, *_, target_height, target_width = geometry
         cells.append(pixels)
         names.append(f"{target_width}x{target_height} of {width}x{height}: {pictures.ids[index]}")

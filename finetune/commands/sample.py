@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+    from finetune.models.image_condition import ConditionImages
     from finetune.models.loading import DiffusionModel
-    from finetune.results.sampling import Hole, Start
+    from finetune.results.sampling import Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ def run(options: Options) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     half = DTYPES[resolve_precision(options.mixed_precision, device, small=False)]
     model, resolution = _load(options, config, half or torch.float32)
-    hole, start = _begin(options, model, resolution)
+    condition, start = _begin(options, model, resolution)
     guidance_scale = options.guidance_scale
     if guidance_scale is None:
         guidance_scale = (config or model.family).guidance_scale
@@ -98,7 +99,7 @@ def run(options: Options) -> None:
         num_inference_steps=options.num_inference_steps,
         guidance_scale=guidance_scale,
         negative_prompt=options.negative_prompt,
-        hole=hole,
+        condition=condition,
         begin_with=start,
     )
     _save(rows, options.prompt or ("unconditional",), options.seed, output)
@@ -168,34 +169,35 @@ def _check_sizes(options: Options, *, latent: bool) -> None:
         raise UsageError(f"{len(options.lora)} --lora and {len(options.strength)} --strength: give one for each")
 
 
-def _begin(options: Options, model: "DiffusionModel", resolution: int) -> "tuple[Hole | None, Start | None]":
+def _begin(options: Options, model: "DiffusionModel", resolution: int) -> "tuple[ConditionImages | None, Start | None]":
     """What --image and --mask say, at about the resolution and in the picture's shape. Raises UsageError, DataError."""
-    if options.mask and not (options.image and model.inpainting):
+    condition = model.image_condition
+    if options.mask and not (options.image and condition):
         why = f"{options.model} is no inpainting model" if options.image else "it needs --image"
         raise UsageError(f"--mask cannot be used: {why}")
     if options.image is None:
         return None, None
-    if model.inpainting and options.mask is None:
+    if condition and options.mask is None:
         raise UsageError("--image needs --mask: an inpainting model paints where it is white")
     from torchvision.transforms.v2.functional import to_pil_image
 
     from finetune.data.buckets import Buckets
     from finetune.data.images import open_image
-    from finetune.data.inpainting import placed_mask
     from finetune.data.masks import open_mask
     from finetune.data.transforms import Preprocess
     from finetune.models.families import bucket_sides
-    from finetune.results.sampling import Hole, Start
+    from finetune.models.image_condition import ConditionImages
+    from finetune.results.sampling import Start
 
     picture = open_image(Path(options.image).expanduser())
     smallest, largest, step = bucket_sides(resolution, max(8, cast(Any, model.pipeline()).vae_scale_factor)).values()
     buckets = Buckets(resolution, smallest, largest, step, upscale=True)
     placed = Preprocess(resolution, buckets=buckets).place(*picture.size, key=0)
     image = to_pil_image(placed.pixels(picture))
-    if options.mask is None:
+    if condition is None or options.mask is None:
         return None, Start(image, options.denoising_strength)
-    mask = open_mask(Path(options.mask).expanduser())
-    return Hole(image, to_pil_image(placed_mask(mask, placed, flip=False))), None
+    mask = placed.companion_pixels(open_mask(Path(options.mask).expanduser()))
+    return ConditionImages(image, to_pil_image(condition.pixels(mask, placed.size, key=None))), None
 
 
 def _save(rows: "list[list[Image]]", prompts: tuple[str, ...], seed: int, output: Path) -> None:

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from finetune.data.captions import COLUMN, read_metadata
+from finetune.data.companions import companion_kind, without_suffix
 from finetune.data.image_dataset import ImageDataset
 from finetune.data.image_folder import FolderPart, pictures_among, repeats_of
-from finetune.data.masks import is_mask, without_suffix
 from finetune.seeding import fold, wide_fold
 
 VOLUME = 8192
@@ -236,5 +236,5 @@ def _assigned(files: Sequence[str], pictures: AbstractSet[str], number: int) -> 
 
 
 def _drawn(file: str) -> int:
-    stem = without_suffix(file) if is_mask(file) else file.rpartition(".")[0]
+    stem = without_suffix(file) if companion_kind(file) else file.rpartition(".")[0]
     return int.from_bytes(hashlib.blake2b(os.fsencode(stem), digest_size=8).digest(), "little")

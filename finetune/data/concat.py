@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -68,17 +68,13 @@ class ConcatDataset(ImageDataset):
         part, place = self._place(index)
         return part.pictures[place]._replace(id=self.ids[index])
 
-    def mask(self, index: int) -> Image.Image | None:
+    def companions(self, index: int) -> Mapping[str, str]:
         part, place = self._place(index)
-        return part.pictures.mask(place)
+        return part.pictures.companions(place)
 
-    def mask_digest(self, index: int) -> str | None:
+    def companion(self, index: int, kind: str) -> Image.Image | None:
         part, place = self._place(index)
-        return part.pictures.mask_digest(place)
-
-    @property
-    def mask_digests(self) -> Sequence[str]:
-        return [digest for part in self._parts for digest in part.pictures.mask_digests]
+        return part.pictures.companion(place, kind)
 
     def image_info(self, index: int) -> ImageInfo:
         part, place = self._place(index)

@@ -4,16 +4,17 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 from torch.utils.data import Dataset
 
 from finetune.data.captions import TRIGGER, Caption, placed_trigger, with_trigger
+from finetune.data.companions import CompanionInfo, checked_companions, has_aspect_of
 from finetune.data.image_checks import ImageInfo, RejectedImage, check_images
 from finetune.data.image_index import ImageIndex
 from finetune.data.images import PictureFile, open_alpha, open_image
-from finetune.data.masks import MaskInfo, open_mask
+from finetune.data.masks import open_mask
 from finetune.data.transforms import WHITE, Crop, Preprocess, whole
 from finetune.deprecation import Renamed
 from finetune.errors import DataError
@@ -130,18 +131,21 @@ class ImageDataset(Dataset[Example], ABC):
     def image_info(self, index: int) -> ImageInfo:
         """Size and digest of the picture. Raises DataError as `__getitem__` does, where it must be opened for that."""
 
-    def mask(self, index: int) -> Image.Image | None:
-        """Where an error in the picture counts: 8 bit grey, upright, of the picture's shape; None: everywhere."""
+    def companions(self, index: int) -> Mapping[str, str]:
+        """Return the kinds of the image files that belong to a picture, such as "mask", with the digest of each."""
+        return {}
+
+    def companion(self, index: int, kind: str) -> Image.Image | None:
+        """Return a companion of the picture, upright and of the picture's shape; None where there is none.
+
+        A "mask" is 8 bit grey: an error counts where it is white. It may come from the picture's alpha channel, which
+        `companions` does not list. Raises DataError if the file has changed.
+        """
         return None
 
-    def mask_digest(self, index: int) -> str | None:
-        """Return the digest of the picture's mask file; None: there is none."""
-        return None
-
-    @property
-    def mask_digests(self) -> Sequence[str]:
-        """Return the digests of all mask files."""
-        return ()
+    def companion_digests(self) -> list[str]:
+        """Return the digests of the companions of all pictures, in the order of these."""
+        return [digest for index in range(len(self)) for digest in self.companions(index).values()]
 
     @property
     def flips(self) -> bool:
@@ -233,10 +237,10 @@ class ImageFileDataset(ImageDataset):
         DataError: there are no pictures, or none that can be read.
     """
 
-    _masks: Mapping[Any, PictureFile] = MappingProxyType({})
-    """What `_file` answers for a picture -> its mask."""
-    _mask_infos: Mapping[Any, MaskInfo] = MappingProxyType({})
-    """The same -> what is known of its mask, where masks are heeded."""
+    _companions: Mapping[Any, Mapping[str, PictureFile]] = MappingProxyType({})
+    """What `_file` returns for a picture -> kind -> its companion."""
+    _companion_infos: Mapping[Any, Mapping[str, CompanionInfo]] = MappingProxyType({})
+    """The same -> kind -> what is known of the companion, where companions are used."""
     _alpha = False
     """Whether the alpha channel is the mask of the others."""
 
@@ -260,7 +264,7 @@ class ImageFileDataset(ImageDataset):
             info = checked[place]
             if bad and name in bad:
                 checked[place] = RejectedImage(name, bad[name])
-            elif not isinstance(info, RejectedImage) and (why := self._unfit_mask(place, info.size)):
+            elif not isinstance(info, RejectedImage) and (why := self._unfit_companion(place, info.size)):
                 checked[place] = RejectedImage(name, why)
         good = {place: info for place, info in enumerate(checked) if not isinstance(info, RejectedImage)}
         self.quarantined = [problem for problem in checked if isinstance(problem, RejectedImage)]
@@ -289,29 +293,39 @@ class ImageFileDataset(ImageDataset):
     def _file(self, place: int) -> PictureFile:
         """Where the picture at this place of `names` is. Raises ValueError with the reason that there is none."""
 
-    def mask(self, index: int) -> Image.Image | None:
-        if not self.masked:
-            return None
-        file = self._file(self._places[index])
-        if file in self._masks:
-            return open_mask(self._masks[file], self.mask_digest(index))
-        return open_alpha(file) if self._alpha else None
+    def _open_companions(
+        self,
+        companions: Mapping[Any, Mapping[str, PictureFile]],
+        masks: Literal["files", "files and alpha", "none"],
+        memory: ImageIndex | None,
+    ) -> dict[Any, str]:
+        """Check companions, `_file` of a picture -> kind -> file, and return why those of some cannot be used."""
+        self._companions, self._alpha = companions, masks == "files and alpha"
+        self.masked = self._alpha or (masks != "none" and bool(companions))
+        self._companion_infos, unusable = checked_companions(companions if self.masked else {}, memory)
+        return unusable
 
-    def _unfit_mask(self, place: int, size: tuple[int, int]) -> str | None:
-        """Why the mask at this place of `names` is not for a picture of this size; None: it is, or there is none."""
-        info = self._mask_infos.get(self._file(place)) if self._mask_infos else None
-        if info is None or info.fits(size):
-            return None
-        (width, height), (across, down) = info.size, size
-        return f"its mask has another shape: {width}x{height} for a picture of {across}x{down}"
+    def companions(self, index: int) -> Mapping[str, str]:
+        if not self._companion_infos:
+            return {}
+        infos = self._companion_infos.get(self._file(self._places[index]), {})
+        return {kind: info.digest for kind, info in infos.items()}
 
-    def mask_digest(self, index: int) -> str | None:
-        info = self._mask_infos.get(self._file(self._places[index])) if self._mask_infos else None
-        return None if info is None else info.digest
+    def companion(self, index: int, kind: str) -> Image.Image | None:
+        file, digest = self._file(self._places[index]), self.companions(index).get(kind)
+        if digest is not None:
+            companion = self._companions[file][kind]
+            return open_mask(companion, digest) if kind == "mask" else open_image(companion, digest=digest)
+        return open_alpha(file) if kind == "mask" and self._alpha else None
 
-    @property
-    def mask_digests(self) -> Sequence[str]:
-        return [info.digest for info in self._mask_infos.values()]
+    def _unfit_companion(self, place: int, size: tuple[int, int]) -> str | None:
+        """Why a companion at this place of `names` does not fit a picture of this size; None: all do."""
+        infos = self._companion_infos.get(self._file(place), {}) if self._companion_infos else {}
+        for kind, info in infos.items():
+            if not has_aspect_of(info.size, size):
+                (width, height), (across, down) = info.size, size
+                return f"its {kind} has another shape: {width}x{height} for a picture of {across}x{down}"
+        return None
 
     def __getitem__(self, index: int) -> Example:
         digest = self._checked[index].digest
@@ -323,7 +337,7 @@ class ImageFileDataset(ImageDataset):
 
     def notes(self) -> list[str]:
         reasons = [f"{bad.path} ({bad.reason})" for bad in self.quarantined]
-        white = sum(info.white for info in self._mask_infos.values())
+        white = sum(info.white for infos in self._companion_infos.values() for info in infos.values())
         lines = {
             f"{pluralize(len(reasons), 'image')} quarantined: {join_limited(reasons)}": reasons,
             f"caption files without an image ({len(self.orphans)}): {join_limited(self.orphans)}": self.orphans,

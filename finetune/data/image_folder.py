@@ -9,11 +9,11 @@ from typing import Literal, NamedTuple
 
 from finetune.data.buckets import Buckets
 from finetune.data.captions import CAPTION_SUFFIXES, COLUMN, Texts, find_captions, is_metadata
+from finetune.data.companions import companion_kind, companions_of
 from finetune.data.image_dataset import ImageFileDataset, Ledger
 from finetune.data.image_index import ImageIndex
 from finetune.data.images import PictureFile
 from finetune.data.listing import PICTURE_SUFFIXES, ending, is_picture, list_files
-from finetune.data.masks import checked_masks, is_mask, masks_of
 from finetune.data.transforms import WHITE, Preprocess
 from finetune.errors import DataError, UsageError
 from finetune.text import join_limited
@@ -48,7 +48,7 @@ class ImageFolder(ImageFileDataset):
         trigger: word put in place of every [trigger], or in front of each caption.
         resolution, resize_mode, center_crop, random_flip, buckets, background: see `Preprocess`.
         caption_lines: "joined": a caption of several lines is one; "chosen": each line is one, and visits take turns.
-        masks: where an error counts (see `finetune/data/masks.py`): the files NAME.mask.png beside pictures; and the
+        masks: where an error counts (see `finetune.data.masks`): the files NAME.mask.png beside pictures; and the
             alpha channel of those without; or everywhere.
         memory: of earlier runs; without it, every picture is decoded once before anything else.
         part: what of the folder to open; None: all that `list_files` finds.
@@ -97,10 +97,11 @@ class ImageFolder(ImageFileDataset):
             raise UsageError(project)
         if not self._names:
             raise DataError(f"{folder}: no picture found; expected {' '.join(PICTURE_SUFFIXES)}")
-        masks_by_picture, self._lonely_masks = masks_of(files, self._names)
-        self._masks = {root / picture: root / mask for picture, mask in masks_by_picture.items()}
-        self._alpha, self.masked = masks == "files and alpha", masks != "none"
-        self._mask_infos, unusable = checked_masks(self._masks if self.masked else {}, memory)
+        companions, self._lonely_masks = companions_of(files, self._names)
+        files_by_picture = {
+            root / picture: {kind: root / file for kind, file in some.items()} for picture, some in companions.items()
+        }
+        unusable = self._open_companions(files_by_picture, masks, memory)
         repeats = repeats_of(self._names) if repeated else []
         self._repeated = bool(repeats)
         subjects = {name: name.split("/")[0].partition("_")[2] for name in self._names} if repeats else {}
@@ -124,14 +125,12 @@ class ImageFolder(ImageFileDataset):
             trigger=trigger,
             transform=transform,
             memory=memory,
-            bad=captions.unreadable
-            | {name: unusable[root / name] for name in masks_by_picture if root / name in unusable},
+            bad=captions.unreadable | {name: unusable[root / name] for name in companions if root / name in unusable},
             repeats=repeats,
             orphans=captions.orphans,
             empty=captions.empty,
             more=metadata is not None,
         )
-        self.masked = self.masked and bool(self._masks or self._alpha)
         self.passed_over = captions.passed_over
         resolved = root.resolve()
         if not repeats and _REPEATED.fullmatch(resolved.name):
@@ -148,7 +147,7 @@ class ImageFolder(ImageFileDataset):
         orphans |= {"masks without a picture": len(self._lonely_masks)} if self._lonely_masks else {}
         ledger = super().ledger()
         skipped = {**orphans, **strange, **ledger.skipped}
-        masks = len(set(self._masks.values()))
+        masks = len({file for some in self._companions.values() for file in some.values()})
         return ledger._replace(found=self._count, captions=self._caption_files, masks=masks, skipped=skipped)
 
     def _warnings(self) -> list[str]:
@@ -194,7 +193,7 @@ def _project(root: Path, names: Sequence[str]) -> str:
 
 def pictures_among(files: Sequence[str]) -> list[str]:
     """Return the files that are pictures to train on."""
-    return [file for file in files if is_picture(file) and not is_mask(file)]
+    return [file for file in files if is_picture(file) and companion_kind(file) is None]
 
 
 def repeats_of(pictures: Sequence[str]) -> list[int]:

@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from finetune.data.captions import CAPTION_SUFFIXES, Texts
+from finetune.data.companions import companion_kind, companions_of
 from finetune.data.image_index import FileStamp, ImageIndex
 from finetune.data.listing import is_picture
-from finetune.data.masks import is_mask, masks_of
 from finetune.errors import DataError
 
 TEXT_SUFFIXES = (*CAPTION_SUFFIXES, ".json")
@@ -27,7 +27,7 @@ _LONGEST_TEXT = 1_000_000
 _END = 1024
 """Zeros, at least, that end a tar file."""
 
-_VERSION = 3
+_VERSION = 4
 """Of what is remembered: another one is read again."""
 
 Place = tuple[str, int, int]
@@ -40,9 +40,10 @@ class ShardPicture(NamedTuple):
     place: Place
     texts: dict[str, Texts]
     """Ending -> the caption in a file of that ending."""
-    unreadable: str | None = None
+    unreadable: str | None
     """What is wrong with its caption."""
-    mask: Place | None = None
+    companions: dict[str, Place]
+    """Kind -> where the companion of that kind is."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def _remembered(shard: Path, memory: ImageIndex | None) -> ShardIndex | None:
 
 
 def _of_row(row: str) -> ShardPicture:
-    place, texts, unreadable, mask = json.loads(row)
-    return ShardPicture(tuple(place), texts, unreadable, mask and tuple(mask))
+    place, texts, unreadable, companions = json.loads(row)
+    return ShardPicture(tuple(place), texts, unreadable, {kind: tuple(at) for kind, at in companions.items()})
 
 
 def key_of(name: str) -> str:
@@ -111,7 +112,7 @@ class _Members:
     """What is found in a shard, member by member."""
 
     pictures: list[Place] = field(default_factory=list)
-    masks: list[Place] = field(default_factory=list)
+    companions: list[Place] = field(default_factory=list)
     texts: dict[str, dict[str, Texts]] = field(default_factory=dict)
     """Name without its ending -> ending -> the caption."""
     unreadable: dict[str, str] = field(default_factory=dict)
@@ -138,14 +139,14 @@ def _read(shard: Path, memory: ImageIndex | None) -> tuple[ShardIndex, list[Shar
         raise DataError(f"{shard}: {error.strerror}") from error
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{shard}: not a whole tar file ({error}); fetch it again, or leave it out") from error
-    masks = {mask[0]: mask for mask in members.masks}
-    masked, lonely = masks_of(masks, [name for name, _, _ in members.pictures])
+    places = {place[0]: place for place in members.companions}
+    companions, lonely = companions_of(places, [name for name, _, _ in members.pictures])
     pictures = [
         ShardPicture(
             place,
             members.texts.get(key_of(place[0]), {}),
             members.unreadable.get(key_of(place[0])),
-            masks.get(masked.get(place[0], "")),
+            {kind: places[name] for kind, name in companions.get(place[0], {}).items()},
         )
         for place in members.pictures
     ]
@@ -181,7 +182,7 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, members: _Members) -> s
     if name.name.startswith("."):
         return "hidden files"
     if is_picture(member.name):
-        places = members.masks if is_mask(member.name) else members.pictures
+        places = members.companions if companion_kind(member.name) else members.pictures
         places.append((member.name, member.offset_data, member.size))
         return None
     if ending not in TEXT_SUFFIXES:

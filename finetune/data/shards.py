@@ -13,7 +13,6 @@ from finetune.data.image_dataset import ImageFileDataset, Ledger
 from finetune.data.image_index import ImageIndex
 from finetune.data.images import Member, PictureFile
 from finetune.data.listing import is_picture
-from finetune.data.masks import checked_masks
 from finetune.data.shard_index import TEXT_SUFFIXES, Place, ShardIndex, ShardPicture, index_of, pictures_of
 from finetune.data.transforms import WHITE, Preprocess
 from finetune.errors import DataError, UsageError
@@ -77,13 +76,16 @@ class TarShards(ImageFileDataset):
         captions = [_caption(picture.texts, prompt, caption_lines) for _, picture in members]
         ids = [f"{called[member.shard]}/{member.name}" for member in self._members]
         bad = {name: picture.unreadable for name, (_, picture) in zip(ids, members, strict=True) if picture.unreadable}
-        self._alpha, self.masked = masks == "files and alpha", masks != "none"
-        self._masks = {member: _member(member.shard, picture.mask) for member, picture in members if picture.mask}
+        companions = {
+            member: {kind: _member(member.shard, place) for kind, place in picture.companions.items()}
+            for member, picture in members
+            if picture.companions
+        }
         others = indices if part is None or part[0] == 0 else {}  # what is no picture is accounted for with the first
         self._lonely_masks = sum(index.lonely_masks for index in others.values())
         self._skipped = sum((Counter(index.skipped) for index in others.values()), Counter[str]())
         self._captions = sum(index.captions for index in others.values())
-        self._mask_infos, unusable = checked_masks(self._masks if self.masked else {}, memory)
+        unusable = self._open_companions(companions, masks, memory)
         bad |= {f"{called[member.shard]}/{member.name}": reason for member, reason in unusable.items()}
         super().__init__(
             str(root),
@@ -96,7 +98,6 @@ class TarShards(ImageFileDataset):
             orphans=[f"{called[shard]}/{name}" for shard, index in others.items() for name in index.orphans],
             more=part is not None,
         )
-        self.masked = self.masked and bool(self._masks or self._alpha)
 
     def _file(self, place: int) -> PictureFile:
         return self._members[place]
@@ -105,7 +106,7 @@ class TarShards(ImageFileDataset):
         ledger = super().ledger()
         lonely = {"masks without a picture": self._lonely_masks} if self._lonely_masks else {}
         skipped = {**lonely, **dict(sorted(self._skipped.items())), **ledger.skipped}
-        masks = len(set(self._masks.values()))
+        masks = len({file for some in self._companions.values() for file in some.values()})
         total = ledger.found + self._captions + masks + self._lonely_masks + sum(self._skipped.values())
         return ledger._replace(found=total, captions=self._captions, masks=masks, skipped=skipped)
 

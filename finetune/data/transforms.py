@@ -37,6 +37,12 @@ class Crop(NamedTuple):
         part = resized.crop((left, top, left + width, top + height))
         return pil_to_tensor(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else part)
 
+    def companion_pixels(self, image: Image.Image, flip: bool = False) -> Tensor:
+        """(C, H, W) uint8 of a companion of the picture, such as a mask, which is scaled to its size first."""
+        height, width = self.original
+        same = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
+        return self.pixels(same, flip)
+
     def geometry(self, flip: bool = False) -> tuple[int, ...]:
         """Original height and width, crop top and left, target height and width; of the mirrored picture if `flip`."""
         (top, left), (height, width) = self.corner, self.size

@@ -1,20 +1,22 @@
 """A dataset of the user's own, checked, with our caption rules and preprocessing put over it."""
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
 from finetune.data.captions import first_caption
+from finetune.data.companions import has_aspect_of
 from finetune.data.image_checks import ImageInfo
 from finetune.data.image_dataset import Example, ImageDataset
-from finetune.data.images import digest_of, to_rgb
+from finetune.data.images import digest_of, to_rgb, upright_size
 from finetune.data.transforms import Preprocess
 from finetune.errors import DataError, UsageError
 
 
 class MapDataset(Protocol):
-    """Any map-style dataset of (PIL picture, caption, id)."""
+    """Any map-style dataset of (PIL image, caption, id), or of (PIL image, caption, id, companions)."""
 
     def __len__(self) -> int: ...
 
@@ -22,7 +24,10 @@ class MapDataset(Protocol):
 
 
 class UserDataset(ImageDataset):
-    """Rows of (picture, caption, id) that are trained on like a folder of pictures.
+    """Rows of (image, caption, id) that are trained on like a folder of pictures.
+
+    A fourth element of each row holds the picture's companions, kind -> image of the picture's shape: {"mask": image}
+    says where an error counts, or where an inpainting model paints. It may be empty.
 
     Args:
         rows: map-style; its attributes `ids` and `captions`, where it has them, spare opening every picture once, and
@@ -32,7 +37,7 @@ class UserDataset(ImageDataset):
         transform: how the pictures become squares; None: they are of one size that the model can take.
 
     Raises:
-        DataError: there are no rows, one is not (picture, caption, id), or an id stands for two pictures.
+        DataError: there are no rows, one is something else, or an id stands for two pictures.
     """
 
     def __init__(
@@ -45,12 +50,19 @@ class UserDataset(ImageDataset):
     ):
         if not len(rows):
             raise DataError("the dataset is empty")
-        self._rows, self._known = rows, dict[int, ImageInfo]()
+        self._rows, self._infos = rows, dict[int, ImageInfo]()
+        self._companions = dict[int, dict[str, str]]()
+        self._has_companions = _checked(rows[0], 0).companions is not None
+        self.masked = self._has_companions
         ids, texts, contents = (getattr(rows, name, None) for name in ("ids", "captions", "contents"))
         if ids is None or texts is None:
-            opened = [_checked(rows[index], index) for index in range(len(rows))]
-            texts, ids = [text for _, text, _ in opened], [name for _, _, name in opened]
-            contents = [_digest(image) for image, _, _ in opened]
+            ids, texts, contents = [], [], []
+            for index in range(len(rows)):
+                row = self._row(index)
+                ids.append(row.id)
+                texts.append(row.caption)
+                contents.append(_digest(row.image))
+                self._companions[index] = _digests(row)
         if not len(ids) == len(texts) == len(rows):
             raise DataError(f"the dataset has {len(rows)} rows, {len(ids)} ids and {len(texts)} captions")
         if strange := [text for text in texts if not isinstance(text, str | None)]:
@@ -58,14 +70,40 @@ class UserDataset(ImageDataset):
         captions = [first_caption((("the dataset", text), ("prompt", prompt))) for text in texts]
         super().__init__(ids, captions, contents or (), trigger=trigger, transform=transform)
 
+    def _row(self, index: int) -> "_Row":
+        row = _checked(self._rows[index], index)
+        if (row.companions is not None) != self._has_companions:
+            here, first = (4 if has else 3 for has in (row.companions is not None, self._has_companions))
+            raise DataError(
+                f"dataset[{index}] has {here} elements, dataset[0] has {first}; expected the same of all rows"
+            )
+        return row
+
     def __getitem__(self, index: int) -> Example:
-        return Example(_checked(self._rows[index], index)[0], self.captions[index], self.ids[index])
+        return Example(self._row(index).image, self.captions[index], self.ids[index])
 
     def image_info(self, index: int) -> ImageInfo:
-        if index not in self._known:
+        if index not in self._infos:
             image = to_rgb(self[index].image)
-            self._known[index] = ImageInfo(image.size, _digest(image))
-        return self._known[index]
+            self._infos[index] = ImageInfo(image.size, _digest(image))
+        return self._infos[index]
+
+    def companions(self, index: int) -> Mapping[str, str]:
+        if not self._has_companions:
+            return {}
+        if index not in self._companions:
+            self._companions[index] = _digests(self._row(index))
+        return self._companions[index]
+
+    def companion(self, index: int, kind: str) -> Image.Image | None:
+        image = (self._row(index).companions or {}).get(kind)
+        if image is None:
+            return None
+        return to_rgb(image, background="black").convert("L") if kind == "mask" else to_rgb(image)
+
+    def companion_digests(self) -> list[str]:
+        """Return the digests of companions that were opened: a dataset with `ids` vouches for the others."""
+        return [digest for index in sorted(self._companions) for digest in self._companions[index].values()]
 
 
 def refuse_unindexed(dataset: object) -> None:
@@ -93,11 +131,40 @@ def _digest(image: Image.Image) -> str:
     return digest_of(f"{image.mode} {image.size}".encode() + image.tobytes())
 
 
-def _checked(row: Any, index: int) -> tuple[Image.Image, str | None, str]:
-    if not isinstance(row, tuple) or len(row) != 3:
-        raise DataError(f"row {index} of the dataset is no (picture, caption, id) but {type(row).__name__}")
-    image, caption, name = row
-    if not isinstance(image, Image.Image) or not isinstance(caption, str | None) or not isinstance(name, str):
+class _Row(NamedTuple):
+    """A row of the user's dataset."""
+
+    image: Image.Image
+    caption: str | None
+    id: str
+    companions: Mapping[str, Image.Image] | None = None
+
+
+def _digests(row: _Row) -> dict[str, str]:
+    return {kind: _digest(image) for kind, image in (row.companions or {}).items()}
+
+
+_EXPECTED = "(PIL image, caption, id) or (PIL image, caption, id, {kind: PIL image})"
+
+
+def _checked(row: Any, index: int) -> _Row:
+    if not isinstance(row, tuple) or len(row) not in (3, 4):
+        size = f" of {len(row)}" if isinstance(row, tuple) else ""
+        raise DataError(f"dataset[{index}] is a {type(row).__name__}{size}; expected {_EXPECTED}")
+    image, caption, name, *more = row
+    companions = more[0] if more else None
+    if (
+        not isinstance(image, Image.Image)
+        or not isinstance(caption, str | None)
+        or not isinstance(name, str)
+        or not isinstance(companions, Mapping | None)
+        or not all(isinstance(companion, Image.Image) for companion in (companions or {}).values())
+    ):
         kinds = ", ".join(type(part).__name__ for part in row)
-        raise DataError(f"row {index} of the dataset is ({kinds}); it should be (PIL picture, caption, id)")
-    return image, caption, name
+        raise DataError(f"dataset[{index}] is ({kinds}); expected {_EXPECTED}")
+    for kind, companion in (companions or {}).items():
+        (width, height), (across, down) = upright_size(companion), upright_size(image)
+        if not has_aspect_of((width, height), (across, down)):
+            sizes = f"{width}x{height} for a picture of {across}x{down}"
+            raise DataError(f"dataset[{index}]: its {kind} has another shape: {sizes}")
+    return _Row(image, caption, name, companions)

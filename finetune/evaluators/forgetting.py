@@ -12,7 +12,6 @@ from finetune.batch import moved
 from finetune.config import ResolvedConfig
 from finetune.data.captions import with_trigger
 from finetune.evaluators.evaluator import EvaluationLog, EvaluationPeriod, training_passes
-from finetune.models.image_condition import fully_masked_channels
 from finetune.models.loading import DiffusionModel
 from finetune.results import tracking
 from finetune.training.forgetting import Probe, probe_drift, record_probe
@@ -80,7 +79,8 @@ def _record(
     keys = torch.tensor([seeding.example_key(0, prompt, 0) for prompt in prompts])
     latent = side // model.pipeline().vae_scale_factor  # pyright: ignore[reportAttributeAccessIssue] # of latent ones
     noise = seeding.normal(keys, "forgetting", (unet.config["out_channels"], latent, latent))
-    extra = fully_masked_channels(model.encoder.to(unet.device), keys, side) if model.inpainting else None
+    condition = model.image_condition
+    extra = None if condition is None else condition.empty(model.encoder.to(unet.device), keys, side)
     return record_probe(
         unet, objective, cond, empty, noise, states=STATES, batch_size=config.train_batch_size, extra=extra
     )

@@ -28,7 +28,7 @@ def known_pictures(config: ResolvedConfig, pictures: ImageDataset) -> TrainingFe
 def _as_trained(config: ResolvedConfig, pictures: ImageDataset, some: Sequence[int]) -> Iterator[Image.Image]:
     visits = LiveImages(pictures)
     for index in some:
-        pixels, _ = visits.load(index, example_key(config.seed, pictures.ids[index], 0), flip=False)
+        pixels = visits.load(index, example_key(config.seed, pictures.ids[index], 0), flip=False).stored
         yield to_pil_image(pixels)
 
 
@@ -72,9 +72,9 @@ def make_memorization(
 ) -> Memorization | None:
     """The evaluator of a run; None where grids cannot be compared with training pictures.
 
-    What an inpainting model paints holds most of a training picture.
+    What a model draws from a training picture, as one that inpaints does, holds most of it.
     """
-    if not grids.plan.prompts or grids.paints:
+    if not grids.plan.prompts or grids.image_condition is not None:
         return None
     training_features = known_pictures(config, pictures)
     return Memorization(training_features, grids, log) if training_features else None

@@ -9,17 +9,16 @@ from pathlib import Path
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from finetune.cache.image_source import LiveImages
+from finetune.cache.image_source import LiveImages, condition_pixels
 from finetune.config import ResolvedConfig, TrainConfig
 from finetune.data.captions import TRIGGER, with_trigger
 from finetune.data.image_dataset import ImageDataset
-from finetune.data.inpainting import middle_mask
 from finetune.data.sampler import steps_per_epoch
 from finetune.evaluators.evaluator import EvaluationLog, EvaluationPeriod, training_passes
 from finetune.evaluators.sample_prompts import SamplePrompt, sample_prompts
+from finetune.models.image_condition import ConditionImages, ImageCondition
 from finetune.models.loading import DiffusionModel
 from finetune.results.sampling import (
-    Hole,
     already_shows,
     draw_pictures,
     first_picture,
@@ -133,9 +132,9 @@ class SampleGrids:
         """Steps whose grids were drawn by this object, rather than found."""
 
     @property
-    def paints(self) -> bool:
-        """Whether grids show what an inpainting model has painted into a training picture."""
-        return self._model.inpainting
+    def image_condition(self) -> ImageCondition | None:
+        """What the model is shown, of the first training picture; None: grids are drawn from prompts alone."""
+        return self._model.image_condition
 
     def should_run(self, step: int) -> bool:
         """Whether the run draws a grid after this step."""
@@ -158,7 +157,7 @@ class SampleGrids:
 
     def _draw(self) -> list[list[Image.Image]]:
         """A row of pictures for each prompt."""
-        config, hole = self._config, self._hole()
+        config, condition = self._config, self._condition()
         return [
             draw_pictures(
                 self._model,
@@ -169,22 +168,20 @@ class SampleGrids:
                 guidance_scale=config.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale,
                 negative_prompt=prompt.negative,
                 at_once=AT_ONCE,
-                hole=hole,
+                condition=condition,
             )[0]
             for prompt in self.plan.prompts
         ]
 
-    def _hole(self) -> Hole | None:
-        """What an inpainting model paints: the first training picture, as its mask says, or the middle of it."""
-        if not self.paints:
+    def _condition(self) -> ConditionImages | None:
+        """The first training picture and its image condition, of which nothing is random."""
+        if self.image_condition is None:
             return None
         pictures, index = self._pictures, self._pictures.trained[0]
-        pixels, _ = LiveImages(pictures, inpainting=True).load(
-            index, example_key(self._config.seed, pictures.ids[index], 0), False
-        )
-        drawn = pictures.mask_digest(index) is None
-        mask = middle_mask(pixels.shape[1], pixels.shape[2]) if drawn else pixels[3:]
-        return Hole(to_pil_image(pixels[:3]), to_pil_image(mask))
+        visits, key = LiveImages(pictures), example_key(self._config.seed, pictures.ids[index], 0)
+        crop, _ = visits.crop_and_flip(index, key)
+        shown = condition_pixels(self.image_condition, pictures, index, crop=crop, flip=False, key=None)
+        return ConditionImages(to_pil_image(visits.load(index, key, flip=False).stored), to_pil_image(shown))
 
     def delete_stale(self, step: int) -> None:
         """Delete grids of steps after this one, which the run may not come to, and, if it draws any, those of other
@@ -218,7 +215,7 @@ class SampleGrids:
         """A digest of everything but the weights that decides what a grid shows."""
         config, plan = self._config, self.plan
         settings = (plan.pictures, config.resolution, config.num_inference_steps, config.guidance_scale)
-        if self.paints:
+        if self.image_condition is not None:
             settings += (self._pictures.image_info(self._pictures.trained[0]).digest,)
         return f"{fold(*map(_drawn_of, plan.prompts), *map(str, settings)):016x}"
 

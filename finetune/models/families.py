@@ -29,8 +29,10 @@ class Family:
     """Whose layout it has in a checkpoint in one file: "sd15", "sd21" or "sdxl"; None: there is none for it."""
     small: bool = False
     """A network that gains nothing from half precision on a CPU."""
-    inpainting: bool = False
-    """Its UNet is shown a picture with a hole beside x_t, and paints what belongs there."""
+    image_condition: str | None = None
+    """What its UNet is shown of a picture with x_t: see `finetune.models.image_condition`."""
+    variant_of: str | None = None
+    """The family that has the same parts without an image condition."""
     tiny_vocabulary: bool = False
     """Its tokenizer knows so few words that others are worth telling."""
     probe_prompts: str = "everyday"
@@ -44,6 +46,10 @@ class Family:
     def latent(self) -> bool:
         """True: a VAE and a text encoder stand around the UNet. False: pixel space."""
         return "vae" in self.components
+
+    def condition_channels(self, latents: int) -> int:
+        """How many channels its image condition has, where latents have this many."""
+        return {None: 0, "inpainting": 1 + latents}[self.image_condition]
 
     def is_small(self, resolution: int) -> bool:
         """Whether its network at this resolution gains nothing from half precision on a CPU."""
@@ -103,8 +109,16 @@ _OWN: dict[str, Family] = {
 def _inpainting(base_name: str, hub_id: str, pipeline: str, resolution: int) -> Family:
     base = _OWN[base_name]
     description = f"{base.description.removesuffix(' (v-prediction)')}, inpainting"
-    changes = {"hub_id": hub_id, "pipeline": pipeline, "resolution": resolution, "inpainting": True}
-    return replace(base, name=f"{base_name}-inpainting", description=description, **changes)
+    return replace(
+        base,
+        name=f"{base_name}-inpainting",
+        description=description,
+        hub_id=hub_id,
+        pipeline=pipeline,
+        resolution=resolution,
+        image_condition="inpainting",
+        variant_of=base_name,
+    )
 
 
 _INPAINT, _XL_INPAINT = "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"

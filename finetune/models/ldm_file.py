@@ -146,12 +146,12 @@ _INPAINTING = {
 """What is other in it for an inpainting model, as in Stable Diffusion's own v1-inpainting-inference.yaml."""
 
 
-def yaml_beside(scheduler: Mapping[str, Any], family: str, *, inpainting: bool = False) -> str | None:
+def yaml_beside(scheduler: Mapping[str, Any], family: str, *, image_condition: str | None = None) -> str | None:
     """What A1111 and Forge need beside a checkpoint where nothing in the file can say what it predicts."""
     if family != "sd15" or scheduler["prediction_type"] != "v_prediction":
         return None
     text = _VELOCITY_YAML
-    for plain, other in _INPAINTING.items() if inpainting else ():
+    for plain, other in _INPAINTING.items() if image_condition == "inpainting" else ():
         text = text.replace(plain, other)
     return text
 

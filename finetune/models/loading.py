@@ -3,6 +3,7 @@
 # diffusers annotates its own methods narrower than what they take and give.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from finetune.errors import ModelError, UsageError
 from finetune.models.conditioners import ClipConditioner, Conditioner, NoCondition, SdxlConditioner
 from finetune.models.encoders import Encoder, PixelEncoder, VaeEncoder
 from finetune.models.families import Family
+from finetune.models.image_condition import ImageCondition, image_condition_of
+from finetune.models.inpainting import Inpainting
 from finetune.models.model_info import ModelInfo, locate, scratch_multiple
 from finetune.models.source import ModelSource, open_source, vae_from, vae_from_file
 
@@ -41,10 +44,14 @@ class DiffusionModel:
     new_prediction_type: str | None = None
     """What the UNet is to predict, where that is not what its folder says."""
 
+    image_condition: ImageCondition | None = None
+    """What the UNet is shown of a picture with x_t."""
+
     @property
     def inpainting(self) -> bool:
-        """Whether the UNet is shown a picture with a hole beside x_t."""
-        return self.family.inpainting
+        """Whether the image condition is that of an inpainting model; warns, as version 0.1 had it."""
+        warnings.warn("DiffusionModel.inpainting is now DiffusionModel.image_condition", DeprecationWarning, 2)
+        return isinstance(self.image_condition, Inpainting)
 
     def pipeline(self) -> DiffusionPipeline:
         """A diffusers pipeline over the live UNet (no copy of any weight)."""
@@ -118,6 +125,7 @@ def load_model(
         family=model_info.family,
         make_pipeline=make_pipeline,
         component_dirs=frozen.component_dirs,
+        image_condition=frozen.image_condition,
     )
     if prediction_type != scheduler_config.get("prediction_type", "epsilon"):
         model.new_prediction_type = prediction_type
@@ -172,7 +180,7 @@ class Frozen:
     """Arguments of the pipeline beside UNet and scheduler."""
     component_dirs: Mapping[str, Path] = field(default_factory=dict)
     """See `DiffusionModel`."""
-    inpainting: bool = False
+    image_condition: ImageCondition | None = None
     """See `DiffusionModel`."""
 
 
@@ -218,9 +226,12 @@ def _frozen(
     else:
         conditioner = ClipConditioner(text["tokenizer"], text["text_encoder"], max_token_length, clip_skip)
         more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    component_dirs = {part: folder for part, folder in files.items() if folder}
     return Frozen(
-        VaeEncoder(vae), conditioner, {"vae": vae, **text, **more}, component_dirs, model_info.family.inpainting
+        VaeEncoder(vae),
+        conditioner,
+        components={"vae": vae, **text, **more},
+        component_dirs={part: folder for part, folder in files.items() if folder},
+        image_condition=image_condition_of(model_info.family.image_condition),
     )
 
 

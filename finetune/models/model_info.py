@@ -221,12 +221,14 @@ def _in_a_file(name: str, path: Path) -> ModelInfo:
 
 
 def _as_it_takes(name: str, family: Family, channels: Any, latents: Any) -> Family:
-    """The family, or its inpainting sister, by how many channels the UNet takes and the VAE gives."""
-    plain = FAMILIES[family.name.removesuffix("-inpainting")]
+    """The family, or its variant with an image condition, by how many channels the UNet takes and the VAE gives."""
+    plain = FAMILIES[family.variant_of or family.name]
     if channels == latents:
         return plain
-    if latents and channels == 2 * latents + 1:  # beside x_t a mask, and the latents of what is left of the picture
-        return FAMILIES[plain.name.removesuffix("-base") + "-inpainting"]
+    base = plain.name.removesuffix("-base")
+    for variant in FAMILIES.values():
+        if variant.variant_of == base and latents and channels == latents + variant.condition_channels(latents):
+            return variant
     raise ModelError(
         f"--model {name}: its UNet takes {channels} channels and its VAE gives {latents}; UNets that take more "
         "are trained only where they inpaint (9 for 4)"

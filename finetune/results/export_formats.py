@@ -79,7 +79,7 @@ def has_yaml(model: DiffusionModel) -> bool:
 
 
 def _settings(model: DiffusionModel, family: str) -> str | None:
-    return yaml_beside(model.scheduler.config, family, inpainting=model.inpainting)
+    return yaml_beside(model.scheduler.config, family, image_condition=model.family.image_condition)
 
 
 def _checkpoint_facts(model: DiffusionModel, family: str, title: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tomli_w
@@ -54,7 +55,7 @@ def push(
     *,
     private: bool | None,
     settings: Mapping[str, Any],
-    inpainting: bool = False,
+    image_inputs: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Upload a run's export, sample grids and metrics with a model card; nothing else that lies in the folder.
 
@@ -66,7 +67,7 @@ def push(
         private: create the repository as private, and refuse one that is public; False: create it as public; None:
             create it as private, and take one that is public as it is.
         settings: option -> value, for the card.
-        inpainting: it paints into pictures.
+        image_inputs: argument of the pipeline -> name of an image file, of a model that is shown images.
 
     Returns:
         The repository's address.
@@ -86,7 +87,7 @@ def push(
                 raise UsageError(f"{address} exists and is public; make it private, or give another --hub_model_id")
         write_whole(folder / PUSHED, json.dumps({"repository": address.repo_id}) + "\n")
         files = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in pushed_files(folder)]
-        card = model_card(folder, address.repo_id, settings, inpainting=inpainting).encode(errors="replace")
+        card = model_card(folder, address.repo_id, settings, image_inputs=image_inputs).encode(errors="replace")
         files.append(CommitOperationAdd("README.md", card))
         api.create_commit(address.repo_id, files, commit_message="Trained with finetune-unet")
     except (UsageError, *hub_errors(), ValueError, RuntimeError) as error:  # RuntimeError: a broken-off upload
@@ -97,8 +98,6 @@ def push(
 
 
 _UNCONDITIONAL = "unconditional-image-generation"
-_HOLE = ', image=Image.open("room.png"), mask_image=Image.open("hole.png")'
-"""What an inpainting pipeline is given beside the prompt."""
 
 
 def _new_repository(api: HfApi, name: str, *, private: bool) -> Any:
@@ -169,7 +168,13 @@ def _grids(folder: Path) -> list[Path]:
     return [path for _, path in sorted(grids)]
 
 
-def model_card(folder: Path, repository: str, settings: Mapping[str, Any], *, inpainting: bool = False) -> str:
+def model_card(
+    folder: Path,
+    repository: str,
+    settings: Mapping[str, Any],
+    *,
+    image_inputs: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """README.md for an exported run: what it is, its last sample grid, how to load it, its settings.
 
     Free text, such as a caption, stands only in code blocks, as a Python or TOML string on one line: there it cannot
@@ -180,7 +185,7 @@ def model_card(folder: Path, repository: str, settings: Mapping[str, Any], *, in
         repository: the hub id under which it will be found.
         settings: option -> value; those that say nothing about the result are left out, local paths are shortened
             to their last part.
-        inpainting: it paints into pictures.
+        image_inputs: argument of the pipeline -> name of an image file, of a model that is shown images.
 
     Raises:
         RunError: nothing was exported to the folder.
@@ -199,14 +204,15 @@ def model_card(folder: Path, repository: str, settings: Mapping[str, Any], *, in
         base_model=base,
         datasets=[source for source in sources if _hub_id(source)] or None,
         library_name="diffusers",
-        pipeline_tag="image-to-image" if inpainting else "text-to-image" if files.takes_text else _UNCONDITIONAL,
+        pipeline_tag="image-to-image" if image_inputs else "text-to-image" if files.takes_text else _UNCONDITIONAL,
         tags=[TAG, *(["lora"] if files.adapter else [])],
     )
     kind = "A LoRA" if files.adapter else "A diffusion model"
     grid = "".join(f"![samples](samples/{path.name})\n\n" for path in _grids(folder)[-1:])
     given = _literal(with_trigger(facts.get("prompt") or "", facts.get("trigger")) or "your prompt")
-    given = given * files.takes_text + _HOLE * inpainting
-    imports = "from PIL import Image\n" * inpainting
+    given *= files.takes_text
+    given += "".join(f', {name}=Image.open("{file}")' for name, file in image_inputs.items())
+    imports = "from PIL import Image\n" * bool(image_inputs)
     return (
         f"---\n{front.to_yaml()}\n---\n\n# {repository.split('/')[-1]}\n\n"
         f"{kind}, trained{f' from `{base}`' if base else ''} with finetune-unet.\n\n{grid}"

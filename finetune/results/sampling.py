@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from finetune.atomic_io import write_whole
 from finetune.batch import as_input
+from finetune.models.image_condition import ConditionImages
 from finetune.models.loading import DiffusionModel
 from finetune.results.text_drawing import fitting, write
 
@@ -28,15 +29,6 @@ READABLE = 160
 _SHOWS = "finetune"
 _FIRST = "first"
 """Entries of a PNG: what it shows; and left, top, right and bottom of a grid's first picture."""
-
-
-class Hole(NamedTuple):
-    """What an inpainting model is to paint."""
-
-    picture: Image.Image
-    """RGB, of a size that the model takes."""
-    mask: Image.Image
-    """8 bit grey, of the same size: white where it is to be painted."""
 
 
 class Start(NamedTuple):
@@ -59,7 +51,7 @@ def draw_pictures(
     guidance_scale: float = 7.5,
     negative_prompt: str = "",
     at_once: int = 1,
-    hole: Hole | None = None,
+    condition: ConditionImages | None = None,
     begin_with: Start | None = None,
 ) -> list[list[Image.Image]]:
     """Pictures for each prompt (outer) and seed (inner), the UNet in eval mode.
@@ -77,7 +69,7 @@ def draw_pictures(
         guidance_scale: classifier-free guidance, 1 is none; latent mode only.
         negative_prompt: what guidance leads away from.
         at_once: pictures of a prompt that are drawn as one batch: quicker, but rounded otherwise than one by one.
-        hole: for an inpainting model: what it paints, in place of a whole picture.
+        condition: what a model with an image condition is shown, such as the hole that it paints; None: nothing.
         begin_with: for other latent models: a picture to draw over (Meng et al. 2021, algorithm 1).
     """
     model.to(model.unet.device)  # `encode` has sent the frozen parts to the CPU
@@ -91,9 +83,8 @@ def draw_pictures(
             return [drawn.images]
     width, height = (resolution, resolution) if isinstance(resolution, int) else resolution
     draw, size = cast(Any, pipeline), {"height": height, "width": width}
-    if model.inpainting:
-        white = {mode: Image.new(mode, (width, height), "white") for mode in ("RGB", "L")}
-        size = _repainting(hole or Hole(white["RGB"], white["L"]))
+    if model.image_condition is not None:
+        size = model.image_condition.pipeline_arguments(condition, width=width, height=height)
     elif begin_with:
         draw = cast(Any, AutoPipelineForImage2Image.from_pipe(pipeline))
         draw.set_progress_bar_config(disable=True)
@@ -116,12 +107,6 @@ def draw_pictures(
                     ).images
             rows.append(row)
     return rows
-
-
-def _repainting(hole: Hole) -> dict[str, Any]:
-    """The arguments of an inpainting pipeline that say what to paint, from nothing but noise there."""
-    width, height = hole.picture.size
-    return {"image": hole.picture, "mask_image": hole.mask, "strength": 1.0, "height": height, "width": width}
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def encoded_for(
         any_environment=config.cache_any_environment,
         visited=chain(
             ((index, None) for index in validated),
-            _visits(config, pictures, steps, parallel, inpainting=model.inpainting),
+            _visits(config, pictures, steps, parallel, keyed=model.image_condition is not None),
         ),
         at_most={"before": None, "ahead": 0, "auto": at_most}[config.encode],
         on_progress=on_progress,
@@ -135,11 +135,11 @@ def encoded_for(
 
 
 def _visits(
-    config: ResolvedConfig, pictures: ImageDataset, steps: range, parallel: Parallel, *, inpainting: bool
+    config: ResolvedConfig, pictures: ImageDataset, steps: range, parallel: Parallel, *, keyed: bool
 ) -> Iterator[tuple[int, int | None]]:
-    """Pictures, and with what key they are visited where that decides what is encoded of them."""
+    """Yield the pictures that are visited; if `keyed`, with the sample key, which decides what is encoded of them."""
     plan, local = sampler(config, pictures), (steps, parallel.rank, parallel.world_size)
-    if inpainting:
+    if keyed:
         for index, number in plan.all_visits(*local):
             yield index, example_key(config.seed, pictures.ids[index], number)
     else:

@@ -313,7 +313,7 @@ def identity(chunks: Chunks) -> str:
 def digest(pictures: ImageDataset) -> str:
     """A digest of the pictures, their names, captions and repeats."""
     captions = [text for index in range(len(pictures)) for text in pictures.texts(index)]
-    fields = (*pictures.ids, *captions, *pictures.contents, *pictures.repeats, *pictures.mask_digests)
+    fields = (*pictures.ids, *captions, *pictures.contents, *pictures.repeats, *pictures.companion_digests())
     if pictures.class_pictures:  # version 0.1.0 visited them in another order
         fields += ("in turn",)
     return f"{fold(*fields):016x}"

@@ -222,7 +222,7 @@ def _refuse_unusable(config: TrainConfig, model_info: ModelInfo, method: str, bu
     }
     if not model_info.family.latent and method == "lora":
         raise UsageError(f"method = lora: {model_info.name} is a pixel-space model; choose full")
-    if config.masked_loss and model_info.family.inpainting:
+    if config.masked_loss and model_info.family.image_condition == "inpainting":
         raise UsageError(
             f"masked_loss cannot be used with {model_info.name}: masks say where it paints, and all errors count"
         )

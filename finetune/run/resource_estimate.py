@@ -12,11 +12,11 @@ from diffusers import UNet2DConditionModel
 from finetune.cache.store import cache_folder
 from finetune.config import ResolvedConfig, replace
 from finetune.data.chunks import Chunks
-from finetune.data.inpainting import MASKS
 from finetune.data.sampler import steps_per_epoch
 from finetune.errors import UsageError
 from finetune.memory_limit import memory_limit
 from finetune.models.conditioners import chunks_of
+from finetune.models.image_condition import image_condition_of
 from finetune.models.loading import scratch_unet
 from finetune.models.lora import trainable
 from finetune.models.model_info import ModelInfo
@@ -304,8 +304,9 @@ def _encodings(config: ResolvedConfig, model_info: ModelInfo, chunks: Chunks) ->
     source = open_source(model_info)
     vae, unet = source.config("vae"), source.config("unet")
     positions = (config.resolution // 2 ** (len(vae["block_out_channels"]) - 1)) ** 2
-    versions = MASKS if model_info.family.inpainting else 1 + first.flips
-    latents = 2 * vae["latent_channels"] * positions * each * versions * pictures
+    condition = image_condition_of(model_info.family.image_condition)
+    conditions = len(condition.variants(None, has_companion=False)) if condition else 0
+    latents = 2 * vae["latent_channels"] * positions * each * (1 + first.flips) * (1 + conditions) * pictures
     captions = 0 if config.shuffle_caption else len(set(first.captions)) * len(chunks)
     states = captions * chunks_of(config.max_token_length) * _TOKENS * unet["cross_attention_dim"] * each
     return float(states + (0 if config.live_encoding else latents))

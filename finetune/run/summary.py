@@ -8,7 +8,6 @@ from finetune.cache.store import cache_folder
 from finetune.config import ResolvedConfig
 from finetune.data.chunks import Chunks
 from finetune.data.image_dataset import ImageDataset
-from finetune.data.inpainting import MASKS
 from finetune.data.sampler import steps_per_epoch
 from finetune.evaluators.sample_grids import SAMPLING_SHARE, SamplePlan
 from finetune.log_handlers import labelled
@@ -116,12 +115,9 @@ def _forgetting(run: Run) -> str:
 
 
 def _masks(run: Run) -> str:
-    files = len(run.pictures.mask_digests)
-    if run.model.inpainting:
-        drawn = "random, another at each visit" if run.config.live_encoding else f"random, {MASKS} for each image"
-        if not files:
-            return f"{drawn}; the model paints white areas"
-        return f"{files}, for other images {drawn}; the model paints white areas"
+    files = len(run.pictures.companion_digests())
+    if run.model.image_condition is not None:
+        return run.model.image_condition.summary(files, live=run.config.live_encoding)
     if not run.pictures.masked:
         return ""
     alpha = " and alpha channels" if run.config.masked_loss else ""
@@ -185,7 +181,7 @@ def _samples(samples: SamplePlan) -> str:
 def _about_options(run: Run) -> list[str]:
     """Options that look as if they were not meant so."""
     config, lines = run.config, list[str]()
-    if config.masked_loss and not run.pictures.mask_digests:
+    if config.masked_loss and not run.pictures.companion_digests():
         lines.append("--masked_loss is set, but there are no mask files: only alpha channels count")
     if run.model.family.layout == "sdxl" and config.clip_skip not in (None, 2):
         lines.append(f"--clip_skip {config.clip_skip}: XL is made for 2, and sd-scripts takes 2 whatever it is given")

@@ -58,9 +58,7 @@ def save(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)  # of a save that failed
     flush_to_disk(run_folder)
-    others = [path for _, path in checkpoints(run_folder) if path != folder]
-    for old in others[: max(0, len(others) - keep + 1)] if keep else []:
-        remove(old)
+    _prune(run_folder, keep, newest=folder)
     return folder
 
 
@@ -106,12 +104,24 @@ def discard_left_overs(run_folder: Path) -> None:
         shutil.rmtree(left_over)
 
 
-def discard_after(run_folder: Path, step: int) -> None:
-    """Delete the checkpoints above `step`: a run that resumes from there will not come to the same ones."""
+def _prune(run_folder: Path, keep: int, newest: Path) -> None:
+    """Delete all checkpoints but `newest` and the `keep` - 1 highest of the others; 0 keeps all."""
+    others = [path for _, path in checkpoints(run_folder) if path != newest]
+    for old in others[: max(0, len(others) - keep + 1)] if keep else []:
+        remove(old)
+
+
+def discard_others(run_folder: Path, step: int, keep: int = 0) -> None:
+    """Delete the checkpoints that a run which resumes from `step` should not find.
+
+    These are the later ones, which it will not come to in the same way, and those that `save` would have deleted after
+    that step, had it not been killed in between: all but the newest `keep` (0 keeps all).
+    """
     discard_left_overs(run_folder)
     for later, folder in checkpoints(run_folder):
         if later > step:
             remove(folder)
+    _prune(run_folder, keep, newest=folder_of(run_folder, step))
 
 
 def checkpoints(run_folder: Path) -> list[tuple[int, Path]]:

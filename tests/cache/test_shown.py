@@ -14,10 +14,10 @@ from finetune.cache.encode import encode
 from finetune.cache.encoded_dataset import EncodedDataset, as_batch
 from finetune.cache.image_source import CachedImages
 from finetune.data.image_folder import ImageFolder
-from finetune.data.inpainting import MASKS, drawn_mask, number_of
 from finetune.data.loader import batches, training_steps
 from finetune.data.transforms import normalize
 from finetune.errors import DataError
+from finetune.models.inpainting import MASKS, drawn_mask, mask_number
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.tiny import tiny_folder
 from finetune.training.objective import NoisePrediction
@@ -77,10 +77,10 @@ def test_the_unet_is_shown_what_the_pipeline_shows_it(folder: Path, model: Diffu
         image = pictures[index].image
         placement = pictures.placement(image.size, key)
         as_trained = Image.fromarray(placement.pixels(image).permute(1, 2, 0).numpy())
-        if (mask := pictures.mask(index)) is not None:
+        if (mask := pictures.companion(index, "mask")) is not None:
             drawn = Image.fromarray(placement.pixels(mask)[0].numpy())
         else:
-            source = key if live else seeding.example_key(0, pictures.ids[index], number_of(key))
+            source = key if live else seeding.example_key(0, pictures.ids[index], mask_number(key))
             drawn = Image.fromarray(drawn_mask(source, 64, 64)[0].numpy())
         expected = of_pipeline(model, as_trained, drawn, key)
         assert batch.extra is not None
@@ -111,11 +111,11 @@ def test_each_picture_is_encoded_whole_and_once_with_each_of_its_masks(folder: P
     assert new(encode(ImageFolder(folder, "a disc", resolution=64, random_flip=True), model, cache_dir=cache)) == 0
     plain = load_model("tiny")
     assert new(encode(ImageFolder(folder, "a disc", resolution=64), plain, cache_dir=cache)) == 0  # their own encodings
-    keys = {number_of(key): key for key in range(200)}
+    keys = {mask_number(key): key for key in range(200)}
     kept = flipped.visits
     assert isinstance(kept, CachedImages)
-    loaded = {number: flipped.visits.load(4, key)[0] for number, key in keys.items()}
-    assert len({tensor[-1].numpy().tobytes() for tensor in loaded.values()}) >= MASKS - 3  # some cover everything
+    loaded = {number: flipped.visits.load(4, key).condition["mask"] for number, key in keys.items()}
+    assert len({tensor.numpy().tobytes() for tensor in loaded.values()}) >= MASKS - 3  # some cover everything
 
 
 def test_another_mask_is_encoded_anew_and_one_that_changes_meanwhile_is_refused(
@@ -141,7 +141,7 @@ def test_another_mask_is_encoded_anew_and_one_that_changes_meanwhile_is_refused(
 def test_only_the_masks_that_visits_come_to_are_encoded(folder: Path, model: DiffusionModel) -> None:
     pictures = ImageFolder(folder, "a disc", resolution=64)
     visits = [(5, 3), (5, 4), (2, 3), (5, 3)]
-    numbers = {number_of(3), number_of(4)}
+    numbers = {mask_number(3), mask_number(4)}
     encoded = encode(pictures, model, cache_dir="none", visited=visits)
     assert new(encoded) == 2 + len(numbers) + 1
     ahead = encode(pictures, model, cache_dir="none", visited=visits, at_most=0)

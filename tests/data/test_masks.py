@@ -15,7 +15,7 @@ from finetune.cache import loss_masks as at_hand
 from finetune.cache.encode import encode
 from finetune.cache.image_source import LiveImages
 from finetune.config import TrainConfig
-from finetune.data import masks
+from finetune.data import companions
 from finetune.data.buckets import Buckets
 from finetune.data.image_folder import ImageFolder
 from finetune.data.image_index import ImageIndex
@@ -108,9 +108,9 @@ def test_a_mask_is_cropped_and_mirrored_with_its_picture(folder: Path, live: boo
 
 def test_people_see_what_does_not_count_in_the_dark(folder: Path) -> None:
     pictures = ImageFolder(folder, "a box", resolution=64)
-    boxed, _ = LiveImages(pictures).masked_preview(0, 0)
+    boxed = LiveImages(pictures).masked_preview(0, 0).stored
     assert boxed.amax((1, 2)).tolist() == [255, 0, 63]  # red is lit, blue is not
-    plain, _ = LiveImages(pictures).masked_preview(4, 0)
+    plain = LiveImages(pictures).masked_preview(4, 0).stored
     assert plain[0].min() > 250
 
 
@@ -119,8 +119,8 @@ def test_an_alpha_channel_is_a_mask_where_that_is_asked_for(tmp_path: Path) -> N
     picture.putalpha(left_half(64, 64))
     picture.save(tmp_path / "a.png")
     asked, not_asked = (ImageFolder(tmp_path, "x", resolution=64, masks=how) for how in ("files and alpha", "files"))
-    assert not_asked.mask(0) is None
-    mask = asked.mask(0)
+    assert not_asked.companion(0, "mask") is None
+    mask = asked.companion(0, "mask")
     assert mask is not None
     assert np.asarray(mask)[0].tolist() == [255] * 32 + [0] * 32
 
@@ -167,13 +167,15 @@ def test_masks_are_opened_once_unless_nothing_is_to_be_trusted(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    plain = masks.open_mask
-    monkeypatch.setattr(masks, "open_mask", lambda file, digest=None: opened.append(str(file)) or plain(file, digest))
+    plain = companions.open_mask
+    monkeypatch.setattr(
+        companions, "open_mask", lambda file, digest=None: opened.append(str(file)) or plain(file, digest)
+    )
 
     def again(*, strict: bool = False) -> list[str]:
         opened.clear()
         memory = ImageIndex(tmp_path / "cache", strict=strict)
-        return list(ImageFolder(folder, "a box", resolution=64, memory=memory).mask_digests)
+        return list(ImageFolder(folder, "a box", resolution=64, memory=memory).companion_digests())
 
     first = again()
     assert len(opened) == 4
@@ -198,7 +200,7 @@ def test_a_mask_is_black_where_it_is_transparent(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "b.png")
     Image.new("RGBA", (64, 64), (255, 255, 255, 0)).save(tmp_path / "b.mask.png")
     found = ImageFolder(tmp_path, "x", resolution=64)
-    opened = found.mask(0)
+    opened = found.companion(0, "mask")
     assert opened is not None
     assert (opened.getpixel((5, 5)), opened.getpixel((60, 5))) == (255, 0)
     assert [(bad.path, bad.reason) for bad in found.quarantined] == [("b.png", "its mask: it is black all over")]

@@ -137,9 +137,9 @@ def test_masks_are_those_of_the_same_files_in_a_folder(tmp_path: Path) -> None:
         theirs = ImageFolder(tmp_path / "folder", "x", resolution=64, masks=masks)
         ours = opened(shard, prompt="x", masks=masks)
         assert [name.removeprefix("0.tar/") for name in ours.ids] == theirs.ids
-        assert (ours.masked, ours.mask_digests) == (theirs.masked, theirs.mask_digests)
+        assert (ours.masked, ours.companion_digests()) == (theirs.masked, theirs.companion_digests())
         for number in range(len(ours)):
-            mine, other = ours.mask(number), theirs.mask(number)
+            mine, other = ours.companion(number, "mask"), theirs.companion(number, "mask")
             assert (mine and mine.tobytes()) == (other and other.tobytes())
         assert ours.ledger() == theirs.ledger()
         assert ours.ledger().adds_up()

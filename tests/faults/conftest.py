@@ -20,7 +20,13 @@ def options(pictures: Path) -> dict[str, object]:
     length = {"max_train_steps": 4, "train_batch_size": 1, "gradient_accumulation_steps": 2, "lr_warmup_steps": 1}
     learned = {"rank": 2, "lora_target_modules": "attn2.to_q", "lora_dropout": 0.1, "use_ema": True}
     seen = {"caption_dropout": 0.3, "random_flip": True, "no-aspect_ratio_bucketing": True}
-    kept = {"output_dir": "out", "checkpointing_steps": 2, "num_inference_steps": 0, "forgetting_prompts": 0}
+    kept = {
+        "output_dir": "out",
+        "checkpointing_steps": 2,
+        "checkpoints_total_limit": 1,
+        "num_inference_steps": 0,
+        "forgetting_prompts": 0,
+    }
     return {"model": "tiny", "data": pictures, **length, **learned, **seen, **kept}
 
 

@@ -36,9 +36,9 @@ def spoilt_in_the_second(given: dict[str, Any]) -> tuple[str, int]:
     load, visits = CachedImages.load, [0]
 
     def spoil(self: CachedImages, index: int, key: int) -> Any:
-        stored, *others = load(self, index, key)
+        image = load(self, index, key)
         visits[0] += 1
-        return stored * float("nan") if visits[0] == 3 else stored, *others
+        return image._replace(stored=image.stored * float("nan")) if visits[0] == 3 else image
 
     if os.environ["RANK"] == "1":
         CachedImages.load = spoil

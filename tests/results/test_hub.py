@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from finetune.config import TrainConfig, as_settings
 from finetune.errors import RunError, UsageError
 from finetune.models.families import FAMILIES
+from finetune.models.inpainting import Inpainting
 from finetune.models.loading import load_model
 from finetune.models.lora import add_lora
 from finetune.options import option_info, option_types
@@ -309,7 +310,9 @@ def test_the_front_matter_says_what_was_trained(run_folder: Path, tmp_path: Path
 
 
 def test_the_card_of_an_inpainting_model_gives_it_a_picture(run_folder: Path) -> None:
-    text = model_card(run_folder, "someone/cats", {"model": "sd15-inpainting"}, inpainting=True)
+    text = model_card(
+        run_folder, "someone/cats", {"model": "sd15-inpainting"}, image_inputs=Inpainting.pipeline_example
+    )
     assert "pipeline_tag: image-to-image" in text
     code = ast.parse(block(text, "python"))
     assert {alias.name for node in ast.walk(code) if isinstance(node, ast.ImportFrom) for alias in node.names} == {

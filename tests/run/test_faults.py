@@ -32,8 +32,8 @@ def third_is_spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
     load = CachedImages.load
 
     def spoil(self: CachedImages, index: int, key: int) -> Any:
-        stored, *others = load(self, index, key)
-        return stored * float("nan") if index == 2 else stored, *others
+        image = load(self, index, key)
+        return image._replace(stored=image.stored * float("nan")) if index == 2 else image
 
     monkeypatch.setattr(CachedImages, "load", spoil)
 

@@ -14,11 +14,12 @@ from finetune.cli import main
 from finetune.config import TrainConfig
 from finetune.data.image_folder import ImageFolder
 from finetune.errors import UsageError
+from finetune.models.image_condition import ConditionImages
 from finetune.models.loading import load_model
 from finetune.models.model_info import locate
 from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
-from finetune.results.sampling import Hole, draw_pictures
+from finetune.results.sampling import draw_pictures
 from tests.tiny_inpainting import make_inpainting
 from tests.tiny_sdxl import make_tiny_sdxl
 
@@ -97,11 +98,11 @@ def test_grids_paint_the_hole_of_the_first_picture(run: Path, model: Path, data:
     middle = Image.fromarray(np.pad(np.full((32, 32), 255, np.uint8), 16))
     drawn = []
     for index in range(6):
-        image, mask = pictures[index].image, pictures.mask(index)
+        image, mask = pictures[index].image, pictures.companion(index, "mask")
         placed = pictures.placement(image.size, 0)
         own = middle if mask is None else Image.fromarray(placed.pixels(mask)[0].numpy())
-        hole = Hole(Image.fromarray(placed.pixels(image).permute(1, 2, 0).numpy()), own)
-        drawn += draw_pictures(loaded, ["a red disc"], [0], resolution=64, num_inference_steps=2, hole=hole)[0]
+        shown = ConditionImages(Image.fromarray(placed.pixels(image).permute(1, 2, 0).numpy()), own)
+        drawn += draw_pictures(loaded, ["a red disc"], [0], resolution=64, num_inference_steps=2, condition=shown)[0]
     trained = [number for number, picture in enumerate(drawn) if np.array_equal(picture.resize(first.size, 0), first)]
     assert trained in ([0], [1], [2])  # not those that are held out, of which there are two
 
@@ -136,7 +137,7 @@ def test_full_training_exports_a_pipeline_that_paints(
     picture, mask = (Image.open(data / name).resize((64, 64)) for name in ("00.png", "00.mask.png"))
     ours = draw_pictures(
         load_model(out), ["a red disc"], [5], resolution=64, num_inference_steps=2, guidance_scale=3.0,
-        hole=Hole(picture, mask),
+        condition=ConditionImages(picture, mask),
     )[0][0]  # fmt: skip
     assert np.array_equal(np.asarray(ours), painted(pipeline, picture, mask))
 

@@ -68,8 +68,15 @@ def test_a_limit_above_their_number_keeps_all(tmp_path: Path) -> None:
 def test_what_lies_after_a_resumed_step_goes(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         checkpoint.save(tmp_path, state(step))
-    checkpoint.discard_after(tmp_path, 10)
+    checkpoint.discard_others(tmp_path, 10)
     assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [5, 10]
+
+
+def test_a_resume_finishes_the_deletions_of_a_save_that_was_cut_off(tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        checkpoint.save(tmp_path, state(step))
+    checkpoint.discard_others(tmp_path, 15, keep=2)
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [10, 15]
 
 
 @pytest.mark.parametrize("file", ["optimizer", "ema", "trainable"])
