@@ -206,8 +206,8 @@ def loader(work: Path) -> None:
         def batch_size(self, height: int, width: int) -> int:
             return 1
 
-        def sample(self, stored: torch.Tensor, keys: torch.Tensor, purpose: str = "") -> torch.Tensor:
-            return stored
+        def sample(self, latent_params: torch.Tensor, keys: torch.Tensor, purpose: str = "") -> torch.Tensor:
+            return latent_params
 
         def decode(self, x0: torch.Tensor) -> torch.Tensor:
             return x0
@@ -238,7 +238,9 @@ def precision(work: Path, data: Path | None) -> None:
         with torch.no_grad():
             losses[name] = torch.cat(
                 [
-                    objective.loss(model.unet, objective.sample(model.encoder.sample(b.stored, b.keys), b.keys), b.cond)
+                    objective.loss(
+                        model.unet, objective.sample(model.encoder.sample(b.latent_params, b.keys), b.keys), b.cond
+                    )
                     for b in batches
                 ]
             )

@@ -161,12 +161,12 @@ def checks(work: Path, options: argparse.Namespace) -> None:
     """What of a step is spent on seeing that loss and gradient are finite."""
     trainer = filled_trainer("lora", options.width)
     cond = conditions("sd15", 1)
-    stored = torch.zeros(1, 4, 32, 32, dtype=torch.uint8)
+    latent_params = torch.zeros(1, 4, 32, 32, dtype=torch.uint8)
     batch = ft.Batch(
-        stored=stored,
+        latent_params=latent_params,
         cond=cond,
         keys=torch.zeros(1, dtype=torch.int64),
-        geometry=torch.zeros(1, 6),
+        time_ids=torch.zeros(1, 6),
         ids=("a",),
         weight=torch.ones(1),
     )

@@ -124,13 +124,13 @@ class RandomLatents:
         return self.stored + index
 
     def collate(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[Tensor]) -> ft.Batch:
-        geometry = torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]] * len(indices))
+        time_ids = torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]] * len(indices))
         ids, weight = tuple(self.ids[i] for i in indices), torch.ones(len(indices))
         return ft.Batch(
-            stored=torch.stack(list(loaded)),
+            latent_params=torch.stack(list(loaded)),
             cond=conditions(self.name, len(indices)),
             keys=keys,
-            geometry=geometry,
+            time_ids=time_ids,
             ids=ids,
             weight=weight,
         )

@@ -66,8 +66,8 @@ def latents_of(folder: Path, resolution: int, count: int) -> Tensor:
     images = ft.ImageFolder(folder, "x", resolution=resolution // 8 * factor)
     assert images.transform is not None
     pixels = torch.stack([images.transform(images[i].image, key=0)[0] for i in range(count)])
-    stored = model.encoder.encode(pixels.float() / 127.5 - 1)
-    return model.encoder.sample(stored, torch.arange(count))
+    latent_params = model.encoder.encode(pixels.float() / 127.5 - 1)
+    return model.encoder.sample(latent_params, torch.arange(count))
 
 
 def norms_in_full(unet: nn.Module) -> None:

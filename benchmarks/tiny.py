@@ -238,7 +238,7 @@ def held_out_losses(seed: int, *, steps: int, every: int) -> Iterator[float]:
     objective = ft.NoisePrediction(model.scheduler)
     source, unseen = ft.encode(Held(12, 2000 + 12 * seed), model), ft.encode(Held(64, 5000), model)
     fixed = next(ft.batches(unseen, batch_size=64, steps=1))
-    x0 = model.encoder.sample(fixed.stored, fixed.keys)
+    x0 = model.encoder.sample(fixed.latent_params, fixed.keys)
     noise = seeding.normal(fixed.keys, "held-out noise", x0.shape[1:])
     noised = objective.add_noise(x0, noise, torch.arange(64) * 1000 // 64 + 7)
     optimizer = torch.optim.AdamW(ft.trainable(model.unet), lr=2e-4)

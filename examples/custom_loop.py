@@ -31,7 +31,7 @@ optimizer = torch.optim.AdamW(ft.trainable(model.unet), lr=1e-4)
 
 steps = ft.batches(encoded, batch_size=4, steps=args.steps, seed=0, device=device)
 for step, batch in enumerate(steps, start=1):
-    x0 = model.encoder.sample(batch.stored, batch.keys)  # (B, 4, H/8, W/8)
+    x0 = model.encoder.sample(batch.latent_params, batch.keys)  # (B, 4, H/8, W/8)
     noised = objective.sample(x0, batch.keys)  # x_t, t, target
     loss = objective.loss(model.unet, noised, batch.cond)  # (B,)
     ((batch.weight * loss).sum() / batch.weight.sum()).backward()

@@ -101,7 +101,7 @@ class Reconstruction:
         shape = (4, x0.shape[2] // 4, x0.shape[3] // 4)
         return torch.stack(turned), seeding.normal(keys, "latent sample", shape).to(x0.device)
 
-    def loss(self, vae: AutoencoderKL, drawn: tuple[Tensor, Tensor], cond: Any, extra: Any) -> Tensor:
+    def loss(self, vae: AutoencoderKL, drawn: tuple[Tensor, Tensor], cond: Any, unet_channels: Any) -> Tensor:
         """Mean squared and absolute error and the weighted divergence of each picture, (B,) fp32."""
         pixels, noise = drawn
         posterior: Any = vae.encode(pixels).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
@@ -291,7 +291,7 @@ def train_vae(work: Path, *, pictures: int, steps: int, seed: int) -> None:
         vae.half().float()  # measured as it will be shipped
         encoder = VaeEncoder(vae)
         some = next(ft.batches(source, batch_size=512, steps=1, seed=seed))
-        x0 = encoder.sample(encoder.encode(pixels.encoder.sample(some.stored, some.keys)), some.keys)
+        x0 = encoder.sample(encoder.encode(pixels.encoder.sample(some.latent_params, some.keys)), some.keys)
         vae.register_to_config(scaling_factor=round(encoder.scaling_factor / x0.std().item(), 4))
         vae.half()
         save_whole(work / "with-vae", model.pipeline().save_pretrained)

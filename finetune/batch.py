@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from finetune.deprecation import Renamed
+
 Tree = TypeVar("Tree")
 
 
@@ -83,26 +85,31 @@ class GlobalStep:
 class Batch:
     """Examples of one optimizer step (or a slice of it). B is the number of examples."""
 
-    stored: Tensor
+    latent_params: Tensor
     """What the encoder stored: posterior mean and std (B, 2C, H/8, W/8), or pixels (B, 3, H, W) uint8."""
     cond: Mapping[str, Any]
     """UNet keyword arguments, tensors of first size B; {} in pixel mode."""
     keys: Tensor
     """(B,) int64, always on the CPU: the random key of each example at this visit."""
-    geometry: Tensor
+    time_ids: Tensor
     """(B, 6) int64: original height and width, crop top and left, target height and width, in pixels."""
     ids: tuple[str, ...]
     """Where each example came from, for messages."""
     weight: Tensor
     """(B,) fp32 loss weight of each example."""
-    of_class: tuple[bool, ...] = ()
+    is_class_image: tuple[bool, ...] = ()
     """Of each example whether it is a class picture, which prior prediction teaches otherwise; (): none is."""
     mask: Tensor | None = None
     """(B, 1, H/8, W/8) in [0, 1]: how much an error counts there; None: wholly, everywhere."""
-    extra: Tensor | None = None
+    unet_channels: Tensor | None = None
     """Channels appended to the UNet's input (inpainting), (B, C, H/8, W/8)."""
     global_step: GlobalStep | None = None
     """The step that it belongs to; None: its examples, and those of the batches given with it, are all."""
+
+    stored = Renamed("latent_params")
+    geometry = Renamed("time_ids")
+    of_class = Renamed("is_class_image")
+    extra = Renamed("unet_channels")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -116,14 +123,14 @@ class Batch:
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             yield Batch(
-                stored=self.stored[part],
+                latent_params=self.latent_params[part],
                 cond=map_tensors(lambda tensor, part=part: tensor[part], self.cond),
                 keys=self.keys[part],
-                geometry=self.geometry[part],
+                time_ids=self.time_ids[part],
                 ids=self.ids[part],
                 weight=self.weight[part],
-                of_class=self.of_class[part],
+                is_class_image=self.is_class_image[part],
                 mask=None if self.mask is None else self.mask[part],
-                extra=None if self.extra is None else self.extra[part],
+                unet_channels=None if self.unet_channels is None else self.unet_channels[part],
                 global_step=self.global_step,
             )

@@ -35,7 +35,12 @@ def small_trainer(
 def small_batch() -> Batch:
     """Two grey pictures."""
     cond = {"encoder_hidden_states": torch.ones(2, 5, 32)}
-    stored = torch.full((2, 4, 8, 8), 90, dtype=torch.uint8)
+    latent_params = torch.full((2, 4, 8, 8), 90, dtype=torch.uint8)
     return Batch(
-        stored=stored, cond=cond, keys=torch.arange(2), geometry=torch.zeros(2, 6), ids=("a", "b"), weight=torch.ones(2)
+        latent_params=latent_params,
+        cond=cond,
+        keys=torch.arange(2),
+        time_ids=torch.zeros(2, 6),
+        ids=("a", "b"),
+        weight=torch.ones(2),
     )

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from finetune.batch import Batch, as_input, map_tensors, tensors_of
@@ -7,13 +8,13 @@ def make_batch(size: int) -> Batch:
     rows = torch.arange(size)
     cond = {"encoder_hidden_states": rows.view(-1, 1, 1).float(), "added_cond_kwargs": {"time_ids": rows.view(-1, 1)}}
     return Batch(
-        stored=rows.view(-1, 1, 1, 1).float(),
+        latent_params=rows.view(-1, 1, 1, 1).float(),
         cond=cond,
         keys=rows,
-        geometry=rows.view(-1, 1).expand(-1, 6),
+        time_ids=rows.view(-1, 1).expand(-1, 6),
         ids=tuple(str(row) for row in range(size)),
         weight=torch.ones(size),
-        extra=rows.view(-1, 1, 1, 1).float(),
+        unet_channels=rows.view(-1, 1, 1, 1).float(),
     )
 
 
@@ -22,12 +23,12 @@ def test_split_covers_every_example_once_in_order_nested_conditions_too() -> Non
     assert [len(part) for part in parts] == [3, 3, 1]
     assert [name for part in parts for name in part.ids] == [str(i) for i in range(7)]
     for values in (
-        [part.stored.flatten() for part in parts],
+        [part.latent_params.flatten() for part in parts],
         [part.cond["encoder_hidden_states"].flatten() for part in parts],
         [part.cond["added_cond_kwargs"]["time_ids"].flatten() for part in parts],
         [part.keys for part in parts],
-        [part.geometry[:, 0] for part in parts],
-        [part.extra.flatten() for part in parts if part.extra is not None],
+        [part.time_ids[:, 0] for part in parts],
+        [part.unet_channels.flatten() for part in parts if part.unet_channels is not None],
     ):
         assert torch.cat(values).tolist() == list(range(7))
 
@@ -56,4 +57,14 @@ def test_inputs_are_rounded_but_for_pixels_that_half_precision_cannot_count() ->
 def test_keys_stay_on_the_cpu() -> None:
     moved = make_batch(2).to("meta")
     assert moved.keys.device.type == "cpu"
-    assert moved.stored.device.type == moved.cond["added_cond_kwargs"]["time_ids"].device.type == "meta"
+    assert moved.latent_params.device.type == moved.cond["added_cond_kwargs"]["time_ids"].device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("stored", "latent_params"), ("geometry", "time_ids"), ("of_class", "is_class_image"), ("extra", "unet_channels")],
+)
+def test_fields_of_earlier_versions_can_be_read_and_warn(old: str, new: str) -> None:
+    batch = make_batch(2)
+    with pytest.warns(DeprecationWarning, match=rf"Batch\.{old} is now Batch\.{new}"):
+        assert getattr(batch, old) is getattr(batch, new)

@@ -108,7 +108,9 @@ class RectifiedFlow:
         share = (t / 1000).view(-1, 1, 1, 1)
         return NoisedBatch((1 - share) * x0 + share * noise, t, noise - x0, torch.ones(len(t)))
 
-    def loss(self, unet: Any, noised: NoisedBatch, cond: Mapping[str, Any], extra: Tensor | None = None) -> Tensor:
+    def loss(
+        self, unet: Any, noised: NoisedBatch, cond: Mapping[str, Any], unet_channels: Tensor | None = None
+    ) -> Tensor:
         error = prediction(unet, noised.x_t, noised.t, cond) - noised.target
         return error.square().mean(dim=(1, 2, 3))
 
@@ -138,7 +140,7 @@ def test_an_objective_of_the_callers_own() -> None:
     first = trainer.step(small_batch()).loss
     second = trainer.step(small_batch()).loss
     assert second < first
-    x0 = PixelEncoder().sample(small_batch().stored, torch.arange(2))
+    x0 = PixelEncoder().sample(small_batch().latent_params, torch.arange(2))
     noise = seeding.normal(torch.arange(2), "noise", (4, 8, 8))
     gradient = -2 * (noise - x0).mean(dim=0) / noise[0].numel()
     step = -0.5 * gradient * min(1.0, 1 / gradient.norm().item())
@@ -179,8 +181,8 @@ class SourcePicture:
         mean, _ = encoder.encode(condition / 127.5 - 1).cpu().chunk(2, dim=1)
         return {"mean": mean}
 
-    def channels(self, encoder: Encoder, stored: Mapping[str, Tensor], keys: Tensor) -> Tensor:
-        return stored["mean"]
+    def channels(self, encoder: Encoder, latent_params: Mapping[str, Tensor], keys: Tensor) -> Tensor:
+        return latent_params["mean"]
 
     def empty(self, encoder: Encoder, keys: Tensor, side: int) -> Tensor:
         return torch.zeros(len(keys), 4, side // 8, side // 8)
@@ -218,7 +220,7 @@ def test_an_image_condition_of_the_callers_own(live: bool) -> None:
     encoded = ft.encode(rows, model, live=live, cache_dir="none")
     (batch,) = ft.batches(encoded, batch_size=2, steps=1)
     order = [int(name) for name in batch.ids]
-    for pictures, channels in ((targets, batch.stored[:, :4]), (sources, batch.extra)):
+    for pictures, channels in ((targets, batch.latent_params[:, :4]), (sources, batch.unet_channels)):
         pixels = torch.stack([pil_to_tensor(pictures[index]) for index in order])
         torch.testing.assert_close(channels, plain.encoder.encode(pixels / 127.5 - 1)[:, :4], rtol=1e-4, atol=1e-5)
     trainer = ft.Trainer(

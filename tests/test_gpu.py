@@ -148,9 +148,9 @@ def test_a_picture_and_a_caption_encode_to_the_same_bits_among_any_others() -> N
     pixels = torch.rand(11, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     prompts = [f"a disc, number {number}" for number in range(11)]
     order = torch.tensor([3, 10, 0, 7, 5, 1, 9, 2, 8, 6, 4])
-    stored, states = model.encoder.encode(pixels), model.conditioner.encode(prompts)["encoder_hidden_states"]
-    assert torch.equal(model.encoder.encode(pixels[order]), stored[order])
-    assert torch.equal(model.encoder.encode(pixels[4:5]), stored[4:5])
+    latent_params, states = model.encoder.encode(pixels), model.conditioner.encode(prompts)["encoder_hidden_states"]
+    assert torch.equal(model.encoder.encode(pixels[order]), latent_params[order])
+    assert torch.equal(model.encoder.encode(pixels[4:5]), latent_params[4:5])
     shuffled = model.conditioner.encode([prompts[number] for number in order.tolist()])["encoder_hidden_states"]
     assert torch.equal(shuffled, states[order])
 

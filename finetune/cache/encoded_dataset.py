@@ -158,39 +158,39 @@ class EncodedDataset:
     def collate(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[LoadedImage]) -> Batch:
         """Loaded visits -> Batch on the CPU. Raises DataError when the pictures differ in size."""
         ids = tuple(self.ids[index] for index in indices)
-        stored = _stack([image.stored for image in loaded], ids)
+        latent_params = _stack([image.latent_params for image in loaded], ids)
         condition = {name: _stack([image.condition[name] for image in loaded], ids) for name in loaded[0].condition}
         if isinstance(self.visits, LiveImages):
-            stored, condition = self._encoded(stored, condition)
+            latent_params, condition = self._encoded(latent_params, condition)
         shown = self.visits.condition
-        extra = None if shown is None else shown.channels(self.encoder, condition, keys)
-        geometry = torch.tensor([image.geometry for image in loaded])
+        unet_channels = None if shown is None else shown.channels(self.encoder, condition, keys)
+        time_ids = torch.tensor([image.time_ids for image in loaded])
         visits = zip(indices, keys.tolist(), strict=True)
         captions = [self.captioning.caption(self.pictures.texts(index), key) for index, key in visits]
-        cond = self.conditioner.kwargs(self.conditions.get(captions), geometry)
+        cond = self.conditioner.kwargs(self.conditions.get(captions), time_ids)
         weight = torch.tensor([self.pictures.weights[index] for index in indices])
-        of_class = tuple(index >= self.pictures.subjects for index in indices)
-        size = stored.shape[-2], stored.shape[-1]
+        is_class_image = tuple(index >= self.pictures.num_subject_images for index in indices)
+        size = latent_params.shape[-2], latent_params.shape[-1]
         masked = shown is None or shown.companion != "mask"  # or the mask says what the UNet is shown
         return Batch(
-            stored=stored,
+            latent_params=latent_params,
             cond=cond,
             keys=keys,
-            geometry=geometry,
+            time_ids=time_ids,
             ids=ids,
             weight=weight,
-            of_class=of_class,
+            is_class_image=is_class_image,
             mask=self.masks.get(indices, keys, size) if masked else None,
-            extra=extra,
+            unet_channels=unet_channels,
         )
 
     def _encoded(self, pixels: Tensor, condition: Item) -> tuple[Tensor, Item]:
         """Pixels (B, 3, H, W) uint8, and those of their image condition -> what is stored of them, on the CPU."""
         normalized = normalize(pixels)
-        stored = self.encoder.encode(normalized).cpu()
+        latent_params = self.encoder.encode(normalized).cpu()
         if self.visits.condition is None:
-            return stored, {}
-        return stored, self.visits.condition.encode(self.encoder, normalized, condition["pixels"])
+            return latent_params, {}
+        return latent_params, self.visits.condition.encode(self.encoder, normalized, condition["pixels"])
 
 
 def as_batch(
@@ -222,18 +222,26 @@ def as_batch(
     ids = tuple(f"step {step} row {row}" for row in range(len(pixels)))
     keys = torch.tensor([seeding.example_key(seed, name, 0) for name in ids])
     height, width = pixels.shape[-2:]
-    geometry = torch.tensor([[height, width, 0, 0, height, width]] * len(ids))
-    cond = model.conditioner.kwargs(model.conditioner.encode(prompts), geometry) if prompts else {}
-    stored, extra = model.encoder.encode(pixels), None
+    time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(ids))
+    cond = model.conditioner.kwargs(model.conditioner.encode(prompts), time_ids) if prompts else {}
+    latent_params, unet_channels = model.encoder.encode(pixels), None
     if condition := model.image_condition:
         companions = [None] * len(ids) if masks is None else (masks.cpu() > 0).to(torch.uint8) * 255
         shown = [
             condition.pixels(companion, (height, width), key)
             for companion, key in zip(companions, keys.tolist(), strict=True)
         ]
-        extra = condition.channels(model.encoder, condition.encode(model.encoder, pixels, torch.stack(shown)), keys)
+        unet_channels = condition.channels(
+            model.encoder, condition.encode(model.encoder, pixels, torch.stack(shown)), keys
+        )
     batch = Batch(
-        stored=stored, cond=cond, keys=keys, geometry=geometry, ids=ids, weight=torch.ones(len(ids)), extra=extra
+        latent_params=latent_params,
+        cond=cond,
+        keys=keys,
+        time_ids=time_ids,
+        ids=ids,
+        weight=torch.ones(len(ids)),
+        unet_channels=unet_channels,
     )
     return batch.to(model.unet.device)
 

@@ -24,10 +24,10 @@ _DIMMED = 0.25
 class LoadedImage(NamedTuple):
     """What a visit loads of its picture."""
 
-    stored: Tensor
+    latent_params: Tensor
     """The cached encoding (C, h, w), floats as fp32; or the pixels (3, H, W) uint8."""
-    geometry: tuple[int, ...]
-    """See `Crop.geometry`."""
+    time_ids: tuple[int, ...]
+    """See `Crop.time_ids`."""
     condition: Mapping[str, Tensor] = {}
     """What is cached of the image condition, or its pixels (K, H, W) uint8 as "pixels"; {}: there is none."""
 
@@ -57,19 +57,19 @@ class CachedImages:
     """What the UNet is shown of a picture with x_t."""
 
     def load(self, index: int, key: int) -> LoadedImage:
-        """The cached encoding, mirrored half of the time if flips are wanted, with its geometry and condition."""
-        placement, flip = self.crop_and_flip(index, key)
+        """The cached encoding, mirrored half of the time if flips are wanted, with its time ids and condition."""
+        crop, flip = self.crop_and_flip(index, key)
         variants = self._variants_of_visit(index, key, flip)
-        items = self.store.load([self._key(index, placement, variant) for variant in variants])
+        items = self.store.load([self._key(index, crop, variant) for variant in variants])
         image, *conditions = [
             {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in item.items()}
             for item in items
         ]
-        return LoadedImage(image["stored"], placement.geometry(flip), *conditions)
+        return LoadedImage(image["stored"], crop.time_ids(flip), *conditions)
 
     def crop_and_flip(self, index: int, key: int) -> tuple[Crop, bool]:
         """The crop of the picture that is trained on, and whether it is mirrored."""
-        return self._placement(index), self.pictures.flips and _flipped(key)
+        return self._crop(index), self.pictures.flips and _flipped(key)
 
     def preview_pixels(self, index: int, key: int) -> Tensor:
         """(3, H, W) uint8: the pixels whose encoding `load` returns, with their condition laid over them."""
@@ -93,16 +93,16 @@ class CachedImages:
 
     def key(self, index: int, variant: CacheVariant) -> str:
         """Return the cache key of one variant of a picture."""
-        return self._key(index, self._placement(index), variant)
+        return self._key(index, self._crop(index), variant)
 
-    def _key(self, index: int, placement: Crop, variant: CacheVariant) -> str:
+    def _key(self, index: int, crop: Crop, variant: CacheVariant) -> str:
         condition = ""
         if self.condition is not None and variant.condition is not None:
             companion = self.pictures.companions(index).get(self.condition.companion)
             condition = self.condition.cache_name(companion, self._condition_key(index, variant.condition))
         return picture_key(
             self.pictures.image_info(index).digest,
-            placement=placement,
+            crop=crop,
             flip=variant.flip,
             encoder=self.encoder,
             precision=self.precision,
@@ -120,18 +120,18 @@ class CachedImages:
         Raises:
             DataError: the picture is another than at the start.
         """
-        placement = self._placement(index)
-        pixels = placement.pixels(_opaque(self.pictures, index), variant.flip)
+        crop = self._crop(index)
+        pixels = crop.pixels(_opaque(self.pictures, index), variant.flip)
         if self.condition is None or variant.condition is None:
             return pixels
         key = self._condition_key(index, variant.condition)
         return torch.cat(
-            [pixels, condition_pixels(self.condition, self.pictures, index, crop=placement, flip=variant.flip, key=key)]
+            [pixels, condition_pixels(self.condition, self.pictures, index, crop=crop, flip=variant.flip, key=key)]
         )
 
-    def _placement(self, index: int) -> Crop:
+    def _crop(self, index: int) -> Crop:
         first_visit = seeding.example_key(self.seed, self.pictures.ids[index], 0)
-        return self.pictures.placement(self.pictures.image_info(index).size, first_visit)
+        return self.pictures.crop(self.pictures.image_info(index).size, first_visit)
 
 
 @dataclass(frozen=True)
@@ -144,35 +144,35 @@ class LiveImages:
     condition: ImageCondition | None = None
 
     def load(self, index: int, key: int, flip: bool | None = None) -> LoadedImage:
-        """Pixels with their geometry and condition; `flip` is drawn where flips are wanted, unless given."""
+        """Pixels with their time ids and condition; `flip` is drawn where flips are wanted, unless given."""
         image = _opaque(self.pictures, index)
         if flip is None:
             flip = self.pictures.flips and _flipped(key)
-        crop = self.pictures.placement(image.size, key)
+        crop = self.pictures.crop(image.size, key)
         condition = {}
         if self.condition is not None:
             condition["pixels"] = condition_pixels(self.condition, self.pictures, index, crop=crop, flip=flip, key=key)
-        return LoadedImage(crop.pixels(image, flip), crop.geometry(flip), condition)
+        return LoadedImage(crop.pixels(image, flip), crop.time_ids(flip), condition)
 
     def masked_preview(self, index: int, key: int) -> LoadedImage:
         """What `load` returns, not mirrored, for people: with the condition laid over it, or dark where a mask lets no
         error count.
         """
         loaded = self.load(index, key, flip=False)
-        pixels = _preview(self.condition, torch.cat([loaded.stored, *loaded.condition.values()]))
+        pixels = _preview(self.condition, torch.cat([loaded.latent_params, *loaded.condition.values()]))
         if self.condition is None and (mask := self.pictures.companion(index, "mask")) is not None:
             light = weights(mask, self.crop_and_flip(index, key)[0], False, (pixels.shape[1], pixels.shape[2]))
             pixels = (pixels * (_DIMMED + (1 - _DIMMED) * light)).to(torch.uint8)
-        return LoadedImage(pixels, loaded.geometry)
+        return LoadedImage(pixels, loaded.time_ids)
 
     def crop_and_flip(self, index: int, key: int) -> tuple[Crop, bool]:
         """The crop of the picture that is trained on, and whether it is mirrored."""
-        return self.pictures.placement(self.pictures.image_info(index).size, key), self.pictures.flips and _flipped(key)
+        return self.pictures.crop(self.pictures.image_info(index).size, key), self.pictures.flips and _flipped(key)
 
     def preview_pixels(self, index: int, key: int) -> Tensor:
         """The pixels that `load` returns, with their condition laid over them."""
         loaded = self.load(index, key)
-        return _preview(self.condition, torch.cat([loaded.stored, *loaded.condition.values()]))
+        return _preview(self.condition, torch.cat([loaded.latent_params, *loaded.condition.values()]))
 
 
 def condition_pixels(

@@ -6,7 +6,7 @@ from finetune.seeding import wide_fold
 
 def picture_key(
     digest: str,
-    placement: Crop,
+    crop: Crop,
     flip: bool,
     encoder: str,
     precision: str,
@@ -25,7 +25,7 @@ def picture_key(
         condition: what the image condition says of itself (`ImageCondition.cache_name`); "": the picture itself.
     """
     content = digest if background == WHITE else f"{digest} {background}"  # a key of versions without backgrounds holds
-    (a, b), (c, d), (e, f) = placement.scaled, placement.corner, placement.size
+    (a, b), (c, d), (e, f) = crop.resized, crop.top_left, crop.size
     content += f" but {condition}" * bool(condition)
     return wide_fold(f"picture {PREPROCESSING} {content} {a} {b} {c} {d} {e} {f} {flip} {encoder} {precision}")
 

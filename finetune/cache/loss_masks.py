@@ -38,11 +38,11 @@ class LossMasks:
         return torch.stack([torch.ones(1, *size) if mask is None else mask for mask in masks])
 
     def _one(self, index: int, key: int, size: tuple[int, int]) -> Tensor | None:
-        placement, flip = self._visits.crop_and_flip(index, key)
-        name = (index, placement, flip)
+        crop, flip = self._visits.crop_and_flip(index, key)
+        name = (index, crop, flip)
         if name not in self._at_hand:
             mask = self._pictures.companion(index, "mask")
-            made = self._at_hand[name] = None if mask is None else weights(mask, placement, flip, size)
+            made = self._at_hand[name] = None if mask is None else weights(mask, crop, flip, size)
             self._bytes += _size(made)
             while self._bytes > MOST and len(self._at_hand) > 1:
                 self._bytes -= _size(self._at_hand.popitem(last=False)[1])

@@ -192,7 +192,7 @@ def _begin(options: Options, model: "DiffusionModel", resolution: int) -> "tuple
     picture = open_image(Path(options.image).expanduser())
     smallest, largest, step = bucket_sides(resolution, max(8, cast(Any, model.pipeline()).vae_scale_factor)).values()
     buckets = Buckets(resolution, smallest, largest, step, upscale=True)
-    placed = Preprocess(resolution, buckets=buckets).place(*picture.size, key=0)
+    placed = Preprocess(resolution, buckets=buckets).crop(*picture.size, key=0)
     image = to_pil_image(placed.pixels(picture))
     if condition is None or options.mask is None:
         return None, Start(image, options.denoising_strength)

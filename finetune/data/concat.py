@@ -55,7 +55,9 @@ class ConcatDataset(ImageDataset):
             transform=parts[0].pictures.transform,
             repeats=[part.repeats * times for part in parts for times in part.pictures.repeats],
         )
-        self.subjects = sum(part.pictures.subjects for part in parts if part.repeats and not part.remembered)
+        self.num_subject_images = sum(
+            part.pictures.num_subject_images for part in parts if part.repeats and not part.remembered
+        )
         self.weights = [part.weight * weight for part in parts for weight in part.pictures.weights]
         self.masked = any(part.pictures.masked for part in parts)
         self.sources = sum((part.sources() for part in parts), Counter())

@@ -72,7 +72,7 @@ class ImageDataset(Dataset[Example], ABC):
         DataError: an id stands for two pictures.
     """
 
-    subjects: int
+    num_subject_images: int
     """How many, from the first, are of what is to be learned; class pictures follow."""
     weights: Sequence[float]
     """How much each counts in the loss of a step, beside the others."""
@@ -96,9 +96,9 @@ class ImageDataset(Dataset[Example], ABC):
         repeats: Sequence[int] = (),
     ) -> None:
         self.repeats = list(repeats) or [1] * len(ids)
-        self.aside = dict[str, int]()
+        self.excluded = dict[str, int]()
         """Why pictures are neither trained nor validated on -> how many."""
-        self.subjects, self.weights = len(ids), [1.0] * len(ids)
+        self.num_subject_images, self.weights = len(ids), [1.0] * len(ids)
         self.ids, self.contents, self.transform = list(ids), list(contents), transform
         self.captions = [with_trigger(caption.text, trigger) for caption in captions]
         """The first of each, with the trigger word; empty where there is neither a caption nor a prompt."""
@@ -161,9 +161,11 @@ class ImageDataset(Dataset[Example], ABC):
         """All captions of a picture; each visit takes one of them."""
         return (self.captions[index], *self._more.get(index, ()))
 
-    def placement(self, size: tuple[int, int], key: int) -> Crop:
+    placement = Renamed("crop")
+
+    def crop(self, size: tuple[int, int], key: int) -> Crop:
         """What is trained on of a picture of this width and height; a random crop is drawn from the key."""
-        return whole(*size) if self.transform is None else self.transform.place(*size, key)
+        return whole(*size) if self.transform is None else self.transform.crop(*size, key)
 
     def shapes(self) -> list[int]:
         """Return a number for each picture, the same for all that are trained in the same size."""
@@ -179,10 +181,10 @@ class ImageDataset(Dataset[Example], ABC):
         for index in indices:
             self.repeats[index] = 0
 
-    def leave_aside(self, indices: Sequence[int], why: str) -> None:
+    def exclude(self, indices: Sequence[int], why: str) -> None:
         """Neither train nor validate on these."""
         if indices:
-            self.aside[why] = len(indices)
+            self.excluded[why] = len(indices)
         for index in indices:
             self.repeats[index] = 0
 
@@ -194,12 +196,12 @@ class ImageDataset(Dataset[Example], ABC):
     @property
     def class_pictures(self) -> list[int]:
         """Numbers of the pictures of the kind, which take turns in being seen as often as those of the subject."""
-        return [index for index in range(self.subjects, len(self)) if self.repeats[index]]
+        return [index for index in range(self.num_subject_images, len(self)) if self.repeats[index]]
 
     @property
     def epoch_visits(self) -> int:
         """Visits of an epoch."""
-        return 2 * sum(self.repeats[: self.subjects]) if self.class_pictures else sum(self.repeats)
+        return 2 * sum(self.repeats[: self.num_subject_images]) if self.class_pictures else sum(self.repeats)
 
     @property
     def trained_captions(self) -> list[str]:
@@ -209,7 +211,7 @@ class ImageDataset(Dataset[Example], ABC):
     def ledger(self) -> Ledger:
         """What became of everything that was found."""
         total, trained, held = len(self) + len(self.quarantined), len(self.trained), len(self.held_out)
-        return Ledger(total, trained, len(self.quarantined), held_out=held, skipped=dict(self.aside))
+        return Ledger(total, trained, len(self.quarantined), held_out=held, skipped=dict(self.excluded))
 
     def notes(self) -> list[str]:
         """Lines for the user about what was found: what is left out, or looks wrong."""

@@ -13,7 +13,7 @@ def open_mask(file: PictureFile, digest: str | None = None) -> Image.Image:
     return open_image(file, digest=digest, background="black").convert("L")
 
 
-def weights(mask: Image.Image, placement: Crop, flip: bool, size: tuple[int, int]) -> Tensor:
+def weights(mask: Image.Image, crop: Crop, flip: bool, size: tuple[int, int]) -> Tensor:
     """(1, h, w) in [0, 1] for a latent of this size: the mean of the mask over what each position stands for.
 
     Args:
@@ -21,4 +21,4 @@ def weights(mask: Image.Image, placement: Crop, flip: bool, size: tuple[int, int
         placement, flip: of the picture.
         size: h and w.
     """
-    return F.interpolate(placement.companion_pixels(mask, flip)[None] / 255, size, mode="area")[0]
+    return F.interpolate(crop.companion_pixels(mask, flip)[None] / 255, size, mode="area")[0]

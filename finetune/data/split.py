@@ -78,7 +78,7 @@ def shown_elsewhere(pictures: ImageDataset, held: Sequence[int]) -> list[int]:
 
 def _contents(pictures: ImageDataset, count: int | None = None) -> list[str]:
     """A digest of each of the first `count` pictures, unless given of all of the subject."""
-    count = pictures.subjects if count is None else count
+    count = pictures.num_subject_images if count is None else count
     if len(pictures.contents) == len(pictures):
         return list(pictures.contents[:count])
     return [pictures.image_info(index).digest for index in range(count)]

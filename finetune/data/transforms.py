@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from finetune.data.buckets import Buckets
+from finetune.deprecation import Renamed
 from finetune.errors import UsageError
 from finetune.seeding import uniform
 
@@ -23,17 +24,17 @@ class Crop(NamedTuple):
 
     original: tuple[int, int]
     """Height and width of the picture, upright."""
-    scaled: tuple[int, int]
+    resized: tuple[int, int]
     """Height and width that it is scaled to."""
-    corner: tuple[int, int]
+    top_left: tuple[int, int]
     """Top and left of what is cut out of the scaled picture."""
     size: tuple[int, int]
     """Height and width of what is cut out."""
 
     def pixels(self, image: Image.Image, flip: bool = False) -> Tensor:
         """(3, H, W) uint8 of an upright RGB picture of the original size; with `flip`, mirrored left to right."""
-        (top, left), (height, width) = self.corner, self.size
-        resized = image.resize((self.scaled[1], self.scaled[0]), Image.Resampling.BILINEAR)
+        (top, left), (height, width) = self.top_left, self.size
+        resized = image.resize((self.resized[1], self.resized[0]), Image.Resampling.BILINEAR)
         part = resized.crop((left, top, left + width, top + height))
         return pil_to_tensor(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else part)
 
@@ -43,10 +44,10 @@ class Crop(NamedTuple):
         same = image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
         return self.pixels(same, flip)
 
-    def geometry(self, flip: bool = False) -> tuple[int, ...]:
+    def time_ids(self, flip: bool = False) -> tuple[int, ...]:
         """Original height and width, crop top and left, target height and width; of the mirrored picture if `flip`."""
-        (top, left), (height, width) = self.corner, self.size
-        return (*self.original, top, self.scaled[1] - width - left if flip else left, height, width)
+        (top, left), (height, width) = self.top_left, self.size
+        return (*self.original, top, self.resized[1] - width - left if flip else left, height, width)
 
 
 def whole(width: int, height: int) -> Crop:
@@ -89,25 +90,27 @@ class Preprocess:
             raise UsageError(f"background = {self.background!r}: expected a colour: black, grey, #ff8000")
 
     def __call__(self, image: Image.Image, key: int, flip: bool = False) -> tuple[Tensor, Tensor]:
-        """Pixels and geometry of an upright RGB picture; a pure function of picture, key and flip.
+        """Pixels and time ids of an upright RGB picture; a pure function of picture, key and flip.
 
         Returns:
-            pixels (3, H, W) uint8, and geometry (6,) int64, see `Crop.geometry`.
+            pixels (3, H, W) uint8, and time ids (6,) int64, see `Crop.time_ids`.
         """
-        placement = self.place(image.width, image.height, key)
-        return placement.pixels(image, flip), torch.tensor(placement.geometry(flip))
+        crop = self.crop(image.width, image.height, key)
+        return crop.pixels(image, flip), torch.tensor(crop.time_ids(flip))
 
-    def place(self, width: int, height: int, key: int) -> Crop:
+    place = Renamed("crop")
+
+    def crop(self, width: int, height: int, key: int) -> Crop:
         """Where the result lies in a picture of this size; a random crop is drawn from the key."""
         size = self.size(width, height)
-        scaled = size if self.resize_mode == "squash" else _covering(size, width, height)
-        spare = scaled[0] - size[0], scaled[1] - size[1]
+        resized = size if self.resize_mode == "squash" else _covering(size, width, height)
+        spare = resized[0] - size[0], resized[1] - size[1]
         if self.center_crop:
-            corner = round(spare[0] / 2), round(spare[1] / 2)
+            top_left = round(spare[0] / 2), round(spare[1] / 2)
         else:
             place = uniform(torch.tensor([key]), "crop").item()  # one draw: only one side has room
-            corner = int(place * (spare[0] + 1)), int(place * (spare[1] + 1))
-        return Crop((height, width), scaled, corner, size)
+            top_left = int(place * (spare[0] + 1)), int(place * (spare[1] + 1))
+        return Crop((height, width), resized, top_left, size)
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Height and width of the result for a picture of this size."""

@@ -71,18 +71,25 @@ def _record(
     config: ResolvedConfig, model: DiffusionModel, objective: DiffusionObjective, prompts: Sequence[str]
 ) -> Probe:
     side, unet, conditioner = config.resolution, model.unet, model.conditioner
-    geometry = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts), device=unet.device)
+    time_ids = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts), device=unet.device)
     cond, empty = (
-        conditioner.kwargs(moved(conditioner.encode(texts), unet.device), geometry)
+        conditioner.kwargs(moved(conditioner.encode(texts), unet.device), time_ids)
         for texts in (prompts, [""] * len(prompts))
     )
     keys = torch.tensor([seeding.example_key(0, prompt, 0) for prompt in prompts])
     latent = side // model.pipeline().vae_scale_factor  # pyright: ignore[reportAttributeAccessIssue] # of latent ones
     noise = seeding.normal(keys, "forgetting", (unet.config["out_channels"], latent, latent))
     condition = model.image_condition
-    extra = None if condition is None else condition.empty(model.encoder.to(unet.device), keys, side)
+    unet_channels = None if condition is None else condition.empty(model.encoder.to(unet.device), keys, side)
     return record_probe(
-        unet, objective, cond, empty, noise, states=STATES, batch_size=config.train_batch_size, extra=extra
+        unet,
+        objective,
+        cond,
+        empty,
+        noise,
+        states=STATES,
+        batch_size=config.train_batch_size,
+        unet_channels=unet_channels,
     )
 
 

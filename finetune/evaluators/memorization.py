@@ -20,7 +20,7 @@ MOST = 300
 
 def known_pictures(config: ResolvedConfig, pictures: ImageDataset) -> TrainingFeatures | None:
     """What grids are compared with, of the subject's own pictures; None where they do not tell what a near copy is."""
-    trained = [index for index in pictures.trained if index < pictures.subjects]
+    trained = [index for index in pictures.trained if index < pictures.num_subject_images]
     some = sorted(trained, key=lambda index: fold(config.seed, "compared", pictures.ids[index]))[:MOST]
     return originals(_as_trained(config, pictures, some), mirrored=pictures.flips)
 
@@ -28,7 +28,7 @@ def known_pictures(config: ResolvedConfig, pictures: ImageDataset) -> TrainingFe
 def _as_trained(config: ResolvedConfig, pictures: ImageDataset, some: Sequence[int]) -> Iterator[Image.Image]:
     visits = LiveImages(pictures)
     for index in some:
-        pixels = visits.load(index, example_key(config.seed, pictures.ids[index], 0), flip=False).stored
+        pixels = visits.load(index, example_key(config.seed, pictures.ids[index], 0), flip=False).latent_params
         yield to_pil_image(pixels)
 
 

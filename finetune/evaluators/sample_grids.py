@@ -181,7 +181,7 @@ class SampleGrids:
         visits, key = LiveImages(pictures), example_key(self._config.seed, pictures.ids[index], 0)
         crop, _ = visits.crop_and_flip(index, key)
         shown = condition_pixels(self.image_condition, pictures, index, crop=crop, flip=False, key=None)
-        return ConditionImages(to_pil_image(visits.load(index, key, flip=False).stored), to_pil_image(shown))
+        return ConditionImages(to_pil_image(visits.load(index, key, flip=False).latent_params), to_pil_image(shown))
 
     def delete_stale(self, step: int) -> None:
         """Delete grids of steps after this one, which the run may not come to, and, if it draws any, those of other

@@ -44,8 +44,8 @@ class Conditioner(Protocol):
         """How many prompts `encode` computes together: give it as many, where there are."""
         ...
 
-    def kwargs(self, stored: Mapping[str, Any], geometry: Tensor) -> Mapping[str, Any]:
-        """Stored tensors and geometry (B, 6) -> the UNet's keyword arguments at this visit."""
+    def kwargs(self, stored: Mapping[str, Any], time_ids: Tensor) -> Mapping[str, Any]:
+        """Stored tensors and time ids (B, 6) -> the UNet's keyword arguments at this visit."""
         ...
 
     def pipeline_arguments(self, prompt: str, negative_prompt: str) -> Mapping[str, Any]:
@@ -80,7 +80,7 @@ class NoCondition:
     def encode(self, prompts: Sequence[str]) -> Mapping[str, Any]:
         return {}
 
-    def kwargs(self, stored: Mapping[str, Any], geometry: Tensor) -> Mapping[str, Any]:
+    def kwargs(self, stored: Mapping[str, Any], time_ids: Tensor) -> Mapping[str, Any]:
         return {}
 
     def pipeline_arguments(self, prompt: str, negative_prompt: str) -> Mapping[str, Any]:
@@ -203,7 +203,7 @@ class ClipConditioner:
         inner = getattr(self.text_encoder, "text_model", self.text_encoder)  # transformers 5 has no inner module
         return inner.final_layer_norm(layers[-self.clip_skip])
 
-    def kwargs(self, stored: Mapping[str, Any], geometry: Tensor) -> Mapping[str, Any]:
+    def kwargs(self, stored: Mapping[str, Any], time_ids: Tensor) -> Mapping[str, Any]:
         return stored
 
     def pipeline_arguments(self, prompt: str, negative_prompt: str) -> Mapping[str, Any]:
@@ -283,12 +283,12 @@ class SdxlConditioner:
             pooled.append(answers[0][0])  # the projection, of the encoder that has one
         return torch.cat(sides, dim=-1), pooled[-1]
 
-    def kwargs(self, stored: Mapping[str, Any], geometry: Tensor) -> Mapping[str, Any]:
-        """The time ids are the geometry: original height and width, crop top and left, target height and width."""
+    def kwargs(self, stored: Mapping[str, Any], time_ids: Tensor) -> Mapping[str, Any]:
+        """The time ids are original height and width, crop top and left, target height and width."""
         text_embeds = stored["text_embeds"]
         return {
             "encoder_hidden_states": stored["encoder_hidden_states"],
-            "added_cond_kwargs": {"text_embeds": text_embeds, "time_ids": geometry.to(text_embeds)},
+            "added_cond_kwargs": {"text_embeds": text_embeds, "time_ids": time_ids.to(text_embeds)},
         }
 
     def pipeline_arguments(self, prompt: str, negative_prompt: str) -> Mapping[str, Any]:

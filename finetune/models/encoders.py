@@ -40,7 +40,7 @@ class Encoder(Protocol):
         """How many pictures of this size `encode` computes together: give it as many, where there are."""
         ...
 
-    def sample(self, stored: Tensor, keys: Tensor, purpose: str = "latent sample") -> Tensor:
+    def sample(self, latent_params: Tensor, keys: Tensor, purpose: str = "latent sample") -> Tensor:
         """Stored tensors and the visits' keys (B,) -> x0, fp32; what is random is drawn for this purpose."""
         ...
 
@@ -82,8 +82,10 @@ class VaeEncoder:
 
         A picture's bits do not depend on its neighbours.
         """
-        (stored,) = self.fixed_batches(self._posteriors, pixels, self.batch_size(pixels.shape[-2], pixels.shape[-1]))
-        return stored
+        (latent_params,) = self.fixed_batches(
+            self._posteriors, pixels, self.batch_size(pixels.shape[-2], pixels.shape[-1])
+        )
+        return latent_params
 
     def batch_size(self, height: int, width: int) -> int:
         return self.fixed_batches.size(image_batch_size(self.vae.device, height, width))
@@ -92,9 +94,9 @@ class VaeEncoder:
         posteriors = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
         return (torch.cat([posteriors.mean, posteriors.std], dim=1).float(),)
 
-    def sample(self, stored: Tensor, keys: Tensor, purpose: str = "latent sample") -> Tensor:
+    def sample(self, latent_params: Tensor, keys: Tensor, purpose: str = "latent sample") -> Tensor:
         """Posterior (B, 2C, h, w), keys (B,) -> scaled latents x0 (B, C, h, w): (mean + std eps - shift) scale."""
-        mean, std = stored.chunk(2, dim=1)
+        mean, std = latent_params.chunk(2, dim=1)
         eps = seeding.normal(keys, purpose, mean.shape[1:]).to(mean.device)
         return (mean + std * eps - self.shift_factor) * self.scaling_factor
 
@@ -122,9 +124,9 @@ class PixelEncoder:
     def batch_size(self, height: int, width: int) -> int:
         return 1
 
-    def sample(self, stored: Tensor, keys: Tensor, purpose: str = "latent sample") -> Tensor:
+    def sample(self, latent_params: Tensor, keys: Tensor, purpose: str = "latent sample") -> Tensor:
         """uint8 (B, 3, H, W) -> x0 in [-1, 1]; nothing is random, so keys and purpose go unused."""
-        return stored.float() / 127.5 - 1
+        return latent_params.float() / 127.5 - 1
 
     def decode(self, x0: Tensor) -> Tensor:
         return x0

@@ -220,8 +220,8 @@ def _answer(model: DiffusionModel) -> Tensor:
     unet = model.unet
     size = 2 ** (len(unet.config["block_out_channels"]) - 1)
     x = seeding.normal(torch.tensor([0]), "verify", (unet.config["in_channels"], size, size)).to(unet.device)
-    geometry = torch.tensor([[size, size, 0, 0, size, size]])
-    cond = model.conditioner.kwargs(model.conditioner.encode([""]), geometry) if model.conditioner.tokenizer else {}
+    time_ids = torch.tensor([[size, size, 0, 0, size, size]])
+    cond = model.conditioner.kwargs(model.conditioner.encode([""]), time_ids) if model.conditioner.tokenizer else {}
     cond = map_tensors(lambda tensor: tensor.to(unet.device, unet.dtype), cond)
     t = torch.tensor([500], device=unet.device)
     return unet(x.to(unet.dtype), t, **cond).sample.float()

@@ -77,7 +77,7 @@ def open_pictures(config: TrainConfig, model_info: ModelInfo, dataset: MapDatase
     _refuse_unusable(pictures, config.max_bad_fraction, captioned=model_info.family.latent)
     if not config.validation_data:
         fraction = config.validation_fraction
-        fraction = default_fraction(pictures.subjects) if fraction is None else fraction
+        fraction = default_fraction(pictures.num_subject_images) if fraction is None else fraction
         pictures.hold_out(held_out(pictures, fraction, config.seed, memory))
     if config.early_stop and not pictures.held_out:
         raise UsageError("early_stop needs pictures that are held out: give --validation_fraction or --validation_data")
@@ -170,9 +170,9 @@ def _later(
         without = [index for index, caption in enumerate(chunk.captions) if captioned and not caption]
         many = len(without) > config.max_bad_fraction * len(chunk)
         _refuse_unusable(chunk, config.max_bad_fraction, captioned=many)
-        chunk.leave_aside(without, "without a caption")
+        chunk.exclude(without, "without a caption")
         copies = [index for index in chunk.trained if chunk.image_info(index).digest in held]
-        chunk.leave_aside(copies, "copies of pictures that are held out")
+        chunk.exclude(copies, "copies of pictures that are held out")
         return chunk
 
     return later
@@ -235,7 +235,7 @@ def _with_validation_data(source: str, pictures: ImageDataset, opened: Callable[
         aside = f", and {len(trained_too)} that are trained on or near duplicates of such" if trained_too else ""
         raise UsageError(f"validation_data {source}: {pluralize(left, 'picture')}{aside}; at least {FEWEST} are needed")
     dataset.hold_out(sorted(set(given).difference(trained_too)))
-    dataset.leave_aside(trained_too, "held out, but trained on elsewhere")
+    dataset.exclude(trained_too, "held out, but trained on elsewhere")
     return dataset
 
 

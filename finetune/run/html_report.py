@@ -95,7 +95,7 @@ def write_training_preview(run: Run) -> None:
     some = [trained[number * len(trained) // SHOWN] for number in range(SHOWN)] if len(trained) > SHOWN else trained
     names = [pictures.ids[index] for index in some]
     visits = LiveImages(pictures, run.model.image_condition)
-    cells = [visits.masked_preview(i, example_key(run.config.seed, pictures.ids[i], 0)).stored for i in some]
+    cells = [visits.masked_preview(i, example_key(run.config.seed, pictures.ids[i], 0)).latent_params for i in some]
     sheet = contact_sheet(cells, names, [pictures.captions[index] for index in some], [0] * len(some), 0)
     sheet.save(file := io.BytesIO(), "JPEG", quality=85)
     write_whole(path, file.getvalue())

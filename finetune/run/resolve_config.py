@@ -80,10 +80,10 @@ def resolve_for(
         model_info,
         pictures=sum(chunks.counts),
         visits=chunks.visits,
-        varied_captions=len(set(pictures.captions[: pictures.subjects])) > 1,
+        varied_captions=len(set(pictures.captions[: pictures.num_subject_images])) > 1,
         device=device,
         processes=processes,
-        validation_fraction=0.0 if config.validation_data else default_fraction(pictures.subjects),
+        validation_fraction=0.0 if config.validation_data else default_fraction(pictures.num_subject_images),
         buckets=pictures.transform and pictures.transform.buckets,
     )
 

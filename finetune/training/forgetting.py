@@ -32,7 +32,7 @@ class Probe:
     """(S, N, C, H, W) fp32 on the CPU."""
     effect: Tensor
     """(S, N, C, H, W) fp32 on the CPU: what each prompt did to the answer."""
-    extra: Tensor | None = None
+    unet_channels: Tensor | None = None
     """(N, C', H, W) on the CPU: what is shown to the UNet beside x_t (inpainting)."""
 
 
@@ -46,7 +46,7 @@ def record_probe(
     *,
     states: int = 3,
     batch_size: int = 4,
-    extra: Tensor | None = None,
+    unet_channels: Tensor | None = None,
 ) -> Probe:
     """Draw each prompt in `states` steps of DDIM (Song et al. 2021, eq. 12 with sigma 0), without guidance.
 
@@ -63,14 +63,21 @@ def record_probe(
     inputs, effects = [], []
     x_t = noise.float()
     for t, following in zip(times, (*times[1:], None), strict=True):
-        unet_input = x_t if extra is None else torch.cat([x_t, extra], dim=1)
+        unet_input = x_t if unet_channels is None else torch.cat([x_t, unet_channels], dim=1)
         answer, without = (_answers(unet, unet_input, t, conditions, batch_size) for conditions in (cond, empty))
         inputs.append(x_t)
         effects.append(answer - without)
         if following is not None:
             now, then = torch.tensor([t]), torch.tensor([following])
             x_t = objective.step(x_t, objective.predict_v(answer, x_t, now), now, then)
-    return Probe(cond=cond, empty=empty, t=times, x_t=torch.stack(inputs), effect=torch.stack(effects), extra=extra)
+    return Probe(
+        cond=cond,
+        empty=empty,
+        t=times,
+        x_t=torch.stack(inputs),
+        effect=torch.stack(effects),
+        unet_channels=unet_channels,
+    )
 
 
 @torch.no_grad()
@@ -81,7 +88,7 @@ def probe_drift(unet: nn.Module, probe: Probe, *, batch_size: int = 4) -> float:
     """
     shares = []
     for t, x_t, before in zip(probe.t, probe.x_t, probe.effect, strict=True):
-        unet_input = x_t if probe.extra is None else torch.cat([x_t, probe.extra], dim=1)
+        unet_input = x_t if probe.unet_channels is None else torch.cat([x_t, probe.unet_channels], dim=1)
         answer, without = (
             _answers(unet, unet_input, t, conditions, batch_size) for conditions in (probe.cond, probe.empty)
         )

@@ -15,7 +15,7 @@ class MicroBatch:
 
     drawn: Any
     cond: Mapping[str, Any]
-    extra: Tensor | None
+    unet_channels: Tensor | None
     share: Tensor
     """(B,) fp32: of each example's loss in that of the step, w / sum(w) over all parts."""
     prior: Tensor | None = None

@@ -46,7 +46,7 @@ class Objective(Protocol):
         """Everything random of a visit: x0 (B, C, H, W), keys (B,) on the CPU; a tensor, or a dataclass of them."""
         ...
 
-    def loss(self, network: Any, noised: Any, cond: Mapping[str, Any], extra: Tensor | None, /) -> Tensor:
+    def loss(self, network: Any, noised: Any, cond: Mapping[str, Any], unet_channels: Tensor | None, /) -> Tensor:
         """The loss of each example, (B,) fp32, from what `sample` returned. The network's inputs are in its dtype."""
         ...
 
@@ -126,8 +126,8 @@ class NoisePrediction:
             noise += self.noise_offset * seeding.normal(keys, "noise offset", (x0.shape[1], 1, 1))
         input_noise = None
         if self.input_perturbation:
-            extra = seeding.normal(keys, "input perturbation", x0.shape[1:])
-            input_noise = (noise + self.input_perturbation * extra).to(x0.device)
+            more = seeding.normal(keys, "input perturbation", x0.shape[1:])
+            input_noise = (noise + self.input_perturbation * more).to(x0.device)
         return self.add_noise(x0, noise.to(x0.device), t.to(x0.device), input_noise)
 
     def sample_timesteps(self, keys: Tensor) -> Tensor:
@@ -174,7 +174,11 @@ class NoisePrediction:
         return clipped / (snr + 1) if self.prediction_type == "v_prediction" else clipped
 
     def loss(
-        self, unet: Callable[..., Any], noised: NoisedBatch, cond: Mapping[str, Any], extra: Tensor | None = None
+        self,
+        unet: Callable[..., Any],
+        noised: NoisedBatch,
+        cond: Mapping[str, Any],
+        unet_channels: Tensor | None = None,
     ) -> Tensor:
         """Weighted squared error of each example, mean over its elements: (B,) fp32.
 
@@ -185,7 +189,7 @@ class NoisePrediction:
             cond: the UNet's keyword arguments.
             extra: channels appended to x_t (inpainting), (B, C', H, W).
         """
-        x = noised.x_t if extra is None else torch.cat([noised.x_t, extra], dim=1)
+        x = noised.x_t if unet_channels is None else torch.cat([noised.x_t, unet_channels], dim=1)
         error = (prediction(unet, x, noised.t, cond) - noised.target.float()).square()
         if noised.mask is not None:
             error = noised.mask * error

@@ -59,7 +59,7 @@ def with_prior(part: MicroBatch, prior: Prior | None) -> MicroBatch:
     rows = part.prior
     if rows is None or prior is None:
         return part
-    x = part.drawn.x_t if part.extra is None else torch.cat([part.drawn.x_t, part.extra], dim=1)
+    x = part.drawn.x_t if part.unet_channels is None else torch.cat([part.drawn.x_t, part.unet_channels], dim=1)
     answer = prior(x[rows], part.drawn.t[rows], map_tensors(lambda tensor: tensor[rows], part.cond))
     target = part.drawn.target.index_copy(0, rows, answer.to(part.drawn.target.dtype))
     return replace(part, drawn=replace(part.drawn, target=target), prior=None)

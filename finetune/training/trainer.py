@@ -161,11 +161,13 @@ class Trainer(Generic[AnyObjective]):
         total = global_step.weight if global_step else sum(part.weight.sum() for part in micro_batches)
         drawn = []
         for part in micro_batches:
-            noised = self._sample(self.encoder.sample(part.stored, part.keys), part.keys)
+            noised = self._sample(self.encoder.sample(part.latent_params, part.keys), part.keys)
             noised = noised if part.mask is None else replace(noised, mask=part.mask)
-            rows = torch.tensor([row for row, of_class in enumerate(part.of_class) if of_class])
+            rows = torch.tensor([row for row, is_class_image in enumerate(part.is_class_image) if is_class_image])
             prior = rows if self.prior is not None and len(rows) else None
-            drawn.append(MicroBatch(noised, as_input(part.cond, self.dtype), part.extra, part.weight / total, prior))
+            drawn.append(
+                MicroBatch(noised, as_input(part.cond, self.dtype), part.unet_channels, part.weight / total, prior)
+            )
         if global_step:
             ids, start, keys = global_step.ids, global_step.start, global_step.keys
         else:
@@ -268,11 +270,11 @@ class Trainer(Generic[AnyObjective]):
         if shape in self._trusted:
             return
         one = part.split(1)[0]
-        check_half_precision(self.unet, lambda: self.objective.loss(self.unet, one.drawn, one.cond, one.extra))
+        check_half_precision(self.unet, lambda: self.objective.loss(self.unet, one.drawn, one.cond, one.unet_channels))
         self._trusted.add(shape)
 
     def _compute(self, part: MicroBatch) -> Tensor:
-        loss = self.objective.loss(self.unet, part.drawn, part.cond, part.extra)
+        loss = self.objective.loss(self.unet, part.drawn, part.cond, part.unet_channels)
         total = self.scaler.scale((part.share * loss).sum())
         with self.in_backward.updates(total, self._rounding_key()) if self.in_backward else nullcontext():
             total.backward()

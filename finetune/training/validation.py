@@ -66,11 +66,11 @@ def validation_losses(
                 source.ensure_encoded(visits)
                 loaded = [source.visits.load(index, key) for index, key in visits]
                 batch = source.collate(indices, keys, loaded).to(device)
-                x0 = encoder.sample(batch.stored, batch.keys)
+                x0 = encoder.sample(batch.latent_params, batch.keys)
                 t = objective.validation_timesteps(keys, draw, draws)
                 noise = seeding.normal(keys, "noise", x0.shape[1:])
                 noised = replace(objective.add_noise(x0, noise.to(device), t.to(device)), mask=batch.mask)
-                losses[rows, draw] = objective.loss(unet, noised, batch.cond, batch.extra).float().cpu()
+                losses[rows, draw] = objective.loss(unet, noised, batch.cond, batch.unet_channels).float().cpu()
         return losses
 
     unet.eval()

@@ -129,8 +129,8 @@ def test_what_is_kept_equals_what_is_computed_to_the_bit(folder: Path, tiny: Dif
     runs = [list(batches(encode(images, tiny, cache_dir=place), batch_size=4, steps=4)) for place in places]
     for in_memory, fresh, found in zip(*runs, strict=True):
         for other in (fresh, found):
-            assert torch.equal(in_memory.stored, other.stored)
-            assert torch.equal(in_memory.geometry, other.geometry)
+            assert torch.equal(in_memory.latent_params, other.latent_params)
+            assert torch.equal(in_memory.time_ids, other.time_ids)
             assert torch.equal(in_memory.cond["encoder_hidden_states"], other.cond["encoder_hidden_states"])
 
 
@@ -140,8 +140,8 @@ def test_half_precision_takes_half_of_the_room_and_is_near(folder: Path, tiny: D
     sizes = [contents(existing_store(str(tmp_path / name))).bytes for name in ("fp32", "fp16")]
     assert sizes[1] < 0.52 * sizes[0]
     (a,), (b,) = (batches(each, batch_size=6, steps=1) for each in (whole, half))
-    assert b.stored.dtype == torch.float32
-    assert torch.equal(a.stored.half().float(), b.stored)
+    assert b.latent_params.dtype == torch.float32
+    assert torch.equal(a.latent_params.half().float(), b.latent_params)
     assert torch.equal(a.cond["encoder_hidden_states"].half().float(), b.cond["encoder_hidden_states"])
 
 

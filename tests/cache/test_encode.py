@@ -58,8 +58,8 @@ def test_latents_are_scaled_by_the_configs_factor_and_sampled_anew_at_each_visit
 ) -> None:
     encoded = encode(ImageFolder(pictures, resolution=64), tiny)
     first, second = batches(encoded, batch_size=6, steps=2)
-    mean, std = first.stored.chunk(2, dim=1)
-    noise = (tiny.encoder.sample(first.stored, first.keys) / tiny.encoder.scaling_factor - mean) / std
+    mean, std = first.latent_params.chunk(2, dim=1)
+    noise = (tiny.encoder.sample(first.latent_params, first.keys) / tiny.encoder.scaling_factor - mean) / std
     assert abs(noise.mean()) < 0.02
     assert noise.std() == pytest.approx(1, abs=0.02)
     row = second.ids.index(first.ids[0])
@@ -74,8 +74,8 @@ def test_worker_count_changes_nothing_to_the_bit(pictures: Path, tiny: Diffusion
         for a, b in zip(*runs, strict=True):
             assert a.ids == b.ids
             assert torch.equal(a.keys, b.keys)
-            assert torch.equal(a.stored, b.stored)
-            assert torch.equal(a.geometry, b.geometry)
+            assert torch.equal(a.latent_params, b.latent_params)
+            assert torch.equal(a.time_ids, b.time_ids)
             assert torch.equal(a.cond["encoder_hidden_states"], b.cond["encoder_hidden_states"])
 
 
@@ -103,7 +103,7 @@ def test_workers_that_are_spawned_get_no_tensors_and_change_nothing(pictures: Pa
     sent = pickle.dumps(encoded.visits)
     assert len(sent) < 10_000  # paths and captions
     (alone,), (spawned,) = (list(batches(encoded, batch_size=4, steps=1, num_workers=n)) for n in (0, 1))
-    assert torch.equal(alone.stored, spawned.stored)
+    assert torch.equal(alone.latent_params, spawned.latent_params)
 
 
 def test_each_picture_gets_its_own_caption_and_dropped_ones_the_empty_prompt(
@@ -128,7 +128,7 @@ def test_a_random_crop_is_drawn_once_when_kept_and_at_each_visit_when_live(
     for live in (False, True):
         seen: dict[str, set[tuple[int, ...]]] = {}
         for batch in batches(encode(images, tiny, live=live), batch_size=6, steps=5):
-            for name, row in zip(batch.ids, batch.geometry.tolist(), strict=True):
+            for name, row in zip(batch.ids, batch.time_ids.tolist(), strict=True):
                 seen.setdefault(name, set()).add(tuple(row))
         wide = seen["00.png"]  # 80 x 64: the crop can move
         assert len(wide) > 1 if live else len(wide) == 1
@@ -147,8 +147,8 @@ def test_a_mirrored_picture_has_the_mirrored_corner(pictures: Path, tiny: Diffus
     for batch in batches(encoded, batch_size=6, steps=20):
         row = batch.ids.index("00.png")
         (mirror,) = encoded.visits.store.load([encoded.visits.key(place, CacheVariant(flip=True))])
-        flipped = torch.equal(batch.stored[row], mirror["stored"])
-        seen[flipped] = batch.geometry[row].tolist()
+        flipped = torch.equal(batch.latent_params[row], mirror["stored"])
+        seen[flipped] = batch.time_ids[row].tolist()
     assert seen == {False: plain, True: mirrored}
 
 
@@ -169,7 +169,7 @@ class Squares(Dataset):
 def test_a_dataset_of_ones_own_is_encoded_as_it_is(tiny: DiffusionModel) -> None:
     batch = next(batches(encode(Squares(), tiny), batch_size=3, steps=1))
     assert sorted(batch.ids) == ["square 0", "square 1", "square 2"]
-    assert batch.geometry.tolist() == [[64, 64, 0, 0, 64, 64]] * 3
+    assert batch.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]] * 3
 
 
 def test_transparent_and_grey_pictures_of_ones_own_become_rgb_over_white(tiny: DiffusionModel) -> None:
@@ -214,13 +214,13 @@ def test_as_batch_encodes_what_a_plain_loader_gives(tiny: DiffusionModel) -> Non
     source = torch.Generator().manual_seed(0)
     pixels = torch.rand(2, 3, 64, 64, generator=source) * 2 - 1
     batch = as_batch(tiny, pixels, ["a", "b"], step=3)
-    assert torch.equal(batch.stored, tiny.encoder.encode(pixels))
+    assert torch.equal(batch.latent_params, tiny.encoder.encode(pixels))
     assert batch.cond["encoder_hidden_states"].shape == (2, 77, 96)
     assert not torch.equal(batch.keys, as_batch(tiny, pixels, ["a", "b"], step=4).keys)
 
 
 def test_no_graph_reaches_the_frozen_parts(pictures: Path, tiny: DiffusionModel) -> None:
     batch = next(batches(encode(ImageFolder(pictures, resolution=64), tiny), batch_size=2, steps=1))
-    x0 = tiny.encoder.sample(batch.stored, batch.keys)
+    x0 = tiny.encoder.sample(batch.latent_params, batch.keys)
     assert not x0.requires_grad
     assert not batch.cond["encoder_hidden_states"].requires_grad

@@ -41,7 +41,7 @@ def test_what_is_encoded_when_it_is_visited_has_the_same_bits(
     assert not ahead.live
     for one, other in zip(asked, batches(encoded(pictures, tiny, "none", None), batch_size=2, steps=6), strict=True):
         assert one.ids == other.ids
-        assert torch.equal(one.stored, other.stored)
+        assert torch.equal(one.latent_params, other.latent_params)
         assert torch.equal(one.cond["encoder_hidden_states"], other.cond["encoder_hidden_states"])
 
 

@@ -54,9 +54,9 @@ def of_pipeline(model: DiffusionModel, picture: Image.Image, mask: Image.Image, 
     height, width = picture.height, picture.width
     image = pipeline.image_processor.preprocess(picture, height=height, width=width)
     white = pipeline.mask_processor.preprocess(mask, height=height, width=width)
-    scaled = pipeline.vae.encode(image * (white < 0.5)).latent_dist
-    eps = seeding.normal(torch.tensor([key]), "sample of what is shown", scaled.mean.shape[1:])
-    latents = (scaled.mean + scaled.std * eps) * pipeline.vae.config.scaling_factor
+    resized = pipeline.vae.encode(image * (white < 0.5)).latent_dist
+    eps = seeding.normal(torch.tensor([key]), "sample of what is shown", resized.mean.shape[1:])
+    latents = (resized.mean + resized.std * eps) * pipeline.vae.config.scaling_factor
     small, shown = pipeline.prepare_mask_latents(
         white, latents, 1, height, width, torch.float32, latents.device, None, False
     )
@@ -75,20 +75,20 @@ def test_the_unet_is_shown_what_the_pipeline_shows_it(folder: Path, model: Diffu
     for index, key in ((0, 3), (5, 3), (5, 4)):
         batch = one(encoded, index, key)
         image = pictures[index].image
-        placement = pictures.placement(image.size, key)
-        as_trained = Image.fromarray(placement.pixels(image).permute(1, 2, 0).numpy())
+        crop = pictures.crop(image.size, key)
+        as_trained = Image.fromarray(crop.pixels(image).permute(1, 2, 0).numpy())
         if (mask := pictures.companion(index, "mask")) is not None:
-            drawn = Image.fromarray(placement.pixels(mask)[0].numpy())
+            drawn = Image.fromarray(crop.pixels(mask)[0].numpy())
         else:
             source = key if live else seeding.example_key(0, pictures.ids[index], mask_number(key))
             drawn = Image.fromarray(drawn_mask(source, 64, 64)[0].numpy())
         expected = of_pipeline(model, as_trained, drawn, key)
-        assert batch.extra is not None
-        assert torch.equal(batch.extra[:, :1], expected[:, :1])
-        assert (batch.extra - expected).abs().max() < 1e-4  # pixels are scaled in another order of operations
+        assert batch.unet_channels is not None
+        assert torch.equal(batch.unet_channels[:, :1], expected[:, :1])
+        assert (batch.unet_channels - expected).abs().max() < 1e-4  # pixels are scaled in another order of operations
         assert batch.mask is None  # errors count everywhere
-        plain = model.encoder.encode(normalize(placement.pixels(image))[None])
-        assert (batch.stored - plain).abs().max() < 1e-5
+        plain = model.encoder.encode(normalize(crop.pixels(image))[None])
+        assert (batch.latent_params - plain).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -96,10 +96,10 @@ def test_the_extra_channels_reach_the_unet_and_count(folder: Path, model: Diffus
     encoded = encode(ImageFolder(folder, "a disc", resolution=64), model, cache_dir="none")
     (batch,) = batches(encoded, batch_size=6, steps=1)
     objective = NoisePrediction(model.scheduler)
-    noised = objective.sample(model.encoder.sample(batch.stored, batch.keys), batch.keys)
-    loss = objective.loss(model.unet, noised, batch.cond, batch.extra)
-    assert batch.extra is not None
-    other = objective.loss(model.unet, noised, batch.cond, torch.zeros_like(batch.extra))
+    noised = objective.sample(model.encoder.sample(batch.latent_params, batch.keys), batch.keys)
+    loss = objective.loss(model.unet, noised, batch.cond, batch.unet_channels)
+    assert batch.unet_channels is not None
+    other = objective.loss(model.unet, noised, batch.cond, torch.zeros_like(batch.unet_channels))
     assert loss.shape == (6,)
     assert not loss.isclose(other).any()
 
@@ -128,9 +128,9 @@ def test_another_mask_is_encoded_anew_and_one_that_changes_meanwhile_is_refused(
         Image.new("L", before.size, "white").save(mask)
     changed = encode(ImageFolder(folder, "a disc", resolution=64), model, cache_dir=cache)
     assert new(changed) == 1
-    extra = one(changed, 1, 0).extra
-    assert extra is not None
-    assert extra[:, 0].all()
+    unet_channels = one(changed, 1, 0).unet_channels
+    assert unet_channels is not None
+    assert unet_channels[:, 0].all()
     late = ImageFolder(folder, "a disc", resolution=64)
     ImageDraw.Draw(white := Image.open(mask)).rectangle(BOX, fill="black")
     white.save(mask)
@@ -158,10 +158,10 @@ def test_steps_with_encodings_made_on_demand_are_the_same(folder: Path, model: D
     before, ahead = (encode(pictures, model, cache_dir="none", at_most=limit) for limit in (None, 0))
     some, others = (list(training_steps(each, batch_size=4, steps=4)) for each in (before, ahead))
     for (a,), (b,) in zip(some, others, strict=True):
-        assert torch.equal(a.stored, b.stored)
-        assert a.extra is not None
-        assert b.extra is not None
-        assert torch.equal(a.extra, b.extra)
+        assert torch.equal(a.latent_params, b.latent_params)
+        assert a.unet_channels is not None
+        assert b.unet_channels is not None
+        assert torch.equal(a.unet_channels, b.unet_channels)
 
 
 @torch.no_grad()
@@ -171,11 +171,11 @@ def test_a_loader_of_ones_own_may_bring_masks_or_not(model: DiffusionModel) -> N
     masks = torch.stack([drawn_mask(key, 64, 64) for key in drawn.keys.tolist()])
     given = as_batch(model, pixels, ["a", "b"], step=1, masks=masks)
     none = as_batch(model, pixels, ["a", "b"], step=1, masks=torch.zeros(2, 1, 64, 64))
-    assert drawn.extra is not None
-    assert given.extra is not None
-    assert none.extra is not None
-    assert torch.equal(drawn.extra, given.extra)
-    assert not none.extra[:, 0].any()
-    sample = model.encoder.sample(none.stored, none.keys, "sample of what is shown")
-    assert (none.extra[:, 1:] - sample).abs().max() < 1e-5  # all of the picture is shown
-    assert as_batch(load_model("tiny"), pixels, ["a", "b"], step=1).extra is None
+    assert drawn.unet_channels is not None
+    assert given.unet_channels is not None
+    assert none.unet_channels is not None
+    assert torch.equal(drawn.unet_channels, given.unet_channels)
+    assert not none.unet_channels[:, 0].any()
+    sample = model.encoder.sample(none.latent_params, none.keys, "sample of what is shown")
+    assert (none.unet_channels[:, 1:] - sample).abs().max() < 1e-5  # all of the picture is shown
+    assert as_batch(load_model("tiny"), pixels, ["a", "b"], step=1).unet_channels is None

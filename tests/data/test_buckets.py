@@ -74,16 +74,16 @@ def test_large_pictures_get_the_nearest_ratio(width: int, height: int) -> None:
 def test_a_bucket_is_cut_out_of_the_picture_scaled_to_cover_it(center: bool) -> None:
     image = Image.linear_gradient("L").resize((150, 100)).convert("RGB")
     transform = Preprocess(64, center_crop=center, buckets=Buckets(64, 32, 128, 8))
-    placement = transform.place(150, 100, key=3)
-    assert placement.size == (48, 80)
-    assert placement.scaled == (53, 80)
-    assert placement.corner == (2, 0) if center else 0 <= placement.corner[0] <= 5
-    pixels, geometry = transform(image, key=3)
+    crop = transform.crop(150, 100, key=3)
+    assert crop.size == (48, 80)
+    assert crop.resized == (53, 80)
+    assert crop.top_left == (2, 0) if center else 0 <= crop.top_left[0] <= 5
+    pixels, time_ids = transform(image, key=3)
     assert pixels.shape == (3, 48, 80)
-    assert geometry.tolist() == [100, 150, *placement.corner, 48, 80]
+    assert time_ids.tolist() == [100, 150, *crop.top_left, 48, 80]
     flipped, mirrored = transform(image, key=3, flip=True)
     assert torch.equal(flipped, pixels.flip(-1))
-    assert mirrored.tolist() == [100, 150, placement.corner[0], 0, 48, 80]
+    assert mirrored.tolist() == [100, 150, crop.top_left[0], 0, 48, 80]
 
 
 def test_sides_that_leave_no_bucket_are_told() -> None:

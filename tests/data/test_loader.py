@@ -39,12 +39,12 @@ def test_a_step_is_a_batch_for_each_shape(mixed: EncodedDataset) -> None:
     seen: list[str] = []
     for parts in training_steps(mixed, batch_size=4, steps=3):
         assert sum(map(len, parts)) == 4
-        shapes = [tuple(part.stored.shape[1:]) for part in parts]
+        shapes = [tuple(part.latent_params.shape[1:]) for part in parts]
         assert len(shapes) == len(set(shapes))
         assert all(
-            [FACTOR * side for side in part.stored.shape[2:]] == size
+            [FACTOR * side for side in part.latent_params.shape[2:]] == size
             for part in parts
-            for size in part.geometry[:, 4:].tolist()
+            for size in part.time_ids[:, 4:].tolist()
         )
         seen += [name for part in parts for name in part.ids]
     assert sorted(seen) == sorted(2 * list(mixed.ids))
@@ -69,8 +69,8 @@ def test_buckets_and_flips_are_the_same_with_any_number_of_workers(
     for same in zip(*runs, strict=True):
         for other in same[1:]:
             assert same[0].ids == other.ids
-            assert torch.equal(same[0].stored, other.stored)
-            assert torch.equal(same[0].geometry, other.geometry)
+            assert torch.equal(same[0].latent_params, other.latent_params)
+            assert torch.equal(same[0].time_ids, other.time_ids)
 
 
 def test_each_picture_has_the_same_weight_whatever_its_shape(mixed: EncodedDataset, tiny: DiffusionModel) -> None:

@@ -37,12 +37,12 @@ def left_half(width: int = 8, height: int = 8) -> Image.Image:
 
 
 def test_weights_lie_where_the_picture_does() -> None:
-    placement = Crop(original=(8, 8), scaled=(16, 16), corner=(0, 4), size=(16, 8))
-    found = weights(left_half(), placement, False, (4, 2))
+    crop = Crop(original=(8, 8), resized=(16, 16), top_left=(0, 4), size=(16, 8))
+    found = weights(left_half(), crop, False, (4, 2))
     assert found[0].round().tolist() == [[1, 0]] * 4  # columns 4 to 12 of 16: half and half
-    assert weights(left_half(), placement, True, (4, 2))[0].round().tolist() == [[0, 1]] * 4
+    assert weights(left_half(), crop, True, (4, 2))[0].round().tolist() == [[0, 1]] * 4
     grey = Image.new("L", (4, 4), 51)  # of another size than the picture
-    assert weights(grey, placement, False, (2, 2)).flatten().tolist() == pytest.approx([0.2] * 4)
+    assert weights(grey, crop, False, (2, 2)).flatten().tolist() == pytest.approx([0.2] * 4)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_mask_is_cropped_and_mirrored_with_its_picture(folder: Path, live: boo
     seen = 0
     for step in training_steps(encoded, batch_size=5, steps=6):
         for batch in step:
-            assert batch.mask is None or batch.mask.shape[1:] == (1, *batch.stored.shape[-2:])
+            assert batch.mask is None or batch.mask.shape[1:] == (1, *batch.latent_params.shape[-2:])
             for row, name in enumerate(batch.ids):
                 if name == "plain.jpg":
                     assert batch.mask is None or (batch.mask[row] == 1).all()
@@ -108,9 +108,9 @@ def test_a_mask_is_cropped_and_mirrored_with_its_picture(folder: Path, live: boo
 
 def test_people_see_what_does_not_count_in_the_dark(folder: Path) -> None:
     pictures = ImageFolder(folder, "a box", resolution=64)
-    boxed = LiveImages(pictures).masked_preview(0, 0).stored
+    boxed = LiveImages(pictures).masked_preview(0, 0).latent_params
     assert boxed.amax((1, 2)).tolist() == [255, 0, 63]  # red is lit, blue is not
-    plain = LiveImages(pictures).masked_preview(4, 0).stored
+    plain = LiveImages(pictures).masked_preview(4, 0).latent_params
     assert plain[0].min() > 250
 
 

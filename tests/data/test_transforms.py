@@ -23,13 +23,13 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 @pytest.mark.parametrize("resolution", [16, 31])
 def test_center_crop_is_bit_for_bit_what_torchvision_gives(width: int, height: int, resolution: int):
     image = picture(width, height)
-    pixels, geometry = Preprocess(resolution)(image, key=0)
+    pixels, time_ids = Preprocess(resolution)(image, key=0)
     expected = v2.Compose([v2.Resize(resolution, antialias=True), v2.CenterCrop(resolution), v2.PILToTensor()])(image)
     assert pixels.dtype == torch.uint8
     assert torch.equal(pixels, expected)
     resized = v2.Resize(resolution, antialias=True)(image)
-    assert geometry.dtype == torch.int64
-    assert geometry.tolist() == [
+    assert time_ids.dtype == torch.int64
+    assert time_ids.tolist() == [
         height,
         width,
         round((resized.height - resolution) / 2),
@@ -42,10 +42,10 @@ def test_center_crop_is_bit_for_bit_what_torchvision_gives(width: int, height: i
 @pytest.mark.parametrize(("width", "height"), SHAPES)
 def test_squash_is_bit_for_bit_torchvisions_resize_of_both_sides(width: int, height: int):
     image = picture(width, height)
-    pixels, geometry = Preprocess(24, resize_mode="squash", center_crop=False)(image, key=5)
+    pixels, time_ids = Preprocess(24, resize_mode="squash", center_crop=False)(image, key=5)
     expected = v2.Compose([v2.Resize((24, 24), antialias=True), v2.PILToTensor()])(image)
     assert torch.equal(pixels, expected)
-    assert geometry.tolist() == [height, width, 0, 0, 24, 24]
+    assert time_ids.tolist() == [height, width, 0, 0, 24, 24]
 
 
 @pytest.mark.parametrize("wide", [True, False])
@@ -53,17 +53,17 @@ def test_random_crop_is_the_place_that_geometry_says(wide: bool):
     image = picture(24, 16) if wide else picture(16, 24)
     resized = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
     for key in range(20):
-        pixels, geometry = Preprocess(16, center_crop=False)(image, key)
-        top, left = geometry[2:4].tolist()
+        pixels, time_ids = Preprocess(16, center_crop=False)(image, key)
+        top, left = time_ids[2:4].tolist()
         assert torch.equal(pixels, resized[:, top : top + 16, left : left + 16])
 
 
-@pytest.mark.parametrize(("size", "corner"), [((20, 16), 3), ((16, 20), 2)], ids=["wide", "tall"])
-def test_random_crop_is_a_pure_function_of_the_key_and_reaches_every_place_alike(size: tuple[int, int], corner: int):
+@pytest.mark.parametrize(("size", "top_left"), [((20, 16), 3), ((16, 20), 2)], ids=["wide", "tall"])
+def test_random_crop_is_a_pure_function_of_the_key_and_reaches_every_place_alike(size: tuple[int, int], top_left: int):
     image = picture(*size)
     transform = Preprocess(16, center_crop=False)
-    first = [transform(image, key)[1][corner].item() for key in range(1000)]
-    assert first == [transform(image, key)[1][corner].item() for key in range(1000)]
+    first = [transform(image, key)[1][top_left].item() for key in range(1000)]
+    assert first == [transform(image, key)[1][top_left].item() for key in range(1000)]
     counts = Counter(first)
     assert sorted(counts) == [0, 1, 2, 3, 4]
     assert max(counts.values()) < 1.4 * min(counts.values())
@@ -73,10 +73,10 @@ def test_flip_mirrors_the_same_crop_and_counts_its_corner_in_the_mirrored_pictur
     image = picture(30, 16)
     for center_crop in (True, False):
         transform = Preprocess(16, center_crop=center_crop, random_flip=True)
-        pixels, geometry = transform(image, key=3)
+        pixels, time_ids = transform(image, key=3)
         mirrored, turned = transform(image, key=3, flip=True)
         assert torch.equal(mirrored, pixels.flip(-1))
-        assert turned.tolist() == [16, 30, 0, 30 - 16 - geometry[3].item(), 16, 16]
+        assert turned.tolist() == [16, 30, 0, 30 - 16 - time_ids[3].item(), 16, 16]
 
 
 def test_the_caller_alone_decides_about_the_flip():
@@ -91,10 +91,10 @@ def test_every_shape_gives_a_square_from_inside_the_picture(
     width: int, height: int, resolution: int, center_crop: bool, key: int
 ):
     image = Image.new("RGB", (width, height), "white")
-    pixels, geometry = Preprocess(resolution, center_crop=center_crop)(image, key)
+    pixels, time_ids = Preprocess(resolution, center_crop=center_crop)(image, key)
     assert pixels.shape == (3, resolution, resolution)
     assert pixels.min() == 255  # black would be from outside
-    assert min(geometry[2:4].tolist()) == 0
+    assert min(time_ids[2:4].tolist()) == 0
 
 
 @pytest.mark.parametrize(

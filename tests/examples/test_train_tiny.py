@@ -19,11 +19,11 @@ class Stopping(Reconstruction):
 
     calls = 0
 
-    def loss(self, vae, drawn, cond, extra):
+    def loss(self, vae, drawn, cond, unet_channels):
         self.calls += 1
         if self.calls == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return super().loss(vae, drawn, cond, extra)
+        return super().loss(vae, drawn, cond, unet_channels)
 
 
 def trained(folder: Path, objective: Reconstruction) -> dict[str, torch.Tensor]:

@@ -38,7 +38,7 @@ def spoilt_in_the_second(given: dict[str, Any]) -> tuple[str, int]:
     def spoil(self: CachedImages, index: int, key: int) -> Any:
         image = load(self, index, key)
         visits[0] += 1
-        return image._replace(stored=image.stored * float("nan")) if visits[0] == 3 else image
+        return image._replace(latent_params=image.latent_params * float("nan")) if visits[0] == 3 else image
 
     if os.environ["RANK"] == "1":
         CachedImages.load = spoil

@@ -28,6 +28,6 @@ def test_a_pictures_bits_do_not_depend_on_its_neighbours() -> None:
 def test_pixels_survive_the_way_through_bytes_exactly() -> None:
     every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     encoder = PixelEncoder()
-    stored = encoder.encode(normalize(every))
-    assert torch.equal(stored, every)
-    torch.testing.assert_close(encoder.sample(stored, torch.tensor([1])), normalize(every))
+    latent_params = encoder.encode(normalize(every))
+    assert torch.equal(latent_params, every)
+    torch.testing.assert_close(encoder.sample(latent_params, torch.tensor([1])), normalize(every))

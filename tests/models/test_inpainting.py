@@ -38,7 +38,7 @@ def test_each_of_the_masks_of_a_picture_is_taken_about_as_often() -> None:
 def test_a_mask_of_its_own_lies_where_the_picture_does() -> None:
     mask = Image.new("L", (8, 8))
     mask.paste(255, (0, 0, 4, 8))
-    crop = Crop(original=(8, 8), scaled=(16, 16), corner=(0, 4), size=(16, 8))
+    crop = Crop(original=(8, 8), resized=(16, 16), top_left=(0, 4), size=(16, 8))
     left, mirrored = (Inpainting().pixels(crop.companion_pixels(mask, flip), crop.size, 0) for flip in (False, True))
     assert set(left.unique().tolist()) == {0, 255}
     assert left[0].eq(255).sum(dim=1).tolist() == [4] * 16
@@ -54,8 +54,8 @@ class Halving:
     def encode(self, pixels: Tensor) -> Tensor:
         return pixels[..., ::2, ::2]
 
-    def sample(self, stored: Tensor, keys: Tensor, purpose: str) -> Tensor:
-        return stored * 2
+    def sample(self, latent_params: Tensor, keys: Tensor, purpose: str) -> Tensor:
+        return latent_params * 2
 
 
 def test_the_model_is_shown_nothing_where_it_is_to_paint() -> None:
@@ -95,6 +95,6 @@ def test_visits_see_the_hole_of_their_own_mask_or_one_that_is_drawn(tmp_path: Pa
     for key in range(5):
         assert torch.equal(visits.load(own, key).condition["pixels"], middle_mask(64, 64))
         assert torch.equal(visits.load(none, key).condition["pixels"], drawn_mask(key, 64, 64))
-    seen = visits.masked_preview(own, 0).stored
+    seen = visits.masked_preview(own, 0).latent_params
     assert torch.equal(seen, visits.preview_pixels(own, 0))
     assert torch.equal(seen[0] == 127, middle_mask(64, 64)[0] > 0)

@@ -89,7 +89,7 @@ def test_the_unet_is_told_size_and_crop_of_each_picture(folder: Path, pictures: 
     encoded = encode(ImageFolder(pictures, resolution=64), model)
     (batch,) = batches(encoded, batch_size=6, steps=1)
     added = batch.cond["added_cond_kwargs"]
-    assert torch.equal(added["time_ids"], batch.geometry.float())
+    assert torch.equal(added["time_ids"], batch.time_ids.float())
     assert added["time_ids"][batch.ids.index("00.png")].tolist() == [64, 80, 0, 8, 64, 64]  # height before width
     assert added["text_embeds"].shape == (6, 32)
     part = next(batch.split(2))

@@ -105,7 +105,7 @@ def test_relatives_are_known_by_their_blocks_and_inputs(tmp_path: Path, relative
             str.maketrans("()", "[]")
         )
     assert equal(model.unet.state_dict(), pipeline.unet.state_dict())
-    assert model.inpainting == ("inpainting" in relative)
+    assert (model.image_condition is not None) == ("inpainting" in relative)
     x, cond = (
         torch.ones(1, theirs["in_channels"], 16, 16),
         {"encoder_hidden_states": torch.ones(1, 77, theirs["cross_attention_dim"])},

@@ -51,7 +51,7 @@ def test_a_table_of_ones_own_may_have_class_pictures(
     kind = make_pictures(tmp_path / "kind", count=2, captions=True)
     config = TrainConfig(prompt="a disc", class_data=str(kind), validation_fraction=0.0)
     found = open_pictures(config, locate("tiny"), rows.cast_column("image", datasets.Image())).first
-    assert (found.subjects, len(found)) == (6, 8)
+    assert (found.num_subject_images, len(found)) == (6, 8)
 
 
 def test_a_dataset_of_ones_own_may_be_repeated() -> None:

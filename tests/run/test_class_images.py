@@ -32,7 +32,7 @@ def folders(make_pictures: MakePictures, tmp_path: Path, subjects: int, others: 
 def test_a_joined_dataset_tells_the_kind_from_the_subject(make_pictures: MakePictures, tmp_path: Path) -> None:
     dog, dogs = folders(make_pictures, tmp_path, 2, 5)
     both = with_class_pictures("dog", ImageFolder(dog, "sks dog"), ImageFolder(dogs, "a dog"), 0.5)
-    assert (both.subjects, both.class_pictures, both.epoch_visits) == (2, [2, 3, 4, 5, 6], 4)
+    assert (both.num_subject_images, both.class_pictures, both.epoch_visits) == (2, [2, 3, 4, 5, 6], 4)
     assert both.weights == [1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5]
     assert (both.ids[0], both.ids[2]) == ("dog/00.png", "class/00.png")
     assert both.sources == {"prompt": 2, "class_prompt": 5}

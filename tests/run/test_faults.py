@@ -33,7 +33,7 @@ def third_is_spoilt(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def spoil(self: CachedImages, index: int, key: int) -> Any:
         image = load(self, index, key)
-        return image._replace(stored=image.stored * float("nan")) if index == 2 else image
+        return image._replace(latent_params=image.latent_params * float("nan")) if index == 2 else image
 
     monkeypatch.setattr(CachedImages, "load", spoil)
 

@@ -16,9 +16,9 @@ from tests.small_trainer import small_batch, small_trainer
 
 def spoilt() -> Batch:
     """The second of two pictures has no finite loss."""
-    stored = small_batch().stored.float()
-    stored[1] = float("nan")
-    return replace(small_batch(), stored=stored)
+    latent_params = small_batch().latent_params.float()
+    latent_params[1] = float("nan")
+    return replace(small_batch(), latent_params=latent_params)
 
 
 def weights(trainer: Trainer) -> Tensor:

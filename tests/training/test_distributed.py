@@ -74,8 +74,10 @@ def test_a_process_that_ends_is_noticed_at_once() -> None:
 def part(batch: Batch, number: int, spoilt: bool = False) -> Batch:
     """One of the two examples, as the loader gives it to one of two processes."""
     one = list(batch.split(1))[number]
-    stored = one.stored.float() * float("nan") if spoilt else one.stored
-    return replace(one, stored=stored, global_step=GlobalStep(("a", "b"), float(batch.weight.sum()), number))
+    latent_params = one.latent_params.float() * float("nan") if spoilt else one.latent_params
+    return replace(
+        one, latent_params=latent_params, global_step=GlobalStep(("a", "b"), float(batch.weight.sum()), number)
+    )
 
 
 def weighted() -> Batch:

@@ -39,17 +39,17 @@ class ToOne:
     def sample(self, x0: Tensor, keys: Tensor) -> Tensor:
         return x0
 
-    def loss(self, network: Any, drawn: Tensor, cond: Any, extra: Tensor | None) -> Tensor:
+    def loss(self, network: Any, drawn: Tensor, cond: Any, unet_channels: Tensor | None) -> Tensor:
         return (network(drawn.flatten(1).bfloat16()).float() - 1).square().mean(dim=1) * self.scale
 
 
 def batch(size: int = 4) -> Batch:
-    stored = (torch.arange(size * 12).reshape(size, 3, 2, 2) * 5 % 256).to(torch.uint8)
+    latent_params = (torch.arange(size * 12).reshape(size, 3, 2, 2) * 5 % 256).to(torch.uint8)
     return Batch(
-        stored=stored,
+        latent_params=latent_params,
         cond={},
         keys=torch.arange(size),
-        geometry=torch.zeros(size, 6),
+        time_ids=torch.zeros(size, 6),
         ids=tuple("abcdefgh"[:size]),
         weight=torch.ones(size),
     )

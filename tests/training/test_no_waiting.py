@@ -41,8 +41,10 @@ class NoScalars(TorchDispatchMode):
 class TrainDataLoader(NoisePrediction):
     """Reads its loss, as many a loop does."""
 
-    def loss(self, unet: Any, noised: NoisedBatch, cond: Mapping[str, Any], extra: Tensor | None = None) -> Tensor:
-        loss = super().loss(unet, noised, cond, extra)
+    def loss(
+        self, unet: Any, noised: NoisedBatch, cond: Mapping[str, Any], unet_channels: Tensor | None = None
+    ) -> Tensor:
+        loss = super().loss(unet, noised, cond, unet_channels)
         assert loss.mean().item() > 0
         return loss
 

@@ -103,7 +103,7 @@ def test_extra_channels_reach_the_unet() -> None:
 
     objective = NoisePrediction(DDPMScheduler())
     noised = objective.sample(torch.zeros(2, 4, 8, 8), torch.tensor([1, 2]))
-    objective.loss(unet, noised, {}, extra=torch.zeros(2, 5, 8, 8))
+    objective.loss(unet, noised, {}, unet_channels=torch.zeros(2, 5, 8, 8))
     assert seen == [(2, 9, 8, 8)]
 
 

@@ -22,22 +22,27 @@ class Scarce(NoisePrediction):
     passes = 0
     on_cpu = False
 
-    def loss(self, unet: Any, noised: Any, cond: Any, extra: Tensor | None = None) -> Tensor:
+    def loss(self, unet: Any, noised: Any, cond: Any, unet_channels: Tensor | None = None) -> Tensor:
         self.passes += 1
         if self.passes >= 3 and len(noised.t) > self.room:
             if self.on_cpu:
                 torch.empty(2**60, dtype=torch.uint8)  # raises what it raises
             raise torch.OutOfMemoryError("not enough")
-        return super().loss(unet, noised, cond, extra)
+        return super().loss(unet, noised, cond, unet_channels)
 
 
 def eight() -> Batch:
     one = small_batch()
     cond = {name: tensor.repeat(4, 1, 1) for name, tensor in one.cond.items()}
-    stored = torch.arange(8 * 4 * 8 * 8).view(8, 4, 8, 8).to(torch.uint8)
+    latent_params = torch.arange(8 * 4 * 8 * 8).view(8, 4, 8, 8).to(torch.uint8)
     weight = torch.arange(1.0, 9.0)
     return Batch(
-        stored=stored, cond=cond, keys=torch.arange(8), geometry=torch.zeros(8, 6), ids=tuple("abcdefgh"), weight=weight
+        latent_params=latent_params,
+        cond=cond,
+        keys=torch.arange(8),
+        time_ids=torch.zeros(8, 6),
+        ids=tuple("abcdefgh"),
+        weight=weight,
     )
 
 
@@ -86,7 +91,7 @@ def test_memory_of_a_cpu_that_does_not_suffice_is_understood_and_another_error_i
         scarce.step(eight())
     wrong = small_trainer("lora")
     with pytest.raises(RuntimeError, match=r"expected input.* to have 4 channels"):
-        wrong.step(replace(eight(), stored=torch.zeros(8, 5, 7, 7, dtype=torch.uint8)))
+        wrong.step(replace(eight(), latent_params=torch.zeros(8, 5, 7, 7, dtype=torch.uint8)))
 
 
 def test_what_was_found_to_fit_is_kept_in_the_state() -> None:

@@ -17,8 +17,8 @@ def watching(method: str) -> Trainer:
     return trainer
 
 
-def batch(*of_class: bool) -> Batch:
-    return replace(small_batch(), of_class=of_class)
+def batch(*is_class_image: bool) -> Batch:
+    return replace(small_batch(), is_class_image=is_class_image)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -54,7 +54,7 @@ class Linear:
     def sample(self, x0: Tensor, keys: Tensor) -> Tensor:
         return x0
 
-    def loss(self, network: Any, drawn: Tensor, cond: Any, extra: Tensor | None) -> Tensor:
+    def loss(self, network: Any, drawn: Tensor, cond: Any, unet_channels: Tensor | None) -> Tensor:
         return (network(drawn.flatten(1).to(network.weight.dtype)).float() - 1).square().mean(dim=1)
 
 
@@ -65,13 +65,13 @@ def network(width: int = 12) -> nn.Linear:
 
 
 def batch(size: int = 4) -> Batch:
-    stored = (torch.arange(size * 12).reshape(size, 3, 2, 2) * 5 % 256).to(torch.uint8)
-    geometry = torch.zeros(size, 6)
+    latent_params = (torch.arange(size * 12).reshape(size, 3, 2, 2) * 5 % 256).to(torch.uint8)
+    time_ids = torch.zeros(size, 6)
     return Batch(
-        stored=stored,
+        latent_params=latent_params,
         cond={},
         keys=torch.arange(size),
-        geometry=geometry,
+        time_ids=time_ids,
         ids=tuple("abcdefgh"[:size]),
         weight=torch.ones(size),
     )

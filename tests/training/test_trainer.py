@@ -139,7 +139,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_example
 ) -> None:
     examples = 2 if precision else 4  # without AVX512, bf16 takes seconds a step
     batch, whole = (next(steps(encoded, 1, batch_size=examples)) for _ in range(2))
-    batch.stored[1] = float("nan")
+    batch.latent_params[1] = float("nan")
     model, trainer = make(micro_batch_size=micro, optimizer=optimizer, precision=precision)
     trainer.step(whole)
     before, working = weights(trainer), {name: t.clone() for name, t in model.unet.state_dict().items()}
