@@ -71,7 +71,8 @@ def encode(
     planned = [(index, None) for index in range(len(pictures))] if visited is None else list(visited)
     store = BufferedStore(open_store(cache_dir))
     works, conditions = list[EncodeJob](), LiveTextEmbeddings(model.conditioner)
-    if not captioning.shuffle:
+    captionings = [captioning, *(own for index in range(len(pictures)) if (own := pictures.captioning(index)))]
+    if not any(each.shuffle for each in captionings):
         conditions = CachedTextEmbeddings(
             store, model.conditioner, precision, _maker(model.conditioner, any_environment)
         )
@@ -154,11 +155,11 @@ def _captions(pictures: ImageDataset, conditions: CachedTextEmbeddings, indices:
 def _pictures(images: CachedImages, encoder: Encoder, visits: Iterable[tuple[int, int | None]]) -> EncodeJob:
     """The pictures, in each variant that visits need, through the encoder."""
     variants = {
-        images.key(index, variant): (index, variant) for index, key in visits for variant in images.variants(index, key)
+        cache_key: (index, variant) for index, key in visits for cache_key, variant in images.keys(index, key).items()
     }
 
     def keys_of(index: int, key: int) -> list[str]:
-        return [images.key(index, variant) for variant in images.variants(index, key)]
+        return list(images.keys(index, key))
 
     def prepare(key: str) -> Tensor:
         return images.pixels(*variants[key])

@@ -96,7 +96,7 @@ class EncodedDataset:
     @cached_property
     def masks(self) -> LossMasks:
         """The loss masks of the pictures."""
-        return LossMasks(self.pictures, self.visits)
+        return LossMasks(self.pictures)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -155,6 +155,10 @@ class EncodedDataset:
         """Visits of an epoch."""
         return self.pictures.epoch_visits
 
+    def caption(self, index: int, key: int) -> str:
+        """The caption of the visit with this sample key."""
+        return (self.pictures.captioning(index) or self.captioning).caption(self.pictures.texts(index), key)
+
     def collate(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[LoadedImage]) -> Batch:
         """Loaded visits -> Batch on the CPU. Raises DataError when the pictures differ in size."""
         ids = tuple(self.ids[index] for index in indices)
@@ -164,9 +168,9 @@ class EncodedDataset:
             latent_params, condition = self._encoded(latent_params, condition)
         shown = self.visits.condition
         unet_channels = None if shown is None else shown.channels(self.encoder, condition, keys)
-        time_ids = torch.tensor([image.time_ids for image in loaded])
+        time_ids = torch.tensor([image.crop.time_ids(image.flip) for image in loaded])
         visits = zip(indices, keys.tolist(), strict=True)
-        captions = [self.captioning.caption(self.pictures.texts(index), key) for index, key in visits]
+        captions = [self.caption(index, key) for index, key in visits]
         cond = self.conditioner.kwargs(self.conditions.get(captions), time_ids)
         weight = torch.tensor([self.pictures.weights[index] for index in indices])
         is_class_image = tuple(index >= self.pictures.num_subject_images for index in indices)
@@ -180,7 +184,7 @@ class EncodedDataset:
             ids=ids,
             weight=weight,
             is_class_image=is_class_image,
-            mask=self.masks.get(indices, keys, size) if masked else None,
+            mask=self.masks.get(indices, loaded, size) if masked else None,
             unet_channels=unet_channels,
         )
 

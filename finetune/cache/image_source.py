@@ -1,18 +1,17 @@
 """What a visit to an example loads: an encoding that is cached, or the picture itself."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from finetune import seeding
 from finetune.cache.keys import picture_key
 from finetune.cache.store import Store
 from finetune.data.image_dataset import ImageDataset
-from finetune.data.images import to_rgb
+from finetune.data.image_sample import ImageSample
 from finetune.data.masks import weights
 from finetune.data.transforms import Crop
 from finetune.models.image_condition import ImageCondition
@@ -26,8 +25,10 @@ class LoadedImage(NamedTuple):
 
     latent_params: Tensor
     """The cached encoding (C, h, w), floats as fp32; or the pixels (3, H, W) uint8."""
-    time_ids: tuple[int, ...]
-    """See `Crop.time_ids`."""
+    crop: Crop
+    """The part of the picture that it is of."""
+    flip: bool
+    """Whether it is mirrored."""
     condition: Mapping[str, Tensor] = {}
     """What is cached of the image condition, or its pixels (K, H, W) uint8 as "pixels"; {}: there is none."""
 
@@ -57,62 +58,31 @@ class CachedImages:
     """What the UNet is shown of a picture with x_t."""
 
     def load(self, index: int, key: int) -> LoadedImage:
-        """The cached encoding, mirrored half of the time if flips are wanted, with its time ids and condition."""
-        crop, flip = self.crop_and_flip(index, key)
-        variants = self._variants_of_visit(index, key, flip)
-        items = self.store.load([self._key(index, crop, variant) for variant in variants])
+        """The cached encoding, mirrored half of the time if flips are wanted, and its condition."""
+        sample = self.pictures.sample(index)
+        crop, flip = self._crop(sample), sample.random_flip and is_flipped(key)
+        variants = [CacheVariant(flip, condition) for condition in (None, *self._conditions(sample, key))]
+        items = self.store.load([self._key(sample, crop, variant) for variant in variants])
         image, *conditions = [
             {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in item.items()}
             for item in items
         ]
-        return LoadedImage(image["stored"], crop.time_ids(flip), *conditions)
-
-    def crop_and_flip(self, index: int, key: int) -> tuple[Crop, bool]:
-        """The crop of the picture that is trained on, and whether it is mirrored."""
-        return self._crop(index), self.pictures.flips and _flipped(key)
+        return LoadedImage(image["stored"], crop, flip, *conditions)
 
     def preview_pixels(self, index: int, key: int) -> Tensor:
         """(3, H, W) uint8: the pixels whose encoding `load` returns, with their condition laid over them."""
-        _, flip = self.crop_and_flip(index, key)
-        return _preview(self.condition, self.pixels(index, self._variants_of_visit(index, key, flip)[-1]))
+        sample = self.pictures.sample(index)
+        *_, condition = None, *self._conditions(sample, key)
+        variant = CacheVariant(sample.random_flip and is_flipped(key), condition)
+        return _preview(self.condition, self._pixels(sample, variant))
 
-    def variants(self, index: int, key: int | None) -> list[CacheVariant]:
-        """All encodings of a picture that a visit with this sample key may need; None: any visit."""
-        conditions = [None, *self._condition_numbers(index, key)]
-        flips = (False, True) if self.pictures.flips else (False,)
-        return [CacheVariant(flip, condition) for flip in flips for condition in conditions]
-
-    def _variants_of_visit(self, index: int, key: int, flip: bool) -> list[CacheVariant]:
-        return [CacheVariant(flip, condition) for condition in (None, *self._condition_numbers(index, key))]
-
-    def _condition_numbers(self, index: int, key: int | None) -> tuple[int, ...]:
-        if self.condition is None:
-            return ()
-        has_companion = self.condition.companion in self.pictures.companions(index)
-        return tuple(self.condition.variants(key, has_companion=has_companion))
-
-    def key(self, index: int, variant: CacheVariant) -> str:
-        """Return the cache key of one variant of a picture."""
-        return self._key(index, self._crop(index), variant)
-
-    def _key(self, index: int, crop: Crop, variant: CacheVariant) -> str:
-        condition = ""
-        if self.condition is not None and variant.condition is not None:
-            companion = self.pictures.companions(index).get(self.condition.companion)
-            condition = self.condition.cache_name(companion, self._condition_key(index, variant.condition))
-        return picture_key(
-            self.pictures.image_info(index).digest,
-            crop=crop,
-            flip=variant.flip,
-            encoder=self.encoder,
-            precision=self.precision,
-            background=self.pictures.background,
-            condition=condition,
-        )
-
-    def _condition_key(self, index: int, number: int) -> int:
-        """The sample key that the condition with this number is drawn from."""
-        return seeding.example_key(self.seed, self.pictures.ids[index], number)
+    def keys(self, index: int, key: int | None) -> dict[str, CacheVariant]:
+        """Return all encodings that a visit with this sample key may need, by cache key; None: any visit."""
+        sample = self.pictures.sample(index)
+        crop, conditions = self._crop(sample), [None, *self._conditions(sample, key)]
+        flips = (False, True) if sample.random_flip else (False,)
+        variants = [CacheVariant(flip, condition) for flip in flips for condition in conditions]
+        return {self._key(sample, crop, variant): variant for variant in variants}
 
     def pixels(self, index: int, variant: CacheVariant) -> Tensor:
         """(3, H, W) uint8 that are to be encoded, or with a condition (3 + K, H, W).
@@ -120,18 +90,42 @@ class CachedImages:
         Raises:
             DataError: the picture is another than at the start.
         """
-        crop = self._crop(index)
-        pixels = crop.pixels(_opaque(self.pictures, index), variant.flip)
+        return self._pixels(self.pictures.sample(index), variant)
+
+    def _pixels(self, sample: ImageSample, variant: CacheVariant) -> Tensor:
+        crop = self._crop(sample)
+        pixels = crop.pixels(sample.open(), variant.flip)
         if self.condition is None or variant.condition is None:
             return pixels
-        key = self._condition_key(index, variant.condition)
-        return torch.cat(
-            [pixels, condition_pixels(self.condition, self.pictures, index, crop=crop, flip=variant.flip, key=key)]
+        key = self._condition_key(sample, variant.condition)
+        return torch.cat([pixels, condition_pixels(self.condition, sample, crop=crop, flip=variant.flip, key=key)])
+
+    def _key(self, sample: ImageSample, crop: Crop, variant: CacheVariant) -> str:
+        condition = ""
+        if self.condition is not None and variant.condition is not None:
+            companion = sample.companions.get(self.condition.companion)
+            condition = self.condition.cache_name(companion, self._condition_key(sample, variant.condition))
+        return picture_key(
+            sample.info.digest,
+            crop=crop,
+            flip=variant.flip,
+            encoder=self.encoder,
+            precision=self.precision,
+            background=sample.background,
+            condition=condition,
         )
 
-    def _crop(self, index: int) -> Crop:
-        first_visit = seeding.example_key(self.seed, self.pictures.ids[index], 0)
-        return self.pictures.crop(self.pictures.image_info(index).size, first_visit)
+    def _crop(self, sample: ImageSample) -> Crop:
+        return sample.crop(seeding.example_key(self.seed, sample.id, 0))
+
+    def _conditions(self, sample: ImageSample, key: int | None) -> Sequence[int]:
+        if self.condition is None:
+            return ()
+        return self.condition.variants(key, has_companion=self.condition.companion in sample.companions)
+
+    def _condition_key(self, sample: ImageSample, number: int) -> int:
+        """The sample key that the condition with this number is drawn from."""
+        return seeding.example_key(self.seed, sample.id, number)
 
 
 @dataclass(frozen=True)
@@ -144,15 +138,15 @@ class LiveImages:
     condition: ImageCondition | None = None
 
     def load(self, index: int, key: int, flip: bool | None = None) -> LoadedImage:
-        """Pixels with their time ids and condition; `flip` is drawn where flips are wanted, unless given."""
-        image = _opaque(self.pictures, index)
-        if flip is None:
-            flip = self.pictures.flips and _flipped(key)
-        crop = self.pictures.crop(image.size, key)
+        """Pixels and those of their condition; `flip` is drawn where flips are wanted, unless given."""
+        sample = self.pictures.sample(index)
+        image = sample.open()
+        crop = sample.crop(key, image.size)
+        flip = sample.random_flip and is_flipped(key) if flip is None else flip
         condition = {}
         if self.condition is not None:
-            condition["pixels"] = condition_pixels(self.condition, self.pictures, index, crop=crop, flip=flip, key=key)
-        return LoadedImage(crop.pixels(image, flip), crop.time_ids(flip), condition)
+            condition["pixels"] = condition_pixels(self.condition, sample, crop=crop, flip=flip, key=key)
+        return LoadedImage(crop.pixels(image, flip), crop, flip, condition)
 
     def masked_preview(self, index: int, key: int) -> LoadedImage:
         """What `load` returns, not mirrored, for people: with the condition laid over it, or dark where a mask lets no
@@ -161,13 +155,9 @@ class LiveImages:
         loaded = self.load(index, key, flip=False)
         pixels = _preview(self.condition, torch.cat([loaded.latent_params, *loaded.condition.values()]))
         if self.condition is None and (mask := self.pictures.companion(index, "mask")) is not None:
-            light = weights(mask, self.crop_and_flip(index, key)[0], False, (pixels.shape[1], pixels.shape[2]))
+            light = weights(mask, loaded.crop, False, (pixels.shape[1], pixels.shape[2]))
             pixels = (pixels * (_DIMMED + (1 - _DIMMED) * light)).to(torch.uint8)
-        return LoadedImage(pixels, loaded.time_ids)
-
-    def crop_and_flip(self, index: int, key: int) -> tuple[Crop, bool]:
-        """The crop of the picture that is trained on, and whether it is mirrored."""
-        return self.pictures.crop(self.pictures.image_info(index).size, key), self.pictures.flips and _flipped(key)
+        return loaded._replace(latent_params=pixels, condition={})
 
     def preview_pixels(self, index: int, key: int) -> Tensor:
         """The pixels that `load` returns, with their condition laid over them."""
@@ -176,26 +166,17 @@ class LiveImages:
 
 
 def condition_pixels(
-    condition: ImageCondition, pictures: ImageDataset, index: int, *, crop: Crop, flip: bool, key: int | None
+    condition: ImageCondition, sample: ImageSample, *, crop: Crop, flip: bool, key: int | None
 ) -> Tensor:
     """Return the image condition of a picture, (K, H, W) uint8; see `ImageCondition.pixels`."""
-    companion = None
-    if condition.companion in pictures.companions(index):
-        companion = pictures.companion(index, condition.companion)
-    placed = None if companion is None else crop.companion_pixels(companion, flip)
-    return condition.pixels(placed, crop.size, key)
+    return condition.pixels(sample.companion_pixels(condition.companion, crop, flip), crop.size, key)
+
+
+def is_flipped(key: int) -> bool:
+    """Whether the visit with this sample key is mirrored, where flips are wanted."""
+    return bool(seeding.uniform(torch.tensor([key]), "flip") < 0.5)
 
 
 def _preview(condition: ImageCondition | None, pixels: Tensor) -> Tensor:
     """(3, H, W) uint8 for people, of pixels with those of their condition after them."""
-    return pixels if condition is None else condition.preview(pixels[:3], pixels[3:])
-
-
-def _opaque(pictures: ImageDataset, index: int) -> Image.Image:
-    """The picture as RGB: of our own datasets they come so, and upright."""
-    image = pictures[index].image
-    return image if image.mode == "RGB" else to_rgb(image, background=pictures.background)
-
-
-def _flipped(key: int) -> bool:
-    return bool(seeding.uniform(torch.tensor([key]), "flip") < 0.5)
+    return pixels if condition is None or pixels.shape[0] == 3 else condition.preview(pixels[:3], pixels[3:])

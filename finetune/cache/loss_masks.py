@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from finetune.cache.image_source import CachedImages, LiveImages
+from finetune.cache.image_source import LoadedImage
 from finetune.data.image_dataset import ImageDataset
 from finetune.data.masks import weights
 from finetune.data.transforms import Crop
@@ -20,25 +20,23 @@ class LossMasks:
 
     Args:
         pictures: whose masks they are.
-        visits: to these pictures.
     """
 
-    def __init__(self, pictures: ImageDataset, visits: CachedImages | LiveImages) -> None:
-        self._pictures, self._visits = pictures, visits
+    def __init__(self, pictures: ImageDataset) -> None:
+        self._pictures = pictures
         self._at_hand: OrderedDict[tuple[int, Crop, bool], Tensor | None] = OrderedDict()
         self._bytes = 0
 
-    def get(self, indices: Sequence[int], keys: Tensor, size: tuple[int, int]) -> Tensor | None:
-        """(B, 1, h, w) for visits with these keys and latents of this size; None where no picture has a mask."""
+    def get(self, indices: Sequence[int], loaded: Sequence[LoadedImage], size: tuple[int, int]) -> Tensor | None:
+        """(B, 1, h, w) for visits with latents of this size; None where no picture has a mask."""
         if not self._pictures.masked:
             return None
-        masks = [self._one(index, key, size) for index, key in zip(indices, keys.tolist(), strict=True)]
+        masks = [self._one(index, image.crop, image.flip, size) for index, image in zip(indices, loaded, strict=True)]
         if all(mask is None for mask in masks):
             return None
         return torch.stack([torch.ones(1, *size) if mask is None else mask for mask in masks])
 
-    def _one(self, index: int, key: int, size: tuple[int, int]) -> Tensor | None:
-        crop, flip = self._visits.crop_and_flip(index, key)
+    def _one(self, index: int, crop: Crop, flip: bool, size: tuple[int, int]) -> Tensor | None:
         name = (index, crop, flip)
         if name not in self._at_hand:
             mask = self._pictures.companion(index, "mask")

@@ -108,6 +108,6 @@ def _pixels(encoded: "EncodedDataset", batches: "tuple[Batch, ...]") -> "tuple[l
     for batch in batches:
         for name, key in zip(batch.ids, batch.keys.tolist(), strict=True):
             index = places[name]
-            captions.append(encoded.captioning.caption(encoded.pictures.texts(index), key))
+            captions.append(encoded.caption(index, key))
             pixels.append(encoded.visits.preview_pixels(index, key))
     return captions, pixels

@@ -59,9 +59,9 @@ def run(options: Options, config: TrainConfig) -> None:
         limit = chunks_of(config.max_token_length) * (tokenizer.model_max_length - 2)
     visits, cells, names = LiveImages(pictures, image_condition_of(model_info.family.image_condition)), [], []
     for index in range(min(len(pictures), options.max_pictures)):
-        pixels, time_ids, _ = visits.masked_preview(index, example_key(config.seed, pictures.ids[index], 0))
-        height, width, *_, target_height, target_width = time_ids
-        cells.append(pixels)
+        preview = visits.masked_preview(index, example_key(config.seed, pictures.ids[index], 0))
+        (height, width), (target_height, target_width) = preview.crop.original, preview.crop.size
+        cells.append(preview.latent_params)
         names.append(f"{target_width}x{target_height} of {width}x{height}: {pictures.ids[index]}")
     sheet = contact_sheet(cells, names, pictures.captions, counts, limit)
     try:

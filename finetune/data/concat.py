@@ -1,4 +1,4 @@
-"""Joined: several datasets as one."""
+"""ConcatDataset: the pictures of several sources as one dataset."""
 
 from bisect import bisect_right
 from collections import Counter
@@ -8,82 +8,101 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from finetune.data.caption_augmentation import CaptionAugmentation
 from finetune.data.captions import Caption
 from finetune.data.data_source import called
 from finetune.data.image_checks import ImageInfo, RejectedImage
 from finetune.data.image_dataset import Example, ImageDataset, Ledger
+from finetune.data.image_sample import ImageSample
+from finetune.data.source_settings import SourceSettings
 
 
-class ConcatPart(NamedTuple):
-    """One of the datasets."""
+class Source(NamedTuple):
+    """The opened pictures of a source, and its settings."""
 
-    name: str
-    """What the ids of its pictures begin with; "": they stay as they are."""
+    settings: SourceSettings
     pictures: ImageDataset
-    repeats: int
-    """How many times each of its own repeats comes in an epoch; 0: it is held out."""
-    weight: float = 1.0
-    """How much each picture counts in the loss."""
-    remembered: bool = False
-    """Whether it holds class pictures; the last ones may."""
 
-    def named(self, name: str) -> str:
-        """The id of a picture that has this one in its own dataset."""
-        return f"{self.name}/{name}" if self.name else name
+    def full_id(self, name: str) -> str:
+        """Return the id of a picture that has this one in its own dataset."""
+        return f"{self.settings.name}/{name}" if self.settings.name else name
 
-    def sources(self) -> "Counter[str]":
+    def caption_sources(self) -> "Counter[str]":
         """How many captions came from where; the prompt of class pictures is one of its own."""
-        renamed = {"prompt": "class_prompt"} if self.remembered else {}
+        renamed = {"prompt": "class_prompt"} if self.settings.class_images else {}
         return Counter({renamed.get(name, name): count for name, count in self.pictures.sources.items()})
 
 
 class ConcatDataset(ImageDataset):
-    """The pictures of several datasets that share one transform, one dataset after the other.
+    """The pictures of several sources, one source after the other; each picture is treated as its source says.
 
-    An id is the name of the dataset and the id there: "cats/a.png".
+    An id is the name of the source and the id there: "cats/a.png".
+
+    Args:
+        sources: at least one; those of class images come last.
     """
 
-    def __init__(self, parts: Sequence[ConcatPart]) -> None:
-        self._parts = list(parts)
-        self._ends = list(accumulate(len(part.pictures) for part in parts))
-        texts = [part.pictures.texts(index) for part in parts for index in range(len(part.pictures))]
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self._sources = list(sources)
+        self._ends = list(accumulate(len(source.pictures) for source in sources))
+        texts = [source.pictures.texts(index) for source in sources for index in range(len(source.pictures))]
         super().__init__(
-            [part.named(name) for part in parts for name in part.pictures.ids],
+            [source.full_id(name) for source in sources for name in source.pictures.ids],
             [Caption(first, "", tuple(others)) for first, *others in texts],
-            [content for part in parts for content in part.pictures.contents],
+            [content for source in sources for content in source.pictures.contents],
             trigger=None,
-            transform=parts[0].pictures.transform,
-            repeats=[part.repeats * times for part in parts for times in part.pictures.repeats],
+            transform=sources[0].pictures.transform,
+            repeats=[source.settings.repeats * times for source in sources for times in source.pictures.repeats],
         )
         self.num_subject_images = sum(
-            part.pictures.num_subject_images for part in parts if part.repeats and not part.remembered
+            source.pictures.num_subject_images
+            for source in sources
+            if source.settings.repeats and not source.settings.class_images
         )
-        self.weights = [part.weight * weight for part in parts for weight in part.pictures.weights]
-        self.masked = any(part.pictures.masked for part in parts)
-        self.sources = sum((part.sources() for part in parts), Counter())
-        self.passed_over = [line for part in parts for line in part.pictures.passed_over]
+        self.weights = [
+            source.settings.loss_weight * weight for source in sources for weight in source.pictures.weights
+        ]
+        self.masked = any(source.pictures.masked for source in sources)
+        self.sources = sum((source.caption_sources() for source in sources), Counter())
+        self.passed_over = [line for source in sources for line in source.pictures.passed_over]
         self.quarantined = [
-            RejectedImage(part.named(bad.path), bad.reason) for part in parts for bad in part.pictures.quarantined
+            RejectedImage(source.full_id(bad.path), bad.reason)
+            for source in sources
+            for bad in source.pictures.quarantined
         ]
 
+    def sample(self, index: int) -> ImageSample:
+        source, place = self._place(index)
+        sample = source.pictures.sample(place)
+        sample.id = self.ids[index]
+        return sample
+
     def __getitem__(self, index: int) -> Example:
-        part, place = self._place(index)
-        return part.pictures[place]._replace(id=self.ids[index])
-
-    def companions(self, index: int) -> Mapping[str, str]:
-        part, place = self._place(index)
-        return part.pictures.companions(place)
-
-    def companion(self, index: int, kind: str) -> Image.Image | None:
-        part, place = self._place(index)
-        return part.pictures.companion(place, kind)
+        source, place = self._place(index)
+        return source.pictures[place]._replace(id=self.ids[index])
 
     def image_info(self, index: int) -> ImageInfo:
-        part, place = self._place(index)
-        return part.pictures.image_info(place)
+        return self.sample(index).info
+
+    def companions(self, index: int) -> Mapping[str, str]:
+        return self.sample(index).companions
+
+    def companion(self, index: int, kind: str) -> Image.Image | None:
+        return self.sample(index).open_companion(kind)
+
+    def captioning(self, index: int) -> CaptionAugmentation | None:
+        source, place = self._place(index)
+        return source.pictures.captioning(place) or source.settings.captioning
+
+    @property
+    def flips(self) -> bool:
+        return any(source.pictures.flips for source in self._sources)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        return [size for source in self._sources for size in source.pictures.sizes()]
 
     def ledger(self) -> Ledger:
-        ledgers, joint = [part.pictures.ledger() for part in self._parts], super().ledger()
+        ledgers, joint = [source.pictures.ledger() for source in self._sources], super().ledger()
         return joint._replace(
             found=sum(ledger.found for ledger in ledgers),
             captions=sum(ledger.captions for ledger in ledgers),
@@ -93,30 +112,14 @@ class ConcatDataset(ImageDataset):
 
     def notes(self) -> list[str]:
         notes = [
-            ("" if isinstance(part.pictures, ConcatDataset) else part.name, part.pictures.notes())
-            for part in self._parts
+            ("" if isinstance(source.pictures, ConcatDataset) else source.settings.name, source.pictures.notes())
+            for source in self._sources
         ]
         return [f"{name}: {line}" if name else line for name, lines in notes for line in lines]
 
-    def _place(self, index: int) -> tuple[ConcatPart, int]:
+    def _place(self, index: int) -> tuple[Source, int]:
         number = bisect_right(self._ends, index)
-        return self._parts[number], index - (self._ends[number - 1] if number else 0)
-
-
-def with_class_pictures(name: str, subject: ImageDataset, kind: ImageDataset, weight: float) -> ConcatDataset:
-    """The pictures of a subject, and after them those of its kind, so that the kind is not forgotten.
-
-    In an epoch the kind is seen as often as the subject, its pictures in turn, and counts `weight` times as much. The
-    loss of a step is in expectation (subject + weight kind) / (1 + weight), where diffusers' script adds without
-    dividing.
-
-    Args:
-        name: of the subject's dataset.
-        subject: what is to be learned.
-        kind: what is to be remembered.
-        weight: of the prior loss (Ruiz et al. 2022, "DreamBooth", eq. 2).
-    """
-    return ConcatDataset([ConcatPart(name, subject, 1), ConcatPart("class", kind, 1, weight, remembered=True)])
+        return self._sources[number], index - (self._ends[number - 1] if number else 0)
 
 
 def names_of(sources: Sequence[str]) -> list[str]:

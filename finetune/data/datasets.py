@@ -9,11 +9,10 @@ import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from finetune.atomic_io import is_inside
 from finetune.data import hub_rows
-from finetune.data.buckets import Buckets
 from finetune.data.captions import Texts, first_caption, is_metadata
 from finetune.data.data_source import check_source, is_pattern
 from finetune.data.hub_dataset import CAPTION_COLUMN, IMAGE_COLUMN, kept
@@ -23,7 +22,7 @@ from finetune.data.image_index import FileStamp, ImageIndex
 from finetune.data.images import PictureFile, Row
 from finetune.data.listing import PICTURE_SUFFIXES, ending, list_files
 from finetune.data.shards import SUFFIX, TarShards, find_shards
-from finetune.data.transforms import WHITE, Preprocess
+from finetune.data.transforms import Preprocess, PreprocessOptions, preprocess_of
 from finetune.errors import DataError, UsageError, first_line
 from finetune.seeding import wide_fold
 
@@ -40,7 +39,7 @@ class HuggingFaceDataset(ImageFileDataset):
         rows: one split. It is not changed; a format set on it is not used.
         prompt: caption of the rows that have none.
         trigger: word put in place of every [trigger], or in front of each caption.
-        resolution, resize_mode, center_crop, random_flip, buckets, background: see `Preprocess`.
+        transform: how the pictures become squares or the sizes of buckets; or give the arguments of `Preprocess`.
         caption_lines, memory: as for `ImageFolder`.
         part: the numbers of the rows to open; None: all.
         inside: folders in which files must lie that rows name, relative to the first one; None: anywhere, as in a
@@ -62,28 +61,16 @@ class HuggingFaceDataset(ImageFileDataset):
         prompt: str | None = None,
         *,
         trigger: str | None = None,
-        resolution: int = 512,
-        resize_mode: Literal["crop", "squash"] = "crop",
-        center_crop: bool = True,
-        random_flip: bool = False,
-        buckets: Buckets | None = None,
-        background: str = WHITE,
+        transform: Preprocess | None = None,
         caption_lines: Literal["joined", "chosen"] = "joined",
         memory: ImageIndex | None = None,
         image_column: str = IMAGE_COLUMN,
         caption_column: str = CAPTION_COLUMN,
         part: Sequence[int] | None = None,
         inside: Sequence[Path] | None = None,
+        **preprocess: Unpack[PreprocessOptions],
     ) -> None:
         self._inside = inside
-        transform = Preprocess(
-            resolution,
-            resize_mode=resize_mode,
-            center_crop=center_crop,
-            random_flip=random_flip,
-            buckets=buckets,
-            background=background,
-        )
         if not len(rows):
             raise DataError("the dataset has no rows")
         self._numbers = range(len(rows)) if part is None else part
@@ -96,7 +83,15 @@ class HuggingFaceDataset(ImageFileDataset):
         ]
         names = [f"row {number}" for number in self._numbers]
         more = part is not None
-        super().__init__("the dataset", names, captions, trigger=trigger, transform=transform, memory=memory, more=more)
+        super().__init__(
+            "the dataset",
+            names,
+            captions,
+            trigger=trigger,
+            transform=preprocess_of(transform, preprocess),
+            memory=memory,
+            more=more,
+        )
 
     def _file(self, place: int) -> PictureFile:
         if self._origin is not None:

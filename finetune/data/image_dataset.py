@@ -9,13 +9,15 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 from torch.utils.data import Dataset
 
+from finetune.data.caption_augmentation import CaptionAugmentation
 from finetune.data.captions import TRIGGER, Caption, placed_trigger, with_trigger
 from finetune.data.companions import CompanionInfo, checked_companions, has_aspect_of
 from finetune.data.image_checks import ImageInfo, RejectedImage, check_images
 from finetune.data.image_index import ImageIndex
+from finetune.data.image_sample import ImageSample
 from finetune.data.images import PictureFile, open_alpha, open_image
 from finetune.data.masks import open_mask
-from finetune.data.transforms import WHITE, Crop, Preprocess, whole
+from finetune.data.transforms import WHITE, Preprocess
 from finetune.deprecation import Renamed
 from finetune.errors import DataError
 from finetune.text import join_limited, pluralize
@@ -147,9 +149,13 @@ class ImageDataset(Dataset[Example], ABC):
         """Return the digests of the companions of all pictures, in the order of these."""
         return [digest for index in range(len(self)) for digest in self.companions(index).values()]
 
+    def sample(self, index: int) -> ImageSample:
+        """Return what is known of a picture, and how it is opened."""
+        return ImageSample(self, index)
+
     @property
     def flips(self) -> bool:
-        """Whether visits may be mirrored."""
+        """Whether visits to some of the pictures may be mirrored."""
         return self.transform is not None and self.transform.random_flip
 
     @property
@@ -157,21 +163,25 @@ class ImageDataset(Dataset[Example], ABC):
         """The colour that shows where a picture is transparent."""
         return WHITE if self.transform is None else self.transform.background
 
+    def captioning(self, index: int) -> CaptionAugmentation | None:
+        """Return how the caption of a visit comes from those of the picture; None: as the run says."""
+        return None
+
     def texts(self, index: int) -> tuple[str, ...]:
         """All captions of a picture; each visit takes one of them."""
         return (self.captions[index], *self._more.get(index, ()))
 
-    placement = Renamed("crop")
-
-    def crop(self, size: tuple[int, int], key: int) -> Crop:
-        """What is trained on of a picture of this width and height; a random crop is drawn from the key."""
-        return whole(*size) if self.transform is None else self.transform.crop(*size, key)
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return the height and width that each picture is trained in; (0, 0): in its own, where all have one size."""
+        if self.transform is None:
+            return [(0, 0)] * len(self)
+        if self.transform.buckets is None:
+            return [(self.transform.resolution, self.transform.resolution)] * len(self)
+        return [self.transform.size(*self.image_info(index).size) for index in range(len(self))]
 
     def shapes(self) -> list[int]:
         """Return a number for each picture, the same for all that are trained in the same size."""
-        if self.transform is None or self.transform.buckets is None:  # of one size, or made so
-            return [0] * len(self)
-        sizes = [self.transform.size(*self.image_info(index).size) for index in range(len(self))]
+        sizes = self.sizes()
         numbers = {size: number for number, size in enumerate(sorted(set(sizes)))}
         return [numbers[size] for size in sizes]
 

@@ -5,16 +5,15 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Unpack
 
-from finetune.data.buckets import Buckets
 from finetune.data.captions import CAPTION_SUFFIXES, COLUMN, Texts, find_captions, is_metadata
 from finetune.data.companions import companion_kind, companions_of
 from finetune.data.image_dataset import ImageFileDataset, Ledger
 from finetune.data.image_index import ImageIndex
 from finetune.data.images import PictureFile
 from finetune.data.listing import PICTURE_SUFFIXES, ending, is_picture, list_files
-from finetune.data.transforms import WHITE, Preprocess
+from finetune.data.transforms import Preprocess, PreprocessOptions, preprocess_of
 from finetune.errors import DataError, UsageError
 from finetune.text import join_limited
 
@@ -46,7 +45,7 @@ class ImageFolder(ImageFileDataset):
         folder: where the pictures are; hidden files and folders are left out.
         prompt: caption of the pictures that have none of their own.
         trigger: word put in place of every [trigger], or in front of each caption.
-        resolution, resize_mode, center_crop, random_flip, buckets, background: see `Preprocess`.
+        transform: how the pictures become squares or the sizes of buckets; or give the arguments of `Preprocess`.
         caption_lines: "joined": a caption of several lines is one; "chosen": each line is one, and visits take turns.
         masks: where an error counts (see `finetune.data.masks`): the files NAME.mask.png beside pictures; and the
             alpha channel of those without; or everywhere.
@@ -67,26 +66,14 @@ class ImageFolder(ImageFileDataset):
         prompt: str | None = None,
         *,
         trigger: str | None = None,
-        resolution: int = 512,
-        resize_mode: Literal["crop", "squash"] = "crop",
-        center_crop: bool = True,
-        random_flip: bool = False,
-        buckets: Buckets | None = None,
-        background: str = WHITE,
+        transform: Preprocess | None = None,
         caption_lines: Literal["joined", "chosen"] = "joined",
         masks: Literal["files", "files and alpha", "none"] = "files",
         memory: ImageIndex | None = None,
         part: FolderPart | None = None,
         caption_column: str = COLUMN,
+        **preprocess: Unpack[PreprocessOptions],
     ) -> None:
-        transform = Preprocess(
-            resolution,
-            resize_mode=resize_mode,
-            center_crop=center_crop,
-            random_flip=random_flip,
-            buckets=buckets,
-            background=background,
-        )
         root = Path(folder)
         if not root.is_dir():
             raise UsageError(f"{folder}: {'not a folder' if root.exists() else 'no such folder'}")
@@ -123,7 +110,7 @@ class ImageFolder(ImageFileDataset):
             self._names,
             captions.captions,
             trigger=trigger,
-            transform=transform,
+            transform=preprocess_of(transform, preprocess),
             memory=memory,
             bad=captions.unreadable | {name: unusable[root / name] for name in companions if root / name in unusable},
             repeats=repeats,

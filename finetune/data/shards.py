@@ -4,9 +4,8 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
-from finetune.data.buckets import Buckets
 from finetune.data.captions import Caption, Texts, first_caption
 from finetune.data.data_source import folder_of, is_pattern
 from finetune.data.image_dataset import ImageFileDataset, Ledger
@@ -14,7 +13,7 @@ from finetune.data.image_index import ImageIndex
 from finetune.data.images import Member, PictureFile
 from finetune.data.listing import is_picture
 from finetune.data.shard_index import TEXT_SUFFIXES, Place, ShardIndex, ShardPicture, index_of, pictures_of
-from finetune.data.transforms import WHITE, Preprocess
+from finetune.data.transforms import Preprocess, PreprocessOptions, preprocess_of
 from finetune.errors import DataError, UsageError
 
 SUFFIX = ".tar"
@@ -31,8 +30,7 @@ class TarShards(ImageFileDataset):
         shards: not compressed.
         root: the folder that they are called relative to.
         prompt: caption of the pictures that have none of their own.
-        trigger, resolution, resize_mode, center_crop, random_flip, buckets, background, caption_lines, masks, memory:
-            as for `ImageFolder`.
+        trigger, transform, caption_lines, masks, memory: as for `ImageFolder`.
         part: the numbers of the pictures to open; None: all.
 
     An id is the name of the shard and the name in it: "0001.tar/cat.jpg".
@@ -49,25 +47,13 @@ class TarShards(ImageFileDataset):
         prompt: str | None = None,
         *,
         trigger: str | None = None,
-        resolution: int = 512,
-        resize_mode: Literal["crop", "squash"] = "crop",
-        center_crop: bool = True,
-        random_flip: bool = False,
-        buckets: Buckets | None = None,
-        background: str = WHITE,
+        transform: Preprocess | None = None,
         caption_lines: Literal["joined", "chosen"] = "joined",
         masks: Literal["files", "files and alpha", "none"] = "files",
         memory: ImageIndex | None = None,
         part: Sequence[int] | None = None,
+        **preprocess: Unpack[PreprocessOptions],
     ) -> None:
-        transform = Preprocess(
-            resolution,
-            resize_mode=resize_mode,
-            center_crop=center_crop,
-            random_flip=random_flip,
-            buckets=buckets,
-            background=background,
-        )
         members, indices = _opened(shards, memory, part)
         if not members:
             raise DataError(f"{root}: no picture found in {', '.join(shard.name for shard in shards[:3])}")
@@ -92,7 +78,7 @@ class TarShards(ImageFileDataset):
             ids,
             captions,
             trigger=trigger,
-            transform=transform,
+            transform=preprocess_of(transform, preprocess),
             memory=memory,
             bad=bad,
             orphans=[f"{called[shard]}/{name}" for shard, index in others.items() for name in index.orphans],

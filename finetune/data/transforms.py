@@ -1,7 +1,7 @@
 """From a picture to pixels of the size that is trained, and where they lie in it."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from PIL import Image, ImageColor
@@ -118,6 +118,30 @@ class Preprocess:
             return self.resolution, self.resolution
         bucket = self.buckets.size(width, height)
         return bucket[1], bucket[0]
+
+
+class PreprocessOptions(TypedDict, total=False):
+    """The arguments of `Preprocess`, for a dataset that makes one of them."""
+
+    resolution: int
+    resize_mode: Literal["crop", "squash"]
+    center_crop: bool
+    random_flip: bool
+    buckets: Buckets | None
+    background: str
+
+
+def preprocess_of(transform: Preprocess | None, options: PreprocessOptions) -> Preprocess:
+    """Return the transform, or one made of its arguments, at 512 pixels by default.
+
+    Raises:
+        UsageError: both are given, or an argument is out of range.
+    """
+    if transform is None:
+        return Preprocess(**{"resolution": 512, **options})
+    if options:
+        raise UsageError(f"{min(options)} cannot be used with transform: give it to the Preprocess")
+    return transform
 
 
 def _is_colour(text: str) -> bool:

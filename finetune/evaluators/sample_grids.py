@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-from finetune.cache.image_source import LiveImages, condition_pixels
+from finetune.cache.image_source import condition_pixels
 from finetune.config import ResolvedConfig, TrainConfig
 from finetune.data.captions import TRIGGER, with_trigger
 from finetune.data.image_dataset import ImageDataset
@@ -178,10 +178,10 @@ class SampleGrids:
         if self.image_condition is None:
             return None
         pictures, index = self._pictures, self._pictures.trained[0]
-        visits, key = LiveImages(pictures), example_key(self._config.seed, pictures.ids[index], 0)
-        crop, _ = visits.crop_and_flip(index, key)
-        shown = condition_pixels(self.image_condition, pictures, index, crop=crop, flip=False, key=None)
-        return ConditionImages(to_pil_image(visits.load(index, key, flip=False).latent_params), to_pil_image(shown))
+        sample = pictures.sample(index)
+        crop = sample.crop(example_key(self._config.seed, sample.id, 0))
+        shown = condition_pixels(self.image_condition, sample, crop=crop, flip=False, key=None)
+        return ConditionImages(to_pil_image(crop.pixels(sample.open())), to_pil_image(shown))
 
     def delete_stale(self, step: int) -> None:
         """Delete grids of steps after this one, which the run may not come to, and, if it draws any, those of other

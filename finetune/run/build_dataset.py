@@ -1,6 +1,7 @@
 """The pictures of a run: what `--data` names, or a dataset of the user's own."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -10,7 +11,7 @@ from finetune.cache.store import cache_folder
 from finetune.config import TrainConfig
 from finetune.data.buckets import Buckets
 from finetune.data.chunks import Chunks, SourceChunks, SourceInfo, merge_sources, num_chunks_for, split_into_chunks
-from finetune.data.concat import ConcatDataset, ConcatPart, names_of, with_class_pictures
+from finetune.data.concat import ConcatDataset, Source, names_of
 from finetune.data.datasets import (
     holds_rows,
     is_table,
@@ -25,6 +26,7 @@ from finetune.data.image_folder import pictures_among
 from finetune.data.image_index import ImageIndex
 from finetune.data.listing import links_out
 from finetune.data.shard_index import index_of
+from finetune.data.source_settings import SourceSettings
 from finetune.data.split import FEWEST, default_fraction, held_out, shown_elsewhere
 from finetune.data.transforms import Preprocess
 from finetune.data.user_dataset import MapDataset, UserDataset
@@ -59,21 +61,17 @@ def open_pictures(config: TrainConfig, model_info: ModelInfo, dataset: MapDatase
     sources = config.data if dataset is None else (dataset,)
     if not config.follow_links:
         _refuse_links(sources)
-    times = config.repeats or (1,) * len(sources)
-    if len(times) != len(sources):
-        raise UsageError(f"repeats: {pluralize(len(times), 'number')} for {len(sources)} --data")
     folder = cache_folder(config.cache_dir)
     memory = ImageIndex(folder, strict=config.cache_strict) if folder else None
+    defaults = default_settings(config, model_info)
+    settings = settings_by_source(config, defaults, len(sources))
     chunks_by_source = _assigned(config, sources, folder, memory)
-    opened = _opener(config, model_info, memory)
-    chunk = partial(
-        _chunk, partial(_source, config, model_info, opened, folder), names_of(config.data), chunks_by_source, times
-    )
+    chunk = partial(_chunk, partial(_open_source, config, memory, folder), settings, chunks_by_source)
     pictures = chunk(0)
     if config.class_data:
-        pictures = _with_class_pictures(config, pictures, opened)
+        pictures = _with_class_pictures(config, pictures, defaults, memory)
     if config.validation_data:
-        pictures = _with_validation_data(config.validation_data, pictures, opened)
+        pictures = _with_validation_data(config.validation_data, pictures, defaults, memory)
     _refuse_unusable(pictures, config.max_bad_fraction, captioned=model_info.family.latent)
     if not config.validation_data:
         fraction = config.validation_fraction
@@ -83,7 +81,7 @@ def open_pictures(config: TrainConfig, model_info: ModelInfo, dataset: MapDatase
         raise UsageError("early_stop needs pictures that are held out: give --validation_fraction or --validation_data")
     if len(chunks_by_source[0].parts) == 1:
         return Chunks.single(pictures)
-    totals = merge_sources(chunks_by_source, times)
+    totals = merge_sources(chunks_by_source, [each.repeats for each in settings])
     counts = [len(pictures.trained), *totals.counts[1:]]
     visits = [pictures.epoch_visits, *totals.visits[1:]]
     later = _later(chunk, config, pictures, captioned=model_info.family.latent)
@@ -100,59 +98,82 @@ def _refuse_links(sources: Sequence[Any]) -> None:
             )
 
 
+def default_settings(config: TrainConfig, model_info: ModelInfo) -> SourceSettings:
+    """Return the settings that the options of a run give to every source. Raises UsageError for what cannot be."""
+    resolution = config.resolution or model_info.resolution
+    return SourceSettings(
+        prompt=config.prompt,
+        trigger=config.trigger,
+        caption_lines=config.caption_lines,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        transform=Preprocess(
+            resolution,
+            resize_mode=config.resize_mode,
+            center_crop=config.center_crop,
+            random_flip=config.random_flip,
+            buckets=_buckets(config, model_info, resolution),
+            background=config.background,
+        ),
+        masks=_MASKS[config.masked_loss],
+    )
+
+
+def settings_by_source(config: TrainConfig, defaults: SourceSettings, count: int) -> list[SourceSettings]:
+    """Return the settings of each of the `count` sources that are trained on."""
+    repeats = config.repeats or (1,) * count
+    if len(repeats) != count:
+        raise UsageError(f"repeats: {pluralize(len(repeats), 'number')} for {count} --data")
+    names = names_of(config.data) or ["data"]
+    return [replace(defaults, name=name, repeats=times) for name, times in zip(names, repeats, strict=True)]
+
+
 def _chunk(
-    opened: Callable[[SourceChunks, int], ImageDataset],
-    names: Sequence[str],
+    open_source: Callable[[SourceSettings, SourceChunks, int], ImageDataset],
+    settings: Sequence[SourceSettings],
     chunks_by_source: Sequence[SourceChunks],
-    times: Sequence[int],
     number: int,
 ) -> ImageDataset:
-    """One chunk of all sources, as one dataset; what is not repeated, and alone, keeps its ids."""
-    if tuple(times) == (1,):
-        return opened(chunks_by_source[0], number)
-    parts = zip(names or ["data"], chunks_by_source, times, strict=True)
+    """One chunk of all sources, as one dataset; a source that is alone and has no weights keeps its ids."""
+    if len(settings) == 1 and settings[0] == replace(settings[0], repeats=1, loss_weight=1.0, captioning=None):
+        return open_source(settings[0], chunks_by_source[0], number)
     return ConcatDataset(
         [
-            ConcatPart(name, opened(source_chunks, number), n)
-            for name, source_chunks, n in parts
+            Source(each, open_source(each, source_chunks, number))
+            for each, source_chunks in zip(settings, chunks_by_source, strict=True)
             if not number or source_chunks.counts[number]
         ]
     )
 
 
-def _source(
+def _open_source(
     config: TrainConfig,
-    model_info: ModelInfo,
-    opened: Callable[..., ImageDataset],
+    memory: ImageIndex | None,
     folder: Path | None,
+    settings: SourceSettings,
     source_chunks: SourceChunks,
     number: int,
 ) -> ImageDataset:
     """What one chunk has of one source."""
-    if not isinstance(source_chunks.source, str) and not is_table(source_chunks.source):
-        return _own_pictures(config, model_info, source_chunks.source)
-    streams = {"stream_rows": config.stream_rows, "kept_in": folder} if isinstance(source_chunks.source, str) else {}
-    return opened(source_chunks.source, part=source_chunks.parts[number], **streams)
+    source, part = source_chunks.source, source_chunks.parts[number]
+    if isinstance(source, str):
+        return _open(source, settings, memory, part=part, stream_rows=config.stream_rows, kept_in=folder)
+    return _open(source, settings, memory, part=part) if is_table(source) else _user_dataset(config, settings, source)
 
 
-def _opener(config: TrainConfig, model_info: ModelInfo, memory: ImageIndex | None) -> Callable[..., ImageDataset]:
-    """`open_dataset`, as the options say."""
-    resolution = config.resolution or model_info.resolution
-    return partial(
-        open_dataset,
-        prompt=config.prompt,
-        trigger=config.trigger,
-        resolution=resolution,
-        resize_mode=config.resize_mode,
-        center_crop=config.center_crop,
-        random_flip=config.random_flip,
-        buckets=_buckets(config, model_info, resolution),
-        background=config.background,
-        caption_lines=config.caption_lines,
-        masks=_MASKS[config.masked_loss],
+def _open(source: Any, settings: SourceSettings, memory: ImageIndex | None, **how: Any) -> ImageDataset:
+    """Open what --data names with the settings of the source."""
+    return open_dataset(
+        source,
+        settings.prompt,
+        trigger=settings.trigger,
+        transform=settings.transform,
+        caption_lines=settings.caption_lines,
+        masks=settings.masks,
+        image_column=settings.image_column,
+        caption_column=settings.caption_column,
         memory=memory,
-        image_column=config.image_column,
-        caption_column=config.caption_column,
+        **how,
     )
 
 
@@ -216,24 +237,39 @@ def _source_info(source: Any, config: TrainConfig, folder: Path | None, memory: 
 
 
 def _with_class_pictures(
-    config: TrainConfig, subject: ImageDataset, opened: Callable[..., ImageDataset]
+    config: TrainConfig, subject: ImageDataset, defaults: SourceSettings, memory: ImageIndex | None
 ) -> ImageDataset:
-    kind = opened(config.class_data, prompt=config.class_prompt, trigger=None)
-    if empty := kind.captions.count(""):
-        pictures = pluralize(len(kind), "picture")
-        raise UsageError(f"class_data: {empty} of {pictures} without a caption; give --class_prompt")
+    """The pictures of a subject, and after them those of its class, so that the class is not forgotten.
+
+    In an epoch the class is seen as often as the subject, its pictures in turn, and counts `prior_loss_weight` times as
+    much. The loss of a step is in expectation (subject + weight class) / (1 + weight), where diffusers' script adds
+    without dividing (Ruiz et al. 2022, "DreamBooth", eq. 2).
+    """
     weight = 1.0 if config.prior_loss_weight is None else config.prior_loss_weight
-    return with_class_pictures(names_of(config.data or ("data",))[0], subject, kind, weight)
+    settings = replace(
+        defaults, name="class", prompt=config.class_prompt, trigger=None, loss_weight=weight, class_images=True
+    )
+    pictures = _open(config.class_data, settings, memory)
+    if empty := pictures.captions.count(""):
+        count = pluralize(len(pictures), "picture")
+        raise UsageError(f"class_data: {empty} of {count} without a caption; give --class_prompt")
+    subject_name = names_of(config.data or ("data",))[0]
+    return ConcatDataset([Source(replace(defaults, name=subject_name), subject), Source(settings, pictures)])
 
 
-def _with_validation_data(source: str, pictures: ImageDataset, opened: Callable[..., ImageDataset]) -> ImageDataset:
+def _with_validation_data(
+    source: str, pictures: ImageDataset, defaults: SourceSettings, memory: ImageIndex | None
+) -> ImageDataset:
     """All that is trained on, as it is, and after it the pictures to validate on; not those that are trained on too."""
-    dataset = ConcatDataset([ConcatPart("", pictures, 1), ConcatPart("--validation_data", opened(source), 0)])
+    settings = replace(defaults, name="--validation_data", repeats=0)
+    dataset = ConcatDataset([Source(defaults, pictures), Source(settings, _open(source, settings, memory))])
     given = range(len(pictures), len(dataset))
     trained_too = shown_elsewhere(dataset, given)
     if (left := len(given) - len(trained_too)) < FEWEST:
-        aside = f", and {len(trained_too)} that are trained on or near duplicates of such" if trained_too else ""
-        raise UsageError(f"validation_data {source}: {pluralize(left, 'picture')}{aside}; at least {FEWEST} are needed")
+        excluded = f", and {len(trained_too)} that are trained on or near duplicates of such" if trained_too else ""
+        raise UsageError(
+            f"validation_data {source}: {pluralize(left, 'picture')}{excluded}; at least {FEWEST} are needed"
+        )
     dataset.hold_out(sorted(set(given).difference(trained_too)))
     dataset.exclude(trained_too, "held out, but trained on elsewhere")
     return dataset
@@ -278,9 +314,8 @@ def _buckets(config: TrainConfig, model_info: ModelInfo, resolution: int) -> Buc
     return Buckets(resolution, smallest, largest, step, bool(config.bucket_upscale))
 
 
-def _own_pictures(config: TrainConfig, model_info: ModelInfo, dataset: MapDataset) -> ImageDataset:
+def _user_dataset(config: TrainConfig, settings: SourceSettings, dataset: MapDataset) -> ImageDataset:
     """A dataset of the user's: with our captions and preprocessing, or as it is where it has a `transform`."""
-    resolution = config.resolution or model_info.resolution
     transform = getattr(dataset, "transform", None)
     if transform is not None and not isinstance(transform, Preprocess):
         raise UsageError(
@@ -291,17 +326,12 @@ def _own_pictures(config: TrainConfig, model_info: ModelInfo, dataset: MapDatase
     if useless := [name for name in given if option_info()[name].decided_by in decided]:
         whose = f"a dataset of your own{' that has a transform' * bool(transform)}"
         raise UsageError(f"{min(useless)} cannot be used with {whose}")
-    if transform is not None and transform.resolution != resolution:
-        raise UsageError(f"resolution = {resolution}: the dataset's own transform makes {transform.resolution}")
-    how = transform or Preprocess(
-        resolution,
-        resize_mode=config.resize_mode,
-        center_crop=config.center_crop,
-        random_flip=config.random_flip,
-        buckets=_buckets(config, model_info, resolution),
-        background=config.background,
-    )
-    return UserDataset(dataset, config.prompt, trigger=config.trigger, transform=how)
+    assert settings.transform is not None
+    if transform is not None and transform.resolution != settings.transform.resolution:
+        raise UsageError(
+            f"resolution = {settings.transform.resolution}: the dataset's own transform makes {transform.resolution}"
+        )
+    return UserDataset(dataset, settings.prompt, trigger=settings.trigger, transform=transform or settings.transform)
 
 
 def identity(chunks: Chunks) -> str:

@@ -129,6 +129,6 @@ def record_fault(run: Run, fault: Fault) -> None:
     timesteps = run.trainer.objective.sample_timesteps(torch.tensor(fault.keys)).tolist()
     facts = []
     for name, key, t in zip(fault.ids, fault.keys, timesteps, strict=True):
-        caption = run.encoded.captioning.caption(pictures.texts(pictures.ids.index(name)), key)
+        caption = run.encoded.caption(pictures.ids.index(name), key)
         facts.append({"id": name, "timestep": t, "caption": caption})
     tracking.note_fault(run.folder, fault, facts)

@@ -144,13 +144,14 @@ def _repeats(encoded: EncodedDataset) -> str:
 
 
 def sizes(pictures: ImageDataset, most: int = 4) -> str:
-    """Width and height of what is trained, and of how many images, the most frequent first."""
-    transform = pictures.transform
-    if transform is None:
+    """Width and height of the images that are trained on, and how many have each, the most frequent first."""
+    every = pictures.sizes()
+    counts = Counter(every[index] for index in pictures.trained)
+    if set(counts) == {(0, 0)}:
         return "sizes as given"
-    if transform.buckets is None:
-        return f"{transform.resolution}x{transform.resolution}"
-    counts = Counter(transform.size(*pictures.image_info(index).size) for index in range(len(pictures)))
+    if len(counts) == 1:
+        ((height, width),) = counts
+        return f"{width}x{height}"
     counted = [f"{width}x{height}: {count}" for (height, width), count in counts.most_common()]
     return f"{pluralize(len(counts), 'size')} ({join_limited(counted, most)})"
 

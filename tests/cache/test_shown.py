@@ -75,7 +75,7 @@ def test_the_unet_is_shown_what_the_pipeline_shows_it(folder: Path, model: Diffu
     for index, key in ((0, 3), (5, 3), (5, 4)):
         batch = one(encoded, index, key)
         image = pictures[index].image
-        crop = pictures.crop(image.size, key)
+        crop = pictures.sample(index).crop(key)
         as_trained = Image.fromarray(crop.pixels(image).permute(1, 2, 0).numpy())
         if (mask := pictures.companion(index, "mask")) is not None:
             drawn = Image.fromarray(crop.pixels(mask)[0].numpy())

@@ -4,8 +4,10 @@ import pytest
 from PIL import Image
 
 from finetune.config import TrainConfig
-from finetune.data.concat import ConcatDataset, ConcatPart, names_of
+from finetune.data.concat import ConcatDataset, Source, names_of
+from finetune.data.image_dataset import ImageDataset
 from finetune.data.image_folder import ImageFolder
+from finetune.data.source_settings import SourceSettings
 from finetune.errors import UsageError
 from finetune.models.model_info import locate
 from finetune.recipe import fine_tune
@@ -24,9 +26,15 @@ def folders(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "dogs"), str(tmp_path / "cats")]
 
 
+def joined(sources: dict[str, tuple[ImageDataset, int]]) -> ConcatDataset:
+    return ConcatDataset(
+        [Source(SourceSettings(name=name, repeats=repeats), pictures) for name, (pictures, repeats) in sources.items()]
+    )
+
+
 def test_several_folders_are_one_dataset(folders: list[str]) -> None:
     dogs, cats = (ImageFolder(folder, resolution=64) for folder in folders)
-    both = ConcatDataset([ConcatPart("dogs", dogs, 3), ConcatPart("cats", cats, 1)])
+    both = joined({"dogs": (dogs, 3), "cats": (cats, 1)})
     assert both.ids == ["dogs/0.png", "dogs/1.png", "cats/0.png", "cats/1.png"]
     assert both.captions == ["dogs, 0", "dogs, 1", "cats, 0", "cats, 1"]
     assert both.repeats == [3, 3, 1, 1]
@@ -43,7 +51,7 @@ def test_several_folders_are_one_dataset(folders: list[str]) -> None:
     assert both.ledger()[:4] == (9, 4, 1, 4)
     assert both.ledger().adds_up()
     assert any(note.startswith("cats: 1 image quarantined") for note in both.notes())
-    assert ConcatDataset([ConcatPart("dogs", both, 1)]).notes() == both.notes()  # each line has one name in front
+    assert joined({"dogs": (both, 1)}).notes() == both.notes()  # each line has one name in front
 
 
 def test_the_command_takes_several_folders_with_repeats(folders: list[str], tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from finetune.cache.encode import encode
 from finetune.config import TrainConfig
 from finetune.data.buckets import Buckets
-from finetune.data.concat import with_class_pictures
+from finetune.data.concat import ConcatDataset, Source
+from finetune.data.image_dataset import ImageDataset
 from finetune.data.image_folder import ImageFolder
 from finetune.data.loader import training_steps
+from finetune.data.source_settings import SourceSettings
 from finetune.errors import UsageError
 from finetune.models.loading import load_model
 from finetune.models.model_info import locate
@@ -27,6 +29,11 @@ MakePictures = Callable[..., Path]
 
 def folders(make_pictures: MakePictures, tmp_path: Path, subjects: int, others: int) -> tuple[Path, Path]:
     return make_pictures(tmp_path / "dog", count=subjects), make_pictures(tmp_path / "dogs", count=others)
+
+
+def with_class_pictures(name: str, subject: ImageDataset, kind: ImageDataset, weight: float) -> ConcatDataset:
+    settings = SourceSettings(name="class", loss_weight=weight, class_images=True)
+    return ConcatDataset([Source(SourceSettings(name=name), subject), Source(settings, kind)])
 
 
 def test_a_joined_dataset_tells_the_kind_from_the_subject(make_pictures: MakePictures, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_grids_paint_the_hole_of_the_first_picture(run: Path, model: Path, data:
     drawn = []
     for index in range(6):
         image, mask = pictures[index].image, pictures.companion(index, "mask")
-        placed = pictures.crop(image.size, 0)
+        placed = pictures.sample(index).crop(0)
         own = middle if mask is None else Image.fromarray(placed.pixels(mask)[0].numpy())
         shown = ConditionImages(Image.fromarray(placed.pixels(image).permute(1, 2, 0).numpy()), own)
         drawn += draw_pictures(loaded, ["a red disc"], [0], resolution=64, num_inference_steps=2, condition=shown)[0]

@@ -1,0 +1,39 @@
+"""SourceSettings: what a run does with the pictures of one source; the run's options are the defaults of all."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune.data.caption_augmentation import CaptionAugmentation
+from finetune.data.captions import COLUMN
+from finetune.data.hub_dataset import IMAGE_COLUMN
+from finetune.data.transforms import Preprocess
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """How the pictures of a source are captioned, cropped, masked, repeated and weighted."""
+
+    name: str = ""
+    """What the ids of its pictures begin with, in a run of several sources; "": they stay as they are."""
+    prompt: str | None = None
+    """Caption of the pictures that have none of their own."""
+    trigger: str | None = None
+    """Word that takes the place of every [trigger], or is put in front of each caption."""
+    caption_lines: Literal["joined", "chosen"] = "joined"
+    """Whether the lines of a caption file are one caption, or captions that visits take turns with."""
+    image_column: str = IMAGE_COLUMN
+    """Column of pictures, where the source has rows."""
+    caption_column: str = COLUMN
+    """Column of captions, where the source has rows or metadata files."""
+    captioning: CaptionAugmentation | None = None
+    """How the caption of a visit comes from those of its picture; None: as the run says."""
+    transform: Preprocess | None = None
+    """Resolution, crop, flips, buckets and background; None: the pictures are of one size that the model can take."""
+    masks: Literal["files", "files and alpha", "none"] = "files"
+    """Which masks say where an error counts."""
+    repeats: int = 1
+    """How many times each of the source's own repeats comes in an epoch; 0: the pictures are held out."""
+    loss_weight: float = 1.0
+    """How much each picture counts in the loss of a step, relative to the others."""
+    class_images: bool = False
+    """Whether its pictures show the class of the subject, so that it is not forgotten (Ruiz et al. 2022)."""
