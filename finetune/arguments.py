@@ -111,7 +111,7 @@ def _fields(section: type) -> list[tuple[dataclasses.Field[Any], Any]]:
 
 def _names(field: dataclasses.Field[Any], hint: Any) -> list[str]:
     """What an option may be called: its name, that of other tools, and the `no_` form of a switch."""
-    return [field.name, *info_of_field(field).names, *([f"no_{field.name}"] if bool in alternatives(hint) else [])]
+    return [field.name, *info_of_field(field).aliases, *([f"no_{field.name}"] if bool in alternatives(hint) else [])]
 
 
 def _with_dashes(name: str) -> set[str]:

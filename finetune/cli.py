@@ -24,26 +24,26 @@ from finetune.models.model_info import check_name
 from finetune.options import SECTIONS, option_info
 
 VERBS = {
-    "sample": "draw pictures with a trained model",
-    "export": "write what a run has learned as another kind of file",
-    "preview": "see the pictures as training will see them",
+    "sample": "draw images with a trained model",
+    "export": "write the result of a run in another format",
+    "preview": "show images as training will see them",
     "ui": "start, watch and compare runs in a browser",
-    "compare": "runs side by side on one page",
-    "plan": "what training would do and take, before it starts",
-    "inspect": "see what one step of a run was made of",
-    "import": "another tool's settings as a config.toml",
-    "convert": "a pickled checkpoint (.ckpt) as .safetensors",
-    "cache encode": "encode what training with the same options would need",
-    "cache info": "what encodings are kept, and their size",
-    "cache verify": "read every encoding and take out what is damaged",
-    "cache prune": "delete encodings that are not used any more",
-    "lora info": "what a LoRA file holds",
-    "lora convert": "write a LoRA file in the other layout",
-    "lora merge": "put LoRA files into a model",
-    "lora resize": "write a LoRA of lower rank",
-    "lora extract": "the difference of two models as a LoRA",
+    "compare": "compare runs on one page",
+    "plan": "show what training would do and need",
+    "inspect": "rebuild and show one step of a run",
+    "import": "convert another tool's settings to config.toml",
+    "convert": "convert a pickled checkpoint (.ckpt) to .safetensors",
+    "cache encode": "encode what training with the same options needs",
+    "cache info": "show cached encodings and their size",
+    "cache verify": "find and delete damaged encodings",
+    "cache prune": "delete unused encodings",
+    "lora info": "show the contents of a LoRA file",
+    "lora convert": "convert a LoRA file to the other format",
+    "lora merge": "merge LoRA files into a model",
+    "lora resize": "reduce the rank of a LoRA",
+    "lora extract": "write the difference of two models as a LoRA",
 }
-"""First words that do something other than train -> what. Each is a module of `finetune.commands`."""
+"""Command -> what it does. Each is a module of `finetune.commands`."""
 
 SYNONYMS = {
     "generate": "sample",
@@ -53,7 +53,7 @@ SYNONYMS = {
     "webui": "ui",
     "merge": "lora merge",
 }
-"""What somebody may try -> the command that does it."""
+"""Other words for a command -> the command that is suggested."""
 
 _TINY = (
     "no --model was given, so this is tiny: 64 px, for trying things out, and it knows nothing but drawn shapes; "
@@ -66,8 +66,8 @@ _EXIT_CODES = (
 
 _log = logging.getLogger(__name__)
 
-GROUPS = {"cache": "on encodings that are kept", "lora": "on LoRA files"}
-"""First words that take a second one."""
+GROUPS = {"cache": "on cached encodings", "lora": "on LoRA files"}
+"""First words of commands of two words."""
 
 _BROKEN_PIPE = 141  # 128 + SIGPIPE, as a shell reports it
 
@@ -77,9 +77,9 @@ class FileOptions:
     """Options from a file, and messages."""
 
     config: str | None = None
-    """A TOML file, such as the config.toml of an earlier run. Options given as flags win over it."""
+    """TOML file, such as the config.toml of an earlier run. Flags take precedence over it."""
     log_format: Literal["text", "json"] = "text"
-    """What is logged on standard output: lines of text, or a JSON object a line, as container platforms read it."""
+    """Format of the log on standard output: lines of text, or one JSON object per line for container platforms."""
 
 
 TRAIN_SECTIONS: dict[str, type] = {"file": FileOptions, **SECTIONS}
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for wrong usage, 1 for a failed run, 128 + n for signal n."""
     words = list(sys.argv[1:] if argv is None else argv)
     if importlib.util.find_spec("fcntl") is None:
-        return _complain("runs on Linux, macOS and in WSL: Windows itself has not the file locks that it needs", 2)
+        return _complain("runs on Linux, macOS and in WSL; Windows has no POSIX file locks", 2)
     _prepare_environment()
     install(TextHandler())
     if _rank() > 0:  # the main process logs what all of them do
@@ -271,7 +271,7 @@ def _config(given: dict[str, Any]) -> TrainConfig:
 
 def _over(flags: dict[str, Any], of_file: dict[str, Any]) -> dict[str, Any]:
     """The options of a file under those that are given as flags. A length as a flag replaces both kinds of the file."""
-    lengths = {name for name, info in option_info().items() if info.change == "length"}
+    lengths = {name for name, info in option_info().items() if info.affects == "length"}
     replaced = lengths if lengths & flags.keys() else set[str]()
     return {name: value for name, value in of_file.items() if name not in replaced} | flags
 
@@ -290,11 +290,11 @@ def _overview() -> str:
             own[family.variant_of] += f"; {name}"
     families = "\n".join(f"  {name:<10}{text}" for name, text in own.items())
     return f"""\
-Teach the UNet of a Stable Diffusion your pictures:
+Fine-tune the UNet of Stable Diffusion on your images:
   {PROGRAM} --model sd15 --data ./images --prompt "a butterfly"
 
 Other commands ({PROGRAM} COMMAND --help):
 {verbs}
-Models (--model; a hub id or a diffusers folder works too):
+Models (--model; also a hub id or a diffusers folder):
 {families}
 Also --version, and --debug for the traceback of an error."""

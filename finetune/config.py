@@ -41,7 +41,7 @@ DERIVED = "derived"
 """The table of config.toml with what the run decided by itself."""
 
 _FROZEN = "the text encoder stays frozen here"
-_ONCE = "every picture and caption is encoded once anyway, and kept in --cache_dir"
+_ONCE = "every image and caption is encoded once anyway, and kept in --cache_dir"
 _ATTENTION = "torch's own fast attention is used anyway"
 _LATER = "it comes with a later version"
 ELSEWHERE = {
@@ -59,7 +59,7 @@ ELSEWHERE = {
     "scale_lr": "the learning rate is taken as it is given",
     "use_8bit_adam": "give --optimizer adamw8bit",
     "fused_back_pass": "give --full_bf16 --fused_backward_pass",
-    "with_prior_preservation": "class pictures are learned wherever --class_data names some",
+    "with_prior_preservation": "class images are learned wherever --class_data names some",
     "dataset_config": "give the file as --data",
     "revision": "the newest version is taken; give the folder of a download of another one",
     "hub_token": "log in with hf auth login, or set HF_TOKEN",
@@ -148,7 +148,7 @@ def suggest(word: str, names: typing.Iterable[str]) -> str:
     names, bare = list(names), word.lstrip("-")
     if bare in ELSEWHERE:
         return f"; {ELSEWHERE[bare]}"
-    ours = next((name for name, meaning in option_info().items() if bare in meaning.called), bare)
+    ours = next((name for name, info in option_info().items() if bare in info.suggest_for), bare)
     if (ours := word.replace(bare, ours)) in names:
         return f"; did you mean {ours}?"
     matches = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
@@ -157,7 +157,7 @@ def suggest(word: str, names: typing.Iterable[str]) -> str:
 
 def accepted_names() -> dict[str, str]:
     """Every name under which an option may be given -> the option."""
-    others = {other: name for name, info in option_info().items() for other in info.names}
+    others = {other: name for name, info in option_info().items() for other in info.aliases}
     return {name: name for name in option_types()} | others
 
 

@@ -1,16 +1,16 @@
-"""What is known about an option, beside its type, its default and its meaning. Free of torch."""
+"""What is known about an option in addition to its type, its default and its meaning. Free of torch."""
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Change = Literal["another run", "on resume", "length", "machine", "free"]
+Affects = Literal["another run", "on resume", "length", "machine", "free"]
 
 
 @dataclass(frozen=True)
 class Range:
-    """Which numbers an option may be."""
+    """A range of numbers that an option may have."""
 
     allowed: str
     holds: Callable[[float], bool]
@@ -25,32 +25,33 @@ BELOW_ONE = Range("from 0 up to (not including) 1", lambda value: 0 <= value < 1
 
 @dataclass(frozen=True)
 class OptionInfo:
-    """What an option means, beside its type, its default and the docstring below it."""
+    """What is known about an option in addition to its type, its default and the docstring below it."""
 
     range: Range | None = None
-    needs: str | None = None
-    """What must be there for the option to do anything, as `finetune/run/resolve_config.py` checks it."""
-    change: Change = "another run"
-    """What another value makes of a run: another run; the same, if it is resumed by name ("length": and its learning
-    rate does not depend on the length); the same, if the machine and not the user chose it; or always the same
-    ("free": says nothing about the result)."""
-    names: tuple[str, ...] = ()
-    """Other names under which it is accepted: those of the Hugging Face tutorial and scripts."""
-    called: tuple[str, ...] = ()
-    """What other tools call it: suggested, not accepted."""
+    requires: str | None = None
+    """The condition under which the option has an effect, as `finetune/run/resolve_config.py` checks it."""
+    affects: Affects = "another run"
+    """What a changed value does to a run. "another run": it is a different run. "on resume": a resume that names the
+    folder may change it. "length": like "on resume", where the learning rate does not depend on the length.
+    "machine": the run stays the same if the machine chose the value, not the user. "free": it has no effect on the
+    result."""
+    aliases: tuple[str, ...] = ()
+    """Other names that are accepted: those of the Hugging Face tutorial and scripts."""
+    suggest_for: tuple[str, ...] = ()
+    """Names of other tools for which this option is suggested; they are not accepted."""
     path: bool = False
-    """It may name a file or a folder of this machine, which is nobody else's business."""
+    """Whether it may name a file or folder of this machine, which is not published."""
     inherited: bool = False
-    """A resume that leaves it out takes it from the run, though another value makes no other run."""
+    """Whether a resume that leaves it out takes it from the run, although it does not affect the result."""
     decided_by: Literal["dataset", "transform"] | None = None
-    """Decided already by any dataset of the user's own, or by one that has a transform."""
+    """What makes the option unusable: any dataset of the user's own, or one that has a transform."""
 
 
 def option(default: Any, range: Range | None = None, **info: Any) -> Any:
-    """A field of a section with what is known `OptionInfo` it."""
-    return dataclasses.field(default=default, metadata={"about": OptionInfo(range, **info)})
+    """Return a dataclass field with a default and its `OptionInfo`."""
+    return dataclasses.field(default=default, metadata={"info": OptionInfo(range, **info)})
 
 
 def info_of_field(field: dataclasses.Field[Any]) -> OptionInfo:
-    """What is known about one option, of a section or of a command."""
-    return field.metadata.get("about", OptionInfo())
+    """Return what is known about one option of a section or of a command."""
+    return field.metadata.get("info", OptionInfo())

@@ -29,314 +29,344 @@ from finetune.option_info import (
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """What learns."""
+    """Model and adapter."""
 
-    model: str = option("tiny", names=("pretrained_model_name_or_path",), path=True)
-    """sd15, sd21, sd21-base, sdxl, ddpm, tiny, sd15-inpainting (sd21-, sdxl-), a hub id (owner/name), a folder of
-    diffusers, or a .safetensors file."""
-    tokenizer: str | None = option(None, needs="a checkpoint in one file", path=True)
-    """For a checkpoint in one file: a tokenizer's folder, or bpe_simple_vocab_16e6.txt.gz. Default: from the package
-    open_clip, or the hub's cache."""
+    model: str = option("tiny", aliases=("pretrained_model_name_or_path",), path=True)
+    """sd15, sd21, sd21-base, sdxl, ddpm, tiny, sd15-inpainting (sd21-, sdxl-), a hub id (owner/name), a diffusers
+    folder, or a .safetensors file."""
+    tokenizer: str | None = option(None, requires="a checkpoint in one file", path=True)
+    """Tokenizer of a checkpoint in one file: a folder, or bpe_simple_vocab_16e6.txt.gz. Default: from the package
+    open_clip, or from the hub cache."""
     method: Literal["lora", "full"] | None = None
-    """lora: train a small adapter (default for latent models). full: every weight of the UNet (default for ddpm)."""
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(None, called=("v_parameterization",))
-    """What the UNet predicts. Default: as the model's scheduler config says."""
-    lora_type: Literal["lora", "rslora", "dora", "loha", "lokr"] = option(
-        "lora", needs="method lora", called=("algo", "peft_type", "use_dora", "use_rslora", "network_module")
+    """lora: train a small adapter (default for latent models). full: train all weights of the UNet (default for
+    ddpm)."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(
+        None, suggest_for=("v_parameterization",)
     )
-    """lora; rslora: scaled by alpha / sqrt(rank), for high ranks; dora: learns each row's norm too; loha, lokr:
-    products of factors that reach higher ranks with fewer weights (LyCORIS)."""
-    rank: int = option(16, AT_LEAST_ONE, needs="method lora", called=("network_dim",))
+    """What the UNet predicts. Default: as in the model's scheduler config."""
+    lora_type: Literal["lora", "rslora", "dora", "loha", "lokr"] = option(
+        "lora", requires="method lora", suggest_for=("algo", "peft_type", "use_dora", "use_rslora", "network_module")
+    )
+    """lora; rslora: scaled by alpha / sqrt(rank), for high ranks; dora: also learns the norm of each row; loha, lokr:
+    products of factors, which reach higher ranks with fewer weights (LyCORIS)."""
+    rank: int = option(16, AT_LEAST_ONE, requires="method lora", suggest_for=("network_dim",))
     """LoRA rank."""
-    lora_alpha: float | None = option(None, POSITIVE, needs="method lora", called=("network_alpha",))
-    """LoRA alpha; the update is scaled by alpha / rank. Default: equal to rank."""
-    lora_dropout: float = option(0.0, BELOW_ONE, needs="lora_type lora, rslora or dora", called=("network_dropout",))
+    lora_alpha: float | None = option(None, POSITIVE, requires="method lora", suggest_for=("network_alpha",))
+    """LoRA alpha. The update is scaled by alpha / rank. Default: the rank."""
+    lora_dropout: float = option(
+        0.0, BELOW_ONE, requires="lora_type lora, rslora or dora", suggest_for=("network_dropout",)
+    )
     """Dropout inside the LoRA layers, in [0, 1)."""
-    lora_target_modules: tuple[str, ...] | None = option(None, needs="method lora")
-    """Layer names (their endings) that get an adapter. Default: attention and feed-forward."""
-    block_rank: tuple[str, ...] | None = option(None, needs="method lora", called=("rank_pattern", "block_dims"))
-    """Ranks of their own, by the beginning of layer names: up_blocks.1=32 mid=8. Alpha is the same for all."""
-    init_lora: str | None = option(None, needs="method lora", called=("network_weights",), path=True)
-    """A LoRA file to go on from, in kohya's or peft's layout, of the same layers and rank."""
-    vae: str | None = option(None, needs="text", called=("pretrained_vae_model_name_or_path", "vae_name"), path=True)
-    """A diffusers folder, or a .safetensors file, whose VAE takes the place of the model's own."""
+    lora_target_modules: tuple[str, ...] | None = option(None, requires="method lora")
+    """Layers that get an adapter, by the ends of their names. Default: attention and feed-forward."""
+    block_rank: tuple[str, ...] | None = option(
+        None, requires="method lora", suggest_for=("rank_pattern", "block_dims")
+    )
+    """Ranks of single blocks, by the start of layer names: up_blocks.1=32 mid=8. Alpha is the same for all."""
+    init_lora: str | None = option(None, requires="method lora", suggest_for=("network_weights",), path=True)
+    """LoRA file to start from, in kohya's or peft's format, with the same layers and rank."""
+    vae: str | None = option(
+        None, requires="text", suggest_for=("pretrained_vae_model_name_or_path", "vae_name"), path=True
+    )
+    """Diffusers folder or .safetensors file with a VAE that replaces the model's own."""
     gradient_checkpointing: bool | float = option(False, SHARE)
-    """Recompute activations in the backward pass: less memory for a third more arithmetic. A number: in this share of
-    the blocks, those first that give back the most memory for their time."""
-    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = option("auto", change="machine")
-    """What the UNet computes in. auto: bf16 where the hardware multiplies it natively (CPUs included), else fp16 on a
-    GPU and no on a CPU."""
-    full_bf16: bool | None = option(None, needs="method full, no use_ema, and an optimizer other than prodigy")
-    """Keep what learns in bf16 alone, rounded at random: 4 to 8 bytes less a weight; best with adamw8bit, adafactor.
-    Gradients are added up in bf16 too, where a step has several forward passes."""
-    fused_backward_pass: bool | None = option(None, needs="full_bf16")
-    """Update weights in the middle of the backward pass, and never keep all of the gradient: 2 bytes less a weight. In
-    steps of one forward pass (with buckets, of one picture), without clipping, in one process."""
-    compile: bool | None = option(None, change="machine", called=("torch_compile", "compile_unet"))
-    """torch.compile the UNet's blocks. Default: on a GPU, where the run is long enough to win the time back."""
-    cuda_graphs: bool = option(True, change="machine")
-    """On a GPU, launch a step as a whole instead of kernel by kernel, where it fits into memory."""
+    """Recompute activations in the backward pass: less memory for a third more arithmetic. A number: only in this share
+    of the blocks, in the order of memory saved per time."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = option("auto", affects="machine")
+    """Number format of the UNet's computation. auto: bf16 where the hardware multiplies it natively (CPUs included),
+    else fp16 on a GPU and no on a CPU."""
+    full_bf16: bool | None = option(None, requires="method full, no use_ema, and an optimizer other than prodigy")
+    """Keep trained weights in bf16 only, with stochastic rounding: 4 to 8 bytes less per weight. Works best with
+    adamw8bit and adafactor. Gradients are accumulated in bf16 too."""
+    fused_backward_pass: bool | None = option(None, requires="full_bf16")
+    """Update weights during the backward pass and never hold the whole gradient: 2 bytes less per weight. For steps of
+    one forward pass (with buckets: of one image), without clipping, in one process."""
+    compile: bool | None = option(None, affects="machine", suggest_for=("torch_compile", "compile_unet"))
+    """Compile the UNet's blocks with torch.compile. Default: on a GPU, if the run is long enough to recover the
+    time."""
+    cuda_graphs: bool = option(True, affects="machine")
+    """On a GPU, launch a step as one CUDA graph instead of kernel by kernel, if it fits into memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Pictures and captions."""
+    """Images and captions."""
 
-    data: tuple[str, ...] = option((), names=("train_data_dir", "instance_data_dir", "dataset_name"), path=True)
-    """A folder of pictures, tar shards (shards/*.tar), a folder of parquet/arrow files, or a Hugging Face dataset id;
-    or several. Or the dataset file of sd-scripts (.toml), whose settings hold where no others are given."""
-    repeats: tuple[int, ...] = option((), AT_LEAST_ONE, called=("num_repeats",))
-    """How many times the pictures of each --data come in an epoch, in the same order. Default: once."""
-    class_data: str | None = option(None, needs="text", names=("class_data_dir",), called=("reg_data_dir",), path=True)
-    """A folder of pictures of the kind that the subject is of, learned beside it so that the kind is not forgotten
-    (DreamBooth). What is missing there is drawn by the model."""
-    class_prompt: str | None = option(None, needs="class_data")
-    """Their caption, where they have none of their own, and what is drawn: "a photo of a dog"."""
-    num_class_images: int | None = option(None, AT_LEAST_ONE, needs="class_data")
-    """How many there should be. Default: those that are there, else 100."""
-    prior_loss_weight: float | None = option(None, POSITIVE, needs="class_data")
-    """How much they count beside the subject. Default: 1."""
-    prior_prediction: bool | None = option(None, needs="class_data")
-    """Teach with them what the untrained model answers, and not what is particular about these pictures."""
+    data: tuple[str, ...] = option((), aliases=("train_data_dir", "instance_data_dir", "dataset_name"), path=True)
+    """Folder of images, tar shards (shards/*.tar), folder of parquet or arrow files, or Hugging Face dataset id; or
+    several of them. Or an sd-scripts dataset file (.toml); its settings apply where no others are given."""
+    repeats: tuple[int, ...] = option((), AT_LEAST_ONE, suggest_for=("num_repeats",))
+    """Repeats per epoch of the images of each --data, in the same order. Default: 1."""
+    class_data: str | None = option(
+        None, requires="text", aliases=("class_data_dir",), suggest_for=("reg_data_dir",), path=True
+    )
+    """Folder of images of the subject's class, trained together with the subject so that the class is not forgotten
+    (DreamBooth). The model draws missing images."""
+    class_prompt: str | None = option(None, requires="class_data")
+    """Caption of class images that have no caption, and prompt for the missing ones: "a photo of a dog"."""
+    num_class_images: int | None = option(None, AT_LEAST_ONE, requires="class_data")
+    """Number of class images. Default: those in the folder, or 100 if it is empty."""
+    prior_loss_weight: float | None = option(None, POSITIVE, requires="class_data")
+    """Loss weight of class images, relative to the subject's. Default: 1."""
+    prior_prediction: bool | None = option(None, requires="class_data")
+    """Train class images towards the untrained model's output instead of their noise, so that no detail of these images
+    is learned."""
     prompt: str | None = option(
-        None, needs="text", names=("instance_prompt",), called=("caption",), decided_by="transform"
+        None, requires="text", aliases=("instance_prompt",), suggest_for=("caption",), decided_by="transform"
     )
-    """Caption for every picture that has none of its own."""
-    trigger: str | None = option(None, needs="text", decided_by="transform")
-    """A word placed before every caption, or where the caption says [trigger]."""
-    masked_loss: bool | None = option(None, called=("alpha_mask",), decided_by="dataset")
-    """Let errors count where a mask is white: NAME.mask.png beside a picture, else its alpha channel. Default: by such
-    files alone. Inpainting models paint there instead."""
-    resolution: int | None = option(None, AT_LEAST_ONE, names=("image_size",))
-    """Pixels per side; with buckets, of the square that no picture's area exceeds. Default: the model's own."""
-    aspect_ratio_bucketing: bool | None = option(None, decided_by="transform", called=("enable_bucket",))
-    """Train each picture near its own shape, in a size of at most as many pixels as the square. Default: on, but for
+    """Caption of every image that has none."""
+    trigger: str | None = option(None, requires="text", decided_by="transform")
+    """Word put in front of every caption, or in place of [trigger] in the caption."""
+    masked_loss: bool | None = option(None, suggest_for=("alpha_mask",), decided_by="dataset")
+    """Count the loss only where a mask is white: NAME.mask.png next to the image, or else its alpha channel. Default:
+    use such files only. Inpainting models paint in the white area instead."""
+    resolution: int | None = option(None, AT_LEAST_ONE, aliases=("image_size",))
+    """Pixels per side. With buckets: no image has a larger area than this square. Default: the model's resolution."""
+    aspect_ratio_bucketing: bool | None = option(None, decided_by="transform", suggest_for=("enable_bucket",))
+    """Train each image near its own aspect ratio, with at most as many pixels as the square. Default: on, except for
     pixel-space models and --resize_mode squash."""
-    min_bucket_reso: int | None = option(None, AT_LEAST_ONE, needs="aspect_ratio_bucketing")
-    """Shortest side of such a size. Default: half of the resolution."""
-    max_bucket_reso: int | None = option(None, AT_LEAST_ONE, needs="aspect_ratio_bucketing")
-    """Longest side. Default: twice the resolution."""
+    min_bucket_reso: int | None = option(None, AT_LEAST_ONE, requires="aspect_ratio_bucketing")
+    """Shortest side of a bucket. Default: half of the resolution."""
+    max_bucket_reso: int | None = option(None, AT_LEAST_ONE, requires="aspect_ratio_bucketing")
+    """Longest side of a bucket. Default: twice the resolution."""
     bucket_reso_steps: int | None = option(
-        None, AT_LEAST_ONE, needs="aspect_ratio_bucketing", called=("bucket_resolution_steps",)
+        None, AT_LEAST_ONE, requires="aspect_ratio_bucketing", suggest_for=("bucket_resolution_steps",)
     )
-    """Sides are multiples of this. Default: 64, below 512 px an eighth of the resolution."""
-    bucket_upscale: bool | None = option(None, needs="aspect_ratio_bucketing", called=("bucket_no_upscale",))
-    """Enlarge pictures of fewer pixels than their size has; else they are trained in a smaller one."""
+    """Sides of buckets are multiples of this. Default: 64; below 512 px an eighth of the resolution."""
+    bucket_upscale: bool | None = option(None, requires="aspect_ratio_bucketing", suggest_for=("bucket_no_upscale",))
+    """Enlarge images that are smaller than their bucket, instead of using a smaller bucket."""
     resize_mode: Literal["crop", "squash"] = option("crop", decided_by="transform")
-    """crop: scaled to cover its size, which is then cut out. squash: both sides at once, as the tutorial does."""
+    """crop: scale to cover the training size, then crop. squash: scale both sides to it, as the tutorial does."""
     center_crop: bool = option(True, decided_by="transform")
-    """Crop the centre; with --no-center_crop a random place, drawn once per picture (--live_encoding: per visit)."""
-    random_flip: bool = option(False, decided_by="transform", called=("flip_aug",))
+    """Crop the centre. With --no_center_crop, crop at a random place, drawn once per image (with --live_encoding once
+    per visit)."""
+    random_flip: bool = option(False, decided_by="transform", suggest_for=("flip_aug",))
     """Mirror half of the visits left to right."""
     background: str = option("white", decided_by="transform")
-    """A colour (black, #ff8000): what shows where a picture is transparent."""
-    caption_dropout: float | None = option(None, BELOW_ONE, needs="text", called=("caption_dropout_rate",))
-    """Share of visits trained with an empty caption. Default: 0.05 where captions vary, else 0."""
-    caption_lines: Literal["joined", "chosen"] = option("joined", needs="text", called=("enable_wildcard",))
-    """joined: a caption of several lines is one. chosen: each line is one, and each visit takes one of them."""
-    shuffle_caption: bool = option(False, needs="text")
-    """The parts of a caption between commas come in another order at each visit, which encodes it again."""
-    keep_tokens: int | None = option(None, NOT_NEGATIVE, needs="shuffle_caption")
-    """So many of these parts, from the first, stay where they are. Default: none."""
-    max_token_length: Literal[77, 150, 225] = option(77, needs="text")
-    """Longest caption in tokens; 150 and 225 are encoded in chunks of 75."""
-    clip_skip: int | None = option(None, AT_LEAST_ONE, needs="text")
-    """Take the text encoder's hidden state this many layers from the end (1: the last, as in sd-scripts and A1111)."""
+    """Colour behind transparent images (black, #ff8000)."""
+    caption_dropout: float | None = option(None, BELOW_ONE, requires="text", suggest_for=("caption_dropout_rate",))
+    """Share of visits with an empty caption. Default: 0.05 if captions vary, else 0."""
+    caption_lines: Literal["joined", "chosen"] = option("joined", requires="text", suggest_for=("enable_wildcard",))
+    """joined: the lines of a file are one caption. chosen: each line is a caption, and each visit uses one of them."""
+    shuffle_caption: bool = option(False, requires="text")
+    """Shuffle the comma-separated parts of a caption at each visit. Captions are then encoded at each visit."""
+    keep_tokens: int | None = option(None, NOT_NEGATIVE, requires="shuffle_caption")
+    """Number of parts at the start that shuffle_caption leaves in place. Default: 0."""
+    max_token_length: Literal[77, 150, 225] = option(77, requires="text")
+    """Maximum caption length in tokens. 150 and 225 are encoded in chunks of 75."""
+    clip_skip: int | None = option(None, AT_LEAST_ONE, requires="text")
+    """Use the text encoder's hidden state this many layers from the end (1: the last layer, as in sd-scripts and
+    A1111)."""
     volume_size: int | None = option(None, NOT_NEGATIVE, decided_by="dataset")
-    """Look at so many pictures at a time; 0: at all before the first step. Default: 8192 of more than 32768."""
-    max_bad_fraction: float = option(0.01, BELOW_ONE, change="free")
-    """Share of the pictures that may be unreadable; these are left out and listed in quarantine.jsonl."""
+    """Number of images that are read at a time; 0: all before the first step. Default: 8192 if there are more than
+    32768."""
+    max_bad_fraction: float = option(0.01, BELOW_ONE, affects="free")
+    """Share of the images that may be unreadable. They are skipped and listed in quarantine.jsonl."""
     image_column: str = option("image", decided_by="dataset")
-    """Picture column of a Hugging Face dataset."""
+    """Image column of a Hugging Face dataset."""
     caption_column: str = option("text", decided_by="dataset")
-    """Caption column of a Hugging Face dataset, or of metadata.jsonl, .csv or .parquet beside pictures."""
-    follow_links: bool = option(True, change="free")
-    """Read files through links that lead out of the folder of --data; with --no_follow_links they are an error."""
+    """Caption column of a Hugging Face dataset, or of metadata.jsonl, .csv or .parquet next to images."""
+    follow_links: bool = option(True, affects="free")
+    """Follow links that lead out of the --data folder. With --no_follow_links they are an error."""
     stream_rows: int | None = option(None, AT_LEAST_ONE, decided_by="dataset")
-    """Of a dataset on the hub: take this many rows as they come and keep these, instead of downloading all of it."""
+    """Download only this many rows of a dataset on the hub, in their order, and keep them."""
     live_encoding: bool = False
-    """Send each picture through the VAE at every visit instead of once."""
-    encode: Literal["auto", "before", "ahead"] = option("auto", change="free")
-    """before: all that the run visits is encoded before its first step. ahead: each picture when the run comes to it.
-    auto: before, unless it would take more than a minute. Changes speed only."""
-    cache_dir: str | None = option(None, change="free", called=("latents_cache_path", "cache_latents_to_disk"))
-    """Folder in which encodings are kept for this and later runs; none: in memory alone. Default: finetune-unet in the
-    user's cache folder."""
+    """Encode each image with the VAE at every visit instead of once."""
+    encode: Literal["auto", "before", "ahead"] = option("auto", affects="free")
+    """before: encode everything before the first step. ahead: encode each image when the run reaches it. auto: before,
+    unless it takes more than a minute. Affects speed only."""
+    cache_dir: str | None = option(None, affects="free", suggest_for=("latents_cache_path", "cache_latents_to_disk"))
+    """Folder where encodings are cached for this run and later ones; none: cache in memory only. Default: finetune-unet
+    in the user's cache folder."""
     cache_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Number format in which encodings are kept; fp16 takes half of the room (benchmarks/RESULTS.md has its error)."""
-    cache_any_environment: bool = option(False, change="free")
-    """Also use encodings that another device, number of threads or library version has computed. The last bits of a run
-    then depend on what the cache folder holds."""
-    cache_strict: bool = option(False, change="free")
-    """Hash every picture at the start, also where size, time and inode say that its file is unchanged."""
-    dataloader_num_workers: int = option(0, NOT_NEGATIVE, change="free", called=("max_data_loader_n_workers",))
-    """Processes that prepare pictures under --live_encoding; kept encodings need none. Changes speed only."""
+    """Number format of cached encodings. fp16 takes half the space (error: see benchmarks/RESULTS.md)."""
+    cache_any_environment: bool = option(False, affects="free")
+    """Also use cached encodings from other devices, numbers of threads or library versions. The last bits of the result
+    then depend on the contents of the cache."""
+    cache_strict: bool = option(False, affects="free")
+    """Hash every image at the start, even if size, time and inode show that the file is unchanged."""
+    dataloader_num_workers: int = option(0, NOT_NEGATIVE, affects="free", suggest_for=("max_data_loader_n_workers",))
+    """Number of processes that load images with --live_encoding; cached encodings need none. Affects speed only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How it learns. A step is one optimizer step."""
+    """Training. A step is one optimizer step."""
 
-    max_train_steps: int | None = option(None, AT_LEAST_ONE, change="length", called=("steps",))
+    max_train_steps: int | None = option(None, AT_LEAST_ONE, affects="length", suggest_for=("steps",))
     """Length of the run in optimizer steps."""
     num_train_epochs: int | None = option(
-        None, AT_LEAST_ONE, change="length", names=("num_epochs",), called=("epochs", "max_train_epochs")
+        None, AT_LEAST_ONE, affects="length", aliases=("num_epochs",), suggest_for=("epochs", "max_train_epochs")
     )
-    """Length of the run in passes over the pictures (max_train_steps wins)."""
-    max_train_minutes: float | None = option(None, POSITIVE, change="free")
-    """Stop with a checkpoint when the command has run this long, before a cluster's limit ends it: exit code 124. The
-    same command goes on."""
-    train_batch_size: int | None = option(None, AT_LEAST_ONE, called=("batch_size",))
-    """Pictures per device in one forward pass."""
+    """Length of the run in epochs (max_train_steps takes precedence)."""
+    max_train_minutes: float | None = option(None, POSITIVE, affects="free")
+    """Stop with a checkpoint after this many minutes, before a cluster's time limit; exit code 124. The same command
+    resumes the run."""
+    train_batch_size: int | None = option(None, AT_LEAST_ONE, suggest_for=("batch_size",))
+    """Images per device in one forward pass."""
     gradient_accumulation_steps: int | None = option(None, AT_LEAST_ONE)
-    """Forward passes of each process per optimizer step. Default: 1 (sdxl: 4)."""
-    num_processes: int | None = option(None, AT_LEAST_ONE, change="on resume")
-    """Processes whose batches make a step. Default: as many as are launched, and a resume keeps the number it began
-    with, however many go on with it."""
-    learning_rate: float | None = option(None, POSITIVE, called=("lr", "unet_lr"))
-    """Highest learning rate of the schedule."""
+    """Forward passes per optimizer step in each process. Default: 1 (sdxl: 4)."""
+    num_processes: int | None = option(None, AT_LEAST_ONE, affects="on resume")
+    """Number of processes whose batches form a step. Default: the number that is launched. A resume keeps the number
+    that the run began with, on any number of processes."""
+    learning_rate: float | None = option(None, POSITIVE, suggest_for=("lr", "unet_lr"))
+    """Peak learning rate of the schedule."""
     block_learning_rate: tuple[str, ...] | None = option(
-        None, needs="an optimizer other than prodigy", called=("block_lr", "down_lr_weight", "up_lr_weight")
+        None, requires="an optimizer other than prodigy", suggest_for=("block_lr", "down_lr_weight", "up_lr_weight")
     )
-    """Factors of the learning rate, by the beginning of layer names: up_blocks=2 mid=0.5."""
-    loraplus_lr_ratio: float = option(1.0, POSITIVE, needs="LoRA or DoRA, and an optimizer other than prodigy")
-    """LoRA's matrix B learns this many times faster (LoRA+, Hayou et al. 2024); 16 is usual."""
+    """Factors of the learning rate, by the start of layer names: up_blocks=2 mid=0.5."""
+    loraplus_lr_ratio: float = option(1.0, POSITIVE, requires="LoRA or DoRA, and an optimizer other than prodigy")
+    """Factor of the learning rate of LoRA's matrix B (LoRA+, Hayou et al. 2024); 16 is usual."""
     lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"] | None = None
     """Shape of the learning rate after the warm-up."""
     lr_warmup_steps: int | None = option(None, NOT_NEGATIVE)
-    """Optimizer steps over which the learning rate rises from 0. Default: min(100, 5 % of the run)."""
+    """Steps in which the learning rate rises from 0. Default: min(100, 5 % of the run)."""
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "sgd"] = option(
-        "adamw", called=("optimizer_type",)
+        "adamw", suggest_for=("optimizer_type",)
     )
-    """Each has a learning rate of its own by default. adamw8bit keeps its moments in 8 bits, and needs the package
-    bitsandbytes; prodigy finds its step size, and needs prodigyopt."""
-    adam_beta1: float | None = option(None, BELOW_ONE, needs="an optimizer of the Adam family")
+    """Optimizer. The default learning rate depends on it. adamw8bit keeps its moments in 8 bits and needs the package
+    bitsandbytes; prodigy finds its step size and needs prodigyopt."""
+    adam_beta1: float | None = option(None, BELOW_ONE, requires="an optimizer of the Adam family")
     """Decay of AdamW's first moment."""
-    adam_beta2: float = option(0.999, BELOW_ONE, needs="an optimizer of the Adam family")
+    adam_beta2: float = option(0.999, BELOW_ONE, requires="an optimizer of the Adam family")
     """Decay of AdamW's second moment."""
     adam_weight_decay: float = option(0.01, NOT_NEGATIVE)
     """Decoupled weight decay."""
-    adam_epsilon: float = option(1e-8, POSITIVE, needs="an optimizer of the Adam family")
+    adam_epsilon: float = option(1e-8, POSITIVE, requires="an optimizer of the Adam family")
     """AdamW's epsilon."""
     max_grad_norm: float = option(1.0, NOT_NEGATIVE)
-    """Clip the gradient to this norm; 0 turns clipping off, as fused_backward_pass does."""
-    max_bad_steps: int = option(1, AT_LEAST_ONE, change="on resume")
-    """So many steps in a row whose loss or gradient is not finite end the run; faults.jsonl says what they were made
-    of. No weight changes by them."""
-    snr_gamma: float | None = option(None, POSITIVE, called=("min_snr_gamma",))
-    """Min-SNR loss weighting (Hang et al. 2023); 5.0 is usual. Default: off."""
+    """Clip the gradient to this norm; 0: no clipping. fused_backward_pass also turns it off."""
+    max_bad_steps: int = option(1, AT_LEAST_ONE, affects="on resume")
+    """End the run after this many steps in a row whose loss or gradient is not finite. Such steps change no weight;
+    faults.jsonl records them."""
+    snr_gamma: float | None = option(None, POSITIVE, suggest_for=("min_snr_gamma",))
+    """Gamma of Min-SNR loss weighting (Hang et al. 2023); 5.0 is usual. Default: off."""
     noise_offset: float = option(0.0, NOT_NEGATIVE)
-    """Strength of a per-channel constant added to the noise; 0.05 to 0.1 helps very dark and bright pictures."""
+    """Strength of a per-channel constant added to the noise; 0.05 to 0.1 helps with very dark and bright images."""
     input_perturbation: float = option(0.0, NOT_NEGATIVE)
-    """Strength of extra noise on the UNet's input (Ning et al. 2023); 0.1 is usual."""
-    use_ema: bool | None = option(None, called=("ema",))
-    """Keep an exponential moving average of the weights and export that."""
-    ema_inv_gamma: float = option(1.0, POSITIVE, needs="use_ema")
-    """EMA decay at step s is 1 - (1 + s / inv_gamma) ** -power, at most ema_max_decay."""
-    ema_power: float = option(0.75, POSITIVE, needs="use_ema")
+    """Strength of extra noise in the UNet's input (Ning et al. 2023); 0.1 is usual."""
+    use_ema: bool | None = option(None, suggest_for=("ema",))
+    """Keep an exponential moving average (EMA) of the weights and export it."""
+    ema_inv_gamma: float = option(1.0, POSITIVE, requires="use_ema")
+    """The EMA decay at step s is 1 - (1 + s / inv_gamma) ** -power, at most ema_max_decay."""
+    ema_power: float = option(0.75, POSITIVE, requires="use_ema")
     """See ema_inv_gamma."""
-    ema_max_decay: float = option(0.9999, BELOW_ONE, needs="use_ema")
+    ema_max_decay: float = option(0.9999, BELOW_ONE, requires="use_ema")
     """See ema_inv_gamma."""
-    deterministic: bool = option(False, change="on resume")
-    """On a GPU: only algorithms that give the same bits every time, which are slower. A CPU always does."""
+    deterministic: bool = option(False, affects="on resume")
+    """On a GPU, use deterministic algorithms only; they are slower. A CPU always does."""
     seed: int = option(0, NOT_NEGATIVE)
-    """The run is a function of this number: order, noise, timesteps, crops, flips, initial weights."""
+    """Seed of all random numbers: order, noise, timesteps, crops, flips, initial weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationOptions:
-    """Whether it learns what the pictures have in common: the loss on pictures that it is not trained on."""
+    """Validation: the loss on images that are not trained on."""
 
-    validation_fraction: float | None = option(None, BELOW_ONE, needs="validation_data left out")
-    """Share of the pictures that is held out, near duplicates on one side; 0: none. Default: a tenth, at most 200
-    pictures, and none of fewer than 20."""
-    validation_data: str | None = option(None, called=("validation_data_dir", "val_data"), path=True)
-    """Hold out these pictures instead, which lie elsewhere; as --data."""
-    validate_every: int | None = option(None, AT_LEAST_ONE, change="on resume")
-    """Steps between validations, beside the first and the last. Default: what 5 % of the time allows, and with
+    validation_fraction: float | None = option(None, BELOW_ONE, requires="validation_data left out")
+    """Share of the images that is held out for validation; near duplicates stay together; 0: none. Default: 0.1, at
+    most 200 images, and none of fewer than 20."""
+    validation_data: str | None = option(None, suggest_for=("validation_data_dir", "val_data"), path=True)
+    """Images to hold out instead, in the forms that --data takes."""
+    validate_every: int | None = option(None, AT_LEAST_ONE, affects="on resume")
+    """Steps between validations, in addition to the first and the last. Default: as 5 % of the time allows; with
     --early_stop a twentieth of the run."""
-    early_stop: bool = option(False, change="on resume")
-    """End when the validation loss has risen for two validations, by more than chance; export what had the least."""
-    forgetting_prompts: int | None = option(None, NOT_NEGATIVE, needs="a model that takes text", change="on resume")
-    """Watch how far this many prompts of everyday things, of the 64 there are, come to mean something else; 0: none.
-    Default: what 2 % of the time allows."""
+    early_stop: bool = option(False, affects="on resume")
+    """Stop when the validation loss has risen significantly in two validations, and export the weights with the lowest
+    loss."""
+    forgetting_prompts: int | None = option(None, NOT_NEGATIVE, requires="a model that takes text", affects="on resume")
+    """Number of unrelated prompts, of 64, whose change in meaning is tracked; 0: none. Default: as 2 % of the time
+    allows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """Pictures drawn while training."""
+    """Images drawn during training."""
 
     sample_prompts: tuple[str, ...] | None = option(
-        None, needs="text", change="on resume", names=("validation_prompts",), called=("validation_prompt",), path=True
+        None,
+        requires="text",
+        affects="on resume",
+        aliases=("validation_prompts",),
+        suggest_for=("validation_prompt",),
+        path=True,
     )
-    """Prompts of the sample grids, or a file with one a line (sd-scripts' --n --s --l --d at its end hold).
-    Default: a training caption, the subject in a new place, the class alone."""
+    """Prompts of the sample grids, or a file with one per line (with sd-scripts' --n --s --l --d). Default: a training
+    caption, the subject in a new place, and the class alone."""
     sample_every: int | None = option(
-        None, NOT_NEGATIVE, change="on resume", names=("validation_steps",), called=("sample_every_n_steps",)
+        None, NOT_NEGATIVE, affects="on resume", aliases=("validation_steps",), suggest_for=("sample_every_n_steps",)
     )
-    """Draw a grid every this many steps, beside the first and last; 0: none. Default: what 5 % of the run allows."""
+    """Steps between sample grids, in addition to the first and the last; 0: none. Default: as 5 % of the time
+    allows."""
     save_image_epochs: int | None = option(
-        None, AT_LEAST_ONE, needs="sample_every left out", change="on resume", called=("sample_every_n_epochs",)
+        None,
+        AT_LEAST_ONE,
+        requires="sample_every left out",
+        affects="on resume",
+        suggest_for=("sample_every_n_epochs",),
     )
-    """Draw a grid every this many epochs."""
-    eval_batch_size: int | None = option(None, AT_LEAST_ONE, change="on resume")
-    """Pictures per prompt in a grid."""
+    """Epochs between sample grids."""
+    eval_batch_size: int | None = option(None, AT_LEAST_ONE, affects="on resume")
+    """Images per prompt in a grid."""
     num_inference_steps: int | None = option(
-        None, NOT_NEGATIVE, change="on resume", called=("ddpm_num_inference_steps",)
+        None, NOT_NEGATIVE, affects="on resume", suggest_for=("ddpm_num_inference_steps",)
     )
-    """Sampler steps per picture; 0 turns sampling off."""
-    guidance_scale: float | None = option(None, NOT_NEGATIVE, needs="a model that takes text", change="on resume")
-    """Classifier-free guidance of the grids; 1 is none. Default: the model's own (sd15: 7.5, sdxl: 5, tiny: 3)."""
+    """Sampler steps per image; 0: no sampling."""
+    guidance_scale: float | None = option(None, NOT_NEGATIVE, requires="a model that takes text", affects="on resume")
+    """Classifier-free guidance of the grids; 1: none. Default: the model's (sd15: 7.5, sdxl: 5, tiny: 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """What is written, and where."""
+    """Files that are written."""
 
-    output_dir: str | None = option(None, change="free", called=("output",))
-    """Run folder. Default: runs/<data>-<model>; the same command resumes it, another config takes a new number."""
-    lock_output_dir: bool = option(True, change="free")
-    """Let no second run into the folder. --no_lock_output_dir is for file systems that cannot lock files."""
-    overwrite_output_dir: bool = option(False, change="free")
+    output_dir: str | None = option(None, affects="free", suggest_for=("output",))
+    """Run folder. Default: runs/<data>-<model>. The same command resumes it; another config gets a new number."""
+    lock_output_dir: bool = option(True, affects="free")
+    """Lock the folder against a second run. Use --no_lock_output_dir on file systems that cannot lock files."""
+    overwrite_output_dir: bool = option(False, affects="free")
     """Delete what an earlier run left in output_dir."""
-    resume_from_checkpoint: str | None = option(None, change="free", called=("resume",))
-    """"latest" or the path of a checkpoint folder."""
-    allow_changed: tuple[str, ...] = option((), change="free")
-    """Options that may differ from those of the run that is resumed ("data", "model": also what lies there). From
-    there on it is the run that they make."""
+    resume_from_checkpoint: str | None = option(None, affects="free", suggest_for=("resume",))
+    """"latest", or the path of a checkpoint folder."""
+    allow_changed: tuple[str, ...] = option((), affects="free")
+    """Options that may differ from the run that is resumed (for "data" and "model" also their contents). The run
+    continues with the new values."""
     checkpointing_steps: int = option(
-        500, NOT_NEGATIVE, change="on resume", called=("save_every_n_steps", "save_steps")
+        500, NOT_NEGATIVE, affects="on resume", suggest_for=("save_every_n_steps", "save_steps")
     )
-    """Write a resumable checkpoint every this many steps (and at the end); 0: only at the end."""
-    checkpointing_minutes: float | None = option(None, POSITIVE, change="on resume")
-    """Write a checkpoint when the last is this many minutes old, beside checkpointing_steps. SIGUSR1 asks for one, too.
-    """
-    save_model_epochs: int | None = option(None, AT_LEAST_ONE, change="on resume", called=("save_every_n_epochs",))
-    """Write a checkpoint every this many epochs, beside checkpointing_steps."""
-    checkpoints_total_limit: int = option(2, NOT_NEGATIVE, change="on resume", called=("save_last_n_steps_state",))
-    """How many checkpoints to keep; 0 keeps all."""
+    """Steps between checkpoints, in addition to the one at the end; 0: only at the end."""
+    checkpointing_minutes: float | None = option(None, POSITIVE, affects="on resume")
+    """Minutes between checkpoints, in addition to checkpointing_steps. SIGUSR1 also saves a checkpoint."""
+    save_model_epochs: int | None = option(
+        None, AT_LEAST_ONE, affects="on resume", suggest_for=("save_every_n_epochs",)
+    )
+    """Epochs between checkpoints, in addition to checkpointing_steps."""
+    checkpoints_total_limit: int = option(
+        2, NOT_NEGATIVE, affects="on resume", suggest_for=("save_last_n_steps_state",)
+    )
+    """Number of checkpoints to keep; 0: all."""
     export_formats: tuple[Literal["single-file", "diffusers", "unet"], ...] = option(
-        (), change="free", inherited=True, called=("output_model_format",)
+        (), affects="free", inherited=True, suggest_for=("output_model_format",)
     )
-    """At the end, also write the model in these forms, a LoRA merged into it, to exports/ of the run folder."""
+    """Formats that are also written to exports/ of the run folder at the end, with a LoRA merged into the model."""
     export_precision: Literal["fp32", "fp16", "bf16"] = option(
-        "fp16", change="free", inherited=True, called=("output_dtype",)
+        "fp16", affects="free", inherited=True, suggest_for=("output_dtype",)
     )
-    """Number format of export_formats; a LoRA's own files are fp32."""
+    """Number format of export_formats. A LoRA's own files are fp32."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = option(
-        (), change="free", inherited=True, called=("log_with",)
+        (), affects="free", inherited=True, suggest_for=("log_with",)
     )
-    """Trackers that get the metrics, beside metrics.jsonl."""
+    """Trackers that receive the metrics, in addition to metrics.jsonl."""
     tracker_project_name: str | None = option(
-        None, needs="report_to", change="free", inherited=True, called=("log_tracker_name", "wandb_project")
+        None, requires="report_to", affects="free", inherited=True, suggest_for=("log_tracker_name", "wandb_project")
     )
-    """Project of the trackers. Default: WANDB_PROJECT of the environment, else finetune-unet."""
-    push_to_hub: bool = option(False, change="free")
+    """Project name for the trackers. Default: the environment variable WANDB_PROJECT, or finetune-unet."""
+    push_to_hub: bool = option(False, affects="free")
     """Upload the result and a model card to the Hugging Face hub."""
-    hub_model_id: str | None = option(None, needs="push_to_hub", change="free")
-    """Repository to push to. Default: one of the run folder's name under your account, if it is new."""
-    hub_private_repo: bool | None = option(None, needs="push_to_hub", change="free")
-    """Create the repository as private. Default: yes; --no_hub_private_repo publishes it."""
+    hub_model_id: str | None = option(None, requires="push_to_hub", affects="free")
+    """Repository to push to. Default: one with the name of the run folder under your account, if it is new."""
+    hub_private_repo: bool | None = option(None, requires="push_to_hub", affects="free")
+    """Create the repository as private. Default: yes; --no_hub_private_repo makes it public."""
 
 
 ATTENTION_AND_FEED_FORWARD = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")

@@ -150,7 +150,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         ("--save_model_as safetensors", "unknown option --save_model_as; exports are safetensors"),
         (
             "--cache_latents",
-            "unknown option --cache_latents; every picture and caption is encoded once anyway, and kept in --cache_dir",
+            "unknown option --cache_latents; every image and caption is encoded once anyway, and kept in --cache_dir",
         ),
         ("--train_text_encoder", "unknown option --train_text_encoder; the text encoder stays frozen here"),
         ("--logging_dir x", "unknown option --logging_dir; trackers write into logs/ of the run folder"),
@@ -231,7 +231,7 @@ def test_environment_is_set_before_training_unless_the_user_set_it(monkeypatch: 
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (DataError("no pictures in ./images"), 1, "no pictures in ./images"),
+        (DataError("no images in ./images"), 1, "no images in ./images"),
         (Interrupted("stopped at step 7", 143), 143, "stopped at step 7"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -245,11 +245,11 @@ def test_errors_of_a_run(
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    stand_in_recipe(monkeypatch, raising(DataError("no pictures")))
+    stand_in_recipe(monkeypatch, raising(DataError("no images")))
     assert main(["--debug", *SOME]) == 1
     error = capsys.readouterr().err
     assert error.startswith("Traceback")
-    assert error.endswith("finetune-unet: no pictures\n")
+    assert error.endswith("finetune-unet: no images\n")
 
 
 def test_bugs_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +289,7 @@ def test_help_of_a_verb(sampled: list[Options], capsys: pytest.CaptureFixture[st
     assert main(["sample", "--run", "x", "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: finetune-unet sample")
-    for part in ("Draw pictures.", "--run", "--grid, --no_grid", "The sampler. (default: ddim)", "(required)"):
+    for part in ("Draw images.", "--run", "--grid, --no_grid", "The sampler. (default: ddim)", "(required)"):
         assert part in text
     assert sampled == []
 
@@ -344,7 +344,7 @@ sys.exit(", ".join({"torch", "diffusers", "transformers", "accelerate"} & sys.mo
     lines = [line.removeprefix("finetune-unet: ") for line in done.stderr.splitlines()]
     assert lines[0] == "--rank many: expected a whole number"
     assert lines[1].startswith("--model sd16: no such folder, and not one of sd15")
-    assert lines[2] == "--data nowhere: no such folder, nor an id as on the Hugging Face hub (owner/name)"
+    assert lines[2] == "--data nowhere: no such folder, and not a Hugging Face dataset id (owner/name)"
 
 
 def test_exit_code_of_the_process() -> None:
@@ -368,7 +368,7 @@ def test_reader_who_leaves_early() -> None:
 
 
 def test_what_other_tools_call_an_option_names_one_thing() -> None:
-    called = [name for known in option_info().values() for name in (*known.names, *known.called)]
+    called = [name for known in option_info().values() for name in (*known.aliases, *known.suggest_for)]
     assert len(called) == len(set(called))
     assert not set(called) & (set(option_types()) | set(ELSEWHERE))
     assert not set(option_types()) & set(ELSEWHERE)

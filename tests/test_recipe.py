@@ -296,7 +296,7 @@ def test_options_hold_for_a_dataset_of_ones_own(tmp_path: Path, monkeypatch: pyt
             {},
             r"dataset\[0\] is .Tensor, str, str.; expected .PIL image, caption, id.",
         ),
-        ([(Image.new("RGB", (64, 64)), None, "1")], {}, "1 of 1 picture without a caption .1.: give --prompt"),
+        ([(Image.new("RGB", (64, 64)), None, "1")], {}, "1 of 1 image without a caption .1.: give --prompt"),
         ([(Image.new("RGB", (64, 64)), "a", "1")], {"image_column": "x"}, "image_column cannot be used with a dataset"),
     ],
 )
@@ -351,7 +351,7 @@ def test_a_pixel_model_of_another_size_draws_in_the_size_it_is_trained_at(pictur
 def test_a_picture_without_any_caption_is_an_error(make_pictures: Callable[..., Path], tmp_path: Path) -> None:
     folder = make_pictures(tmp_path / "data", count=3)
     (folder / "01.txt").write_text("a disc")
-    with pytest.raises(UsageError, match=r"2 of 3 pictures without a caption \(00.png, 02.png\): give --prompt"):
+    with pytest.raises(UsageError, match=r"2 of 3 images without a caption \(00.png, 02.png\): give --prompt"):
         fine_tune(options(folder, tmp_path / "out"))
 
 
@@ -362,15 +362,15 @@ def test_bad_pictures_are_named_and_the_rest_is_trained_on(
     (folder / "00.png").write_bytes(b"")
     whole = (folder / "01.png").read_bytes()
     (folder / "01.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "lonely.txt").write_text("no picture")
+    (folder / "lonely.txt").write_text("no image")
     fine_tune(options(folder, tmp_path / "out", max_bad_fraction=0.5))
     said = capsys.readouterr().out
     assert "2 images" in said
     assert "2 images quarantined: 00.png" in said
     assert "caption files without an image (1): lonely.txt" in said
     for path in folder.glob("*.png"):
-        path.write_bytes(b"no picture")
-    with pytest.raises(DataError, match="none of 4 pictures can be trained on"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match="none of 4 images can be trained on"):
         fine_tune(options(folder, tmp_path / "out"))
 
 

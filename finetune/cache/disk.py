@@ -193,7 +193,7 @@ class DiskStore:
     def _opened_writer(self) -> Writer:
         if not self.writable:
             raise UsageError(
-                f"cache_dir {self.folder}: something is to be encoded, and it cannot be written; "
+                f"cache_dir {self.folder}: new encodings are needed, but it cannot be written; "
                 "give another --cache_dir, or none"
             )
         if self._writer is None:
@@ -212,7 +212,7 @@ class DiskStore:
         if _checksum(pieces) != crc:
             raise DataError(
                 f"cache_dir {self.folder}: an encoding is damaged ({key}); "
-                f"finetune-unet cache verify --cache_dir {self.folder} takes it out, and the next run encodes it anew"
+                f"finetune-unet cache verify --cache_dir {self.folder} deletes it, and the next run encodes it again"
             )
         return {
             name: torch.frombuffer(piece, dtype=_DTYPES[dtype]).reshape(shape)

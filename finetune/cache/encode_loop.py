@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from finetune.cache.buffered_store import BufferedStore
-from finetune.cache.store import Item, Kind
+from finetune.cache.store import KIND_NAMES, Item, Kind
 from finetune.models.conditioners import Conditioner
 from finetune.models.encoders import Encoder
 
@@ -81,14 +81,14 @@ def fill(
         on_progress: called, as it goes on, what is made, how many are, and of how many.
     """
     new, clock, missing = 0, time.monotonic(), store.missing(work.keys)
-    total = len(missing)
+    total, doing = len(missing), f"encoding {KIND_NAMES[work.kind]}s"
 
     def late() -> bool:
         took = time.monotonic() - clock
         return at_most is not None and (took / new * total if new >= _TELLING else took) >= at_most
 
     pool = ThreadPoolExecutor(THREADS)
-    bar = tqdm(total=total, desc=f"encoding {work.kind}s", unit=work.kind, delay=3, leave=False)
+    bar = tqdm(total=total, desc=doing, unit=KIND_NAMES[work.kind], delay=3, leave=False)
     try:
         while missing and not late():
             before = new
@@ -97,7 +97,7 @@ def fill(
                 new += len(keys)
                 bar.update(len(keys))
                 if on_progress:
-                    on_progress(f"encoding {work.kind}s", new, total)
+                    on_progress(doing, new, total)
                 if late():
                     break
             store.write()

@@ -253,5 +253,5 @@ def as_batch(
 def _stack(tensors: Sequence[Tensor], ids: Sequence[str]) -> Tensor:
     sizes = {tuple(tensor.shape) for tensor in tensors}
     if len(sizes) > 1:
-        raise DataError(f"pictures of one batch differ in size: {', '.join(ids)}; give the dataset a transform")
+        raise DataError(f"images of one batch differ in size: {', '.join(ids)}; give the dataset a transform")
     return torch.stack(list(tensors))

@@ -11,7 +11,10 @@ Item = Mapping[str, Tensor]
 """What is stored under one key: tensors on the CPU by name."""
 
 Kind = Literal["picture", "caption"]
-"""What an item was made from, for people."""
+"""What an item was made from, as cache folders record it."""
+
+KIND_NAMES: Mapping[str, str] = {"picture": "image", "caption": "caption"}
+"""What messages call each kind."""
 
 
 class Store(Protocol):

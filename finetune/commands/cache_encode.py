@@ -11,7 +11,7 @@ WITH_TRAINING_OPTIONS = True
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """No others than those of training."""
+    """Encode everything that training with the same options needs. It takes the options of training."""
 
 
 def run(options: Options, config: TrainConfig) -> None:

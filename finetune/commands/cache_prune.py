@@ -7,14 +7,14 @@ from finetune.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Delete encodings that no run has used for long, or until the rest is small; not while a run reads them."""
+    """Delete cached encodings by age and size. It waits while a run reads them."""
 
     cache_dir: str | None = None
-    """The cache folder. Default: finetune-unet in the user's cache folder."""
+    """Cache folder. Default: finetune-unet in the user's cache folder."""
     unused_days: int | None = None
-    """Delete what no run has used for this many days; 0: everything."""
+    """Delete encodings that no run has used for this many days; 0: all."""
     max_gb: float | None = None
-    """Then delete what was used least lately, until the rest is no larger than this."""
+    """Then delete the least recently used encodings until the rest is at most this large."""
 
 
 def run(options: Options) -> None:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Read every encoding that is kept; what is damaged is taken out, and encoded again by the next run."""
+    """Read every cached encoding, and delete damaged ones; the next run encodes them again."""
 
     cache_dir: str | None = None
-    """The cache folder. Default: finetune-unet in the user's cache folder."""
+    """Cache folder. Default: finetune-unet in the user's cache folder."""
 
 
 def run(options: Options) -> None:
@@ -21,4 +21,4 @@ def run(options: Options) -> None:
     sound, damaged = verify(store)
     print(f"{store.folder}: {pluralize(sound, 'encoding')} as written, {len(damaged)} damaged")
     for key in damaged:
-        print(f"{key}: damaged, taken out")
+        print(f"{key}: damaged, deleted")

@@ -10,12 +10,12 @@ from finetune.options import option_info
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write one page that shows runs side by side: options that differ, figures, pictures and curves."""
+    """Write one page that compares runs: differing options, figures, images and curves."""
 
     runs: tuple[str, ...]
-    """Run folders, two or more."""
+    """Two or more run folders."""
     output: str = "comparison.html"
-    """The page to write."""
+    """Page to write."""
 
 
 def run(options: Options) -> None:
@@ -32,7 +32,7 @@ def run(options: Options) -> None:
     for folder in folders:
         if not (folder / "config.toml").is_file():
             raise UsageError(f"--runs {folder}: no run there")
-    free = {name for name, info in option_info().items() if info.change == "free"}
+    free = {name for name, info in option_info().items() if info.affects == "free"}
     settings = [
         {name: value for name, value in as_dict(load_resolved(folder / "config.toml")).items() if name not in free}
         for folder in folders

@@ -11,12 +11,12 @@ from finetune.text import join_limited, pluralize
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Take the tensors out of a pickle; nothing else in it is built or run. A checkpoint in one file trains then."""
+    """Copy the tensors of a pickled checkpoint to .safetensors, without running any code in it."""
 
     file: str
-    """A .ckpt, .pt, .pth or .bin."""
+    """A .ckpt, .pt, .pth or .bin file."""
     to: str
-    """The .safetensors to write; there must be none yet."""
+    """The .safetensors file to write; it must not exist."""
 
 
 def run(options: Options) -> None:
@@ -31,7 +31,7 @@ def run(options: Options) -> None:
     if not path.is_file():
         raise UsageError(f"--file {path}: no such file")
     if path.suffix == ".safetensors":
-        raise UsageError(f"--file {path}: is no pickle; for a LoRA's layout see lora convert")
+        raise UsageError(f"--file {path}: is not a pickle; to convert a LoRA see lora convert")
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -15,24 +15,24 @@ Precision = Literal["fp32", "fp16", "bf16"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write what a run has learned in another form. Whatever is written is loaded back and compared."""
+    """Write the result of a run in another format. Every file is loaded back and compared."""
 
     run: str
-    """The run folder."""
+    """Run folder."""
     format: Format
     """kohya: a LoRA for ComfyUI, A1111, Forge. peft: a LoRA for diffusers. diffusers: a pipeline folder. single-file: a
-    checkpoint in one file. unet: a UNet's folder. The last three have a LoRA merged into the base."""
+    checkpoint in one file. unet: the folder of a UNet. In the last three, a LoRA is merged into the base model."""
     to: str
-    """The file or folder to write; there must be none yet."""
+    """File or folder to write; it must not exist."""
     step: int | None = None
-    """Of the checkpoint to take. Default: the newest."""
+    """Step of the checkpoint to export. Default: the newest."""
     ema: bool = True
-    """Take the averaged weights, where the run kept any; --no_ema: those that were trained on."""
+    """Export the EMA weights, if the run kept any; --no_ema: the trained weights."""
     precision: Precision = "fp32"
     """Number format of the file."""
     base: str | None = None
-    """For single-file: a checkpoint in one file to copy from what a diffusers folder has no place for (tables of the
-    schedule, EMA weights as they were, the last block of Stable Diffusion 2's text encoder)."""
+    """For single-file: a checkpoint in one file, from which tensors are copied that a diffusers folder does not have
+    (tables of the schedule, the original EMA weights, the last block of Stable Diffusion 2's text encoder)."""
 
 
 def run(options: Options) -> None:
@@ -52,10 +52,11 @@ def run(options: Options) -> None:
         raise UsageError("--base goes with --format single-file")
     to = new_file("--to", options.to)
     from finetune.models.single_file import inspect
-    from finetune.run.load_trained import left_out, load_trained, write_verified
+    from finetune.results.export_formats import write_verified
+    from finetune.run.exports import left_out, load_trained
 
     base = None if options.base is None else inspect(Path(options.base).expanduser(), "--base")
     model, metadata = load_trained(config, folder, options.step, ema=options.ema)
     write_verified(model, to, options.format, precision=options.precision, metadata=metadata, base=base)
     if options.format == "single-file" and base is None and (left := left_out(config, to)):
-        print(f"left out, {pluralize(len(left), 'tensor')} of {config.model}: {join_limited(left)}; --base copies them")
+        print(f"dropped: {pluralize(len(left), 'tensor')} of {config.model}: {join_limited(left)}; --base copies them")

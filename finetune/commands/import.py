@@ -17,13 +17,13 @@ from finetune.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Read settings of sd-scripts (a TOML file or a command line), kohya_ss (JSON), diffusers' scripts (a command line)
+    """Convert settings of sd-scripts (TOML or a command line), kohya_ss (JSON), the diffusers scripts (a command line)
     or OneTrainer (JSON)."""
 
     file: str
     """.toml, .json, or a text file with a command line: .sh, .bat, .ps1, .ipynb."""
     to: str = "config.toml"
-    """The file to write; there must be none yet."""
+    """File to write; it must not exist."""
 
 
 def run(options: Options) -> None:
@@ -58,7 +58,7 @@ def _imported(path: Path, text: str) -> ImportedConfig:
         try:
             tables = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"--file {path} is no TOML: {error}") from error
+            raise UsageError(f"--file {path} is not valid TOML: {error}") from error
         if "datasets" in tables:
             return take_dataset(tables)
         return sd_scripts.take(sd_scripts.flattened(tables), "", path.parent)
@@ -69,7 +69,9 @@ def _imported(path: Path, text: str) -> ImportedConfig:
     elif line.script.endswith(("train_network.py", "train_db.py", "fine_tune.py", "sdxl_train.py")):
         imported = sd_scripts.take(line.options, line.script, path.parent)
     else:
-        raise UsageError(f"--file {path}: {line.script} is no script of sd-scripts or diffusers that can be taken over")
+        raise UsageError(
+            f"--file {path}: {line.script} is not a script of sd-scripts or diffusers that can be imported"
+        )
     for name, variable in line.unknown.items():
         imported.skip(name, variable, "a variable that the file does not set; give the option itself")
     return imported
@@ -79,7 +81,7 @@ def _from_json(path: Path, text: str) -> ImportedConfig:
     try:
         given = json.loads(text)
     except ValueError as error:
-        raise UsageError(f"--file {path} is no JSON: {error}") from error
+        raise UsageError(f"--file {path} is not valid JSON: {error}") from error
     if isinstance(given, dict) and {"training_method", "base_model_name"} & given.keys():
         return onetrainer.take(given)
     if isinstance(given, dict) and isinstance(given.get("datasets"), list):

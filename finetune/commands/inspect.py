@@ -15,15 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Build a step of a run again: its pictures, captions, tokens and timesteps, and its loss where the weights are
-    kept."""
+    """Rebuild one step of a run: its images, captions, tokens and timesteps, and its loss if the weights exist."""
 
     run: str
-    """The run folder."""
+    """Run folder."""
     step: int
-    """Which step, from 1."""
+    """Number of the step, from 1."""
     output: str | None = None
-    """The contact sheet to write. Default: step-N.png in the run folder."""
+    """Contact sheet to write. Default: step-N.png in the run folder."""
 
 
 def run(options: Options) -> None:
@@ -49,11 +48,13 @@ def run(options: Options) -> None:
     if not 1 <= options.step <= config.max_train_steps:
         raise UsageError(f"--step {options.step}: expected 1 to {config.max_train_steps}")
     if not config.data:
-        raise UsageError(f"--run {folder}: it learned from a dataset of a program's own, which is not here")
+        raise UsageError(
+            f"--run {folder}: it was trained on a dataset of a Python program, which is not available here"
+        )
     model_info, device = locate(config.model), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chunks = open_pictures(config, model_info, None)
     if not is_data_of(folder, identity(chunks)):
-        print("note: the pictures, their names or captions are others than those of the run")
+        print("note: the images, their names or captions differ from those of the run")
     ((chunk, steps),) = chunks.chunk_steps(range(options.step - 1, options.step), config.global_batch)
     _, encoded, trainer = assembled(config, model_info, chunks.at(chunk), device, steps=steps)
     (batches,) = training_steps(
@@ -87,7 +88,7 @@ def _losses(trainer: "Trainer", batches: "tuple[Batch, ...]", folder: Path, step
     there = dict(checkpoint.checkpoints(folder))
     if step > 1 and step - 1 not in there:
         steps = ", ".join(str(saved + 1) for saved in (0, *there) if saved < last)
-        print(f"the loss cannot be computed again: no checkpoint {step - 1}; it can for these steps: {steps}")
+        print(f"the loss cannot be recomputed: no checkpoint {step - 1}; possible for these steps: {steps}")
         return []
     if step > 1:
         trainer.load_state_dict(checkpoint.load(there[step - 1]))

@@ -9,18 +9,18 @@ from finetune.atomic_io import new_file
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write a LoRA file in the layout that a viewer wants. Text encoders' tensors are left out, and counted."""
+    """Convert a LoRA file to the format that a program reads. Tensors of text encoders are dropped, and counted."""
 
     file: str
-    """A LoRA in kohya's or peft's layout."""
+    """LoRA file in kohya's or peft's format."""
     to: str
-    """The file to write; there must be none yet."""
+    """File to write; it must not exist."""
     format: Literal["kohya", "peft"] = "kohya"
     """kohya: for ComfyUI, A1111, Forge. peft: for diffusers."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Number format of the file."""
     model: str | None = None
-    """The model that it is for, where its tensors do not tell."""
+    """Model that the LoRA is for, if its tensors do not show that."""
 
 
 def run(options: Options) -> None:

@@ -12,20 +12,20 @@ Precision = Literal["fp32", "fp16", "bf16"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write the difference of two models' UNets as a LoRA in kohya's layout, by the singular values of each layer."""
+    """Write the difference between the UNets of two models as a LoRA in kohya's format (by SVD of each layer)."""
 
     model: str
-    """What was trained: a folder or a checkpoint in one file."""
+    """Trained model: a folder or a checkpoint in one file."""
     base: str
-    """What it was trained from."""
+    """Model that it was trained from."""
     to: str
-    """The file to write; there must be none yet."""
+    """File to write; it must not exist."""
     rank: int | None = 32
-    """The highest rank of a layer."""
+    """Maximum rank of a layer."""
     energy: float = 1.0
-    """Of each layer, keep the fewest singular values whose squares sum up to this share, such as 0.95."""
+    """Keep the fewest singular values of each layer whose squares sum to this share, such as 0.95."""
     conv: bool = True
-    """Take convolutions too; with --no-conv attention, feed-forward and projections alone."""
+    """Include convolutions; --no_conv: attention, feed-forward and projections only."""
     precision: Precision = "fp16"
     """Number format of the file."""
 

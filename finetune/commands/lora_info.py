@@ -21,12 +21,12 @@ _TAGS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Show layout, kind, ranks, layers and metadata of a LoRA file."""
+    """Show format, type, ranks, layers and metadata of a LoRA file."""
 
     file: str
-    """A LoRA in kohya's or peft's layout."""
+    """LoRA file in kohya's or peft's format."""
     model: str | None = None
-    """The model that it is for, where its tensors do not tell."""
+    """Model that the LoRA is for, if its tensors do not show that."""
 
 
 def run(options: Options) -> None:

@@ -10,22 +10,22 @@ from finetune.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Put LoRA files of any kind into a model, each with a strength. What is written is loaded back and compared."""
+    """Merge LoRA files of any type into a model. The result is loaded back and compared."""
 
     model: str
-    """The base: as for training."""
+    """Base model, as for training."""
     file: tuple[str, ...]
-    """LoRA files in kohya's or peft's layout."""
+    """LoRA files in kohya's or peft's format."""
     strength: tuple[float, ...] = ()
-    """One for each file. Default: 1."""
+    """Strength of each file. Default: 1."""
     to: str
-    """The file or folder to write; there must be none yet."""
+    """File or folder to write; it must not exist."""
     format: Literal["single-file", "diffusers", "unet"] = "single-file"
-    """single-file: a checkpoint in one file. diffusers: a pipeline folder. unet: a UNet's folder."""
+    """single-file: a checkpoint in one file. diffusers: a pipeline folder. unet: the folder of a UNet."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp16"
-    """Number format of what is written."""
+    """Number format of the result."""
     tokenizer: str | None = None
-    """For a checkpoint in one file: as in training."""
+    """Tokenizer of a checkpoint in one file, as for training."""
 
 
 def run(options: Options) -> None:
@@ -42,7 +42,7 @@ def run(options: Options) -> None:
     to = new_file("--to", options.to)
     from finetune.models.loading import load_model
     from finetune.models.lora_tools import merge_files, open_lora
-    from finetune.run.load_trained import write_verified
+    from finetune.results.export_formats import write_verified
     from finetune.text import pluralize
 
     for file in options.file:

@@ -10,20 +10,20 @@ from finetune.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write a LoRA of lower rank, by the singular values of each layer's update. A LoHa or LoKr becomes a LoRA."""
+    """Reduce the rank of a LoRA by SVD of each layer. A LoHa or LoKr becomes a LoRA."""
 
     file: str
-    """A LoRA in kohya's or peft's layout."""
+    """LoRA file in kohya's or peft's format."""
     to: str
-    """The file to write, in kohya's layout; there must be none yet."""
+    """File to write, in kohya's format; it must not exist."""
     rank: int | None = None
-    """The highest rank of a layer."""
+    """Maximum rank of a layer."""
     energy: float = 1.0
-    """Of each layer, keep the fewest singular values whose squares sum up to this share, such as 0.95."""
+    """Keep the fewest singular values of each layer whose squares sum to this share, such as 0.95."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Number format of the file."""
     model: str | None = None
-    """The model that it is for, where its tensors do not tell."""
+    """Model that the LoRA is for, if its tensors do not show that."""
 
 
 def run(options: Options) -> None:

@@ -29,15 +29,15 @@ _FIRST_STEPS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Tell what training with the same options would do, take and write. Nothing is written but the encodings of the
-    pictures of the steps that are timed."""
+    """Show what training with the same options would do, need and write. Only encodings of the timed steps are
+    written."""
 
     runs: str = "runs"
-    """Folder of earlier runs, by which the time is estimated."""
+    """Folder of earlier runs, from which the time is estimated."""
     timed_steps: int = option(2, NOT_NEGATIVE)
-    """Where no earlier run is like this one, train this many steps and time them; 0: none."""
+    """Train and time this many steps if no earlier run is similar; 0: none."""
     memory: float | None = option(None, POSITIVE)
-    """Plan for a GPU that is not here, of this many GB of memory, 2020 or later."""
+    """Plan for another GPU, with this many GB of memory (2020 or later)."""
 
 
 def run(options: Options, config: TrainConfig) -> None:

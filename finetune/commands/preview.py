@@ -13,12 +13,12 @@ WITH_TRAINING_OPTIONS = True
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Show the pictures as training with the same options will see them: sizes, crops, captions and token counts."""
+    """Show images as training with the same options will see them: sizes, crops, captions and token counts."""
 
     max_pictures: int = 60
-    """How many pictures the sheet shows; all captions are counted."""
+    """Number of images on the sheet; captions are counted for all."""
     output: str = "preview.png"
-    """The picture to write."""
+    """Image file to write."""
 
 
 def run(options: Options, config: TrainConfig) -> None:
@@ -68,9 +68,9 @@ def run(options: Options, config: TrainConfig) -> None:
         sheet.save(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"--output {path} cannot be written: {error}") from error
-    print(f"{path}: {len(cells)} of {pluralize(len(pictures), 'picture')}, {sizes(pictures)}")
+    print(f"{path}: {len(cells)} of {pluralize(len(pictures), 'image')}, {sizes(pictures)}")
     if len(chunks) > 1:
-        print(f"note: these are the first of {len(chunks)} volumes; the others are looked at when a run comes to them")
+        print(f"note: these are the first of {len(chunks)} volumes; the others are read when a run reaches them")
     for line in pictures.notes():
         print(f"note: {line}")
     for name, count in zip(pictures.ids, counts, strict=True):

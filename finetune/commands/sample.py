@@ -21,44 +21,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Draw pictures."""
+    """Draw images."""
 
     model: str
-    """A run folder, a diffusers folder, a hub id, or sd15, sd21, tiny."""
+    """Run folder, diffusers folder, hub id, or sd15, sd21, tiny."""
     prompt: tuple[str, ...] = ()
-    """What to draw; several may be given. A DDPM takes none."""
+    """One or more prompts. A DDPM takes none."""
     negative_prompt: str = ""
-    """What to lead away from."""
+    """Negative prompt."""
     num_images: int = 1
-    """Pictures per prompt, with the seeds seed, seed + 1, ..."""
+    """Images per prompt, with the seeds seed, seed + 1, ..."""
     seed: int = 0
-    """Starts the noise of the first picture, as torch.Generator().manual_seed(seed) does in a plain pipeline."""
+    """Seed of the first image's noise, as torch.Generator().manual_seed(seed) in a plain pipeline."""
     num_inference_steps: int = 50
     """Sampler steps."""
     guidance_scale: float | None = None
-    """Classifier-free guidance; 1 is none. Default: that of the run's grids, else what suits the model."""
+    """Classifier-free guidance; 1: none. Default: that of the run's grids, or the model's."""
     tokenizer: str | None = None
-    """For a checkpoint in one file: as in training."""
+    """Tokenizer of a checkpoint in one file, as for training."""
     resolution: int | None = None
-    """Pixels per side. Default: what the run was trained at, else the model's own."""
+    """Pixels per side. Default: that of the run, or the model's."""
     width: int | None = None
-    """Pixels. Default: resolution."""
+    """Width in pixels. Default: resolution."""
     height: int | None = None
-    """Pixels. Default: resolution."""
+    """Height in pixels. Default: resolution."""
     lora: tuple[str, ...] = ()
-    """LoRA files to put on the model, of any kind and layout that lora info knows."""
+    """LoRA files to apply, of any type and format that lora info reads."""
     strength: tuple[float, ...] = ()
-    """Of each --lora. Default: 1."""
+    """Strength of each --lora. Default: 1."""
     image: str | None = None
-    """A picture to begin with; an inpainting model paints in it where --mask is white. Default: none."""
+    """Image to start from. An inpainting model paints in it where --mask is white. Default: none."""
     denoising_strength: float = 0.75
-    """How far an ordinary model leads away from --image: above 0 (hardly) up to 1 (all of it)."""
+    """How much of --image changes: from above 0 (hardly anything) to 1 (everything). Not for inpainting models."""
     mask: str | None = None
-    """Where in --image: white; what is black stays."""
+    """Mask for --image: white is painted, black stays."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Number format of the UNet. no (fp32) gives the same picture as a plain pipeline."""
+    """Number format of the UNet. no (fp32) gives the same image as a plain pipeline."""
     output: str | None = None
-    """Folder for the pictures. Default: samples/ in the run folder, or here."""
+    """Folder for the images. Default: samples/ in the run folder, or the current folder."""
 
 
 def run(options: Options) -> None:
@@ -117,7 +117,9 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
     folder = Path(options.model).expanduser()
     made = exported(folder) if config else None
     if config and made is None:
-        raise UsageError(f"--model {folder}: this run has exported nothing yet; the same training command finishes it")
+        raise UsageError(
+            f"--model {folder}: this run has not exported anything yet; run the same training command to finish it"
+        )
     adapted = config is not None and made is not None and made.adapter
     base = config.model if config and adapted else options.model
     model_info = locate(base)
@@ -154,12 +156,12 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
 def _check_sizes(options: Options, *, latent: bool) -> None:
     """Raise UsageError for options that have no meaning together, before anything is loaded."""
     if (options.width or options.height) and (options.image or not latent):
-        why = "the picture's own shape decides" if options.image else "a pixel-space model has one size"
+        why = "the image's own shape decides" if options.image else "a pixel-space model has one size"
         raise UsageError(f"--width and --height cannot be used here: {why}")
     if options.lora and not latent:
         raise UsageError("--lora cannot be used: a pixel-space model takes none")
     if options.image and not latent:
-        raise UsageError("--image cannot be used: a pixel-space model begins with noise alone")
+        raise UsageError("--image cannot be used: a pixel-space model starts from noise")
     if not 0 < options.denoising_strength <= 1:
         raise UsageError(f"--denoising_strength {options.denoising_strength:g}: expected above 0, up to 1")
     if options.image and options.num_inference_steps * options.denoising_strength < 1:
@@ -173,7 +175,7 @@ def _begin(options: Options, model: "DiffusionModel", resolution: int) -> "tuple
     """What --image and --mask say, at about the resolution and in the picture's shape. Raises UsageError, DataError."""
     condition = model.image_condition
     if options.mask and not (options.image and condition):
-        why = f"{options.model} is no inpainting model" if options.image else "it needs --image"
+        why = f"{options.model} is not an inpainting model" if options.image else "it needs --image"
         raise UsageError(f"--mask cannot be used: {why}")
     if options.image is None:
         return None, None

@@ -11,17 +11,16 @@ from finetune.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Serve a page that starts, watches and compares runs. It runs this command and reads run folders: closing it stops
-    no run."""
+    """Serve a page that starts, watches and compares runs. Runs are separate processes: closing the page stops none."""
 
     data: tuple[str, ...] = (".",)
-    """Folders in which pictures may lie; the page shows nothing outside of them but runs."""
+    """Folders that may contain images; the page shows nothing else except runs."""
     work: str = "."
-    """Where runs are started: they lie in its runs/."""
+    """Folder where runs are started; they are written to its runs/."""
     host: str = "127.0.0.1"
-    """Address to listen at. Visitors need the token that is part of the printed address."""
+    """Address to listen on. Visitors need the token in the printed address."""
     port: int = 7860
-    """Port to listen at."""
+    """Port to listen on."""
     open: bool = False
     """Open the page in a browser."""
 

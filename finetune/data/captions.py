@@ -163,7 +163,7 @@ def _unread_beside(files: Sequence[str], pictures: Sequence[str], orphans: Seque
         if doubled or belongs or table:
             unread.append(file)
     spelt = [file for file in orphans if os.path.splitext(file)[0].casefold() in stems]
-    return [*unread, *(f"{file} (in other letters than its picture)" for file in spelt)]
+    return [*unread, *(f"{file} (in other letters than its image)" for file in spelt)]
 
 
 def is_metadata(file: str) -> bool:
@@ -260,7 +260,7 @@ def read_metadata(
             if place not in by_place and "\\" in name:
                 place = composed(os.path.normpath(file.parent / name.replace("\\", "/")))
             if place not in by_place:
-                wrong = "is no picture that is read" if os.path.exists(place) else "does not exist"
+                wrong = "is not an image in a supported format" if os.path.exists(place) else "does not exist"
                 raise DataError(f"{file}, line {line}: {name} {wrong}")
             picture = by_place[place]
             if picture in lines:
@@ -277,7 +277,9 @@ def read_metadata(
 def _refuse_other_names(where: str, names: Iterable[str], column: str) -> None:
     """Raise DataError where captions stand under another name than text: they would be lost in silence."""
     if column == COLUMN and column not in names and (other := sorted(set(names) & _OTHER_NAMES)):
-        raise DataError(f"{where}: captions go under text, not {other[0]}; or give --caption_column {other[0]}")
+        raise DataError(
+            f"{where}: captions belong in the column text, not {other[0]}; or give --caption_column {other[0]}"
+        )
 
 
 _Rows = Iterator[tuple[int, str, Texts, Sequence[str]]]

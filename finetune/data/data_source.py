@@ -13,7 +13,7 @@ _MAGIC = "*?["
 def check_sources(sources: Sequence[str]) -> None:
     """Raise UsageError where there is none, or for the first that could not be opened."""
     if not sources:
-        raise UsageError("--data is missing; give a folder of pictures or a dataset id")
+        raise UsageError("--data is missing; give a folder of images or a dataset id")
     for source in sources:
         check_source(source)
 
@@ -21,14 +21,14 @@ def check_sources(sources: Sequence[str]) -> None:
 def check_source(source: str) -> None:
     """Raise UsageError for what `open_dataset` could not find; opens nothing and asks nobody."""
     if not source:
-        raise UsageError("--data is empty; give a folder of pictures or a dataset id")
+        raise UsageError("--data is empty; give a folder of images or a dataset id")
     if os.path.exists(os.path.expanduser(source)) or is_pattern(source):
         return
     if source.lower().endswith(".tar"):
         raise UsageError(f"--data {source}: no such file")
     if "/" not in source:
         # A plain word is a misspelt folder sooner than one of the hub's few datasets without an owner.
-        raise UsageError(f"--data {source}: no such folder, nor an id as on the Hugging Face hub (owner/name)")
+        raise UsageError(f"--data {source}: no such folder, and not a Hugging Face dataset id (owner/name)")
 
 
 def is_pattern(source: str) -> bool:

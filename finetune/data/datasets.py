@@ -101,7 +101,7 @@ class HuggingFaceDataset(ImageFileDataset):
             return io.BytesIO(picture["bytes"])
         if picture is not None and picture["path"]:
             return Path(picture["path"]) if self._inside is None else _inside(picture["path"], self._inside)
-        raise ValueError("no picture in this row")
+        raise ValueError("no image in this row")
 
     def _bytes(self, place: int) -> bytes:
         return self._pictures[place]["picture"]["bytes"]
@@ -142,7 +142,7 @@ def _picture_column(rows: "datasets.Dataset", column: str) -> "datasets.Dataset"
     import datasets
 
     if not isinstance(rows, datasets.Dataset):
-        raise DataError(f"a {type(rows).__name__} is no datasets.Dataset; give one split, such as data['train']")
+        raise DataError(f"a {type(rows).__name__} is not a datasets.Dataset; give one split, such as data['train']")
     if column not in rows.column_names:
         raise DataError(f"--image_column {column}: no such column; there are {', '.join(rows.column_names)}")
     try:
@@ -151,7 +151,7 @@ def _picture_column(rows: "datasets.Dataset", column: str) -> "datasets.Dataset"
     except (ValueError, TypeError, NotImplementedError) as error:
         kind = rows.features[column]
         plain = f"Value({kind.dtype!r})" if isinstance(kind, datasets.Value) else kind
-        raise DataError(f"--image_column {column}: holds {plain}, not pictures") from error
+        raise DataError(f"--image_column {column}: holds {plain}, not images") from error
 
 
 def _caption_texts(rows: "datasets.Dataset", column: str, numbers: Sequence[int]) -> list[Texts]:
@@ -211,7 +211,7 @@ def open_dataset(
     if stream_rows is not None:
         raise UsageError(f"stream_rows is for datasets on the Hugging Face hub; {source} is on this machine")
     if image_column != IMAGE_COLUMN:
-        raise UsageError(f"--image_column is for Hugging Face datasets; {source} holds pictures")
+        raise UsageError(f"--image_column is for Hugging Face datasets; {source} holds images")
     path = Path(os.path.expanduser(source))
     if isinstance(part, FolderPart):
         return ImageFolder(path, prompt, masks=masks, part=part, caption_column=caption_column, **options)
@@ -226,7 +226,7 @@ def open_dataset(
 def no_masks(source: "str | datasets.Dataset") -> UsageError:
     """The error where masks are wanted of rows."""
     what = source if isinstance(source, str) else "the dataset"
-    return UsageError(f"--masked_loss is for folders of pictures and shards; {what} holds rows, without masks")
+    return UsageError(f"--masked_loss is for folders of images and shards; {what} holds rows, without masks")
 
 
 def holds_rows(source: "str | datasets.Dataset") -> bool:
@@ -305,7 +305,7 @@ def _holds_tables(path: Path, files: Sequence[str]) -> bool:
         return True
     tables = {ending(file) for file in files if file.lower().endswith(_TABLE_SUFFIXES) and not is_metadata(file)}
     if tables and any(file.lower().endswith(PICTURE_SUFFIXES) for file in files):
-        raise DataError(f"--data {path}: holds pictures and {' '.join(sorted(tables))} files; name one of them")
+        raise DataError(f"--data {path}: holds images and {' '.join(sorted(tables))} files; name one of them")
     return bool(tables)
 
 

@@ -138,7 +138,7 @@ def _arriving(rows: "datasets.IterableDataset", number: int) -> Iterator[Mapping
             number += 1
     except (*hub_errors(), OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(
-            f"the dataset broke off at row {number}: {first_line(error)}; the same command goes on from there"
+            f"the dataset stream failed at row {number}: {first_line(error)}; run the same command to continue"
         ) from error
 
 
@@ -158,7 +158,7 @@ def _picture(row: Mapping[str, Any], number: int, column: str, *, from_hub: bool
     try:
         picture = datasets.Image().encode_example(value)
     except (TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"--image_column {column}: row {number} holds {type(value).__name__}, no picture") from error
+        raise DataError(f"--image_column {column}: row {number} holds {type(value).__name__}, no image") from error
     content, path = picture.get("bytes"), picture.get("path")
     if content is None and path:
         if from_hub and not path.rpartition("::")[2].startswith(_ON_THE_HUB):
@@ -169,9 +169,7 @@ def _picture(row: Mapping[str, Any], number: int, column: str, *, from_hub: bool
         except FileNotFoundError:  # the row is one without a picture
             pass
         except (*hub_errors(), OSError, ValueError) as error:
-            raise DataError(
-                f"row {number}: {path}: {first_line(error)}; the same command goes on from there"
-            ) from error
+            raise DataError(f"row {number}: {path}: {first_line(error)}; run the same command to continue") from error
     return {"bytes": content, "path": None}
 
 

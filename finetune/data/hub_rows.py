@@ -63,7 +63,7 @@ def _revision(name: str) -> str | None:
         raise DataError(f"{missing}, and no such dataset on the hub (for a private one: hf auth login)") from error
     except hub_errors() as error:
         reason = f"the hub was not reachable ({first_line(error)})"
-        raise DataError(f"{missing}, and {reason}; give a local folder of pictures") from error
+        raise DataError(f"{missing}, and {reason}; give a local folder of images") from error
 
 
 def _loaded(name: str, *, streaming: bool = False) -> Any:

@@ -66,7 +66,7 @@ def check_images(
         memory: of earlier runs, which spares the reading of files that are unchanged, and takes up what is new.
     """
     verdicts: list[ImageInfo | RejectedImage] = []
-    with tqdm(total=len(names), desc="checking pictures", unit="", delay=3, leave=False, disable=None) as bar:
+    with tqdm(total=len(names), desc="checking images", unit="", delay=3, leave=False, disable=None) as bar:
         new: list[_Finding] = []
         for findings in _findings(names, source, memory):
             verdicts += [finding.verdict for finding in findings]

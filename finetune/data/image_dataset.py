@@ -118,7 +118,7 @@ class ImageDataset(Dataset[Example], ABC):
         """Captions that read badly with the trigger word in front."""
         doubled = [name for name, count in Counter(ids).items() if count > 1]
         if doubled:
-            raise DataError(f"two pictures have the id {doubled[0]!r}")
+            raise DataError(f"two images have the id {doubled[0]!r}")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -282,8 +282,7 @@ class ImageFileDataset(ImageDataset):
         self.quarantined = [problem for problem in checked if isinstance(problem, RejectedImage)]
         if not good and not more:
             raise DataError(
-                f"{where}: none of {pluralize(len(names), 'picture')} can be trained on; "
-                f"the first: {self.quarantined[0]}"
+                f"{where}: none of {pluralize(len(names), 'image')} can be trained on; the first: {self.quarantined[0]}"
             )
         self._places, self._checked = list(good), list(good.values())
         self.orphans = list(orphans)
@@ -336,7 +335,7 @@ class ImageFileDataset(ImageDataset):
         for kind, info in infos.items():
             if not has_aspect_of(info.size, size):
                 (width, height), (across, down) = info.size, size
-                return f"its {kind} has another shape: {width}x{height} for a picture of {across}x{down}"
+                return f"its {kind} has another shape: {width}x{height} for an image of {across}x{down}"
         return None
 
     def __getitem__(self, index: int) -> Example:

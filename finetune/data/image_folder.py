@@ -83,7 +83,7 @@ class ImageFolder(ImageFileDataset):
         if metadata is None and (project := _project(root, self._names)):
             raise UsageError(project)
         if not self._names:
-            raise DataError(f"{folder}: no picture found; expected {' '.join(PICTURE_SUFFIXES)}")
+            raise DataError(f"{folder}: no image found; expected {' '.join(PICTURE_SUFFIXES)}")
         companions, self._lonely_masks = companions_of(files, self._names)
         files_by_picture = {
             root / picture: {kind: root / file for kind, file in some.items()} for picture, some in companions.items()
@@ -129,9 +129,9 @@ class ImageFolder(ImageFileDataset):
         return self._root / self._names[place]
 
     def ledger(self) -> Ledger:
-        strange = {f"neither pictures nor captions: {ending}": count for ending, count in sorted(self._others.items())}
-        orphans = {"caption files without a picture": len(self.orphans)} if self.orphans else {}
-        orphans |= {"masks without a picture": len(self._lonely_masks)} if self._lonely_masks else {}
+        strange = {f"neither images nor captions: {ending}": count for ending, count in sorted(self._others.items())}
+        orphans = {"caption files without an image": len(self.orphans)} if self.orphans else {}
+        orphans |= {"masks without an image": len(self._lonely_masks)} if self._lonely_masks else {}
         ledger = super().ledger()
         skipped = {**orphans, **strange, **ledger.skipped}
         masks = len({file for some in self._companions.values() for file in some.values()})

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from finetune.data.image_checks import ImageInfo
 from finetune.data.images import to_rgb
-from finetune.data.transforms import WHITE, Crop, whole
+from finetune.data.transforms import Crop, whole
 
 if TYPE_CHECKING:
     from finetune.data.image_dataset import ImageDataset
 
 
 class ImageSample:
-    """One picture of a dataset. Nothing is read before it is asked for.
+    """One picture of a dataset. Its file is not opened before size, digest, companions or pixels are asked for.
 
     Args:
         dataset: the dataset that opens it.
@@ -28,6 +28,10 @@ class ImageSample:
         self._dataset, self._index = dataset, index
         self.id = dataset.ids[index] if id is None else id
         self.transform = dataset.transform
+        self.background = dataset.background
+        """The colour that shows where the picture is transparent."""
+        self.random_flip = self.transform is not None and self.transform.random_flip
+        """Whether visits may be mirrored."""
 
     @cached_property
     def info(self) -> ImageInfo:
@@ -38,16 +42,6 @@ class ImageSample:
     def companions(self) -> Mapping[str, str]:
         """The kinds of its companions -> the digest of each; see `ImageDataset.companions`."""
         return self._dataset.companions(self._index)
-
-    @property
-    def background(self) -> str:
-        """The colour that shows where the picture is transparent."""
-        return WHITE if self.transform is None else self.transform.background
-
-    @property
-    def random_flip(self) -> bool:
-        """Whether visits may be mirrored."""
-        return self.transform is not None and self.transform.random_flip
 
     def open(self) -> Image.Image:
         """The picture as RGB, upright. Raises DataError if it cannot be read, or has changed."""

@@ -234,7 +234,7 @@ _JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 def reason_of(error: Exception) -> str:
     """What is wrong, in one line that does not repeat the path."""
     if isinstance(error, UnidentifiedImageError):
-        return "not a picture of a kind that can be read"
+        return "not an image in a supported format"
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; make it smaller"
     if isinstance(error, OSError) and error.strerror:

@@ -175,7 +175,7 @@ def batches(
         UsageError: the pictures are of several shapes (they have buckets), or as `training_steps` does.
     """
     if len(set(source.shapes)) > 1:
-        raise UsageError("batches: the pictures are of several shapes; use training_steps, and Trainer.step(*batches)")
+        raise UsageError("batches: the images are of several shapes; use training_steps, and Trainer.step(*batches)")
     steps_of_run = training_steps(
         source, batch_size=batch_size, steps=steps, seed=seed, start=start, num_workers=num_workers, device=device
     )

@@ -122,7 +122,9 @@ class Sampler:
             UsageError: there are more processes than visits.
         """
         if world_size > self.batch_size:
-            raise UsageError(f"{world_size} processes for steps of {self.batch_size} examples: some had nothing to do")
+            raise UsageError(
+                f"{world_size} processes for steps of {self.batch_size} examples: some would have nothing to do"
+            )
         alike: dict[int, list[Visit]] = {}
         for visit in self.visits(step):
             alike.setdefault(self._shape_of[visit.example], []).append(visit)

@@ -186,7 +186,7 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, members: _Members) -> s
         places.append((member.name, member.offset_data, member.size))
         return None
     if ending not in TEXT_SUFFIXES:
-        return f"neither pictures nor captions: {ending or 'without an ending'}"
+        return f"neither images nor captions: {ending or 'without an ending'}"
     members.captions += 1
     try:
         members.texts.setdefault(key_of(member.name), {})[ending] = _text(tar, member)

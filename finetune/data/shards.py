@@ -56,7 +56,7 @@ class TarShards(ImageFileDataset):
     ) -> None:
         members, indices = _opened(shards, memory, part)
         if not members:
-            raise DataError(f"{root}: no picture found in {', '.join(shard.name for shard in shards[:3])}")
+            raise DataError(f"{root}: no image found in {', '.join(shard.name for shard in shards[:3])}")
         self._members = [member for member, _ in members]
         called = {shard: shard.relative_to(root).as_posix() for shard in shards}
         captions = [_caption(picture.texts, prompt, caption_lines) for _, picture in members]
@@ -90,7 +90,7 @@ class TarShards(ImageFileDataset):
 
     def ledger(self) -> Ledger:
         ledger = super().ledger()
-        lonely = {"masks without a picture": self._lonely_masks} if self._lonely_masks else {}
+        lonely = {"masks without an image": self._lonely_masks} if self._lonely_masks else {}
         skipped = {**lonely, **dict(sorted(self._skipped.items())), **ledger.skipped}
         masks = len({file for some in self._companions.values() for file in some.values()})
         total = ledger.found + self._captions + masks + self._lonely_masks + sum(self._skipped.values())

@@ -147,5 +147,5 @@ def _thumbnails(pictures: ImageDataset, count: int) -> list[Thumbnail]:
         return make_thumbnail(pictures[index].image)
 
     with ThreadPoolExecutor() as pool:
-        progress = tqdm(pool.map(thumbnail, range(count)), total=count, desc="comparing pictures", delay=3, leave=False)
+        progress = tqdm(pool.map(thumbnail, range(count)), total=count, desc="comparing images", delay=3, leave=False)
         return list(progress)

@@ -165,6 +165,6 @@ def _checked(row: Any, index: int) -> _Row:
     for kind, companion in (companions or {}).items():
         (width, height), (across, down) = upright_size(companion), upright_size(image)
         if not has_aspect_of((width, height), (across, down)):
-            sizes = f"{width}x{height} for a picture of {across}x{down}"
+            sizes = f"{width}x{height} for an image of {across}x{down}"
             raise DataError(f"dataset[{index}]: its {kind} has another shape: {sizes}")
     return _Row(image, caption, name, companions)

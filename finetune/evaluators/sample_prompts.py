@@ -114,7 +114,7 @@ def _number(kind: type, value: str, where: str) -> Any:
     try:
         number = kind(value)
     except ValueError as error:
-        raise UsageError(f"{where} {value}: a number is needed") from error
+        raise UsageError(f"{where} {value}: expected a number") from error
     least = 1 if where.endswith("--s") else 0
     if kind is not str and not least <= number < 2**63:
         raise UsageError(f"{where} {value}: expected {least} or more")

@@ -69,7 +69,7 @@ def read_pickled(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         with torch.serialization.safe_globals(_NOTHINGS):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise ModelError(f"{path}: more than tensors, and not read: {_reason(error)}") from error
+        raise ModelError(f"{path}: contains more than tensors and is not loaded: {_reason(error)}") from error
     except _READ_ERRORS as error:
         raise ModelError(f"{path}: not a pickle that torch has written: {_reason(error)}") from error
     entries = dict(_named(content, ""))

@@ -63,7 +63,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} is not readable: {error}") from error
     if not isinstance(config, dict):
-        raise ModelError(f"{path} is no table of settings")
+        raise ModelError(f"{path} is not a table of settings")
     return config
 
 

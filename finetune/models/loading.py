@@ -240,7 +240,7 @@ def _vae_folder(folder: Path) -> Path:
     for place in (folder, folder / "vae"):
         if (place / "config.json").is_file():
             return place
-    raise ModelError(f"vae {folder}: no config.json there, nor in vae/; a diffusers folder is needed")
+    raise ModelError(f"vae {folder}: no config.json there, nor in vae/; expected a diffusers folder")
 
 
 def _other_vae(folder: Path, source: ModelSource) -> AutoencoderKL:
@@ -303,5 +303,5 @@ def _sampler(place: Path, config: dict[str, Any], changes: dict[str, str]) -> An
     """The model's own sampler. Only schedulers that diffusers itself ships are made; nothing else is imported."""
     kind = getattr(diffusers, config.get("_class_name", ""), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise ModelError(f"{place}: scheduler: {config.get('_class_name')!r} is no scheduler of diffusers")
+        raise ModelError(f"{place}: scheduler: {config.get('_class_name')!r} is not a scheduler of diffusers")
     return kind.from_config(config, **changes)

@@ -99,7 +99,7 @@ def _parted(key: str, suffixes: Iterable[str]) -> tuple[str, str]:
     for suffix in suffixes:
         if key.endswith(f".{suffix}"):
             return key.removesuffix(f".{suffix}"), suffix
-    raise ModelError(f"{key}: no tensor of a LoRA")
+    raise ModelError(f"{key}: not a tensor of a LoRA")
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def read_lora(path: Path, names: Mapping[str, str] | None = None) -> LoraFile:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 # no dict
             settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}")) or {}
     except SafetensorError as error:
-        raise ModelError(f"{path} is no safetensors file, or a damaged one: {error}") from error
+        raise ModelError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be loaded: {error}") from error
     try:
@@ -210,7 +210,7 @@ def told_family(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _family(path: Path, tensors: Mapping[str, Tensor]) -> str:
     if (family := told_family(tensors)) is None:
-        raise ModelError(f"{path}: which model it was made for does not show in its tensors; give --model")
+        raise ModelError(f"{path}: its tensors do not show which model it is for; give --model")
     return family
 
 

@@ -172,7 +172,7 @@ def _refuse_other_classes(name: str, folder: Path, family: Family) -> None:
     """
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     if not isinstance(index, dict):
-        raise ModelError(f"--model {name}: model_index.json is no table of parts")
+        raise ModelError(f"--model {name}: model_index.json is not a table of parts")
     for part in family.components:
         class_name, expected = index.get(part), _CLASSES[part.removesuffix("_2")]
         if class_name in (None, [None, None]):
@@ -211,7 +211,7 @@ def _in_a_file(name: str, path: Path) -> ModelInfo:
     """A checkpoint in one file."""
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise ModelError(
-            f"--model {name}: a pickle may run any code and is not read; its tensors alone: "
+            f"--model {name}: a pickle can run arbitrary code and is not loaded; to convert its tensors: "
             f"finetune-unet convert --file {name} --to {path.with_suffix('.safetensors')}"
         )
     checkpoint = inspect(path)
@@ -257,7 +257,7 @@ def _needed(folder: Path, family: Family) -> Iterator[str]:
 
 def _listed(config: dict[str, Any], key: str, path: Path) -> list[Any]:
     if not isinstance(config.get(key), list) or not config[key]:
-        raise ModelError(f"{path}: {key} is {config.get(key)!r}, a list is needed")
+        raise ModelError(f"{path}: {key} is {config.get(key)!r}, expected a list")
     return config[key]
 
 

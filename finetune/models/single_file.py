@@ -66,14 +66,16 @@ def read_header(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or not 2 <= length <= min(LARGEST_HEADER, size - 8):
-                raise ModelError(f"{path} is no safetensors file, or is cut off: its header would have {length} bytes")
+                raise ModelError(
+                    f"{path} is not a safetensors file, or is truncated: its header would have {length} bytes"
+                )
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         ends = [entry["data_offsets"][1] for entry in header.values()]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path} is no readable safetensors file: {error!r}") from error
+        raise ModelError(f"{path} is not a readable safetensors file: {error!r}") from error
     if not ends or max(ends) + 8 + length != size:
-        raise ModelError(f"{path} is cut off, or holds no tensors: {size} bytes")
+        raise ModelError(f"{path} is truncated, or holds no tensors: {size} bytes")
     return header
 
 

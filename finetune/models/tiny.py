@@ -24,7 +24,7 @@ def tiny_folder(folder: Path = ASSETS) -> Path:
             actual = hashlib.sha256((folder / name).read_bytes()).hexdigest()
             if actual != digest:
                 damage = f"its SHA-256 is {actual}, it should be {digest}"
-                raise ModelError(f"{folder / name} is damaged: {damage}; install finetune-unet anew")
+                raise ModelError(f"{folder / name} is damaged: {damage}; reinstall finetune-unet")
     except (OSError, ValueError) as error:
-        raise ModelError(f"tiny cannot be read: {error}; install finetune-unet anew") from error
+        raise ModelError(f"tiny cannot be read: {error}; reinstall finetune-unet") from error
     return folder

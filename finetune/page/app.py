@@ -49,7 +49,7 @@ class Page:
         with tempfile.TemporaryDirectory() as scratch:
             sheet = Path(scratch) / "sheet.png"
             answer = run_command(["preview", *words, "--output", str(sheet)], self.places.work)
-            picture = views.of_picture(sheet, "the pictures as training sees them") if answer.ok else ""
+            picture = views.of_picture(sheet, "the images as training sees them") if answer.ok else ""
         return picture + views.of_text(answer.text.replace(f"{sheet}: ", ""))
 
     def plan(self, *filled: Any) -> str:
@@ -96,7 +96,7 @@ class Page:
         path = run.folder / run.pictures[step]
         if not is_inside(path, run.folder):
             return ""
-        return views.of_picture(path, f"{name}: pictures at step {step}", below)
+        return views.of_picture(path, f"{name}: images at step {step}", below)
 
     def tick(self, name: str | None, other: str | None, state: dict[str, Any]) -> list[Any]:
         """What has changed since this page was told last: both runs, pictures, the queue, names of runs."""

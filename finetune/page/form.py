@@ -101,9 +101,9 @@ def _more(text: str) -> list[str]:
             continue
         name = word.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
         kinds = option_types()
-        name = next((ours for ours, info in option_info().items() if name in info.names), name)
+        name = next((ours for ours, info in option_info().items() if name in info.aliases), name)
         if name not in kinds:
-            raise UsageError(f"more options: there is no option {word}")
+            raise UsageError(f"more options: no option {word}")
         if name not in _OPEN:
             raise UsageError(f"more options: {word} is for the command line")
         if _takes_text(kinds[name]):

@@ -158,4 +158,4 @@ def _refuse_foreign_parts(model: DiffusionModel, folder: Path) -> None:
     components = () if Adapter.attached_to(model.unet) else model.family.components
     foreign = [name for name in components if (folder / name).exists()]
     if foreign and not has_own_parts(folder):
-        raise UsageError(f"{folder / foreign[0]} is in the way of the export, and {folder} is no diffusers pipeline")
+        raise UsageError(f"{folder / foreign[0]} is in the way of the export, and {folder} is not a diffusers pipeline")

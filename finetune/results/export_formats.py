@@ -1,11 +1,12 @@
 """The forms in which what was learned can be taken away: LoRA files, a pipeline, a checkpoint in one file, a UNet."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from finetune.atomic_io import write_whole
-from finetune.errors import UsageError
+from finetune.atomic_io import flush_to_disk, flush_tree, move_over, remove, write_whole
+from finetune.errors import ModelError, RunError, UsageError
 from finetune.models.ldm_file import checkpoint_tensors, marks, rest_of, yaml_beside
 from finetune.models.loading import DiffusionModel
 from finetune.models.lora import Adapter
@@ -15,6 +16,8 @@ from finetune.models.tensor_file import DTYPES, write_tensors
 from finetune.models.weights import in_dtype, read_tensors, save_part
 from finetune.results.lora_metadata import architecture
 from finetune.results.verify import verify_kohya, verify_peft, verify_pipeline, verify_single_file, verify_unet
+
+_log = logging.getLogger(__name__)
 
 
 def write_format(
@@ -92,3 +95,38 @@ def _checkpoint_facts(model: DiffusionModel, family: str, title: str) -> dict[st
         "modelspec.title": title,
         "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else prediction_type,
     }
+
+
+def write_verified(
+    model: DiffusionModel,
+    to: Path,
+    form: Literal["kohya", "peft", "diffusers", "single-file", "unet"],
+    precision: Literal["fp32", "fp16", "bf16"],
+    metadata: dict[str, str],
+    base: Checkpoint | None = None,
+) -> None:
+    """Write the model in one form, prove it, and only then put it where it belongs.
+
+    It is written in a hidden folder of its own, so a crash leaves nothing at `to`. What does not load back to the same
+    model is kept as `<name>.rejected`.
+    """
+    config_file = to.with_suffix(".yaml")
+    if form == "single-file" and has_yaml(model) and config_file.exists():
+        raise UsageError(f"{config_file} exists already, and is to say what the checkpoint predicts; give another name")
+    scratch = to.with_name(f".{to.name}.export.part")
+    remove(scratch)
+    scratch.mkdir()
+    try:
+        difference = write_format(model, scratch / to.name, form, precision=precision, metadata=metadata, base=base)
+    except (RunError, ModelError):
+        if (scratch / to.name).exists():
+            move_over(scratch / to.name, to.with_name(f"{to.name}.rejected"))
+        raise
+    else:
+        flush_tree(scratch)
+        for entry in sorted(scratch.iterdir(), key=lambda path: path.name == to.name):  # what lies beside it first
+            move_over(entry, to.with_name(entry.name))
+        flush_to_disk(to.parent)
+    finally:
+        remove(scratch)
+    _log.info(f"{to}: loaded back and compared (largest difference {difference:.0e})")

@@ -92,7 +92,7 @@ def push(
         api.create_commit(address.repo_id, files, commit_message="Trained with finetune-unet")
     except (UsageError, *hub_errors(), ValueError, RuntimeError) as error:  # RuntimeError: a broken-off upload
         raise RunError(
-            f"{folder} holds the whole export, but it was not pushed (the same command again does it): {_reason(error)}"
+            f"{folder} holds the complete export, but pushing failed (run the same command again): {_reason(error)}"
         ) from error
     return str(address)
 
@@ -195,7 +195,7 @@ def model_card(
     facts = {
         name: _without_folders(value) if name in options and options[name].path else value
         for name, value in settings.items()
-        if name not in options or options[name].change != "free"
+        if name not in options or options[name].affects != "free"
     }
     sources = settings.get("data", ())
     model = str(settings.get("model", "tiny"))
@@ -217,7 +217,7 @@ def model_card(
         f"---\n{front.to_yaml()}\n---\n\n# {repository.split('/')[-1]}\n\n"
         f"{kind}, trained{f' from `{base}`' if base else ''} with finetune-unet.\n\n{grid}"
         f"```python\n{imports}{_loading(files.load.format(repository), files.adapter, model, base)}\n"
-        f"picture = pipeline({given}).images[0]\n```\n\n"
+        f"image = pipeline({given}).images[0]\n```\n\n"
         f"Its settings, as a file for `finetune-unet --config`:\n\n```toml\n{tomli_w.dumps(facts)}```\n"
     )
 

@@ -41,8 +41,8 @@ def before_after(folder: Path, step: int) -> str:
     if len(grids) < 2:
         return ""
     first, last = min(grids), max(grids)
-    before, after = (_embedded(grids[at], f"pictures at step {at}")[0] for at in (first, last))
-    slider = f'<input type="range" value="50" aria-label="how much of the picture is before" oninput="{_SLIDE}">'
+    before, after = (_embedded(grids[at], f"images at step {at}")[0] for at in (first, last))
+    slider = f'<input type="range" value="50" aria-label="how much of the image is before" oninput="{_SLIDE}">'
     caption = f"Left: step {first}. Right: step {last}{_copies(folder, last)}."
     return f'<div class="pair">{before}{after}</div>{slider}<p>{caption}</p>'
 
@@ -51,7 +51,7 @@ def grids(folder: Path) -> str:
     """The first and the last grid above; as many of those between as there is room for, evenly chosen."""
     grids, room, sections = _steps(folder), _ROOM, []
     for step in sorted(grids)[1:-1]:
-        picture, size = _embedded(grids[step], f"pictures at step {step}")
+        picture, size = _embedded(grids[step], f"images at step {step}")
         if size > room / 3:  # the first and the last take as much each
             break
         room -= size
@@ -67,19 +67,19 @@ def _copies(folder: Path, step: int) -> str:
 
 def of_copies(record: Mapping[str, Any]) -> str:
     """What a line of copies.jsonl says."""
-    return f"{record['copies']} of {record['pictures']} are near copies of training pictures"
+    return f"{record['copies']} of {record['pictures']} are near copies of training images"
 
 
 def last_grid(folder: Path) -> str:
     """The last grid alone."""
     grids = _steps(folder)
-    return _embedded(grids[max(grids)], f"pictures at step {max(grids)}")[0] if grids else ""
+    return _embedded(grids[max(grids)], f"images at step {max(grids)}")[0] if grids else ""
 
 
 def pictures(folder: Path) -> str:
     """Some of the pictures that it learns from, with their captions."""
     path = folder / SHEET
-    return _embedded(path, "pictures that are trained on, with their captions")[0] if path.exists() else ""
+    return _embedded(path, "images that are trained on, with their captions")[0] if path.exists() else ""
 
 
 def _steps(folder: Path) -> dict[int, Path]:
@@ -116,7 +116,7 @@ def validation(folder: Path) -> str:
     mean, low, high = best["change"]
     best_line = f"least at step {best['step']}: {mean:+.4f} since the start (95 %: {low:+.4f} to {high:+.4f})"
     rest = f"<details><summary>By noise</summary>{''.join(figures[1:])}</details>"
-    return f"<p>The loss on pictures that are held out was {best_line}.</p>{figures[0]}{rest}"
+    return f"<p>The loss on images that are held out was {best_line}.</p>{figures[0]}{rest}"
 
 
 def _validations(folder: Path) -> list[dict[str, Any]]:
@@ -131,7 +131,7 @@ def forgetting(folder: Path) -> str:
     if len(lines) < 2:
         return ""
     descriptions = {
-        "forgetting": "of what everyday prompts did to a picture is changed",
+        "forgetting": "of the effect of unrelated prompts has changed",
         "with_trigger": "with the trigger",
     }
     summary = ", ".join(f"{lines[-1][name]:.1%} {what}" for name, what in descriptions.items() if name in lines[-1])
@@ -198,5 +198,5 @@ def in_short(folder: Path) -> dict[str, str]:
     if drifts := json_lines(folder / tracking.FORGETTING):
         figures["forgetting"] = f"{drifts[-1]['forgetting']:.1%}"
     if grids := json_lines(folder / tracking.COPIES):
-        figures["pictures in the end"] = of_copies(grids[-1])
+        figures["images in the end"] = of_copies(grids[-1])
     return figures

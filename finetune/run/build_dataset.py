@@ -78,7 +78,7 @@ def open_pictures(config: TrainConfig, model_info: ModelInfo, dataset: MapDatase
         fraction = default_fraction(pictures.num_subject_images) if fraction is None else fraction
         pictures.hold_out(held_out(pictures, fraction, config.seed, memory))
     if config.early_stop and not pictures.held_out:
-        raise UsageError("early_stop needs pictures that are held out: give --validation_fraction or --validation_data")
+        raise UsageError("early_stop needs images that are held out: give --validation_fraction or --validation_data")
     if len(chunks_by_source[0].parts) == 1:
         return Chunks.single(pictures)
     totals = merge_sources(chunks_by_source, [each.repeats for each in settings])
@@ -193,7 +193,7 @@ def _later(
         _refuse_unusable(chunk, config.max_bad_fraction, captioned=many)
         chunk.exclude(without, "without a caption")
         copies = [index for index in chunk.trained if chunk.image_info(index).digest in held]
-        chunk.exclude(copies, "copies of pictures that are held out")
+        chunk.exclude(copies, "copies of images that are held out")
         return chunk
 
     return later
@@ -208,7 +208,7 @@ def _assigned(
     divisible = len(sized) == len(source_infos) and not config.class_data
     if config.volume_size and not divisible:
         raise UsageError(
-            "volume_size is for folders of pictures, tables and, with a cache_dir, shards; and not for class_data"
+            "volume_size is for folders of images, tables and, with a cache_dir, shards; and not for class_data"
         )
     number = num_chunks_for(sized, config.volume_size) if divisible else 1
     return [
@@ -251,7 +251,7 @@ def _with_class_pictures(
     )
     pictures = _open(config.class_data, settings, memory)
     if empty := pictures.captions.count(""):
-        count = pluralize(len(pictures), "picture")
+        count = pluralize(len(pictures), "image")
         raise UsageError(f"class_data: {empty} of {count} without a caption; give --class_prompt")
     subject_name = names_of(config.data or ("data",))[0]
     return ConcatDataset([Source(replace(defaults, name=subject_name), subject), Source(settings, pictures)])
@@ -268,7 +268,7 @@ def _with_validation_data(
     if (left := len(given) - len(trained_too)) < FEWEST:
         excluded = f", and {len(trained_too)} that are trained on or near duplicates of such" if trained_too else ""
         raise UsageError(
-            f"validation_data {source}: {pluralize(left, 'picture')}{excluded}; at least {FEWEST} are needed"
+            f"validation_data {source}: {pluralize(left, 'image')}{excluded}; at least {FEWEST} are needed"
         )
     dataset.hold_out(sorted(set(given).difference(trained_too)))
     dataset.exclude(trained_too, "held out, but trained on elsewhere")
@@ -280,9 +280,9 @@ def _refuse_unusable(pictures: ImageDataset, most: float, *, captioned: bool) ->
     bad, total = pictures.quarantined, len(pictures) + len(pictures.quarantined)
     if len(bad) > most * total:
         raise DataError(
-            f"{len(bad)} of {pluralize(total, 'picture')} cannot be trained on: "
+            f"{len(bad)} of {pluralize(total, 'image')} cannot be trained on: "
             f"{join_limited(list(map(str, bad)), 10)}; "
-            f"mend or remove them, or leave them out with --max_bad_fraction {ceil(100 * len(bad) / total) / 100:g}"
+            f"repair or remove them, or skip them with --max_bad_fraction {ceil(100 * len(bad) / total) / 100:g}"
         )
     if captioned and (empty := pictures.captions.count("")):
         without = join_limited(
@@ -290,8 +290,8 @@ def _refuse_unusable(pictures: ImageDataset, most: float, *, captioned: bool) ->
         )
         unread = f"; not read: {join_limited(pictures.passed_over)}" if pictures.passed_over else ""
         raise UsageError(
-            f"{empty} of {pluralize(len(pictures), 'picture')} without a caption ({without}): "
-            f"give --prompt, or captions beside them{unread}"
+            f"{empty} of {pluralize(len(pictures), 'image')} without a caption ({without}): "
+            f"give --prompt, or caption files next to the images{unread}"
         )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.data.sampler import steps_per_epoch
 from finetune.evaluators.evaluator import is_multiple
-from finetune.results.export import step_export
+from finetune.results.export import discard_steps_after, step_export
 from finetune.run.context import Run
 from finetune.run.html_report import lora_facts
 from finetune.run.signals import LoopAction
@@ -78,3 +78,11 @@ def checkpointing(run: Run) -> Iterator[Checkpointer]:
     """The checkpointer of a run. What is being written is finished at the end of the block."""
     with AsyncWriter() as writer:
         yield Checkpointer(run, writer)
+
+
+def load_checkpoint(run: Run, folder: Path) -> None:
+    """Load a checkpoint of the run, and delete what it wrote after that step, which it will write again."""
+    run.trainer.load_state_dict(checkpoint.load(folder))
+    if run.trainer.parallel.is_main_process:
+        checkpoint.discard_others(run.folder, run.trainer.steps_done, run.config.checkpoints_total_limit)
+        discard_steps_after(run.folder, run.trainer.steps_done)

@@ -40,11 +40,11 @@ def draw_missing(config: TrainConfig, model_info: ModelInfo, device: torch.devic
     if there >= number:
         return
     if not config.class_prompt:
-        found_there = f"{there} of {pluralize(number, 'picture')}"
+        found_there = f"{there} of {pluralize(number, 'image')}"
         raise UsageError(f"class_data {folder}: {found_there}; give --class_prompt, and the model draws the others")
     folder.mkdir(parents=True, exist_ok=True)
     drawn = f"{number - there} of {config.class_prompt!r}, drawn by {config.model}"
-    _log.info("class pictures: %s to %s", drawn, folder)
+    _log.info("class images: %s to %s", drawn, folder)
     half = DTYPES[
         resolve_precision(config.mixed_precision, device, small=model_info.family.is_small(model_info.resolution))
     ]

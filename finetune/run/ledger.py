@@ -80,9 +80,9 @@ def note_chunk(folder: Path, config: ResolvedConfig, steps_of_chunk: ChunkSteps,
     _write_lines(folder / VOLUMES, [lines[number] for number in sorted(lines)])
     bad = [f"{image.path} ({image.reason})" for image in pictures.quarantined]
     notes = [f"{pluralize(len(bad), 'image')} quarantined: {join_limited(bad)}"] if bad else []
-    notes += [f"{pluralize(number, 'picture')} left aside: {why}" for why, number in pictures.excluded.items()]
+    notes += [f"{pluralize(number, 'image')} excluded: {why}" for why, number in pictures.excluded.items()]
     if before is not None:  # all that was told then
-        other = "other pictures or captions than when the run came to it before: from here on the bits are others"
+        other = "its images or captions have changed since this run read them: results are no longer bit-identical"
         notes = [other] if before["data"] != now else []
     for line in notes:
         _log.warning("volume %s: %s", steps_of_chunk.chunk + 1, line)

@@ -55,13 +55,15 @@ def check_provenance(then: Mapping[str, Any], now: Mapping[str, Any], allowed: C
     """
     base, ours = then.get("base_model", now["base_model"]), now["base_model"]
     if base != ours and base["dtype"] == ours["dtype"] and "model" not in allowed:
-        raise UsageError("model: its weights are not those that the checkpoint began with; --allow_changed model")
+        raise UsageError("model: its weights differ from those that the checkpoint started from; --allow_changed model")
     frozen = then.get("frozen", now["frozen"])
     for part, options in _FROZEN.items():
         if frozen[part] != now["frozen"][part] and not {"model", *options} & set(allowed):
-            raise UsageError(f"{part}: its weights are not those that the checkpoint began with; --allow_changed model")
+            raise UsageError(
+                f"{part}: its weights differ from those that the checkpoint started from; --allow_changed model"
+            )
     if then.get("data", now["data"]) != now["data"] and "data" not in allowed:
-        raise UsageError("data: the pictures are not those that the checkpoint learned from; --allow_changed data")
+        raise UsageError("data: the images differ from those that the checkpoint was trained on; --allow_changed data")
     machine = then.get("machine", now["machine"])
     pairs = {name: (machine.get(name, "unknown"), value) for name, value in now["machine"].items()}
     pairs["processes"] = then.get("processes", now["processes"]), now["processes"]

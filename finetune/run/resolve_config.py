@@ -36,11 +36,11 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         local["model"] = Path(config.model).expanduser()
     if config.class_data:
         local["class_data"] = Path(config.class_data).expanduser()
-        if make_pipeline := [
+        if containing := [
             source for source in config.data if is_inside(local["class_data"], Path(source).expanduser())
         ]:
             raise UsageError(
-                f"class_data {config.class_data} lies inside --data {make_pipeline[0]}, all of which is the subject"
+                f"class_data {config.class_data} lies inside --data {containing[0]}, all of which is the subject"
             )
     if config.validation_data:
         local["validation_data"] = Path(config.validation_data).expanduser()
@@ -230,8 +230,8 @@ def _refuse_unusable(config: TrainConfig, model_info: ModelInfo, method: str, bu
         _check_single_file(model_info)
     for name, info in option_info().items():
         given = name in config.given and getattr(config, name) is not None
-        if given and info.needs is not None and not there[info.needs]:
-            raise UsageError(f"{name} cannot be used {why.get(info.needs, f'here: it needs {info.needs}')}")
+        if given and info.requires is not None and not there[info.requires]:
+            raise UsageError(f"{name} cannot be used {why.get(info.requires, f'here: it needs {info.requires}')}")
 
 
 def _check_single_file(model_info: ModelInfo) -> None:

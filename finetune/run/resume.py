@@ -116,10 +116,10 @@ def _resumed(request: str, path: Path, checkpoint: Path, config: ResolvedConfig)
 
 def _folder(deed: Action, request: str, path: Path, config: ResolvedConfig) -> RunDir:
     """A folder to start in, with what is to be said about it. Raises UsageError for a start among the pictures."""
-    make_pipeline = [source for source in config.data if is_inside(path, Path(source))]
-    if deed != "say finished" and make_pipeline:
+    containing = [source for source in config.data if is_inside(path, Path(source))]
+    if deed != "say finished" and containing:
         raise UsageError(
-            f"output_dir {path} lies inside --data {make_pipeline[0]}: its pictures would be trained on next time; "
+            f"output_dir {path} lies inside --data {containing[0]}: its images would be trained on next time; "
             "give an --output_dir elsewhere"
         )
     note = ""
@@ -134,7 +134,7 @@ def _folder(deed: Action, request: str, path: Path, config: ResolvedConfig) -> R
 def _on_another_machine(path: Path, config: ResolvedConfig) -> str:
     """What this machine decides otherwise than the one on which the run began, should it differ."""
     earlier, now = as_dict(load_resolved(path / "config.toml")), as_dict(config)
-    machine = [name for name, info in option_info().items() if info.change == "machine"]
+    machine = [name for name, info in option_info().items() if info.affects == "machine"]
     changed = [f"{name}: {earlier[name]} -> {now[name]}" for name in machine if earlier[name] != now[name]]
     return f" ({'; '.join(changed)}: from here on its bits are this machine's)" if changed else ""
 
@@ -209,10 +209,10 @@ def with_earlier(config: TrainConfig) -> TrainConfig:
     if not recorded.exists():
         return config
     earlier = load_resolved(recorded)
-    lengths = {name for name, info in option_info().items() if info.change == "length"}
+    lengths = {name for name, info in option_info().items() if info.affects == "length"}
     given = config.given | (lengths if config.given & lengths else set())
     free = {field.name: info_of_field(field) for field in fields(SECTIONS["output"])}
-    given |= {name for name, info in free.items() if info.change == "free" and not info.inherited}
+    given |= {name for name, info in free.items() if info.affects == "free" and not info.inherited}
     inherited = {name: value for name, value in as_dict(earlier).items() if name not in given}
     return replace(config, config.given | (earlier.given - given), **inherited)
 
@@ -255,7 +255,7 @@ def _resume_folder(config: TrainConfig) -> Path:
 def _mark(config: ResolvedConfig, data: str) -> str:
     """What tells a run from others before it has recorded anything."""
     options, values = option_info(), as_dict(config)
-    decisive = [f"{name} {values[name]}" for name in options if options[name].change in ("another run", "length")]
+    decisive = [f"{name} {values[name]}" for name in options if options[name].affects in ("another run", "length")]
     return f"{fold(*decisive, data):016x}\n"
 
 
@@ -268,7 +268,7 @@ def differences(a: ResolvedConfig, b: ResolvedConfig, *, resumed: bool = False) 
     return [
         f"{name}: {_formatted(mine[name])} -> {_formatted(theirs[name])}"
         for name, info in option_info().items()
-        if info.change not in free | ({"machine"} if name not in b.given else set())
+        if info.affects not in free | ({"machine"} if name not in b.given else set())
         and mine[name] != theirs[name]
         and not (resumed and name in b.allow_changed)
     ]
@@ -283,4 +283,4 @@ def _changes(path: Path, config: ResolvedConfig, data: str, *, resumed: bool = F
     """What makes this another run than the one in the folder."""
     changed = differences(load_resolved(path / "config.toml"), config, resumed=resumed)
     same = is_data_of(path, data) or (resumed and "data" in config.allow_changed)
-    return changed + ([] if same else ["data: the pictures, their names or captions"])
+    return changed + ([] if same else ["data: the images, their names or captions"])

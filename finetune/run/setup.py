@@ -1,18 +1,23 @@
 """From a config to a run that can start: every option decided, then its parts built, recorded and printed."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from finetune.atomic_io import json_lines
-from finetune.config import ResolvedConfig, TrainConfig, as_settings
+from finetune.config import ResolvedConfig, TrainConfig, as_settings, config_text, decided_otherwise
 from finetune.data.chunks import Chunks
 from finetune.data.data_source import check_sources
 from finetune.data.user_dataset import MapDataset
+from finetune.errors import RunError, UsageError
 from finetune.evaluators import early_stopping, sample_grids
 from finetune.evaluators.early_stopping import EarlyStopping
 from finetune.evaluators.evaluator import EvaluationLog, Evaluator
@@ -20,24 +25,28 @@ from finetune.evaluators.forgetting import make_forgetting
 from finetune.evaluators.memorization import make_memorization
 from finetune.evaluators.sample_grids import SampleGrids, plan_samples
 from finetune.evaluators.validation import Validation, plan_validation, steps_between_validations
+from finetune.log_handlers import labelled
 from finetune.models.loading import DiffusionModel, check_resolution
 from finetune.models.model_info import ModelInfo, locate
+from finetune.out_of_memory import means_out_of_memory
 from finetune.results import hub, tracking
 from finetune.results.events import Events
-from finetune.run import html_report, ledger, load_trained
+from finetune.run import exports, html_report, ledger
 from finetune.run.build import assembled
 from finetune.run.build_dataset import identity, open_pictures
 from finetune.run.class_images import draw_missing
 from finetune.run.context import Run
 from finetune.run.html_report import write_training_preview
 from finetune.run.ledger import note_chunk, write_ledger
-from finetune.run.provenance import check_provenance, run_provenance
+from finetune.run.provenance import check_provenance, recorded_threads, run_provenance, threads
 from finetune.run.resolve_config import resolve_for, with_absolute_paths
-from finetune.run.resume import with_earlier, with_newest
-from finetune.run.run_dir import RunDir, begin
+from finetune.run.resource_estimate import check_memory, disk_line, disk_use, out_of_memory
+from finetune.run.resume import choose, with_earlier, with_newest
+from finetune.run.run_dir import RunDir, begin, occupied
 from finetune.run.summary import print_summary
 from finetune.run.train_loader import TrainDataLoader
 from finetune.training import checkpoint
+from finetune.training.backend import gpu_algorithms, tuning_pays
 from finetune.training.distributed import Parallel
 from finetune.training.trainer import Trainer
 
@@ -46,16 +55,55 @@ _log = logging.getLogger(__name__)
 
 WRITTEN = tuple(
     pattern
-    for module in (tracking, hub, checkpoint, early_stopping, html_report, ledger, load_trained, sample_grids)
+    for module in (tracking, hub, checkpoint, early_stopping, html_report, ledger, exports, sample_grids)
     for pattern in module.FILES
 )
 """Patterns of all that a run writes into its folder, beside its exports: what goes when it is written over."""
 
 
-def resolve_run(
-    config: TrainConfig, dataset: MapDataset | None, device: torch.device, parallel: Parallel
-) -> tuple[ResolvedConfig, ModelInfo, Chunks]:
-    """Everything that can be known before weights are loaded: each option's value, the model, the pictures."""
+class RunPlan(NamedTuple):
+    """What is known of a run before weights are loaded."""
+
+    config: ResolvedConfig
+    """The value of every option."""
+    model_info: ModelInfo
+    chunks: Chunks
+    folder: RunDir
+    """Where it writes, and what an earlier part of it has left there."""
+
+
+def plan_run(
+    config: TrainConfig, dataset: MapDataset | None, device: torch.device, parallel: Parallel, *, repeats: Path | None
+) -> RunPlan:
+    """Decide all that can be known before weights are loaded, and log what it will take.
+
+    Args:
+        config, dataset, repeats: as for `fine_tune`.
+        device: the device of this process.
+        parallel: all processes, which must come to the same plan.
+
+    Raises:
+        FinetuneError: an option, the pictures or the model cannot be used, or the processes come to other plans.
+    """
+    with parallel.main_process_first():
+        if config.push_to_hub:
+            hub.check_login(config.hub_model_id)
+        plan = _resolve(config, dataset, device, parallel)
+    config, model_info, chunks, folder = plan
+    if not parallel.all_equal((config_text(config), identity(chunks), str(folder.checkpoint))):
+        raise UsageError("the processes see different images, options or checkpoints: they need one file system")
+    if folder.note:
+        _log.info(folder.note)
+    if folder.finished:
+        return plan
+    if repeats is not None and (changed := decided_otherwise(repeats, config)):
+        _log.warning(changed)
+    _log.info(check_memory(config, model_info, device), extra=labelled("Memory"))
+    _log.info(disk_line(config, disk_use(config, model_info, chunks), folder.path), extra=labelled("Disk"))
+    return plan
+
+
+def _resolve(config: TrainConfig, dataset: MapDataset | None, device: torch.device, parallel: Parallel) -> RunPlan:
     if dataset is None:
         config = with_newest(config)
     config = with_earlier(with_absolute_paths(config))
@@ -66,15 +114,49 @@ def resolve_run(
     draw_missing(config, model_info, device)
     chunks = open_pictures(config, model_info, dataset)
     resolved = resolve_for(config, model_info, chunks, device, processes=parallel.world_size)
-    return resolved, model_info, chunks
+    return RunPlan(resolved, model_info, chunks, choose(resolved, identity(chunks)))
+
+
+@contextmanager
+def run_environment(plan: RunPlan, device: torch.device, parallel: Parallel, events: Events) -> Iterator[None]:
+    """Hold the run folder and compute as its earlier parts did; errors name what can be done about them.
+
+    Args:
+        plan: of the run.
+        device: the device of this process.
+        parallel: all processes; the main one locks the folder and writes the events.
+        events: of the run.
+
+    Raises:
+        RunError: memory does not suffice, the folder cannot be written, or a worker process has died.
+    """
+    config, folder = plan.config, plan.folder
+    steps = {"step": folder.step, "total": config.max_train_steps}
+    tuned = device.type == "cuda" and tuning_pays(
+        config.max_train_steps, sizes=len(set(plan.chunks.first.shapes())), batch_size=config.global_batch
+    )
+    with ExitStack() as stack:
+        if parallel.is_main_process:
+            stack.enter_context(occupied(folder.path, folder.mark, lock=config.lock_output_dir))
+            stack.enter_context(events.written_to(folder.path, **steps, anew=folder.overwrite))
+        stack.enter_context(gpu_algorithms(deterministic=config.deterministic, tuned=tuned))
+        stack.enter_context(threads(recorded_threads(folder.provenance, device, parallel.world_size)))
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if means_out_of_memory(error):
+                raise RunError(out_of_memory(config, plan.model_info, device)) from error
+            if "DataLoader worker" not in str(error):  # as torch says, wherever we are, when one of them has died
+                raise
+            why = f"a process that prepares images has died ({str(error).strip()})"
+            raise RunError(f"{why}; fewer --dataloader_num_workers take less memory") from error
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{folder.path}: {error}; earlier checkpoints are complete") from error
 
 
 def build_run(
+    plan: RunPlan,
     *,
-    config: ResolvedConfig,
-    model_info: ModelInfo,
-    chunks: Chunks,
-    folder: RunDir,
     accelerator: Accelerator,
     parallel: Parallel,
     events: Events,
@@ -83,20 +165,21 @@ def build_run(
     """Load the model, encode the pictures, and record and say what is going to happen.
 
     Args:
-        config, model_info, chunks, folder, accelerator, parallel, events: of the run.
+        plan, accelerator, parallel, events: of the run.
         evaluators: of the caller, each made from the run.
     """
+    config, model_info, chunks, folder = plan
     pictures = chunks.first
     events.set_phase("loading", folder.step)
     earlier = json_lines(folder.path / tracking.VALIDATION) if folder.checkpoint else []
-    plan = plan_validation(config, pictures, earlier)
+    validated = plan_validation(config, pictures, earlier)
     model, encoded, trainer = assembled(
         config,
         model_info,
         pictures,
         accelerator.device,
         steps=chunks.local_steps(0, range(folder.step, config.max_train_steps), config.global_batch),
-        validated=plan.examples,
+        validated=validated.examples,
         parallel=parallel,
         on_progress=events.progress,
     )
@@ -107,7 +190,7 @@ def build_run(
     )
     total, log = config.max_train_steps, EvaluationLog(folder.path, events, accelerator)
     every = steps_between_validations(config)
-    validation = Validation(plan, encoded, trainer, log, total=total, every=every, seed=config.seed)
+    validation = Validation(validated, encoded, trainer, log, total=total, every=every, seed=config.seed)
     events.set_phase("forgetting", folder.step)
     forgetting = make_forgetting(config, model, trainer, log) if parallel.is_main_process else None
     grids = _sample_grids(config, model, chunks, trainer, log=log, release=train_loader.release_frozen)
@@ -159,7 +242,7 @@ def _record_start(run: Run, folder: RunDir) -> None:
     """Record what is going to be trained in the run folder, print it, and open the trackers."""
     config = run.config
     if moved := check_provenance(folder.provenance, run.provenance, config.allow_changed):
-        _log.warning("%s: from here on the bits are this machine's", moved)
+        _log.warning("%s: results are no longer bit-identical to those of the first machine", moved)
     begin(folder, config, identity(run.chunks), written=WRITTEN)
     write_ledger(folder.path, config, run.chunks, folder.step)
     write_training_preview(run)

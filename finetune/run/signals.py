@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
+
+from finetune.errors import Interrupted
 
 
 class LoopAction(IntEnum):
@@ -69,6 +72,12 @@ class StopConditions:
     def checkpoint_saved(self) -> None:
         """Count the minutes to the next checkpoint from now on."""
         self._saved, self._save_by_signal = self._now(), False
+
+    def interrupted(self, checkpoint: Path, step: int, total: int, exit_code: int) -> Interrupted:
+        """Return the error that ends a run which was stopped after a step; the exit code is that of all processes."""
+        why = f" after max_train_minutes = {self.stop_minutes}" if exit_code == TIME_UP else ""
+        stopped = f"stopped at step {step} of {total}{why}"
+        return Interrupted(f"{stopped}; {checkpoint} is saved; run the same command to resume", exit_code)
 
     @contextmanager
     def catch_sigusr1(self) -> Iterator[None]:

@@ -98,7 +98,7 @@ class RunWriter:
 
     def out_of_memory(self, step: int, micro_batch_size: int) -> None:
         """Print that fewer examples are computed at a time."""
-        message = f"from step {step} on {pluralize(micro_batch_size, 'picture')} at a time, to the same gradient"
+        message = f"from step {step} on {pluralize(micro_batch_size, 'image')} at a time, to the same gradient"
         _log.warning("out of memory: %s (the step stays as large)", message)
 
     def resume(self) -> None:

@@ -4,7 +4,7 @@ import logging
 from collections import Counter
 
 from finetune.cache.encoded_dataset import EncodedDataset
-from finetune.cache.store import cache_folder
+from finetune.cache.store import KIND_NAMES, cache_folder
 from finetune.config import ResolvedConfig
 from finetune.data.chunks import Chunks
 from finetune.data.image_dataset import ImageDataset
@@ -160,7 +160,7 @@ def encodings(encoded: EncodedDataset, cache_dir: str | None) -> str:
     """How many encodings were cached and how many are new, and where they are kept."""
     folder, parts = cache_folder(cache_dir), list[str]()
     for made in encoded.made:
-        kind = "image" if made.kind == "picture" else made.kind
+        kind = KIND_NAMES[made.kind]
         flipped = " with their mirror images" if made.kind == "picture" and encoded.pictures.flips else ""
         new = f"{made.new} new" if made.new else "" if made.left else "all cached"
         left = f"{made.left} to be encoded during training" if made.left else ""

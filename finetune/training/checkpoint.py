@@ -152,9 +152,7 @@ def newest_whole(run_folder: Path) -> tuple[Path | None, list[str]]:
             return folder, damaged
     if damaged:
         reasons = "; ".join(damaged)
-        raise RunError(
-            f"{reasons}: no other checkpoint is there to go on from; the run starts anew when they are deleted"
-        )
+        raise RunError(f"{reasons}: there is no other checkpoint to resume from; delete them to start again")
     return None, []
 
 
@@ -163,16 +161,16 @@ def verify(folder: Path) -> None:
     state = record(folder)
     if not (folder / _MANIFEST).is_file():
         if "format" in state:
-            raise RunError(f"{folder} is not a whole checkpoint: {_MANIFEST} is missing")
+            raise RunError(f"{folder} is not a complete checkpoint: {_MANIFEST} is missing")
         return
     try:
         manifest = dict(json.loads((folder / _MANIFEST).read_bytes()))
         digests = _digests([path for path in folder.iterdir() if path.name in manifest])
     except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{folder} is not a whole checkpoint: {_MANIFEST}: {error}") from error
+        raise RunError(f"{folder} is not a complete checkpoint: {_MANIFEST}: {error}") from error
     if bad := [name for name in manifest if manifest[name] != digests.get(name)]:
         how = "is not as it was written" if bad[0] in digests else f"is missing, which {_MANIFEST} names"
-        raise RunError(f"{folder} is not a whole checkpoint: {bad[0]} {how}")
+        raise RunError(f"{folder} is not a complete checkpoint: {bad[0]} {how}")
 
 
 def record(folder: Path) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def test_another_background_is_another_encoding(tiny: DiffusionModel, tmp_path: 
 def test_pictures_of_two_sizes_and_doubled_ids_are_refused(tiny: DiffusionModel) -> None:
     with pytest.raises(DataError, match="differ in size"):
         next(batches(encode(Squares(lambda index: 64 + 16 * index), tiny), batch_size=3, steps=1))
-    with pytest.raises(DataError, match="two pictures have the id 'same'"):
+    with pytest.raises(DataError, match="two images have the id 'same'"):
         encode(Squares(name="same"), tiny)
 
 

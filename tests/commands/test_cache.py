@@ -27,7 +27,7 @@ def test_encoding_telling_verifying_and_pruning(
     assert "6 images (6 new)" in told(capsys, "cache", "encode", *train)
     assert "6 images (all cached)" in told(capsys, *train, "--output_dir", tmp_path / "run")
     information = told(capsys, "cache", "info", *cache)
-    assert "6 pictures encoded" in information
+    assert "6 images encoded" in information
     assert "7 captions encoded" in information
     assert "2 shards" in information
     assert "13 encodings as written, 0 damaged" in told(capsys, "cache", "verify", *cache)

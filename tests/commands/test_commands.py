@@ -88,7 +88,7 @@ def test_preview_shows_the_pixels_and_names_long_captions(
     words = ("--data", str(pictures), "--trigger", "x" * 70, "--output", str(sheet), "--max_pictures", "4")
     assert main(["preview", *words]) == 0
     said = capsys.readouterr().out
-    assert "4 of 6 pictures, 3 sizes (72x56: 2, 48x80: 2, 64x64: 2)" in said
+    assert "4 of 6 images, 3 sizes (72x56: 2, 48x80: 2, 64x64: 2)" in said
     assert "05.png: 82 tokens, of which the model reads 75" in said
     pixels = np.asarray(Image.open(sheet))
     assert pixels.shape == (8 + 192 + 4 * 14 + 8, 8 + 4 * 200, 3)

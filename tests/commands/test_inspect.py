@@ -50,7 +50,7 @@ def test_without_the_weights_all_but_the_loss_is_told(
     sheet = tmp_path / "sheet.png"
     assert cli.main(["inspect", "--run", str(out), "--step", "2", "--output", str(sheet)]) == 0
     on_progress = capsys.readouterr().out
-    assert "no checkpoint 1; it can for these steps: 1, 3" in on_progress
+    assert "no checkpoint 1; possible for these steps: 1, 3" in on_progress
     assert len(re.findall(r"timestep \d+, \d+ of 75 tokens", on_progress)) == 4
     assert sheet.is_file()
 
@@ -64,7 +64,7 @@ def test_pictures_that_have_changed_are_noticed(trained: tuple[Path, Path], caps
         assert cli.main(["inspect", "--run", str(out), "--step", "2"]) == 0
     finally:
         caption.write_text(before)
-    assert "note: the pictures, their names or captions are others" in capsys.readouterr().out
+    assert "note: the images, their names or captions are others" in capsys.readouterr().out
 
 
 def test_what_is_no_step_of_a_run_is_told(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -230,7 +230,7 @@ def test_what_a_fine_tune_learned_is_extracted(tmp_path: Path, capsys: pytest.Ca
         ("", 2, "lora takes a command after it: info, convert, merge, resize, extract"),
         ("mrege", 2, "did you mean lora merge?"),
         ("info --file nope", 2, "--file nope: no such file"),
-        ("info --file A", 1, "which model it was made for does not show in its tensors; give --model"),
+        ("info --file A", 1, "its tensors do not show which model it is for; give --model"),
         ("info --file A --model ddpm", 2, "--model ddpm: a pixel-space model takes no LoRA"),
         ("convert --file A --to A", 2, "exists already; give another place"),
         ("resize --file A --to x", 2, "give --rank, or --energy below 1"),

@@ -80,7 +80,7 @@ def test_a_picture_keeps_its_shape(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"width": 100}, "100: tiny takes multiples of 8 pixels"),
-        ({"width": 64, "image": "a.png"}, "--width and --height cannot be used here: the picture's own shape decides"),
+        ({"width": 64, "image": "a.png"}, "--width and --height cannot be used here: the image's own shape decides"),
         ({"strength": (1.0, 2.0), "lora": ("a",)}, "1 --lora and 2 --strength: give one for each"),
         ({"lora": ("nowhere.safetensors",)}, "--lora nowhere.safetensors: no such file"),
         ({"image": "a.png", "denoising_strength": 0.0}, "--denoising_strength 0: expected above 0, up to 1"),

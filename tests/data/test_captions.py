@@ -123,7 +123,7 @@ def test_parquet_wins_over_both_and_has_the_same_rules(tmp_path: Path):
     with pytest.raises(DataError, match=r"metadata.parquet, line 2: b.png does not exist"):
         captions(tmp_path)
     parquet.write_table(Table.from_pylist([{"file_name": "a.png", "caption": "x"}]), table)
-    with pytest.raises(DataError, match=r"metadata.parquet, line 1: captions go under text, not caption"):
+    with pytest.raises(DataError, match=r"metadata.parquet, line 1: captions belong in the column text, not caption"):
         captions(tmp_path)
     table.write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"metadata.parquet: not Parquet"):
@@ -134,14 +134,18 @@ def test_parquet_wins_over_both_and_has_the_same_rules(tmp_path: Path):
     ("name", "content", "message"),
     [
         ("metadata.jsonl", '{"file_name": "a.png"}\n\n{"file_name": "b.png"}', "line 3: b.png does not exist"),
-        ("metadata.jsonl", '{"file_name": "notes.md"}', "line 1: notes.md is no picture that is read"),
+        ("metadata.jsonl", '{"file_name": "notes.md"}', "line 1: notes.md is not an image in a supported format"),
         ("metadata.jsonl", '{"file_name": "a.png"}\n{"file_name": "./a.png"}', "line 2: ./a.png was named before"),
         ("metadata.jsonl", '{"file_name": "a.png"}\n{"file', "line 2: not JSON"),
         ("metadata.jsonl", '["a.png"]', "line 1: no file_name"),
         ("metadata.jsonl", '{"image": "a.png"}', "line 1: no file_name"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": 3}', "line 1: text is 3"),
-        ("metadata.jsonl", '{"file_name": "a.png", "caption": "x"}', "line 1: captions go under text, not caption"),
-        ("metadata.csv", "file_name,caption\na.png,x\n", "line 1: captions go under text, not caption"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "caption": "x"}',
+            "line 1: captions belong in the column text, not caption",
+        ),
+        ("metadata.csv", "file_name,caption\na.png,x\n", "line 1: captions belong in the column text, not caption"),
         ("metadata.csv", "file_name,text\na.png,x\nb.png,y\n", "line 3: b.png does not exist"),
         ("metadata.csv", "image,text\na.png,x\n", "line 1: no column file_name among: image, text"),
         ("metadata.csv", "", "line 1: no column file_name"),
@@ -294,5 +298,5 @@ def test_what_looks_like_captions_and_is_not_read_is_named(tmp_path: Path) -> No
         "b.png.txt",
         "b.tags",
         "metadata.json",
-        "photo.txt (in other letters than its picture)",
+        "photo.txt (in other letters than its image)",
     ]

@@ -59,7 +59,7 @@ def test_a_folder_tells_all_that_it_found(tmp_path: Path):
     assert images.ids == [f"sub/{number}.png" for number in range(4)]
     assert images.captions == ["a pet", "a dog", "two", "a pet"]
     assert images.sources == {"prompt": 2, "txt": 1, "caption": 1}
-    assert images.quarantined == [RejectedImage("broken.png", "not a picture of a kind that can be read")]
+    assert images.quarantined == [RejectedImage("broken.png", "not an image in a supported format")]
     assert images.orphans == ["left.txt"]
     assert images.triggerless == 1
     assert images.small == 2
@@ -120,14 +120,14 @@ def test_a_folder_that_is_none_or_has_no_pictures_is_an_error(tmp_path: Path):
     with pytest.raises(UsageError, match=r"a\.png: not a folder$"):
         ImageFolder(save(tmp_path / "one" / "a.png"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty: no picture found; expected \.jpg .*\.avif$"):
+    with pytest.raises(DataError, match=r"empty: no image found; expected \.jpg .*\.avif$"):
         ImageFolder(tmp_path / "empty")
 
 
 def test_if_no_picture_can_be_read_the_first_is_named(tmp_path: Path):
     (tmp_path / "a.png").touch()
     (tmp_path / "b.png").touch()
-    with pytest.raises(DataError, match=r"none of 2 pictures can be trained on; the first: a\.png: the file is empty$"):
+    with pytest.raises(DataError, match=r"none of 2 images can be trained on; the first: a\.png: the file is empty$"):
         ImageFolder(tmp_path)
 
 
@@ -164,8 +164,8 @@ def test_rows_tell_all_that_they_hold():
     assert data.captions == ["sks one two", "sks a thing"]
     assert data.sources == {"column": 1, "prompt": 1}
     assert data.quarantined == [
-        RejectedImage("row 1", "not a picture of a kind that can be read"),
-        RejectedImage("row 3", "no picture in this row"),
+        RejectedImage("row 1", "not an image in a supported format"),
+        RejectedImage("row 3", "no image in this row"),
     ]
     assert (data.orphans, data.triggerless, data.small) == ([], 0, 1)
     assert (data[0].image.size, data[0].image.getpixel((0, 0))) == ((2, 4), RED)
@@ -203,7 +203,7 @@ def test_selected_and_formatted_rows_are_taken_as_they_are():
     ("columns", "options", "message"),
     [
         ({"photo": [b""]}, {}, "--image_column image: no such column; there are photo"),
-        ({"image": [3]}, {}, "--image_column image: holds Value('int64'), not pictures"),
+        ({"image": [3]}, {}, "--image_column image: holds Value('int64'), not images"),
         (
             {"image": [b""]},
             {"caption_column": "title"},
@@ -214,7 +214,7 @@ def test_selected_and_formatted_rows_are_taken_as_they_are():
         (
             {"image": [b""]},
             {},
-            "the dataset: none of 1 picture can be trained on; the first: row 0: the file is empty",
+            "the dataset: none of 1 image can be trained on; the first: row 0: the file is empty",
         ),
     ],
 )
@@ -226,7 +226,7 @@ def test_columns_that_cannot_work_are_named(columns: dict, options: dict, messag
 
 def test_several_splits_at_once_are_refused():
     splits = datasets.DatasetDict({"train": rows_of_four()})
-    with pytest.raises(DataError, match=r"a DatasetDict is no datasets\.Dataset; give one split"):
+    with pytest.raises(DataError, match=r"a DatasetDict is not a datasets\.Dataset; give one split"):
         HuggingFaceDataset(splits)
 
 
@@ -276,7 +276,7 @@ def test_a_folder_of_pictures_is_an_image_folder(tmp_path: Path, monkeypatch: py
     data = open_dataset("~/pets", "a pet", trigger="sks", resolution=6)
     assert isinstance(data, ImageFolder)
     assert (data.captions, data.transform) == (["sks a pet"], Preprocess(6))
-    with pytest.raises(UsageError, match="--image_column is for Hugging Face datasets; ~/pets holds pictures"):
+    with pytest.raises(UsageError, match="--image_column is for Hugging Face datasets; ~/pets holds images"):
         open_dataset("~/pets", image_column="photo")
     assert asked == []
 
@@ -293,7 +293,7 @@ def test_splits_without_train_are_named(tmp_path: Path):
 def test_pictures_beside_tables_are_an_error(tmp_path: Path):
     save(tmp_path / "a.png")
     (tmp_path / "b.parquet").touch()
-    with pytest.raises(DataError, match=r"holds pictures and \.parquet files; name one of them$"):
+    with pytest.raises(DataError, match=r"holds images and \.parquet files; name one of them$"):
         open_dataset(str(tmp_path))
 
 
@@ -341,7 +341,7 @@ except DataError as error:
         [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert result.stdout.startswith("--data owner/imagess: no such folder, and the hub was not reachable (")
-    assert result.stdout.endswith("); give a local folder of pictures\n")
+    assert result.stdout.endswith("); give a local folder of images\n")
     assert result.stdout.count("\n") == 1
     assert "Retrying" not in result.stderr
 

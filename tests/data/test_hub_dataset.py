@@ -51,7 +51,7 @@ class Source:
             if number == self.breaks_at:
                 raise ConnectionError("Connection reset by peer")
             self.asked += 1
-            yield {"image": {"bytes": encoded(number), "path": None}, "text": f"picture {number}", "more": number}
+            yield {"image": {"bytes": encoded(number), "path": None}, "text": f"image {number}", "more": number}
 
     def stream(self) -> datasets.IterableDataset:
         return datasets.IterableDataset.from_generator(self)
@@ -65,7 +65,7 @@ def test_rows_pass_once_and_come_as_they_were(tmp_path: Path) -> None:
     source = Source(7)
     rows = kept(source.stream, tmp_path, "image", "text", None)
     assert source.asked == 7
-    assert captions(rows) == [f"picture {number}" for number in range(7)]
+    assert captions(rows) == [f"image {number}" for number in range(7)]
     assert sorted(rows.column_names) == ["image", "text"]
     plain = rows.cast_column("image", datasets.Image(decode=False))
     assert [row["image"]["bytes"] for row in plain] == [encoded(number) for number in range(7)]
@@ -75,12 +75,12 @@ def test_rows_pass_once_and_come_as_they_were(tmp_path: Path) -> None:
 
 def test_only_as_many_are_asked_for_as_are_wanted(tmp_path: Path) -> None:
     source = Source(20)
-    assert captions(kept(source.stream, tmp_path, "image", "text", 4)) == [f"picture {number}" for number in range(4)]
+    assert captions(kept(source.stream, tmp_path, "image", "text", 4)) == [f"image {number}" for number in range(4)]
     assert source.asked == 4
     assert len(kept(source.stream, tmp_path, "image", "text", 3)) == 3
     assert source.asked == 4
     more = kept(source.stream, tmp_path, "image", "text", 9)
-    assert captions(more) == [f"picture {number}" for number in range(9)]
+    assert captions(more) == [f"image {number}" for number in range(9)]
     assert len(kept(source.stream, tmp_path, "image", "text", 100)) == 20
     asked = source.asked
     assert len(kept(source.stream, tmp_path, "image", "text", 100)) == 20  # it is known that there are no more
@@ -94,7 +94,7 @@ def test_a_stream_that_breaks_off_goes_on_after_its_last_chunk(tmp_path: Path, m
         kept(Source(11, breaks_at=8).stream, tmp_path, "image", "text", None)
     (tmp_path / ".chunk-2-1.part").mkdir()  # of a process that was killed
     whole = kept(Source(11).stream, tmp_path, "image", "text", None)
-    assert captions(whole) == [f"picture {number}" for number in range(11)]
+    assert captions(whole) == [f"image {number}" for number in range(11)]
     assert [len(datasets.load_from_disk(chunk)) for chunk in sorted(tmp_path.glob("chunk-*"))] == [3, 3, 3, 2]
 
 
@@ -119,8 +119,8 @@ def test_two_runs_at_once_keep_each_row_once(tmp_path: Path, monkeypatch: pytest
     source = Source(30)
     with ThreadPoolExecutor() as pool:
         short, long = (pool.submit(kept, source.stream, tmp_path, "image", "text", count) for count in (9, 21))
-    assert captions(short.result()) == [f"picture {number}" for number in range(9)]
-    assert captions(long.result()) == [f"picture {number}" for number in range(21)]
+    assert captions(short.result()) == [f"image {number}" for number in range(9)]
+    assert captions(long.result()) == [f"image {number}" for number in range(21)]
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_pictures_of_any_form_are_kept_as_bytes(tmp_path: Path, form: str) -> No
     (tmp_path / "a.png").write_bytes(encoded(3))
     value = {
         "picture": Image.open(io.BytesIO(encoded(3))), "path": str(tmp_path / "a.png"), "bytes": encoded(3),
-        "nothing": None, "broken": b"no picture",
+        "nothing": None, "broken": b"no image",
     }[form]  # fmt: skip
     rows = [{"image": value, "text": ["one", "two"]}, {"image": encoded(1), "text": "alone"}]
     stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
@@ -165,7 +165,7 @@ def test_pictures_of_any_form_are_kept_as_bytes(tmp_path: Path, form: str) -> No
             "--image_column image: no such column; there are jpg",
         ),
         ({"image": encoded(0), "text": 5}, ("image", "text"), "--caption_column text: row 0 holds 5, expected text"),
-        ({"image": 7, "text": "x"}, ("image", "text"), "--image_column image: row 0 holds int, no picture"),
+        ({"image": 7, "text": "x"}, ("image", "text"), "--image_column image: row 0 holds int, no image"),
     ],
 )
 def test_other_columns_are_told(tmp_path: Path, row: dict[str, Any], columns: tuple[str, str], message: str) -> None:
@@ -207,7 +207,7 @@ for _ in range(2):
 
 def test_the_first_rows_of_a_dataset_on_the_hub_are_kept_and_need_no_hub_then(tmp_path: Path) -> None:
     pictures = [encoded(number, "JPEG") for number in range(12)]  # which would be others, decoded and encoded again
-    rows = [{"image": {"bytes": content, "path": None}, "text": "a picture"} for content in pictures]
+    rows = [{"image": {"bytes": content, "path": None}, "text": "an image"} for content in pictures]
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "train.parquet")
     with Hub() as hub:
@@ -220,7 +220,7 @@ def test_the_first_rows_of_a_dataset_on_the_hub_are_kept_and_need_no_hub_then(tm
         assert "train.parquet" in hub.downloads
     command = [sys.executable, "-m", "finetune", "preview", "--data", "someone/discs", "--stream_rows", "4"]
     offline = told([*command, "--cache_dir", "kept"], env=environment | {"HF_HUB_OFFLINE": "1"})
-    assert "4 of 4 pictures" in offline.stdout, offline.stderr
+    assert "4 of 4 images" in offline.stdout, offline.stderr
     with pytest.raises(UsageError, match="stream_rows needs a folder where rows are kept"):
         open_dataset("someone/discs", "x", stream_rows=4)
 

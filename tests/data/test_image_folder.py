@@ -72,7 +72,7 @@ def bad_files(folder: Path) -> dict[str, str]:
     whole = (folder / "good.jpg").read_bytes()
     (folder / "truncated.jpg").write_bytes(whole[:-20])
     (folder / "empty.png").touch()
-    (folder / "text.png").write_text("no picture at all")
+    (folder / "text.png").write_text("no image at all")
     header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
     chunks = (b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")
     png = [struct.pack(">I", len(b)) + a + b + struct.pack(">I", zlib.crc32(a + b)) for a, b in chunks]
@@ -83,7 +83,7 @@ def bad_files(folder: Path) -> dict[str, str]:
     return {
         "truncated.jpg": "image file is truncated",
         "empty.png": "the file is empty",
-        "text.png": "not a picture of a kind",
+        "text.png": "not an image of a kind",
         "bomb.png": "more than ",
         "nowhere.png": "No such file",
         "latin.png": "latin.txt is not UTF-8 at byte 3",
@@ -107,7 +107,7 @@ def test_the_ledger_accounts_for_every_file(tmp_path: Path) -> None:
     folder.mkdir()
     bad, good = bad_files(folder), odd_files(folder, tmp_path / "outside")
     for name in ("good.txt", "same.caption", "alone.txt", "notes.md", "model.bin"):
-        (folder / name).write_text("a picture")
+        (folder / name).write_text("an image")
     images = ImageFolder(folder, "x", resolution=64)
     assert sorted(images.ids) == sorted(good)
     reasons = {skipped.path: skipped.reason for skipped in images.quarantined}
@@ -116,9 +116,9 @@ def test_the_ledger_accounts_for_every_file(tmp_path: Path) -> None:
     ledger = images.ledger()
     assert (ledger.trained, ledger.quarantined, ledger.captions) == (9, 6, 3)
     assert ledger.skipped == {
-        "caption files without a picture": 1,
-        "neither pictures nor captions: .bin": 1,
-        "neither pictures nor captions: .md": 1,
+        "caption files without an image": 1,
+        "neither images nor captions: .bin": 1,
+        "neither images nor captions: .md": 1,
     }
     assert ledger.found == sum(1 for file in folder.iterdir() if file.name != "loop")
     assert ledger.adds_up()
@@ -129,7 +129,7 @@ def test_a_run_writes_what_it_found_and_saw(tmp_path: Path) -> None:
     folder.mkdir()
     bad, good = bad_files(folder), odd_files(folder, tmp_path / "outside")
     options = {"data": str(folder), "prompt": "x", "output_dir": str(out), "num_inference_steps": 0}
-    with pytest.raises(DataError, match=r"6 of 15 pictures cannot be trained on: .* --max_bad_fraction 0\.4$"):
+    with pytest.raises(DataError, match=r"6 of 15 images cannot be trained on: .* --max_bad_fraction 0\.4$"):
         fine_tune(TrainConfig(**options, max_train_steps=2))
     fine_tune(TrainConfig(**options, max_train_steps=2, train_batch_size=4, max_bad_fraction=0.4))
     ledger = json.loads((out / "ledger.json").read_text())
@@ -153,7 +153,7 @@ def test_one_bad_picture_in_a_hundred_is_left_out_and_more_are_an_error(tmp_path
     if count == 100:
         _refuse_unusable(images, 0.01, captioned=True)
     else:
-        with pytest.raises(DataError, match=r"1 of 99 pictures cannot be trained on: bad\.png: the file is empty"):
+        with pytest.raises(DataError, match=r"1 of 99 images cannot be trained on: bad\.png: the file is empty"):
             _refuse_unusable(images, 0.01, captioned=True)
 
 
@@ -190,4 +190,4 @@ def test_two_captions_whose_endings_differ_in_letters_alone_are_both_accounted_f
         (tmp_path / name).write_text("a cat")
     found = ImageFolder(tmp_path)
     assert found.ledger().adds_up()
-    assert found.ledger().skipped == {"caption files without a picture": 1}
+    assert found.ledger().skipped == {"caption files without an image": 1}

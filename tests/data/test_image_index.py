@@ -108,10 +108,10 @@ def test_such_an_edit_is_never_encoded_under_the_old_pictures_key(folder: Path) 
 
 
 def test_what_cannot_be_read_is_looked_at_again(folder: Path, decoded: list[bytes]) -> None:
-    (folder / "bad.png").write_bytes(b"no picture")
+    (folder / "bad.png").write_bytes(b"no image")
     assert [bad.path for bad in opened(folder).quarantined] == ["bad.png"]
     assert [bad.path for bad in opened(folder).quarantined] == ["bad.png"]
-    assert decoded.count(b"no picture") == 2
+    assert decoded.count(b"no image") == 2
 
 
 def test_a_folder_for_the_memory_that_is_none_is_told(tmp_path: Path) -> None:

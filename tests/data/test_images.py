@@ -171,12 +171,12 @@ def broken_files() -> dict[str, tuple[bytes, str]]:
     eps = encoded(noise, "EPS")
     return {
         "empty": (b"", "the file is empty"),
-        "text": (b"<html>404</html>", "not a picture of a kind that can be read"),
+        "text": (b"<html>404</html>", "not an image in a supported format"),
         "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
         "cut.png": (png[: len(png) // 2], "truncated|broken data stream"),
         "head.png": (png[:20], "Truncated File Read"),
         "bomb.bmp": (bytes(bomb), "more than 178,956,970 pixels; make it smaller"),
-        "postscript.jpg": (eps, "not a picture of a kind that can be read"),
+        "postscript.jpg": (eps, "not an image in a supported format"),
     }
 
 

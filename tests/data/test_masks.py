@@ -67,15 +67,15 @@ def test_masks_are_no_pictures_and_all_files_are_accounted_for(folder: Path) -> 
     Image.new("RGB", (64, 64)).save(folder / "black.png")
     Image.new("L", (64, 64)).save(folder / "black.mask.png")
     Image.new("RGB", (64, 64)).save(folder / "broken.png")
-    (folder / "broken.mask.png").write_bytes(b"no picture")
+    (folder / "broken.mask.png").write_bytes(b"no image")
     Image.new("RGB", Image.open(folder / "0.png").size).save(folder / "0.jpg")  # shares the mask of 0.png
     found = ImageFolder(folder, "a box", resolution=64)
     assert found.ids == ["0.jpg", "0.png", "1.png", "2.png", "3.png", "plain.jpg"]
     reasons = {bad.path: bad.reason for bad in found.quarantined}
     assert reasons["black.png"] == "its mask: it is black all over"
-    assert "broken.mask.png: not a picture" in reasons["broken.png"]
+    assert "broken.mask.png: not an image" in reasons["broken.png"]
     ledger = found.ledger()
-    assert (ledger.found, ledger.trained, ledger.masks, ledger.skipped) == (15, 6, 6, {"masks without a picture": 1})
+    assert (ledger.found, ledger.trained, ledger.masks, ledger.skipped) == (15, 6, 6, {"masks without an image": 1})
     assert ledger.adds_up()
     assert "masks without an image (1): lonely.mask.png" in found.notes()
     none = ImageFolder(folder, "a box", resolution=64, masks="none")
@@ -158,7 +158,7 @@ def test_a_run_heeds_them_and_other_masks_are_another_run(folder: Path, tmp_path
     table = tmp_path / "rows.parquet"
     table.write_bytes(b"")
     with pytest.raises(
-        UsageError, match=r"--masked_loss is for folders of pictures and shards; .*rows.parquet holds rows"
+        UsageError, match=r"--masked_loss is for folders of images and shards; .*rows.parquet holds rows"
     ):
         fine_tune(TrainConfig(**options | {"data": str(table)}, masked_loss=True))
 
@@ -219,7 +219,7 @@ def test_a_mask_of_another_shape_is_quarantined_with_its_picture(
     for _ in range(2):  # as new, and as remembered
         found = ImageFolder(tmp_path, "x", resolution=64, memory=memory)
         assert found.ids == (["a.png", "b.png"] if fits else ["b.png"])
-        why = f"its mask has another shape: {size[0]}x{size[1]} for a picture of 96x64"
+        why = f"its mask has another shape: {size[0]}x{size[1]} for an image of 96x64"
         assert [bad.reason for bad in found.quarantined] == ([] if fits else [why])
         assert found.ledger().adds_up()
 

@@ -106,7 +106,7 @@ def test_processes_share_a_step_evenly_and_leave_nothing_out(
 ) -> None:
     sampler = Sampler(shapes, batch_size=batch_size, seed=1)
     if world_size > batch_size:
-        with pytest.raises(UsageError, match="some had nothing to do"):
+        with pytest.raises(UsageError, match="some would have nothing to do"):
             sampler.share(step, 0, world_size)
         return
     visits, _ = sampler.share(step, 0, world_size)

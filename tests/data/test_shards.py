@@ -111,8 +111,8 @@ def test_nothing_hostile_is_used_and_all_of_it_is_counted(tmp_path: Path) -> Non
     assert sorted(tmp_path.rglob("*")) == before
     assert dict(pictures.ledger().skipped) == {
         "hidden files": 1, "links and other members that are no files": 3,
-        "masks without a picture": 1, "names that lead out of the shard": 3,
-        "neither pictures nor captions: .pkl": 1,
+        "masks without an image": 1, "names that lead out of the shard": 3,
+        "neither images nor captions: .pkl": 1,
     }  # fmt: skip
     assert pictures.ledger().adds_up()
     assert pictures.orphans == ["0.tar/lonely.txt"]
@@ -127,7 +127,7 @@ def test_masks_are_those_of_the_same_files_in_a_folder(tmp_path: Path) -> None:
         "a.png": picture(), "a.mask.png": encoded(half), "deep/b.jpg": picture("blue", "jpg"),
         "deep/b-masklabel.png": encoded(half.transpose(Image.Transpose.FLIP_LEFT_RIGHT)), "c.png": encoded(clear),
         "black.png": picture(), "black.mask.png": encoded(Image.new("L", (80, 64))),
-        "broken.png": picture(), "broken.mask.png": b"no picture", "-masklabel.png": picture(),
+        "broken.png": picture(), "broken.mask.png": b"no image", "-masklabel.png": picture(),
     }  # fmt: skip
     for name, content in files.items():
         (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def test_masks_are_those_of_the_same_files_in_a_folder(tmp_path: Path) -> None:
         assert ours.ledger() == theirs.ledger()
         assert ours.ledger().adds_up()
     assert [bad.path for bad in opened(shard, prompt="x").quarantined] == ["0.tar/black.png", "0.tar/broken.png"]
-    assert "0.tar/broken.mask.png: not a picture" in str(opened(shard, prompt="x").quarantined[1])
+    assert "0.tar/broken.mask.png: not an image" in str(opened(shard, prompt="x").quarantined[1])
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_masks_are_those_of_the_same_files_in_a_folder(tmp_path: Path) -> None:
 def test_a_caption_that_cannot_be_read_costs_its_picture(
     tmp_path: Path, caption: Mapping[str, bytes | str], reason: str
 ) -> None:
-    write(tmp_path / "0.tar", {"a.png": picture(), **caption, "b.png": picture(), "c.png": b"no picture"})
+    write(tmp_path / "0.tar", {"a.png": picture(), **caption, "b.png": picture(), "c.png": b"no image"})
     pictures = opened(tmp_path / "0.tar", prompt="a")
     assert pictures.ids == ["0.tar/b.png"]
     assert [str(bad).split(": ", 1)[0] for bad in pictures.quarantined] == ["0.tar/a.png", "0.tar/c.png"]
@@ -228,14 +228,14 @@ def test_compressed_shards_are_refused_and_those_beside_pictures_left_aside(tmp_
         tar.addfile(tarfile.TarInfo("a.txt"))
     with pytest.raises(DataError, match=r"0\.tar: not a whole tar file"):
         opened(tmp_path / "0.tar")
-    write(tmp_path / "0.tar", {"a.txt": "no picture"})
-    with pytest.raises(DataError, match=r"no picture found in 0\.tar"):
+    write(tmp_path / "0.tar", {"a.txt": "no image"})
+    with pytest.raises(DataError, match=r"no image found in 0\.tar"):
         opened(tmp_path / "0.tar")
     write(tmp_path / "0.tar", {"a.png": picture()})
     (tmp_path / "b.png").write_bytes(picture())
     folder = open_dataset(str(tmp_path), "a", resolution=64)  # with a backup, say, of its pictures
     assert folder.ids == ["b.png"]
-    assert folder.ledger().skipped == {"neither pictures nor captions: .tar": 1}
+    assert folder.ledger().skipped == {"neither images nor captions: .tar": 1}
 
 
 def test_an_unchanged_shard_is_not_read_again_and_a_changed_one_is(

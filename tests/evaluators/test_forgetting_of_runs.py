@@ -20,7 +20,7 @@ def global_generator_untouched() -> None:
 
 def options(pictures: Path, output: Path, **more: object) -> TrainConfig:
     basic = {"data": str(pictures), "output_dir": str(output), "max_train_steps": 2, "train_batch_size": 2, "rank": 4}
-    basic |= {"lr_scheduler": "constant", "lr_warmup_steps": 0, "prompt": "a picture", "num_inference_steps": 0}
+    basic |= {"lr_scheduler": "constant", "lr_warmup_steps": 0, "prompt": "an image", "num_inference_steps": 0}
     return TrainConfig(**(basic | more))
 
 
@@ -64,7 +64,7 @@ def test_events_tell_of_all_that_it_does(pictures: Path, tmp_path: Path) -> None
     told = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     phases = [line["name"] for line in told if line["event"] == "phase"]
     assert list(dict.fromkeys(phases)) == ["loading", "forgetting", "sampling", "training", "exporting"]
-    assert {line["name"] for line in told if line["event"] == "progress"} == {"encoding captions", "encoding pictures"}
+    assert {line["name"] for line in told if line["event"] == "progress"} == {"encoding captions", "encoding images"}
     steps = [line for line in told if line["event"] == "step"]
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in steps] == [line["loss"] for line in metrics]

@@ -17,7 +17,7 @@ from finetune.evaluators.validation import plan_validation
 from finetune.models.model_info import locate
 from finetune.recipe import fine_tune
 from finetune.run.build_dataset import open_pictures
-from finetune.run.load_trained import load_trained
+from finetune.run.exports import load_trained
 from tests.data.test_near_duplicates import scene
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -39,7 +39,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(pictures: Path, output: Path, **more: object) -> TrainConfig:
     basic = {"data": str(pictures), "output_dir": str(output), "max_train_steps": 4, "train_batch_size": 2, "rank": 4}
-    return TrainConfig(**(basic | {"prompt": "a picture", "num_inference_steps": 0} | more))
+    return TrainConfig(**(basic | {"prompt": "an image", "num_inference_steps": 0} | more))
 
 
 def validations(folder: Path) -> list[dict]:
@@ -70,7 +70,7 @@ def test_pictures_held_out_are_as_if_they_were_not_there(tmp_path: Path) -> None
     for seed in range(20):
         scene(seed, 64, 64).save(tmp_path / f"all/{seed:02d}.png")
     split = fine_tune(options(tmp_path / "all", tmp_path / "split", max_train_steps=12))
-    whole = ImageFolder(tmp_path / "all", prompt="a picture", resolution=64)
+    whole = ImageFolder(tmp_path / "all", prompt="an image", resolution=64)
     held = held_out(whole, 0.1, 0)
     ledger = json.loads((split / "ledger.json").read_text())
     assert ledger["held_out"] == len(held) >= 2
@@ -123,10 +123,10 @@ def test_pictures_that_are_trained_on_are_set_aside(
     ledger = json.loads((out / "ledger.json").read_text())
     assert (ledger["held_out"], ledger["skipped"]) == (3, {"held out, but trained on elsewhere": 1})
     copies = make_pictures(tmp_path / "copies", count=2)
-    with pytest.raises(UsageError, match=r"copies: 0 pictures, and 2 that are trained on or near dup"):
+    with pytest.raises(UsageError, match=r"copies: 0 images, and 2 that are trained on or near dup"):
         fine_tune(options(pictures, tmp_path / "no", validation_data=str(copies)))
     scene(9, 64, 64).save(copies / "new.png")
-    with pytest.raises(UsageError, match=r"copies: 1 picture, and 2 that .*; at least 2 are needed"):
+    with pytest.raises(UsageError, match=r"copies: 1 image, and 2 that .*; at least 2 are needed"):
         fine_tune(options(pictures, tmp_path / "no", validation_data=str(copies)))
 
 
@@ -163,11 +163,11 @@ def test_a_run_whose_validation_loss_rises_ends_and_gives_its_best_step(
 
 def test_what_cannot_be_validated_on_is_told(pictures: Path, others: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty: no picture found"):
+    with pytest.raises(DataError, match="empty: no image found"):
         fine_tune(options(pictures, tmp_path / "out", validation_data=str(tmp_path / "empty")))
     with pytest.raises(UsageError, match=r"validation_data .* lies inside --data"):
         fine_tune(options(pictures, tmp_path / "out", validation_data=str(pictures)))
     with pytest.raises(UsageError, match="validation_fraction cannot be used here: it needs validation_data left out"):
         fine_tune(options(pictures, tmp_path / "out", validation_data=str(others), validation_fraction=0.2))
-    with pytest.raises(UsageError, match="early_stop needs pictures that are held out"):
+    with pytest.raises(UsageError, match="early_stop needs images that are held out"):
         fine_tune(options(pictures, tmp_path / "out", early_stop=True))

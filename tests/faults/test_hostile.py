@@ -119,7 +119,7 @@ def test_a_pickle_in_checkpoint_or_cache_is_never_read(
     for path in shards:
         path.write_bytes(payload(marker))
     refused = run(given, folder)
-    assert (refused.code, "checkpoint-1 is not a whole checkpoint" in refused.last_line) == (1, True)
+    assert (refused.code, "checkpoint-1 is not a complete checkpoint" in refused.last_line) == (1, True)
     shutil.rmtree(folder / "out")
     refused = run(given, folder)
     assert (shards != [], refused.code) == (True, 1)

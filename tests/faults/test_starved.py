@@ -121,7 +121,7 @@ def test_memory_that_does_not_suffice_from_the_third_step_on(options: dict[str, 
     given = typed({**options, "train_batch_size": 2, "gradient_accumulation_steps": None, "lora_dropout": None})
     plain, short = run(given, folder / "plain"), run(given, folder / "short", scarce_from_the_third_step)
     assert (plain.code, short.code) == (0, 0), short.said
-    assert short.said.count("out of memory: from step 3 on 1 picture at a time") == 1
+    assert short.said.count("out of memory: from step 3 on 1 image at a time") == 1
     ours, theirs = (
         [json.loads(line) for line in (folder / name / "out/metrics.jsonl").read_text().splitlines()]
         for name in ("short", "plain")

@@ -49,7 +49,9 @@ def test_tensors_that_share_memory_or_lie_across_it_become_plain_ones(tmp_path: 
 
 def test_what_is_more_than_tensors_is_refused_and_told_by_name(tmp_path: Path) -> None:
     torch.save({"state_dict": WEIGHTS, "callback": Stranger()}, tmp_path / "a.ckpt")
-    with pytest.raises(ModelError, match=r"a\.ckpt: more than tensors, and not read: .*Stranger") as caught:
+    with pytest.raises(
+        ModelError, match=r"a\.ckpt: contains more than tensors and is not loaded: .*Stranger"
+    ) as caught:
         read_pickled(tmp_path / "a.ckpt")
     assert "weights_only" not in str(caught.value)
 

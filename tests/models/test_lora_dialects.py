@@ -136,7 +136,7 @@ def test_what_cannot_be_read_is_named_as_what_it_is(keys: list[str], what: str, 
 
 def test_a_page_that_was_downloaded_instead_is_no_safetensors_file(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_text("<!DOCTYPE html><html><body>Log in</body></html>")
-    with pytest.raises(ModelError, match="is no safetensors file, or a damaged one"):
+    with pytest.raises(ModelError, match="is not a safetensors file, or is damaged"):
         read_lora(tmp_path / "a.safetensors")
 
 

@@ -120,7 +120,7 @@ def test_keys_of_another_kind_are_named(key: str) -> None:
 
 
 def test_what_is_no_lora_is_not_renamed() -> None:
-    with pytest.raises(ModelError, match=r"conv_in\.weight: no tensor of a LoRA"):
+    with pytest.raises(ModelError, match=r"conv_in\.weight: not a tensor of a LoRA"):
         to_kohya({"unet.conv_in.weight": torch.zeros(1)}, {"conv_in": 1})
 
 

@@ -202,7 +202,7 @@ def test_a_broken_header_is_told_and_not_believed(tmp_path: Path, content: bytes
 def test_a_file_that_is_cut_off_or_lacks_a_tensor_is_told(files: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "cut.safetensors"
     path.write_bytes(files["sd15"].read_bytes()[:-1000])
-    with pytest.raises(ModelError, match="is cut off"):
+    with pytest.raises(ModelError, match="is truncated"):
         locate(str(path))
     tensors = load_file(files["sd15"])
     del tensors["model.diffusion_model.middle_block.1.norm.weight"]
@@ -213,7 +213,7 @@ def test_a_file_that_is_cut_off_or_lacks_a_tensor_is_told(files: dict[str, Path]
 
 def test_a_pickle_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "model.ckpt").write_bytes(b"x")
-    with pytest.raises(ModelError, match=r"a pickle may run any code and is not read"):
+    with pytest.raises(ModelError, match=r"a pickle can run arbitrary code and is not loaded"):
         locate(str(tmp_path / "model.ckpt"))
 
 
@@ -231,7 +231,7 @@ def test_a_pickled_checkpoint_is_converted_and_loads(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.safetensors", "old.ckpt"]
     for words, message in (
         (["--file", str(tmp_path / "no.ckpt"), "--to", str(tmp_path / "b")], "no such file"),
-        (["--file", str(tmp_path / "new.safetensors"), "--to", str(tmp_path / "b")], "is no pickle"),
+        (["--file", str(tmp_path / "new.safetensors"), "--to", str(tmp_path / "b")], "is not a pickle"),
         (["--file", str(tmp_path / "old.ckpt"), "--to", str(tmp_path / "new.safetensors")], "exists already"),
     ):
         assert main(["convert", *words]) == 2

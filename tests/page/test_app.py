@@ -74,7 +74,7 @@ def test_what_fails_is_told_and_those_behind_it_go_on(page: Page) -> None:
     assert "2 of 1, learning rate 0.002" in plan
     assert "as fast as" in plan or "no run like this one" in plan
     assert page.command(*form(page)).startswith("finetune-unet --model tiny --data")
-    assert "3 of 3 pictures" in page.preview(*form(page))
+    assert "3 of 3 images" in page.preview(*form(page))
 
 
 def test_what_is_wrong_stands_on_the_page(page: Page) -> None:

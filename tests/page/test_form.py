@@ -55,7 +55,7 @@ def test_nothing_outside_of_what_was_named_is_opened(places: AllowedPaths, tmp_p
         ("--export_formats unet", "is for the command line"),
         ("--follow_links", "is for the command line"),
         ("--resume_from_checkpoint latest", "is for the command line"),
-        ("--config=/etc/passwd", "there is no option"),
+        ("--config=/etc/passwd", "no option"),
         ("--cache-dir x", "takes text"),
         ("--validation_prompts x", "takes text"),
         ("--data x", "takes text"),

@@ -49,7 +49,7 @@ def test_progress_is_told_now_and_then_and_in_the_end(tmp_path: Path) -> None:
     events = Events()
     with events.written_to(tmp_path, step=0, total=1, anew=False):
         for done in range(1, 1001):
-            events.progress("encoding pictures", done, 1000)
+            events.progress("encoding images", done, 1000)
     done = [line["done"] for line in lines(tmp_path) if line["event"] == "progress"]
     assert done[0] == 1
     assert done[-1] == 1000

@@ -22,8 +22,7 @@ from finetune.models.single_file import inspect
 from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
 from finetune.results.export import kohya_file
-from finetune.results.export_formats import write_format
-from finetune.run.load_trained import write_verified
+from finetune.results.export_formats import write_format, write_verified
 from finetune.training import checkpoint
 from tests.small_models import small_pipeline, write_single_file
 

@@ -368,7 +368,7 @@ card = open(hf_hub_download("someone/discs", "README.md"), encoding="utf-8").rea
 (code,) = re.findall(r"^```python\\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL)
 names = {}
 exec(code, names)
-names["picture"].save(sys.argv[2])
+names["image"].save(sys.argv[2])
 """
 
 

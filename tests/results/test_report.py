@@ -75,9 +75,9 @@ def test_it_tells_everything_and_asks_no_network(run: Path) -> None:
         "least at step 15: -0.2000",
         "step 10",
         "held out",
-        "12.5% of what everyday prompts did to a picture is changed, 50.0% with the trigger",
+        "12.5% of the effect of unrelated prompts has changed, 50.0% with the trigger",
         "rank16",
-        "Right: step 30: 3 of 4 are near copies of training pictures.",
+        "Right: step 30: 3 of 4 are near copies of training images.",
         "truncated",
         "Step 0",
     ):

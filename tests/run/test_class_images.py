@@ -124,9 +124,9 @@ def test_missing_ones_are_drawn_once_and_a_cut_off_drawing_goes_on(
 def test_what_cannot_be_drawn_or_has_no_caption_is_told(make_pictures: MakePictures, tmp_path: Path) -> None:
     dog, dogs = folders(make_pictures, tmp_path, 2, 2)
     config = TrainConfig(model="tiny", data=str(dog), prompt="x", class_data=str(dogs), num_class_images=3)
-    with pytest.raises(UsageError, match=r"class_data .*: 2 of 3 pictures; give --class_prompt"):
+    with pytest.raises(UsageError, match=r"class_data .*: 2 of 3 images; give --class_prompt"):
         draw_missing(config, locate("tiny"), torch.device("cpu"))
-    with pytest.raises(UsageError, match=r"class_data: 2 of 2 pictures without a caption; give --class_prompt"):
+    with pytest.raises(UsageError, match=r"class_data: 2 of 2 images without a caption; give --class_prompt"):
         open_pictures(config, locate("tiny"), None)
 
 

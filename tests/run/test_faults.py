@@ -84,7 +84,7 @@ def test_a_run_without_memory_for_its_micro_batch_goes_on_in_smaller_ones(
     capsys.readouterr()
     out = fine_tune(options(pictures, tmp_path / "out", train_batch_size=4, resize_mode="squash"))
     said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
-    message = "from step 1 on 2 pictures at a time, to the same gradient (the step stays as large)"
+    message = "from step 1 on 2 images at a time, to the same gradient (the step stays as large)"
     assert said == [f"note         out of memory: {message}"]
     ours, theirs = (lines(folder / "metrics.jsonl") for folder in (out, plain))
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-4)

@@ -73,7 +73,7 @@ def test_a_checkpoint_says_what_wrote_it_and_another_base_is_refused(
     unet.save_pretrained(tmp_path / "base/unet")
     longer = given | {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
     recorded = (tmp_path / "out/config.toml").read_bytes()
-    with pytest.raises(UsageError, match="its weights are not those that the checkpoint began with"):
+    with pytest.raises(UsageError, match="its weights differ from those that the checkpoint started from"):
         fine_tune(TrainConfig(**longer))
     assert (tmp_path / "out/config.toml").read_bytes() == recorded
     fine_tune(TrainConfig(**longer, allow_changed=["model"]))
@@ -115,7 +115,7 @@ def test_a_resume_with_another_frozen_part_is_refused(part: str, pictures: Path,
     (weights,) = (tmp_path / "base" / part).glob("*.safetensors")
     save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     longer = given | {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
-    with pytest.raises(UsageError, match=f"{part}: its weights are not those that the checkpoint began with"):
+    with pytest.raises(UsageError, match=f"{part}: its weights differ from those that the checkpoint started from"):
         fine_tune(TrainConfig(**longer))
     fine_tune(TrainConfig(**longer, allow_changed=["model"]))
 

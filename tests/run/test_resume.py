@@ -100,9 +100,9 @@ def test_a_resume_is_only_advised_where_it_would_be_accepted() -> None:
     with pytest.raises(UsageError, match=advice):  # longer, under a constant learning rate
         choose(replace(named, max_train_steps=20))
     with pytest.raises(
-        UsageError, match=r"out holds another run \(data: the pictures, their names or captions\)"
+        UsageError, match=r"out holds another run \(data: the images, their names or captions\)"
     ) as caught:
-        choose(named, data="one picture more")
+        choose(named, data="one image more")
     assert advice not in str(caught.value)
 
 
@@ -155,7 +155,7 @@ def test_a_foreign_config_is_neither_overwritten_nor_deleted(tmp_path: Path) -> 
 def test_other_pictures_or_captions_are_another_run() -> None:
     path = started(CONFIG)
     assert choose(CONFIG, "other").path == Path("runs/images-tiny-2")
-    with pytest.raises(UsageError, match="the pictures, their names or captions"):
+    with pytest.raises(UsageError, match="the images, their names or captions"):
         choose(replace(CONFIG, output_dir=str(path), resume_from_checkpoint="latest"), "other")
 
 
@@ -264,7 +264,7 @@ def test_overwriting_leaves_what_no_run_wrote(tmp_path: Path) -> None:
 
 def test_a_run_may_not_lie_among_its_own_pictures(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    with pytest.raises(UsageError, match="output_dir images/out lies inside --data images: its pictures would be"):
+    with pytest.raises(UsageError, match="output_dir images/out lies inside --data images: its images would be"):
         choose(replace(CONFIG, output_dir="images/out"))
     with pytest.raises(UsageError, match="lies inside --data"):
         choose(replace(CONFIG, data=str(tmp_path)))
@@ -353,7 +353,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named_and_all_damaged_are_an_error(
         choose(replace(CONFIG, resume_from_checkpoint=str(path / "checkpoint-7")))
     (path / "checkpoint-5/state.json").write_text("{")
     for config in (CONFIG, latest):
-        with pytest.raises(RunError, match="no other checkpoint is there"):
+        with pytest.raises(RunError, match="there is no other checkpoint to resume from"):
             choose(config)
 
 
@@ -364,7 +364,7 @@ def test_what_may_have_changed_is_an_option_of_a_run_that_is_resumed() -> None:
         choose(replace(CONFIG, allow_changed=["sed"], resume_from_checkpoint="latest"))
     path = started(CONFIG)
     other = replace(CONFIG, seed=1, resume_from_checkpoint="latest")
-    assert choose(replace(other, allow_changed=["seed", "data"]), "other pictures").checkpoint == path / "checkpoint-5"
+    assert choose(replace(other, allow_changed=["seed", "data"]), "other images").checkpoint == path / "checkpoint-5"
 
 
 def test_a_folder_is_called_after_its_pictures_of_many_sources_after_the_first() -> None:

@@ -106,8 +106,8 @@ def test_what_cannot_be_read_is_told_when_the_run_comes_to_it(
     many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = opened(many).at(2).ids[0]
-    (many / name).write_bytes(b"no picture")
-    with pytest.raises(DataError, match=f"1 of 8 pictures cannot be trained on: {name}: .*max_bad_fraction 0.13"):
+    (many / name).write_bytes(b"no image")
+    with pytest.raises(DataError, match=f"1 of 8 images cannot be trained on: {name}: .*max_bad_fraction 0.13"):
         run(many, tmp_path / "out")
     out = run(many, tmp_path / "out", max_bad_fraction=0.2)
     assert f"note         volume 3: 1 image quarantined: {name}" in capsys.readouterr().out
@@ -122,10 +122,10 @@ def test_a_few_captions_that_are_absent_do_not_end_a_run_in_a_later_volume(
 ) -> None:
     name = opened(many).at(1).ids[0]
     (many / name).with_suffix(".txt").unlink()
-    with pytest.raises(UsageError, match=r"1 of 8 pictures without a caption \(03.png\): give --prompt"):
+    with pytest.raises(UsageError, match=r"1 of 8 images without a caption \(03.png\): give --prompt"):
         opened(many).at(1)
     out = run(many, tmp_path / "out", max_bad_fraction=0.2)
-    assert "note         volume 2: 1 picture left aside: without a caption" in capsys.readouterr().out
+    assert "note         volume 2: 1 image excluded: without a caption" in capsys.readouterr().out
     ledger = record(out)
     assert (ledger["found"], ledger["trained"], ledger["visited"]) == (47, 23, 23)
     assert ledger["skipped"] == {"without a caption": 1}
@@ -140,7 +140,7 @@ def test_copies_of_what_is_held_out_are_trained_on_in_no_volume(many: Path, tmp_
     chunk = opened(many, **how).at(1)
     assert copy not in [chunk.ids[index] for index in chunk.trained]
     assert len(chunk.trained) == 7
-    assert chunk.ledger().skipped == {"copies of pictures that are held out": 1}
+    assert chunk.ledger().skipped == {"copies of images that are held out": 1}
 
 
 def test_a_volume_that_has_changed_since_the_run_learned_from_it_is_told(
@@ -152,7 +152,7 @@ def test_a_volume_that_has_changed_since_the_run_learned_from_it_is_told(
     run(many, out, max_train_steps=10, resume_from_checkpoint="latest")
     notes = [line for line in capsys.readouterr().out.splitlines() if "note         volume" in line]
     assert len(notes) == 1
-    assert "note         volume 2: other pictures or captions than when the run came to it before" in notes[0]
+    assert "note         volume 2: its images or captions have changed since this run read them" in notes[0]
 
 
 def test_inspect_rebuilds_a_step_of_a_later_volume(
@@ -232,7 +232,7 @@ def test_several_sources_come_in_volumes_together(
     assert (ledger["found"], ledger["trained"], ledger["quarantined"], ledger["captions"]) == (52, 25, 1, 26)
     assert (ledger["visited"], ledger["visits"]) == (25, 4 * sum(-(-visits // 4) for visits in chunks.visits))
     told = [line for line in capsys.readouterr().out.splitlines() if "few/01.png" in line]
-    assert told == ["note         volume 2: 1 image quarantined: few/01.png (not a picture of a kind that can be read)"]
+    assert told == ["note         volume 2: 1 image quarantined: few/01.png (not an image in a supported format)"]
 
 
 def test_one_folder_may_be_repeated_in_volumes(many: Path) -> None:
@@ -244,5 +244,5 @@ def test_one_folder_may_be_repeated_in_volumes(many: Path) -> None:
 
 def test_class_pictures_are_not_dealt(many: Path, tmp_path: Path) -> None:
     config = TrainConfig(**options(many, tmp_path / "out", class_data=str(tmp_path)))
-    with pytest.raises(UsageError, match=r"volume_size is for folders of pictures, .* and not for class_data"):
+    with pytest.raises(UsageError, match=r"volume_size is for folders of images, .* and not for class_data"):
         open_pictures(config, locate("tiny"), None)

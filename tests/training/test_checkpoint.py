@@ -83,7 +83,7 @@ def test_a_resume_finishes_the_deletions_of_a_save_that_was_cut_off(tmp_path: Pa
 def test_a_checkpoint_with_a_file_missing_is_refused(tmp_path: Path, file: str) -> None:
     folder = checkpoint.save(tmp_path, state(1))
     (folder / f"{file}.safetensors").unlink()
-    with pytest.raises(RunError, match="is not a whole checkpoint"):
+    with pytest.raises(RunError, match="is not a complete checkpoint"):
         checkpoint.load(folder)
 
 
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path: Path) -> None:
     folder = checkpoint.save(tmp_path, state(1))
     path = folder / "trainable.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(RunError, match="checkpoint-1 is not a whole checkpoint: trainable"):
+    with pytest.raises(RunError, match="checkpoint-1 is not a complete checkpoint: trainable"):
         checkpoint.load(folder)
 
 

@@ -80,7 +80,7 @@ def _cells(path: Path, text: str) -> str:
         cells = json.loads(text)["cells"]
         code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--file {path} is no notebook: {error}") from error
+        raise UsageError(f"--file {path} is not a notebook: {error}") from error
     return re.sub(r"^\s*[!%]+", "", "\n".join(code), flags=re.MULTILINE)
 
 

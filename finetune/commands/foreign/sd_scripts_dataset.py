@@ -60,7 +60,7 @@ def _folders(imported: ImportedConfig, subsets: list[dict[str, Any]], default: i
     with_pictures = [subset for subset in everything if not subset.get("is_reg")]
     for number, subset in enumerate(subset for subset in everything if subset.get("is_reg")):
         if number:
-            imported.skip("is_reg", subset["image_dir"], "class pictures come from one folder")
+            imported.skip("is_reg", subset["image_dir"], "class images come from one folder")
             continue
         imported.set("class_data", subset["image_dir"], "image_dir")
         if prompt := subset.get("class_tokens"):

@@ -117,9 +117,7 @@ def _full_bf16(imported: ImportedConfig, value: Any) -> None:
 
 def _fused_backward_pass(imported: ImportedConfig, value: Any) -> None:
     if value:
-        imported.skip(
-            "fused_backward_pass", value, "here with --full_bf16, without clipping, and one picture at a time"
-        )
+        imported.skip("fused_backward_pass", value, "here with --full_bf16, without clipping, and one image at a time")
 
 
 def _random_crop(imported: ImportedConfig, value: Any) -> None:

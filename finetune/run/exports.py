@@ -1,22 +1,30 @@
-"""What a run has learned, taken from its folder, and written in the forms that the run was asked for."""
+"""What a run has learned, exported: at its end, and afterwards from its folder."""
 
 import logging
+import shlex
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from finetune.atomic_io import flush_to_disk, flush_tree, move_over, remove
-from finetune.config import ResolvedConfig
-from finetune.errors import ModelError, RunError, UsageError
+from finetune.atomic_io import remove
+from finetune.config import ResolvedConfig, as_settings
+from finetune.errors import RunError, UsageError
 from finetune.evaluators.early_stopping import best_of_ended
+from finetune.log_handlers import labelled
+from finetune.models.families import Family
+from finetune.models.image_condition import image_condition_of
 from finetune.models.loading import DiffusionModel
 from finetune.models.lora import Adapter
 from finetune.models.model_info import locate
-from finetune.models.single_file import Checkpoint, inspect
-from finetune.results.export import EXPORTS, kohya_file
-from finetune.results.export_formats import has_yaml, write_format
+from finetune.models.single_file import inspect
+from finetune.results import hub
+from finetune.results.export import EXPORTS, export, kohya_file
+from finetune.results.export_formats import write_verified
 from finetune.run.build import load_base
+from finetune.run.context import Run
+from finetune.run.html_report import how_to_load, lora_facts, report
+from finetune.run.ledger import write_ledger
+from finetune.run.run_dir import finish
 from finetune.training import checkpoint
 
 FILES = ("exports/*.safetensors", "exports/*.yaml", "exports/diffusers", "exports/unet")
@@ -59,41 +67,6 @@ def load_trained(
     return model, Adapter.read_metadata(recorded) if recorded.is_file() else {}
 
 
-def write_verified(
-    model: DiffusionModel,
-    to: Path,
-    form: Literal["kohya", "peft", "diffusers", "single-file", "unet"],
-    precision: Literal["fp32", "fp16", "bf16"],
-    metadata: dict[str, str],
-    base: Checkpoint | None = None,
-) -> None:
-    """Write the model in one form, prove it, and only then put it where it belongs.
-
-    It is written in a hidden folder of its own, so a crash leaves nothing at `to`. What does not load back to the same
-    model is kept as `<name>.rejected`.
-    """
-    config_file = to.with_suffix(".yaml")
-    if form == "single-file" and has_yaml(model) and config_file.exists():
-        raise UsageError(f"{config_file} exists already, and is to say what the checkpoint predicts; give another name")
-    scratch = to.with_name(f".{to.name}.export.part")
-    remove(scratch)
-    scratch.mkdir()
-    try:
-        difference = write_format(model, scratch / to.name, form, precision=precision, metadata=metadata, base=base)
-    except (RunError, ModelError):
-        if (scratch / to.name).exists():
-            move_over(scratch / to.name, to.with_name(f"{to.name}.rejected"))
-        raise
-    else:
-        flush_tree(scratch)
-        for entry in sorted(scratch.iterdir(), key=lambda path: path.name == to.name):  # what lies beside it first
-            move_over(entry, to.with_name(entry.name))
-        flush_to_disk(to.parent)
-    finally:
-        remove(scratch)
-    _log.info(f"{to}: loaded back and compared (largest difference {difference:.0e})")
-
-
 def left_out(config: ResolvedConfig, to: Path) -> list[str]:
     """Keys that the run's base, where it is a checkpoint in one file, has more than the one that was written."""
     base = locate(config.model).checkpoint
@@ -122,3 +95,54 @@ def discard_exports(config: ResolvedConfig, folder: Path) -> None:
 
 def _place(folder: Path, form: str) -> Path:
     return folder / EXPORTS / (f"{folder.resolve().name}.safetensors" if form == "single-file" else form)
+
+
+def finish_run(run: Run) -> None:
+    """Export, prove the export, and say where everything is."""
+    config, folder, trained, family = run.config, run.folder, run.trainer.steps_done, run.model.family
+    if config.early_stop:
+        run.early_stopping.restore_best()
+        for evaluator in run.evaluators:
+            evaluator.run(run.trainer.steps_done)
+    run.events.set_phase("exporting", run.trainer.steps_done)
+    with run.trainer.export_weights():
+        difference = export(run.model, folder, lora_facts(run, final=True))
+    run.grids.write_before_after(run.trainer.steps_done)
+    write_ledger(folder, config, run.chunks, trained)
+    page = report(run, ended=True)
+    run.accelerator.end_training()
+    result = {"steps": run.trainer.steps_done, "trained": trained, "reloaded_output_difference": difference}
+    discard_exports(config, folder)
+    finish(folder, result)
+    exact = "exactly" if difference == 0 else f"within {difference:.0e}"
+    _log.info("%s (verified: reloads %s)", folder, exact, extra=labelled("Exported"))
+    for program, how in how_to_load(run).items():
+        _log.info(how.replace("\n", "; "), extra=labelled(program))
+    prompts = run.grids.plan.prompts
+    prompt = f" --prompt {shlex.quote(prompts[0].text)}" if prompts and family.latent else ""
+    _log.info("finetune-unet sample --model %s%s", shlex.quote(str(folder)), prompt, extra=labelled("Generate"))
+    if (least := run.validation.best_step(trained=False)) is not None:
+        untrained = ", before training" if least == 0 else ""
+        _log.info("lowest loss at step %s of %s%s", least, trained, untrained, extra=labelled("Validation"))
+    if prompts:
+        _log.info("%s", folder / "samples", extra=labelled("Samples"))
+    if config.lr_scheduler == "constant" and config.data:  # any other schedule has ended
+        more = f"--resume_from_checkpoint latest --max_train_steps {2 * config.max_train_steps}"
+        command = f"finetune-unet --output_dir {shlex.quote(str(folder))} {more}"
+        _log.info(command, extra=labelled("Train longer"))
+    _log.info("%s", page, extra=labelled("Report"))
+    push(config, folder, family)
+
+
+def push(config: ResolvedConfig, folder: Path, family: Family) -> None:
+    """Upload the run's export to the hub, if the run is to be pushed. Raises RunError as `hub.push` does."""
+    if config.push_to_hub:
+        condition = image_condition_of(family.image_condition)
+        address = hub.push(
+            folder,
+            config.hub_model_id,
+            private=config.hub_private_repo,
+            settings=as_settings(config),
+            image_inputs=condition.pipeline_example if condition else {},
+        )
+        _log.info("pushed: %s", address)
