@@ -23,7 +23,6 @@ def options(pictures: Path) -> dict[str, object]:
     kept = {
         "output_dir": "out",
         "checkpointing_steps": 2,
-        "checkpoints_total_limit": 1,
         "num_inference_steps": 0,
         "forgetting_prompts": 0,
     }

@@ -49,11 +49,18 @@ def killed_everywhere(
 
 
 @pytest.mark.parametrize("share", range(SHARES))
-def test_at_every_point_of_a_save(
-    share: int, words: list[str], folder: Path, equal_after: Callable[[Path], None]
-) -> None:
+def test_at_every_point_of_a_save(share: int, words: list[str], folder: Path) -> None:
     """Two saves, the second of which deletes what the first has left."""
-    points = killed_everywhere("checkpoint-", share, words, folder, equal_after)
+    keeping_one = [*words, "--checkpoints_total_limit", "1"]
+    assert run(keeping_one, folder).code == 0
+    straight = digests(folder / "out")
+
+    def equal_after(place: Path) -> None:
+        ended = run(keeping_one, place)
+        assert ended.code == 0, ended.said
+        assert digests(place / "out") == straight
+
+    points = killed_everywhere("checkpoint-", share, keeping_one, folder, equal_after)
     assert points > 30
 
 
