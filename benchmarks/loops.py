@@ -105,7 +105,7 @@ def bare_loop(unet: nn.Module, x_t: Tensor, t: Tensor, noise: Tensor, cond: dict
 class RandomLatents:
     """Encoded pictures that never were: what our loader draws from, without a VAE."""
 
-    in_memory = True
+    needs_workers = False
 
     def __init__(self, name: str, side: int, batch: int):
         self.name, self.side = name, side

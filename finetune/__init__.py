@@ -1,4 +1,4 @@
-"""Fine-tune the UNet of a Stable Diffusion, or train a pixel-space DDPM, on a folder of pictures.
+"""Fine-tune the UNet of Stable Diffusion, or train a pixel-space DDPM, on a folder of images.
 
 The names below are imported when they are first used, so that `import finetune` is quick.
 """

@@ -1,4 +1,4 @@
-"""Arguments: the words of a command line as options, and `--help`, both from the fields of dataclasses.
+"""Command-line parsing and `--help`, both generated from dataclass fields.
 
 argparse draws `--help` and sorts the words under the options. What the words mean is read here, with the checks that a
 TOML file and Python callers go through as well.

@@ -1,4 +1,4 @@
-"""Whatever is written is whole or absent: temporary sibling, fsync, rename."""
+"""Atomic writes: a file or folder is complete or absent (temporary sibling, fsync, rename)."""
 
 import contextlib
 import errno

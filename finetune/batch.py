@@ -1,4 +1,4 @@
-"""Batch: everything one optimizer step needs of its examples, as tensors."""
+"""Batch: the tensors that one optimizer step needs of its examples."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace

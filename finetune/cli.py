@@ -1,4 +1,4 @@
-"""The command `finetune-unet`: argv -> config -> recipe or a command. What goes wrong is told in one line."""
+"""The command `finetune-unet`: argv -> config -> recipe or a command. Errors are one line."""
 
 import dataclasses
 import importlib

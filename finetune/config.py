@@ -1,4 +1,4 @@
-"""TrainConfig: the options of a run, flat and checked; as TOML and back. Never imports torch.
+"""TrainConfig: the options of a run, flat and validated, and their TOML form. Never imports torch.
 
 What was given and what was derived are told apart: a `TrainConfig` remembers the names of the options that were
 given, a `ResolvedConfig` has a value for every option that the given ones leave open, and config.toml keeps both.

@@ -1,8 +1,10 @@
-"""Names of earlier versions that go on working."""
+"""Deprecated names, which continue to work with a warning."""
 
+import functools
 import inspect
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 
 class Renamed:
@@ -32,3 +34,29 @@ def renamed_in(instance: Any, *, old: str, new: str) -> Any:
         return getattr(instance, new)
     warnings.warn(f"{type(instance).__name__}.{old} is now called {new}", DeprecationWarning, stacklevel=3)
     return getattr(instance, old)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator for a function that goes on taking keyword arguments by their old names, with a warning.
+
+    Args:
+        names: old name -> name today.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+            for old in kwargs.keys() & names.keys():
+                warnings.warn(
+                    f"{function.__name__}: {old} is now called {names[old]}", DeprecationWarning, stacklevel=2
+                )
+                kwargs[names[old]] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    return decorate

@@ -1,4 +1,4 @@
-"""What can go wrong, said in one line: what is wrong, where, and what to do. The command makes them exit codes."""
+"""Errors, each one line: what is wrong, where, and what to do. The command maps them to exit codes."""
 
 from typing import cast
 

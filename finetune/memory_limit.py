@@ -1,4 +1,4 @@
-"""How much main memory this process may take: what the machine has, or what its container or job allows."""
+"""The main memory limit of this process: that of the machine, its container or its job."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Memory that runs out: how it is known, and a second try with less."""
+"""Out-of-memory errors: detection, and retries with smaller batches."""
 
 from collections.abc import Callable
 from typing import TypeVar

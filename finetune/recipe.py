@@ -1,4 +1,4 @@
-"""fine_tune(config): puts the parts together and owns the loop, in plain sight."""
+"""fine_tune(config): puts the parts together and owns the training loop."""
 
 import threading
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Randomness is data: every random number is a pure function of (seed, example id, visit, purpose).
+"""Randomness: every random number is a pure function of (seed, example id, visit, purpose).
 
 A key stands for (seed, example id, visit) and travels in the batch; a purpose ("noise", "timestep", "flip" ...)
 is folded in at the moment of the draw. Nothing here touches torch's global generator.

@@ -1,4 +1,4 @@
-"""How counts and lists are said to people."""
+"""Counts and lists in messages."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Gathered: a store in front of another one, where items wait until they are enough for a shard."""
+"""BufferedStore: a store that buffers new items in memory until they fill a shard of another store."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Pictures through the encoder and captions through the conditioner, each content once."""
+"""encode: images through the encoder and captions through the conditioner, each content once."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from finetune.cache.buffered_store import BufferedStore
 from finetune.cache.disk import open_store
-from finetune.cache.encode_loop import EncodeJob, EncodeStats, fill
+from finetune.cache.encode_loop import EncodeJob, EncodeStats, encode_missing
 from finetune.cache.encoded_dataset import CachedTextEmbeddings, EncodedDataset, LiveTextEmbeddings
 from finetune.cache.image_source import CachedImages, LiveImages
 from finetune.cache.lazy_encoder import LazyEncoder
@@ -18,6 +18,7 @@ from finetune.data.caption_augmentation import CaptionAugmentation
 from finetune.data.image_dataset import ImageDataset
 from finetune.data.transforms import normalize
 from finetune.data.user_dataset import MapDataset, as_pictures
+from finetune.deprecation import renamed_arguments
 from finetune.errors import DataError
 from finetune.models.conditioners import Conditioner
 from finetune.models.encoders import Encoder
@@ -25,6 +26,7 @@ from finetune.models.loading import DiffusionModel, Frozen
 from finetune.models.tensor_file import DTYPES
 
 
+@renamed_arguments(at_most="time_budget")
 def encode(
     dataset: ImageDataset | MapDataset,
     model: DiffusionModel | Frozen,
@@ -36,7 +38,7 @@ def encode(
     precision: str = "fp32",
     any_environment: bool = False,
     visited: Iterable[tuple[int, int | None]] | None = None,
-    at_most: float | None = None,
+    time_budget: float | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> EncodedDataset:
     """Make a dataset ready for training: what is not encoded yet, by an earlier run or another process, is encoded.
@@ -89,7 +91,7 @@ def encode(
             condition=model.image_condition,
         )
         works.append(_pictures(visits, model.encoder, planned))
-    made = _filled(store, works, at_most, on_progress)
+    made = _filled(store, works, time_budget, on_progress)
     lazy_encoders = [LazyEncoder(store, work) for work, done in zip(works, made, strict=True) if done.left]
     return EncodedDataset(
         pictures=pictures,
@@ -108,13 +110,13 @@ def encode(
 def _filled(
     store: BufferedStore,
     works: Sequence[EncodeJob],
-    at_most: float | None,
+    time_budget: float | None,
     on_progress: Callable[[str, int, int], None] | None,
 ) -> list[EncodeStats]:
     made = list[EncodeStats]()
     with closing(store):  # or what was claimed would stay so
         for work in works:
-            made.append(fill(store, work, at_most, on_progress))
+            made.append(encode_missing(store, work, time_budget, on_progress))
             if not made[-1].left:
                 work.network.to("cpu")
     return made

@@ -1,4 +1,4 @@
-"""Fill a store: compute what is missing, beside other processes that do the same, and keep it as it comes."""
+"""The encoding loop: compute the missing items of a store, shared with other processes, and write them as they come."""
 
 import os
 import time
@@ -66,10 +66,10 @@ class EncodeStats(NamedTuple):
     """Of these, not there yet: too much for the time that was given."""
 
 
-def fill(
+def encode_missing(
     store: BufferedStore,
     work: EncodeJob,
-    at_most: float | None = None,
+    time_budget: float | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> EncodeStats:
     """Compute the missing items of a store. Threads prepare items while this one computes.
@@ -85,7 +85,7 @@ def fill(
 
     def late() -> bool:
         took = time.monotonic() - clock
-        return at_most is not None and (took / new * total if new >= _TELLING else took) >= at_most
+        return time_budget is not None and (took / new * total if new >= _TELLING else took) >= time_budget
 
     pool = ThreadPoolExecutor(THREADS)
     bar = tqdm(total=total, desc=doing, unit=KIND_NAMES[work.kind], delay=3, leave=False)

@@ -1,4 +1,4 @@
-"""Encoded: a dataset whose pictures and captions are encoded, and how a batch is assembled from it."""
+"""EncodedDataset: a dataset whose images and captions are encoded, and its collate function."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -107,7 +107,7 @@ class EncodedDataset:
         cached = isinstance(self.visits, CachedImages) and isinstance(self.conditions, CachedTextEmbeddings)
         return not cached or any(not lazy_encoder.done for lazy_encoder in self.lazy_encoders)
 
-    def needs(self, network: Encoder | Conditioner | None) -> bool:
+    def uses(self, network: Encoder | Conditioner | None) -> bool:
         """Whether visits to come need it: it stays on its device."""
         if any(lazy_encoder.work.network is network and not lazy_encoder.done for lazy_encoder in self.lazy_encoders):
             return True

@@ -1,4 +1,4 @@
-"""What a visit to an example loads: an encoding that is cached, or the picture itself."""
+"""CachedImages and LiveImages: what a visit loads, a cached encoding or the image itself."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class CacheVariant(NamedTuple):
 class CachedImages:
     """Visits to encodings that are cached in a store. A random crop is that of the picture's first visit."""
 
-    in_memory = True
+    needs_workers = False
 
     store: Store
     pictures: ImageDataset
@@ -132,7 +132,7 @@ class CachedImages:
 class LiveImages:
     """Visits to the pictures themselves; crop, flip and image condition are drawn again each time."""
 
-    in_memory = False
+    needs_workers = True
 
     pictures: ImageDataset
     condition: ImageCondition | None = None

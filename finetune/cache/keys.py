@@ -1,4 +1,4 @@
-"""Content keys: what an encoding is made of, so that another picture, crop or VAE has another key."""
+"""Cache keys: identify an encoding by its content, so that another image, crop or VAE has another key."""
 
 from finetune.data.transforms import PREPROCESSING, WHITE, Crop
 from finetune.seeding import wide_fold

@@ -1,4 +1,4 @@
-"""Demand: what is encoded when a visit comes to it, so that training need not wait for all of it."""
+"""LazyEncoder: encodes items when a visit needs them, so that training starts before everything is encoded."""
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +9,7 @@ from finetune.cache.encode_loop import AHEAD, THREADS, EncodeJob, group_by_shape
 
 
 class LazyEncoder:
-    """What `fill` has left, computed as far as visits need it. Threads prepare what comes next meanwhile.
+    """What `encode_missing` has left, computed as far as visits need it. Threads prepare what comes next meanwhile.
 
     No other process is waited for: what two of them come to at the same time is computed by both, to the same bits.
 

@@ -1,4 +1,4 @@
-"""The masks of a batch: placed as their pictures are, at the size of what the UNet sees."""
+"""LossMasks: the masks of a batch, cropped as their images are, at the size of the UNet output."""
 
 from collections import OrderedDict
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What keeps a cache folder healthy: what is in it, what is damaged, and what nobody needs any more."""
+"""Maintenance of a cache folder: its contents, damaged items, and items that are no longer used."""
 
 from collections.abc import Iterator
 from pathlib import Path

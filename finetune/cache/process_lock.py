@@ -1,4 +1,4 @@
-"""Writer: a process that encodes into a shared folder. What it has claimed is free again when it is gone."""
+"""Writer: a process that encodes into a shared folder. Its claims are released when it ends."""
 
 import fcntl
 import os

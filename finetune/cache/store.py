@@ -1,4 +1,4 @@
-"""Store: what the frozen parts computed, by a key of the content that it was computed from."""
+"""Store: the outputs of the frozen networks, by a key of the content that they were computed from."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence

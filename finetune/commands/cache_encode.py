@@ -1,4 +1,4 @@
-"""finetune-unet cache encode: what training with the same options would encode, without training."""
+"""finetune-unet cache encode: encode what training with the same options needs, without training."""
 
 from dataclasses import dataclass
 

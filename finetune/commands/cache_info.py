@@ -1,4 +1,4 @@
-"""finetune-unet cache info: what is kept of earlier runs."""
+"""finetune-unet cache info: show what is cached."""
 
 from dataclasses import dataclass
 

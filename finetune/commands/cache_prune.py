@@ -1,4 +1,4 @@
-"""finetune-unet cache prune: room made by deleting encodings that no run has used for long."""
+"""finetune-unet cache prune: delete encodings that no run has used recently."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""finetune-unet cache verify: every encoding read, and those taken out that are damaged."""
+"""finetune-unet cache verify: read every encoding and delete damaged ones."""
 
 from dataclasses import dataclass
 

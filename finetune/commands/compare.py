@@ -1,4 +1,4 @@
-"""finetune-unet compare: several runs on one page, side by side."""
+"""finetune-unet compare: several runs on one page."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""finetune-unet convert: the tensors of a pickled checkpoint (.ckpt, .pt, .bin) as a .safetensors file."""
+"""finetune-unet convert: convert a pickled checkpoint (.ckpt, .pt, .bin) to .safetensors."""
 
 import os
 from dataclasses import dataclass

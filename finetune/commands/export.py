@@ -1,4 +1,4 @@
-"""finetune-unet export: what a run has learned, from any of its checkpoints, as the file that a viewer wants."""
+"""finetune-unet export: write any checkpoint of a run in the format that a program reads."""
 
 from dataclasses import dataclass
 from pathlib import Path

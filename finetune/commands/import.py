@@ -1,4 +1,4 @@
-"""finetune-unet import: another tool's settings as a config.toml, and a list of what could not be taken over."""
+"""finetune-unet import: convert another tool's settings to config.toml, and list what could not be imported."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""finetune-unet inspect: what one step of a run was made of."""
+"""finetune-unet inspect: rebuild and show one step of a run."""
 
 from dataclasses import dataclass
 from pathlib import Path

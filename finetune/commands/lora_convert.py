@@ -1,4 +1,4 @@
-"""finetune-unet lora convert: a LoRA file in the other layout, or in another number format."""
+"""finetune-unet lora convert: convert a LoRA file to the other format, or to another number format."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""finetune-unet lora extract: what a full fine-tune has learned, as a LoRA."""
+"""finetune-unet lora extract: write the change of a full fine-tune as a LoRA."""
 
 from dataclasses import dataclass
 from typing import Literal

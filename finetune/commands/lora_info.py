@@ -1,4 +1,4 @@
-"""finetune-unet lora info: what a LoRA file holds, as a table."""
+"""finetune-unet lora info: show the contents of a LoRA file as a table."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""finetune-unet lora merge: one or several LoRA files put into a model's weights."""
+"""finetune-unet lora merge: merge LoRA files into a model's weights."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""finetune-unet lora resize: a LoRA of lower rank that is as near as one can be."""
+"""finetune-unet lora resize: reduce the rank of a LoRA."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""finetune-unet plan: what training with the same options would do, take and decide, before it is started."""
+"""finetune-unet plan: show what training with the same options would do and need."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""finetune-unet sample: pictures from a base model, or from a run folder with what it learned."""
+"""finetune-unet sample: draw images with a base model or the result of a run."""
 
 import math
 import re

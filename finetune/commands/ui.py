@@ -1,4 +1,4 @@
-"""finetune-unet ui: a page to start, watch and compare runs in a browser."""
+"""finetune-unet ui: a page that starts, watches and compares runs in a browser."""
 
 import importlib.util
 import os

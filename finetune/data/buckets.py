@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: pictures are trained in a size near their own shape, of about as many pixels as the square."""
+"""Aspect-ratio buckets: sizes of about the same area, of which each image uses the nearest."""
 
 from dataclasses import dataclass
 from functools import cache

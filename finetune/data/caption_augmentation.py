@@ -1,4 +1,4 @@
-"""CaptionVisits: which words a visit trains its picture with."""
+"""CaptionAugmentation: dropout, shuffling and choice of captions per visit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Where a picture's caption comes from, and the trigger word in it."""
+"""Captions: where each comes from, and the trigger word."""
 
 import codecs
 import csv

@@ -1,4 +1,4 @@
-"""Chunks: so many pictures that they are looked at part by part, each when the run comes to it."""
+"""Chunks: a large dataset is opened part by part, each when the run reaches it."""
 
 import hashlib
 import os

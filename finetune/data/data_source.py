@@ -1,4 +1,4 @@
-"""What `--data` may name. Free of torch, so that a misspelt folder is told at once."""
+"""Validation of `--data`. Free of torch, so that a misspelt folder is reported at once."""
 
 import os
 from collections.abc import Sequence

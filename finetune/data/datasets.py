@@ -1,4 +1,4 @@
-"""What `--data` names, opened: a folder of pictures, tar shards, or a Hugging Face dataset."""
+"""open_dataset: what `--data` names, as a folder of images, tar shards, or a Hugging Face dataset."""
 
 import atexit
 import glob

@@ -1,4 +1,4 @@
-"""Datasets that can only be iterated: their rows pass once to the disk, and are trained on from there."""
+"""Iterable datasets: their rows are written to disk once and read from there."""
 
 import fcntl
 import io

@@ -1,4 +1,4 @@
-"""Datasets on the Hugging Face hub: all of one, or the first rows of one as they come."""
+"""Datasets on the Hugging Face hub: a complete one, or the first rows of one."""
 
 from functools import partial
 from pathlib import Path

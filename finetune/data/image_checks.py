@@ -1,4 +1,4 @@
-"""Which of many pictures can be read, and what they are: found once, and remembered."""
+"""Checks of images before training: whether they can be read, their size and digest."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Pictures: what every dataset is to the rest of the package, and what it tells of itself."""
+"""ImageDataset: images with captions, as the rest of the package uses them."""
 
 from abc import ABC, abstractmethod
 from collections import Counter

@@ -1,4 +1,4 @@
-"""ImageFolder: the pictures in a folder, with the captions beside them."""
+"""ImageFolder: the images in a folder, with the captions next to them."""
 
 import os
 import re

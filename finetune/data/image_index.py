@@ -1,4 +1,4 @@
-"""PictureMemory: what earlier runs have found out about files, so that nothing is read twice without need."""
+"""ImageIndex: size and digest of files that earlier runs have read, so that unchanged files are not read again."""
 
 import contextlib
 import json

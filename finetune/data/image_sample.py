@@ -1,4 +1,4 @@
-"""ImageSample: what is known of one picture of a dataset, made once for a visit and handed on."""
+"""ImageSample: what is known of one image of a dataset, made once per visit and passed on."""
 
 from collections.abc import Mapping
 from functools import cached_property

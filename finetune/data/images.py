@@ -1,4 +1,4 @@
-"""Open pictures, whatever they are, as upright 8 bit RGB."""
+"""open_image: any supported image file as upright 8 bit RGB."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""What lies in a folder: names relative to it, with forward slashes. Strings, for there may be millions of them."""
+"""File listings: names relative to a folder, with forward slashes. Plain strings, as there may be millions."""
 
 import os
 import unicodedata

@@ -1,4 +1,4 @@
-"""Batches of tensors for the steps of a run, prepared by workers if asked."""
+"""Data loading: the batches of a run, prepared by worker processes if wanted."""
 
 import signal
 import time
@@ -57,8 +57,8 @@ class Examples(Protocol):
 class Visits(Protocol):
     """The part of it that worker processes run."""
 
-    in_memory: bool
-    """Nothing is left to be prepared, and workers would only be sent copies."""
+    needs_workers: bool
+    """Whether something is prepared at a visit; workers would otherwise only be sent copies."""
 
     def load(self, index: int, key: int) -> Any:
         """What one visit needs, on the CPU."""
@@ -133,13 +133,13 @@ def training_steps(
         batch_sampler=_Plan(
             _plan(source, sampler, seed=seed, steps=range(start, steps), rank=rank, world_size=world_size)
         ),
-        num_workers=0 if source.visits.in_memory else num_workers,
+        num_workers=num_workers if source.visits.needs_workers else 0,
         collate_fn=_keep,
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # DataLoader draws a seed for its workers; not from the global one
     )
     for step, items in enumerate(_received(loader), start):
-        global_step = _whole(source, weight, *sampler.share(step, rank, world_size), seed) if shared else None
+        global_step = _global_step_of(source, weight, *sampler.share(step, rank, world_size), seed) if shared else None
         alike: dict[int, list[tuple[int, int, Any]]] = {}
         for item in items:
             alike.setdefault(source.shapes[item[0]], []).append(item)
@@ -196,7 +196,7 @@ def _plan(
         yield keyed
 
 
-def _whole(source: Examples, weight: float, visits: list[Visit], local_slice: slice, seed: int) -> GlobalStep:
+def _global_step_of(source: Examples, weight: float, visits: list[Visit], local_slice: slice, seed: int) -> GlobalStep:
     ids = tuple(source.ids[visit.example] for visit in visits)
     keys = tuple(example_key(seed, name, visit.number) for name, visit in zip(ids, visits, strict=True))
     return GlobalStep(ids, weight, local_slice.start, keys)

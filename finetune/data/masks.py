@@ -1,4 +1,4 @@
-"""Loss masks: where in a picture an error counts. White: fully; black: not at all; grey: in proportion."""
+"""Loss masks: where in an image the loss counts. White: fully; black: not at all; grey: in proportion."""
 
 from PIL import Image
 from torch import Tensor

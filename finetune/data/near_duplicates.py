@@ -1,4 +1,4 @@
-"""Near duplicates: whether a picture shows another one, or a part of it, mirrored or not, in other bytes or tints.
+"""Near duplicates: images that show another image or a part of it, also mirrored, recompressed or tinted.
 
 Two pictures are compared as tiny thumbnails, by the correlation of their colours (normalized cross-correlation, Lewis
 1995), each in turn as a part of the other: first with a grid of parts, then close to the best of these.

@@ -1,4 +1,4 @@
-"""The next items of an iterator, made by a thread while this one is in use."""
+"""Prefetching: a thread makes the next items of an iterator while the current one is in use."""
 
 from collections import deque
 from collections.abc import Callable, Iterator

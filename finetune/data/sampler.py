@@ -1,4 +1,4 @@
-"""The order of the examples: a pure function of (seed, step), independent of ranks, workers and micro-batch."""
+"""Sampler: the order of examples, a pure function of (seed, step), independent of ranks, workers and micro-batches."""
 
 from collections.abc import Iterator, Sequence
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""What a tar shard holds: found by reading it once, remembered for as long as it is unchanged."""
+"""The index of a tar shard: read once, and stored while the shard is unchanged."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Shards: tar files of pictures with their captions, as WebDataset has them. They are read where they lie."""
+"""TarShards: tar files of images and captions in WebDataset layout, read in place."""
 
 from bisect import bisect_left
 from collections import Counter

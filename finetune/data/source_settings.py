@@ -1,4 +1,4 @@
-"""SourceSettings: what a run does with the pictures of one source; the run's options are the defaults of all."""
+"""SourceSettings: what a run does with the images of one source. The run's options are the defaults."""
 
 from dataclasses import dataclass
 from typing import Literal

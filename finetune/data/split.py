@@ -1,4 +1,4 @@
-"""Which pictures are held out for validation: by what they show, so that none is learned from in other bytes."""
+"""The validation split: images are held out together with their near duplicates."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""From a picture to pixels of the size that is trained, and where they lie in it."""
+"""Preprocess and Crop: from an image to pixels of the training size, and their coordinates."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypedDict

@@ -1,4 +1,4 @@
-"""A dataset of the user's own, checked, with our caption rules and preprocessing put over it."""
+"""UserDataset: a validated dataset of the user's own, with our caption rules and preprocessing."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol

@@ -1,4 +1,4 @@
-"""Early stopping: the weights of the best validation are kept, and a loss that has risen since ends the run."""
+"""Early stopping: keeps the weights of the best validation, and ends the run when the loss rises."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Evaluators: what a run measures or draws while its training pauses, when, and where it is recorded.
+"""Evaluators: what a run measures or draws while training pauses, when, and where it is recorded.
 
 Validation, forgetting, sample grids and memorization are four of them. A fifth is a class that is called with the
 `Run`, for `fine_tune(..., evaluators=[...])`.

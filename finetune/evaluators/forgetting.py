@@ -1,4 +1,4 @@
-"""How much a run makes its UNet forget: unrelated prompts, probed at intervals and recorded in forgetting.jsonl."""
+"""The forgetting evaluator: unrelated prompts, probed at intervals and recorded in forgetting.jsonl."""
 
 import time
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Memorisation: how many pictures of each grid are near copies of those that are trained on, in copies.jsonl."""
+"""The memorization evaluator: how many images of each grid are near copies of training images (copies.jsonl)."""
 
 from collections.abc import Iterator, Sequence
 

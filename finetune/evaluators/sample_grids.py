@@ -1,4 +1,4 @@
-"""The sample grids of a run: which are drawn, when, and what they show."""
+"""The sample grid evaluator: which grids are drawn, when, and of which prompts."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -167,7 +167,7 @@ class SampleGrids:
                 num_inference_steps=prompt.num_inference_steps or config.num_inference_steps,
                 guidance_scale=config.guidance_scale if prompt.guidance_scale is None else prompt.guidance_scale,
                 negative_prompt=prompt.negative,
-                at_once=AT_ONCE,
+                batch_size=AT_ONCE,
                 condition=condition,
             )[0]
             for prompt in self.plan.prompts

@@ -1,4 +1,4 @@
-"""Prompts of the sample grids: texts, or files with a prompt a line and sd-scripts' settings at its end."""
+"""Prompts of the sample grids: texts, or files with one prompt per line and the settings of sd-scripts."""
 
 import json
 import os

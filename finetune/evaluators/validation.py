@@ -1,4 +1,4 @@
-"""Validation in the course of a run: on which pictures, when, and what validation.jsonl records of it."""
+"""The validation evaluator: on which images, when, and what validation.jsonl records."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

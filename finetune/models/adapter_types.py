@@ -1,4 +1,4 @@
-"""The kinds of adapter that peft has and kohya's layout can hold."""
+"""Adapter types that peft has and kohya's format can hold."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence

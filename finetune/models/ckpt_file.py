@@ -1,4 +1,4 @@
-"""Tensors in a pickle (.ckpt, .pt, .bin): the one place that reads one. torch builds nothing else from it."""
+"""Pickled checkpoints (.ckpt, .pt, .bin): the only module that loads a pickle, and tensors only."""
 
 import pickle
 import struct

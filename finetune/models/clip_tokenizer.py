@@ -1,4 +1,4 @@
-"""CLIP's tokenizer for checkpoints that have none: from a folder, its vocabulary file, or what is installed.
+"""CLIP's tokenizer for checkpoints without one: from a folder, a vocabulary file, or an installed package.
 
 Nothing is asked of the network.
 """

@@ -1,4 +1,4 @@
-"""The numeric environment: what decides the bits of a computation, apart from its weights and inputs."""
+"""The numeric environment: what determines the bits of a computation, apart from weights and inputs."""
 
 import platform
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""The table of model families: what each is made of, and the defaults that suit it. Free of torch, for `--help`."""
+"""The table of model families: parts and default options of each. Free of torch, for `--help`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

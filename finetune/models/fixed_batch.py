@@ -1,4 +1,4 @@
-"""Frozen networks compute rows in parts of one fixed size, so that the bits of a row do not depend on the others.
+"""Fixed batch sizes for frozen networks, so that the bits of a row do not depend on the other rows.
 
 A GPU computes several small pictures, or captions, in little more time than one.
 """

@@ -1,4 +1,4 @@
-"""ImageCondition: what a UNet is shown of a picture with x_t, as channels that are appended to it."""
+"""ImageCondition: what a UNet sees of an image in addition to x_t, as channels of its input."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol

@@ -1,4 +1,4 @@
-"""Inpainting: the UNet is shown all of a picture but the places that it is to paint."""
+"""Inpainting: the image condition of UNets that see an image with a hole."""
 
 import random
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Which schedulers, VAEs and text encoders a model may have, by their JSON files alone. Free of torch and diffusers.
+"""Supported schedulers, VAEs and text encoders, by their JSON files alone. Free of torch and diffusers.
 
 What is trained here is noise-prediction MSE on a discrete variance-preserving schedule (Ho et al. 2020, eq. 4). Flow
 matching and EDM preconditioning interpolate and scale otherwise: a model of theirs would learn without an error, and

@@ -1,4 +1,4 @@
-"""A model's weights under the keys of a checkpoint in one file: the way back of `source.FileSource`."""
+"""Writing a checkpoint in one file: the inverse of `source.FileSource`."""
 
 from collections.abc import Mapping
 from typing import Any

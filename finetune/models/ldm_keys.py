@@ -1,4 +1,4 @@
-"""The keys of a checkpoint in one file (the LDM layout of Stable Diffusion 1, 2 and XL), for those of a folder.
+"""Keys of a checkpoint in one file (the LDM layout of Stable Diffusion 1, 2 and XL) for those of a diffusers folder.
 
 Each function answers diffusers' key of a module -> that file's key, built from the module's config, so that both ways
 can be gone. Weights are equal, but for the VAE's attention (1 x 1 convolutions in the file) and OpenCLIP's text encoder

@@ -1,4 +1,4 @@
-"""LoRA through peft: a small trainable adapter beside frozen layers (Hu et al. 2021, eq. 3), and its file."""
+"""LoRA through peft: a small trainable adapter on frozen layers (Hu et al. 2021, eq. 3), and its file."""
 
 import json
 import warnings

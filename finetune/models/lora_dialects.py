@@ -1,4 +1,4 @@
-"""The other spellings of LoRA files, brought to the two layouts of `lora_formats`: keys renamed, extras folded in.
+"""Dialects of LoRA files, converted to the two formats of `lora_formats`: keys renamed, extra tensors folded in.
 
 Read are diffusers' attention processors and `lora.down` of 2023, peft's own `base_model.model.`, the dotted kohya names
 of ComfyUI's LoraSave and of OMI, LyCORIS' prefix, its `lora_mid` (Tucker) and `scalar`, and OneTrainer's embeddings.

@@ -1,4 +1,4 @@
-"""The two layouts in which LoRA files are passed around, and the way between them.
+"""The two formats of LoRA files, and conversion between them.
 
 peft, read by diffusers: `unet.MODULE.lora_A.weight` and `.lora_B.weight`, rank and alpha in the metadata.
 kohya, read by sd-scripts, ComfyUI, A1111, Forge and diffusers: `lora_unet_MODULE.lora_down.weight`, `.lora_up.weight`

@@ -1,4 +1,4 @@
-"""A LoRA layer's arithmetic without detours: three matrix products, and nothing between them."""
+"""The forward pass of a LoRA layer as three matrix products, without the overhead of peft."""
 
 from types import MethodType
 from typing import Any

@@ -1,4 +1,4 @@
-"""What LoRA files call the layers of a UNet."""
+"""Names of UNet layers in LoRA files."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

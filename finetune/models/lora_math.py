@@ -1,4 +1,4 @@
-"""What the tensors of an adapter add to a layer's weight, by the definition of each kind of adapter.
+"""The weight update of an adapter's tensors, by the definition of each adapter type.
 
 Tensors go by peft's names: `lora_A.weight`, `hada_w1_a`, `lokr_w1` ...
 """

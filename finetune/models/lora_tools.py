@@ -1,4 +1,4 @@
-"""What is done with LoRA files apart from training: opened, proved, merged, shortened, taken from two models."""
+"""Operations on LoRA files apart from training: open, verify, merge, resize, extract."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace

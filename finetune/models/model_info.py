@@ -1,4 +1,4 @@
-"""Where a model is and what kind it is, read from its JSON files alone. Free of torch and diffusers."""
+"""ModelInfo: where a model is and of which family, from its JSON files alone. Free of torch and diffusers."""
 
 import difflib
 import json

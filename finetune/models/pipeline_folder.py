@@ -1,4 +1,4 @@
-"""Writing a model as a pipeline folder: what was trained again, what stayed frozen as the base's own files."""
+"""Writing a pipeline folder: trained parts are saved, frozen parts are copied from the base's files."""
 
 import shutil
 from pathlib import Path

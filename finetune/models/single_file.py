@@ -1,4 +1,4 @@
-"""A checkpoint in one `.safetensors` file: what it is, read from its header alone. Free of torch.
+"""A checkpoint in one `.safetensors` file: its family and configs, from its header alone. Free of torch.
 
 The configs that a diffusers folder would have are derived from the shapes of the tensors, so that nothing is asked of
 the hub.

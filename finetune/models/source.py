@@ -1,4 +1,4 @@
-"""Where a model's parts are read from: a diffusers folder, or a checkpoint in one file."""
+"""ModelSource: reads the parts of a model from a diffusers folder or a checkpoint in one file."""
 
 # diffusers annotates its own methods narrower than what they take and give.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false

@@ -1,4 +1,4 @@
-"""`tiny`: a trained Stable Diffusion that lies in the package. examples/train_tiny.py made it."""
+"""`tiny`: a trained Stable Diffusion that is part of the package. examples/train_tiny.py made it."""
 
 import hashlib
 from pathlib import Path

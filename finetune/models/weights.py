@@ -1,4 +1,4 @@
-"""Reading safetensors into a module with no more memory than the module itself needs."""
+"""Loading safetensors into a module with no more memory than the module itself needs."""
 
 import copy
 import hashlib

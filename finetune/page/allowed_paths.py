@@ -1,4 +1,4 @@
-"""Which folders the page may show: those that were named when it was started, and what lies in them."""
+"""AllowedPaths: the folders that the page may show, as named when it was started."""
 
 from collections.abc import Sequence
 from pathlib import Path

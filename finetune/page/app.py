@@ -1,4 +1,4 @@
-"""The page: choose pictures, start runs, watch them, compare them, draw with what they have learned.
+"""The page: choose images, start and watch runs, compare them, draw with the results.
 
 It runs finetune-unet as a person would, and reads run folders; it keeps nothing that a run needs.
 """

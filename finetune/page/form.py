@@ -1,4 +1,4 @@
-"""What is filled in on the page, as the words of a command line."""
+"""The form of the page, as command-line arguments."""
 
 import dataclasses
 import re

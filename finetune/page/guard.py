@@ -1,4 +1,4 @@
-"""Who may talk to the page: a browser that was given the token, and that shows nothing around the page."""
+"""Access to the page: a browser that has the token, and that does not embed the page elsewhere."""
 
 import ipaddress
 import re

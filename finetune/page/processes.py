@@ -1,4 +1,4 @@
-"""The commands that the page starts: runs one after the other, each a process that outlives the page."""
+"""The processes that the page starts: runs in sequence, each of which outlives the page."""
 
 import re
 import shlex

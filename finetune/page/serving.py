@@ -1,4 +1,4 @@
-"""Serving the page to whoever has its token."""
+"""Serving the page to clients that have its token."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""A followed run as HTML: where it is, its curves, its pictures and what it has said."""
+"""A followed run as HTML: progress, curves, images and log."""
 
 import base64
 import io

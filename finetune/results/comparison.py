@@ -1,4 +1,4 @@
-"""Several runs on one page, side by side: what was set otherwise, what came of it, and their curves and pictures."""
+"""The comparison page of several runs: differing options, figures, curves and images."""
 
 from collections.abc import Mapping, Sequence
 from html import escape

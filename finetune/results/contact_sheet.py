@@ -1,4 +1,4 @@
-"""A contact sheet: pictures as the model sees them, each with its name, caption and token count."""
+"""A contact sheet: images as the model sees them, each with name, caption and token count."""
 
 from collections.abc import Sequence
 

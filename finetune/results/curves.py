@@ -1,4 +1,4 @@
-"""Curves as inline SVG: they need no script, and follow the colours of the page around them."""
+"""Curves as inline SVG, without scripts, in the colours of the page."""
 
 from collections.abc import Iterable, Sequence
 from html import escape

@@ -1,4 +1,4 @@
-"""A run as its events.jsonl tells it, read while it goes on: the state of things, curves, pictures, and what was said.
+"""Reading events.jsonl while a run goes on: its state, curves, images and log.
 
 Nothing is written or locked, so any number of readers can follow a run, wherever it was started.
 """

@@ -1,4 +1,4 @@
-"""events.jsonl: what a run does while it does it, a line each, for a page or another program to follow.
+"""events.jsonl: what a run is doing, one JSON object per line, for pages and programs that follow it.
 
 Each line has `at` (seconds since 1970), `event`, and what that event tells:
 

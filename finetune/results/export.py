@@ -1,4 +1,4 @@
-"""Export: what a run gives away, as safetensors that diffusers loads."""
+"""export: the result of a run as safetensors that diffusers loads."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The forms in which what was learned can be taken away: LoRA files, a pipeline, a checkpoint in one file, a UNet."""
+"""Export formats: LoRA files, a pipeline, a checkpoint in one file, a UNet; each is verified after it is written."""
 
 import logging
 from collections.abc import Mapping

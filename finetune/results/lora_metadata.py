@@ -1,4 +1,4 @@
-"""What a LoRA file says of itself in its metadata, so that viewers can show and sort it.
+"""Metadata of LoRA files, which programs show and sort by.
 
 `ss_*` is what sd-scripts writes and A1111 reads, `modelspec.*` the Stability AI Model Metadata Standard 1.0.1. Dates
 are left out, although the standard asks for one: equal runs make equal files.

@@ -1,4 +1,4 @@
-"""Whether drawn pictures are near copies of those that were learned from.
+"""Detection of generated images that are near copies of training images.
 
 Both are compared by fixed features of a small version: where which colours and edges are. A drawn picture is a near
 copy where it is nearer to one that was learned from than nearly all of those are to each other.

@@ -1,4 +1,4 @@
-"""report.html: a run told to somebody who was not there, in one file that needs no network.
+"""report.html: a self-contained report of a run, without network access.
 
 It is made from the run folder alone, so it can be written at any time, and again.
 """

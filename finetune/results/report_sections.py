@@ -1,4 +1,4 @@
-"""What a report tells of a run folder, section by section, as HTML that needs no network."""
+"""The sections of a report, as HTML that needs no network."""
 
 import base64
 import io

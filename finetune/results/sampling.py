@@ -1,4 +1,4 @@
-"""Prompts -> pictures through the diffusers pipeline, and grids of them."""
+"""draw_pictures: prompts -> images through the diffusers pipeline, and grids of them."""
 
 # diffusers annotates its own methods narrower than what they take and give.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from finetune.atomic_io import write_whole
 from finetune.batch import as_input
+from finetune.deprecation import renamed_arguments
 from finetune.models.image_condition import ConditionImages
 from finetune.models.loading import DiffusionModel
 from finetune.results.text_drawing import fitting, write
@@ -40,6 +41,7 @@ class Start(NamedTuple):
     """How much of the picture's noise schedule is gone through, from 0 (none: the picture itself) to 1 (all)."""
 
 
+@renamed_arguments(hole="condition", at_once="batch_size")
 @torch.no_grad()
 def draw_pictures(
     model: DiffusionModel,
@@ -50,7 +52,7 @@ def draw_pictures(
     num_inference_steps: int,
     guidance_scale: float = 7.5,
     negative_prompt: str = "",
-    at_once: int = 1,
+    batch_size: int = 1,
     condition: ConditionImages | None = None,
     begin_with: Start | None = None,
 ) -> list[list[Image.Image]]:
@@ -89,7 +91,7 @@ def draw_pictures(
         draw = cast(Any, AutoPipelineForImage2Image.from_pipe(pipeline))
         draw.set_progress_bar_config(disable=True)
         size = {"image": begin_with.picture, "strength": begin_with.strength}
-    batches = [seeds[start : start + at_once] for start in range(0, len(seeds), at_once)]
+    batches = [seeds[start : start + batch_size] for start in range(0, len(seeds), batch_size)]
     rows = []
     with _progress(model.unet, num_inference_steps * len(batches) * len(prompts)):
         for prompt in prompts:

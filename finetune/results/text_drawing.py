@@ -1,4 +1,4 @@
-"""Text on pictures, in the scripts that Pillow's own font or one of the system's has; never boxes."""
+"""Text on images, in the scripts of Pillow's own font or a system font; never boxes."""
 
 from functools import cache
 from itertools import groupby

@@ -1,4 +1,4 @@
-"""What a run reports of itself: metrics.jsonl and timings.jsonl always, trackers through accelerate."""
+"""Metrics: metrics.jsonl and timings.jsonl always, trackers through accelerate."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Load an export back through diffusers and compare it with the model it came from."""
+"""Verification of exports: load through diffusers and compare with the model."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager

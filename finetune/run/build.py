@@ -1,4 +1,4 @@
-"""Builds the parts of a run from its config: the model, the encoded pictures, the trainer."""
+"""Building the parts of a run from its config: the model, the encoded images, the trainer."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -92,7 +92,7 @@ def assembled(
         steps=steps,
         validated=validated,
         parallel=parallel,
-        at_most=_FIRST_STEP_BY,
+        time_budget=_FIRST_STEP_BY,
         on_progress=on_progress,
     )
     trainer = _trainer(config, model, parallel)
@@ -108,11 +108,11 @@ def encoded_for(
     validated: Sequence[int],
     parallel: Parallel,
     *,
-    at_most: float,
+    time_budget: float,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> EncodedDataset:
     """The pictures, with what these steps (from 0) need of them encoded, and all of those that are `validated`; so much
-    of it now as takes `at_most` seconds, unless an option says otherwise.
+    of it now as takes `time_budget` seconds, unless an option says otherwise.
     """
     return encode(
         pictures,
@@ -129,7 +129,7 @@ def encoded_for(
             ((index, None) for index in validated),
             _visits(config, pictures, steps, parallel, keyed=model.image_condition is not None),
         ),
-        at_most={"before": None, "ahead": 0, "auto": at_most}[config.encode],
+        time_budget={"before": None, "ahead": 0, "auto": time_budget}[config.encode],
         on_progress=on_progress,
     )
 

@@ -1,4 +1,4 @@
-"""The pictures of a run: what `--data` names, or a dataset of the user's own."""
+"""Building the dataset of a run: what `--data` names, or a dataset of the user's own."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

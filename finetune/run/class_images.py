@@ -1,4 +1,4 @@
-"""Class pictures: of the kind that a subject is of, learned beside it so that the kind is not forgotten.
+"""Class images: the model draws those that are missing.
 
 Ruiz et al. 2022, "DreamBooth", section 3.2: the model's own pictures of "a dog" beside those of one dog.
 """
@@ -67,7 +67,7 @@ def draw_missing(config: TrainConfig, model_info: ModelInfo, device: torch.devic
             resolution=config.resolution or model_info.resolution,
             num_inference_steps=config.num_inference_steps or _STEPS,
             guidance_scale=model_info.family.guidance_scale,
-            at_once=_AT_ONCE,
+            batch_size=_AT_ONCE,
         )
         for path, picture in zip(some, row, strict=True):
             save_picture(picture, path)

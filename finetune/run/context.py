@@ -1,4 +1,4 @@
-"""Run: the parts of a run, put together."""
+"""Run: the parts of a run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

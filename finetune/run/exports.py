@@ -1,4 +1,4 @@
-"""What a run has learned, exported: at its end, and afterwards from its folder."""
+"""Exports of a run: at its end, and later from its folder."""
 
 import logging
 import shlex

@@ -1,4 +1,4 @@
-"""report.html and the contact sheet of a run, and how its export is loaded."""
+"""report.html and the training preview of a run, and how its export is loaded."""
 
 import io
 import platform

@@ -1,4 +1,4 @@
-"""What became of every file that was found: ledger.json and quarantine.jsonl of a run folder."""
+"""The ledger: what became of every file, in ledger.json and quarantine.jsonl of a run folder."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run that wrote it, beside its options, and what a resume makes of a difference."""
+"""Provenance: what a checkpoint records of the run that wrote it, and how a resume treats differences."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager

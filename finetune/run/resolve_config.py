@@ -1,4 +1,4 @@
-"""From what was given to a config with nothing left open, decided and checked before any weight is loaded."""
+"""Resolving a config: every option gets a value, checked before any weight is loaded."""
 
 from collections.abc import Mapping, Sequence
 from math import prod

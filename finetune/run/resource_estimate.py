@@ -1,4 +1,4 @@
-"""How much memory and disk space a run takes, roughly: computed from its options before anything is loaded."""
+"""Estimates of the memory and disk space of a run, computed before anything is loaded."""
 
 import shutil
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What a command does with the run folder that it finds, by one table: start, resume, take the next number, refuse."""
+"""The decision table for run folders: start, resume, take the next number, or refuse."""
 
 import dataclasses
 import itertools
@@ -62,13 +62,13 @@ def choose(config: ResolvedConfig, data: str) -> RunDir:
         state, reason = (_state_to_resume if "resume" in request else _state)(path, checkpoint, config, data)
         if state == "new" and held_by_another(path, mark):
             state, reason = "taken", f"output_dir {path}: another run has just started there"
-        deed = decide(request, state)
-        if deed == "refuse":
+        action = decide(request, state)
+        if action == "refuse":
             raise UsageError(reason)
-        if deed == "go on" and checkpoint is not None:
+        if action == "go on" and checkpoint is not None:
             return dataclasses.replace(_resumed(request, path, checkpoint, config), mark=mark)
-        if deed != "next number":
-            return dataclasses.replace(_folder(deed, request, path, config), mark=mark)
+        if action != "next number":
+            return dataclasses.replace(_folder(action, request, path, config), mark=mark)
     raise AssertionError("numbers do not end")
 
 
@@ -114,21 +114,21 @@ def _resumed(request: str, path: Path, checkpoint: Path, config: ResolvedConfig)
     return RunDir(path, checkpoint, state["step"], state["about"], note="\n".join(lines))
 
 
-def _folder(deed: Action, request: str, path: Path, config: ResolvedConfig) -> RunDir:
+def _folder(action: Action, request: str, path: Path, config: ResolvedConfig) -> RunDir:
     """A folder to start in, with what is to be said about it. Raises UsageError for a start among the pictures."""
     containing = [source for source in config.data if is_inside(path, Path(source))]
-    if deed != "say finished" and containing:
+    if action != "say finished" and containing:
         raise UsageError(
             f"output_dir {path} lies inside --data {containing[0]}: its images would be trained on next time; "
             "give an --output_dir elsewhere"
         )
     note = ""
-    if deed == "say finished":
+    if action == "say finished":
         how = "give more --max_train_steps to go on" if "resume" in request else "change an option to start another"
         note = f"{path}: this run is finished; {how}"
-    elif deed == "go on" or request == "resume latest":
-        note = f"{path}: no checkpoint {'yet' if deed == 'go on' else 'found'}, starting from the beginning"
-    return RunDir(path, finished=deed == "say finished", note=note, overwrite=deed == "replace")
+    elif action == "go on" or request == "resume latest":
+        note = f"{path}: no checkpoint {'yet' if action == 'go on' else 'found'}, starting from the beginning"
+    return RunDir(path, finished=action == "say finished", note=note, overwrite=action == "replace")
 
 
 def _on_another_machine(path: Path, config: ResolvedConfig) -> str:

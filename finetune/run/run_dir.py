@@ -1,4 +1,4 @@
-"""A run folder: what a run writes into it, how a run begins and ends there, and the lock that one process holds."""
+"""RunDir: a run folder, its lock, and how a run begins and ends in it."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""From a config to a run that can start: every option decided, then its parts built, recorded and printed."""
+"""Setting up a run: from a config to a plan, and from a plan to a `Run` that can start."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -184,9 +184,9 @@ def build_run(
         on_progress=events.progress,
     )
     provenance = run_provenance(model, identity(chunks), accelerator.device, parallel.world_size)
-    entered = partial(note_chunk, folder.path, config) if parallel.is_main_process else None
+    on_chunk_opened = partial(note_chunk, folder.path, config) if parallel.is_main_process else None
     train_loader = TrainDataLoader(
-        config=config, model=model, chunks=chunks, first=encoded, trainer=trainer, entered=entered
+        config=config, model=model, chunks=chunks, first=encoded, trainer=trainer, on_chunk_opened=on_chunk_opened
     )
     total, log = config.max_train_steps, EvaluationLog(folder.path, events, accelerator)
     every = steps_between_validations(config)

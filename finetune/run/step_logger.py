@@ -1,4 +1,4 @@
-"""What is recorded and printed of each step: lines in files, trackers, progress on the terminal, faults."""
+"""StepLogger: what is recorded of each step, in files, trackers, the progress bar and faults.jsonl."""
 
 import logging
 import time

@@ -1,4 +1,4 @@
-"""The lines a run prints before it starts: everything that a person would want to stop it for."""
+"""The summary that a run prints before it starts."""
 
 import logging
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Reading: the batches of a run's steps, from chunk after chunk of its pictures."""
+"""TrainDataLoader: the batches of a run's steps, from one chunk of its images after another."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,7 +35,7 @@ class TrainDataLoader:
         chunks: all that is read.
         first: the first chunk, encoded.
         trainer: says where the tensors go, and which part of each step this process computes.
-        entered: told of each chunk after the first, when the run comes to it.
+        on_chunk_opened: called with each chunk after the first, when the run reaches it.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class TrainDataLoader:
         chunks: Chunks,
         first: EncodedDataset,
         trainer: Trainer,
-        entered: Callable[[ChunkSteps, ImageDataset], None] | None = None,
+        on_chunk_opened: Callable[[ChunkSteps, ImageDataset], None] | None = None,
     ) -> None:
         self._config, self._model, self._volumes, self._first = config, model, chunks, first
-        self._trainer, self._entered = trainer, entered
+        self._trainer, self._on_chunk_opened = trainer, on_chunk_opened
         self._current, self._left = first, 0
         self._opener = ThreadPoolExecutor(1, "next volume")
 
@@ -57,9 +57,9 @@ class TrainDataLoader:
         """Whether what comes next needs an encoder, which nothing else can use meanwhile."""
         return self._current.live or (len(self._volumes) > 1 and self._left <= DEPTH)
 
-    def needs(self, network: Encoder | Conditioner | None) -> bool:
+    def uses(self, network: Encoder | Conditioner | None) -> bool:
         """Whether visits to come need it: it stays on its device."""
-        return self._first.needs(network) or self._current.needs(network)
+        return self._first.uses(network) or self._current.uses(network)
 
     def steps(self, start: int) -> Iterator[tuple[Batch, ...]]:
         """The batches of each step from this one (0 for the first) to the last of the run."""
@@ -68,7 +68,7 @@ class TrainDataLoader:
         opening: Future[ImageDataset] | None = None
         for steps_of_chunk, following in pairwise(chain(chunk_steps, [None])):
             assert steps_of_chunk is not None
-            encoded = self._enter(
+            encoded = self._open_chunk(
                 steps_of_chunk, opening.result() if opening else self._volumes.at(steps_of_chunk.chunk)
             )
             opening = None
@@ -90,7 +90,7 @@ class TrainDataLoader:
     def release_frozen(self) -> None:
         """Send the frozen networks that no visit to come needs from the device."""
         for network in (self._model.conditioner, self._model.encoder):
-            if not self.needs(network):
+            if not self.uses(network):
                 network.to("cpu")
 
     def close(self) -> None:
@@ -99,15 +99,15 @@ class TrainDataLoader:
         self._current.close()
         self._opener.shutdown(wait=False, cancel_futures=True)
 
-    def _enter(self, steps_of_chunk: ChunkSteps, pictures: ImageDataset) -> EncodedDataset:
+    def _open_chunk(self, steps_of_chunk: ChunkSteps, pictures: ImageDataset) -> EncodedDataset:
         if self._current is not self._first:
             self._current.close()
         self._left = len(steps_of_chunk.own)
         if steps_of_chunk.chunk == 0:
             self._current = self._first
         else:
-            if self._entered:
-                self._entered(steps_of_chunk, pictures)
+            if self._on_chunk_opened:
+                self._on_chunk_opened(steps_of_chunk, pictures)
             self._to_device(needed=self._config.encode == "before")
             parallel = self._trainer.parallel
             self._current = encoded_for(
@@ -117,7 +117,7 @@ class TrainDataLoader:
                 steps=steps_of_chunk.own,
                 validated=(),
                 parallel=parallel,
-                at_most=0,
+                time_budget=0,
             )
         self._to_device()
         return self._current
@@ -125,5 +125,5 @@ class TrainDataLoader:
     def _to_device(self, *, needed: bool = False) -> None:
         """The frozen parts that visits to come need, or both."""
         for network in (self._model.encoder, self._model.conditioner):
-            if needed or self.needs(network):
+            if needed or self.uses(network):
                 network.to(self._trainer.device)

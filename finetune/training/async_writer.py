@@ -1,4 +1,4 @@
-"""Saving: what a step has left is written by a thread, while the next steps are made."""
+"""AsyncWriter: a thread writes checkpoints while the next steps run."""
 
 import threading
 from collections.abc import Callable, Mapping

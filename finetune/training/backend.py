@@ -1,4 +1,4 @@
-"""Number format, algorithms and compilation: how a run computes."""
+"""Backend settings: number format, algorithms and compilation."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Checkpoints: `checkpoint-N/` folders of safetensors and JSON, written whole or not at all. No pickle.
+"""Checkpoints: `checkpoint-N/` folders of safetensors and JSON, written atomically. No pickle.
 
 `manifest.json` has the size and SHA-256 of every other file, so that a damaged checkpoint is known as one before
 anything is taken from it.

@@ -1,4 +1,4 @@
-"""CUDA graphs: forward and backward of a micro-batch as one launch.
+"""CUDA graphs: forward and backward pass of a micro-batch as one launch.
 
 A UNet's step is some thousands of kernels. With few examples each takes less time than the host needs to launch it: at
 batch 4 an H100 waits for more than half of a step. A graph is recorded once and then launched as a whole.

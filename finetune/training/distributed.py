@@ -1,4 +1,4 @@
-"""Parallel: the processes that train one run together, as each of them sees it. One alone is the simplest case.
+"""Parallel: the processes of a run, as each of them sees it. A single process is the simplest case.
 
 What the hosts agree on goes over the CPUs (gloo) and waits for no device. It is also what holds the processes together
 while the first of them draws pictures or writes: they meet there before each reduction on the devices.

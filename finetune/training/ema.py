@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, its decay a pure function of the step."""
+"""Exponential moving average (EMA) of the weights, with a decay that is a pure function of the step."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

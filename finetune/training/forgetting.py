@@ -1,4 +1,4 @@
-"""How far prompts have come to mean something else: what is forgotten when something new is learned.
+"""Forgetting probes: how far the effect of unrelated prompts has changed during training.
 
 What a prompt does to a picture is how the UNet's answer with it differs from that without. The questions come from the
 model itself: each prompt is drawn in a few steps from fixed noise, and what was asked on the way (x_t, t), and what the

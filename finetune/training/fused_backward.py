@@ -1,4 +1,4 @@
-"""Updates in the middle of a backward pass: the gradient of the whole network is never there at once.
+"""FusedBackward: weights are updated during the backward pass, so that the whole gradient never exists at once.
 
 Lv et al. 2023, "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (LOMO), section 3.1: a
 weight is updated as soon as its gradient is known, which is dropped then. So nothing can be done that needs all of the

@@ -1,4 +1,4 @@
-"""Recompute: what a UNet's blocks have computed is not kept for the backward pass, but computed again there."""
+"""Gradient checkpointing: a UNet's blocks recompute their activations in the backward pass."""
 
 from functools import partial
 from typing import Any

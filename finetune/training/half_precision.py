@@ -1,4 +1,4 @@
-"""Whether a network's half precision can be trusted: each layer's answer beside that of fp32, on the same inputs.
+"""Check of half precision: each layer's output compared with that of fp32, on the same inputs.
 
 Kernels err: torch 2.14.1's bf16 convolution (256 channels, 3 x 3, stride 2) on inputs of 3 x 2 answers 75 % off on a
 CPU with AMX, differently each time. A run would die of it after a step, or learn something else.

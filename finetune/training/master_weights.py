@@ -1,4 +1,4 @@
-"""Weights that learn: computed with in half precision, kept and updated in fp32.
+"""MasterWeights: fp32 copies of weights that are computed with in half precision.
 
 Micikevicius et al. 2018, "Mixed Precision Training", section 3.1: an update is often smaller than half precision can
 add to a weight, so it is added to an fp32 copy, and the network computes with that copy rounded.

@@ -1,4 +1,4 @@
-"""What an optimizer step did, read from the device when it is asked for."""
+"""StepMetrics: the figures of an optimizer step, read from the device when they are needed."""
 
 import math
 from collections.abc import Callable

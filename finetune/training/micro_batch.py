@@ -1,4 +1,4 @@
-"""What an optimizer step takes, ready on the device."""
+"""MicroBatch and PreparedStep: the inputs of an optimizer step, on the device."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Gate: whether an update may be made, decided on the device, which nobody waits for."""
+"""FiniteGate: decides on the device whether an update may be made, without waiting for it."""
 
 import torch
 from torch import Tensor

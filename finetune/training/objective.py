@@ -1,4 +1,4 @@
-"""The objective: predict the noise (or v, or x0) of a noised example, mean squared error.
+"""Objectives: predict the noise (or v, or x0) of a noised example, with the mean squared error.
 
 Notation of Ho et al. 2020 (DDPM): x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise, SNR_t = abar_t / (1 - abar_t).
 """

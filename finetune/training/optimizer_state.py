@@ -1,4 +1,4 @@
-"""What a resumed optimizer takes from a checkpoint: its moments and step counts, but no hyperparameter."""
+"""Optimizer state in checkpoints: moments and step counts, but no hyperparameters."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Prior prediction: what class pictures teach is what the model answered to them before it had learned anything.
+"""Prior prediction: class images are trained towards the untrained model's output.
 
 Their own noise, as the prior loss of DreamBooth has it (Ruiz et al. 2022, "DreamBooth", eq. 2), also teaches what is
 particular about those pictures; the model's own answer teaches nothing new, and so holds it where it was.

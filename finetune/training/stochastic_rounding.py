@@ -1,4 +1,4 @@
-"""Weights that learn in bf16 alone: 4 bytes each with the gradient, where `MasterWeights` takes 8, and 12 at an update.
+"""StochasticRounding: training in bf16 alone, with 4 bytes per weight and gradient instead of 8 (12 at an update).
 
 An update is often smaller than bf16 can add to a weight. Rounded to nearest it would be lost each time; rounded at
 random to one of the two neighbours, the nearer the likelier, it arrives on average (Gupta et al. 2015, "Deep Learning

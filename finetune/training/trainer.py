@@ -1,4 +1,4 @@
-"""Trainer: one optimizer step, and the state that must survive it."""
+"""Trainer: one optimizer step, and the state that a checkpoint saves."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""The loss on examples that are not trained on: the same ones, with the same noise and timesteps each time.
+"""Validation loss: on held-out examples, with the same noise and timesteps each time.
 
 Two such measurements differ by what was learned between them alone, so their paired difference is known far better than
 either of them.

@@ -113,7 +113,7 @@ from pathlib import Path
 import torch
 from finetune.cache import buffered_store
 from finetune.cache.disk import DiskStore
-from finetune.cache.encode_loop import EncodeJob, fill
+from finetune.cache.encode_loop import EncodeJob, encode_missing
 
 buffered_store.SHARD_SECONDS = 0.05
 store = buffered_store.BufferedStore(DiskStore(Path(sys.argv[1])))
@@ -132,7 +132,7 @@ work = EncodeJob(
     kind="picture", keys=keys, keys_of=lambda index, _: [keys[index]], prepare=number, compute=compute,
     batch_size=lambda _: 1, network=network,
 )
-print(fill(store, work))
+print(encode_missing(store, work))
 store.close()
 """
 

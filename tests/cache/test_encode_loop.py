@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from finetune.cache.buffered_store import BufferedStore
-from finetune.cache.encode_loop import EncodeJob, fill
+from finetune.cache.encode_loop import EncodeJob, encode_missing
 from finetune.cache.store import Item, MemoryStore
 
 
@@ -25,7 +25,7 @@ def filled(names: Sequence[str], batch_size: int) -> tuple[MemoryStore, list[lis
 
     network: Any = torch.nn.Identity()
     store = MemoryStore()
-    fill(
+    encode_missing(
         BufferedStore(store),
         EncodeJob(
             kind="picture",

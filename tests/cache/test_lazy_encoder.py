@@ -8,7 +8,7 @@ import torch
 from finetune.cache.buffered_store import BufferedStore
 from finetune.cache.disk import DiskStore
 from finetune.cache.encode import encode
-from finetune.cache.encode_loop import EncodeJob, fill
+from finetune.cache.encode_loop import EncodeJob, encode_missing
 from finetune.cache.encoded_dataset import EncodedDataset
 from finetune.cache.lazy_encoder import LazyEncoder
 from finetune.cache.store import Item, MemoryStore
@@ -23,10 +23,10 @@ def tiny() -> DiffusionModel:
     return load_model("tiny")
 
 
-def encoded(pictures: Path, tiny: DiffusionModel, cache: Path | str, at_most: float | None) -> EncodedDataset:
+def encoded(pictures: Path, tiny: DiffusionModel, cache: Path | str, time_budget: float | None) -> EncodedDataset:
     images = ImageFolder(pictures, resolution=64, random_flip=True)
     dropping = CaptionAugmentation(dropout=0.3)
-    return encode(images, tiny, captioning=dropping, cache_dir=cache, at_most=at_most)
+    return encode(images, tiny, captioning=dropping, cache_dir=cache, time_budget=time_budget)
 
 
 @pytest.mark.parametrize("cache", ["none", "folder"])
@@ -34,7 +34,7 @@ def test_what_is_encoded_when_it_is_visited_has_the_same_bits(
     pictures: Path, tiny: DiffusionModel, tmp_path: Path, cache: str
 ) -> None:
     folder = cache if cache == "none" else tmp_path
-    ahead = encoded(pictures, tiny, folder, at_most=0)
+    ahead = encoded(pictures, tiny, folder, time_budget=0)
     assert [(made.new, made.left) for made in ahead.made] == [(0, 7), (0, 12)]
     assert ahead.live
     asked = list(batches(ahead, batch_size=2, steps=6))
@@ -48,13 +48,13 @@ def test_what_is_encoded_when_it_is_visited_has_the_same_bits(
 def test_only_what_is_visited_is_encoded_and_the_next_run_finds_it(
     pictures: Path, tiny: DiffusionModel, tmp_path: Path
 ) -> None:
-    first = encoded(pictures, tiny, tmp_path, at_most=0)
+    first = encoded(pictures, tiny, tmp_path, time_budget=0)
     for _ in batches(first, batch_size=2, steps=1):
         pass
     first.close()
-    again = encoded(pictures, tiny, tmp_path, at_most=None)
+    again = encoded(pictures, tiny, tmp_path, time_budget=None)
     assert {made.kind: (made.items, made.new) for made in again.made} == {"caption": (7, 4), "picture": (12, 8)}
-    assert [encoded(pictures, tiny, tmp_path, at_most=0).made[number].left for number in (0, 1)] == [0, 0]
+    assert [encoded(pictures, tiny, tmp_path, time_budget=0).made[number].left for number in (0, 1)] == [0, 0]
 
 
 def slow(keys: Sequence[str], prepared: Sequence[str]) -> list[Item]:
@@ -76,10 +76,10 @@ def work(keys: int, compute: object = slow) -> EncodeJob:
 
 
 def test_what_would_take_too_long_is_left_as_soon_as_it_shows() -> None:
-    made = fill(BufferedStore(MemoryStore()), work(10_000), at_most=1)
+    made = encode_missing(BufferedStore(MemoryStore()), work(10_000), time_budget=1)
     assert made.new + made.left == 10_000
     assert 16 <= made.new < 100  # which are judged by the first 16, not by the second that has passed
-    assert fill(BufferedStore(MemoryStore()), work(20), at_most=60).left == 0
+    assert encode_missing(BufferedStore(MemoryStore()), work(20), time_budget=60).left == 0
 
 
 def test_what_is_visited_out_of_order_is_computed_once_and_keeps_no_place_of_what_comes() -> None:

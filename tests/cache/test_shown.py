@@ -144,7 +144,7 @@ def test_only_the_masks_that_visits_come_to_are_encoded(folder: Path, model: Dif
     numbers = {mask_number(3), mask_number(4)}
     encoded = encode(pictures, model, cache_dir="none", visited=visits)
     assert new(encoded) == 2 + len(numbers) + 1
-    ahead = encode(pictures, model, cache_dir="none", visited=visits, at_most=0)
+    ahead = encode(pictures, model, cache_dir="none", visited=visits, time_budget=0)
     assert new(ahead) == 0
     ahead.ensure_encoded(visits[:1])
     assert torch.equal(ahead.visits.load(5, 3)[0], encoded.visits.load(5, 3)[0])
@@ -155,7 +155,7 @@ def test_only_the_masks_that_visits_come_to_are_encoded(folder: Path, model: Dif
 
 def test_steps_with_encodings_made_on_demand_are_the_same(folder: Path, model: DiffusionModel) -> None:
     pictures = ImageFolder(folder, "a disc", resolution=64, random_flip=True)
-    before, ahead = (encode(pictures, model, cache_dir="none", at_most=limit) for limit in (None, 0))
+    before, ahead = (encode(pictures, model, cache_dir="none", time_budget=limit) for limit in (None, 0))
     some, others = (list(training_steps(each, batch_size=4, steps=4)) for each in (before, ahead))
     for (a,), (b,) in zip(some, others, strict=True):
         assert torch.equal(a.latent_params, b.latent_params)

@@ -102,7 +102,7 @@ def test_each_picture_has_the_same_weight_whatever_its_shape(mixed: EncodedDatas
 class _Breaking:
     """Visits whose worker is killed while it sends: the connection breaks, and a moment later the signal comes."""
 
-    in_memory = False
+    needs_workers = True
 
     def load(self, index: int, key: int) -> Any:
         signal.setitimer(signal.ITIMER_REAL, 0.1)

@@ -76,7 +76,7 @@ def test_pictures_of_a_prompt_drawn_as_one_batch_are_those_drawn_one_by_one() ->
     settings = {"resolution": 64, "num_inference_steps": 3, "guidance_scale": 3.0}
     calls = []
     model.unet.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
-    (together,) = draw_pictures(model, ["a dog"], [0, 1, 2], at_once=2, **settings)
+    (together,) = draw_pictures(model, ["a dog"], [0, 1, 2], batch_size=2, **settings)
     assert set(calls) == {4, 2}  # two pictures and their negatives, then the third
     (alone,) = draw_pictures(model, ["a dog"], [0, 1, 2], **settings)
     difference = np.abs(np.stack(together).astype(int) - np.stack(alone))

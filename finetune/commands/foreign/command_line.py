@@ -1,4 +1,4 @@
-"""The command line in a script of a shell, of Windows or PowerShell, or in a notebook: the program and its options."""
+"""Command lines in shell, batch and PowerShell scripts and in notebooks: the program and its options."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The example scripts of diffusers: most of our options have the names of theirs."""
+"""Import from command lines of the diffusers example scripts, whose option names most of ours have."""
 
 from collections.abc import Mapping
 from typing import Any

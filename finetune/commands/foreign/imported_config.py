@@ -1,4 +1,4 @@
-"""What is taken over from another tool's settings: ours, and what is left with the reason why."""
+"""ImportedConfig: the options taken from another tool, and those skipped, with the reason."""
 
 import typing
 from collections.abc import Callable, Collection, Mapping

@@ -1,4 +1,4 @@
-"""Presets of kohya_ss, the page around sd-scripts, as JSON."""
+"""Import from JSON presets of kohya_ss, the interface to sd-scripts."""
 
 from collections.abc import Mapping
 from pathlib import Path

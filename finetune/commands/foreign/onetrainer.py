@@ -1,4 +1,4 @@
-"""OneTrainer: its JSON files, presets and whole configs alike."""
+"""Import from JSON files of OneTrainer: presets and complete configs."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""kohya's sd-scripts: the settings of its command lines and TOML files."""
+"""Import from command lines and TOML files of sd-scripts."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Dataset files of kohya's sd-scripts: folders, their repeats and settings, as TOML or JSON."""
+"""Import from dataset files of sd-scripts: folders, repeats and settings, as TOML or JSON."""
 
 import json
 import tomllib

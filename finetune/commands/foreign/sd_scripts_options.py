@@ -1,4 +1,4 @@
-"""What the options of sd-scripts are called here, and those that need more than another name."""
+"""The options of sd-scripts: our name for each, and conversions for those that need one."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
