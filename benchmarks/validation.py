@@ -30,7 +30,7 @@ from draw_butterflies import describe
 import finetune as ft
 from finetune import recipe
 from finetune.config import load_resolved, read_options
-from finetune.results import tracking
+from finetune.results import metrics_log
 from finetune.results.events import Events
 from finetune.training.validation import paired, validation_losses
 
@@ -91,7 +91,7 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
 
 
 def validations(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / tracking.VALIDATION).read_text().splitlines()]
+    return [json.loads(line) for line in (run / metrics_log.VALIDATION).read_text().splitlines()]
 
 
 def losses_on_the_way(work: Path, run: Path) -> list[float]:
@@ -166,7 +166,7 @@ def measure_demo(work: Path) -> None:
         ft.fine_tune(ft.TrainConfig(**read_options(DEMO) | {"output_dir": str(folder), "overwrite_output_dir": True}))
         whole = time.perf_counter() - start
     for name in ("validation", "forgetting", "grid"):
-        took[name] = sum(record.get(f"{name}_seconds", 0.0) for record in tracking.timings(folder))
+        took[name] = sum(record.get(f"{name}_seconds", 0.0) for record in metrics_log.timings(folder))
     for name, seconds in took.items():
         say(f"the demo, {whole:.0f} s: {name}", f"{seconds:.2f} s, {seconds / whole:.1%}")
     measured = sum(seconds for name, seconds in took.items() if name != "grid") / whole

@@ -13,7 +13,7 @@ from finetune.errors import UsageError
 from finetune.evaluators.evaluator import Evaluator
 from finetune.log_handlers import logging_to
 from finetune.results.events import EventHandler, Events
-from finetune.results.tracking import check_trackers
+from finetune.results.trackers import check_trackers
 from finetune.run.checkpointer import checkpointing, load_checkpoint
 from finetune.run.context import Run
 from finetune.run.exports import finish_run, push, write_exports

@@ -37,7 +37,7 @@ LAYERS = [
 """From the top down; a part imports only from layers below it, or from itself."""
 
 SEE_THE_CONFIG = {"arguments", "cli", "commands", "recipe", "run", "evaluators", "config", "__init__"}
-SEE_THE_ACCELERATOR = {"recipe.py", "results/tracking.py", "run/setup.py"}
+SEE_THE_ACCELERATOR = {"recipe.py", "results/trackers.py", "run/setup.py"}
 
 
 def part(module: str) -> str:

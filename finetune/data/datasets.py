@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from finetune.atomic_io import is_inside
-from finetune.data import hub_rows
 from finetune.data.captions import Texts, first_caption, is_metadata
 from finetune.data.data_source import check_source, is_pattern
-from finetune.data.hub_dataset import CAPTION_COLUMN, IMAGE_COLUMN, kept
+from finetune.data.hub_dataset import CAPTION_COLUMN, IMAGE_COLUMN, first_hub_rows, hub_rows, kept
 from finetune.data.image_dataset import ImageFileDataset
 from finetune.data.image_folder import FolderPart, ImageFolder
 from finetune.data.image_index import FileStamp, ImageIndex
@@ -271,10 +270,10 @@ def open_rows(
     if os.path.exists(path):
         return _load_tables(path)
     if stream_rows is None:
-        return hub_rows.whole(source)
+        return hub_rows(source)
     if kept_in is None:
         raise UsageError("stream_rows needs a folder where rows are kept; leave --cache_dir none out")
-    return hub_rows.streamed(source, stream_rows, kept_in, image_column, caption_column)
+    return first_hub_rows(source, stream_rows, kept_in, image_column, caption_column)
 
 
 def picture_folder(source: str) -> list[str] | None:

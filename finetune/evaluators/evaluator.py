@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from finetune.atomic_io import json_lines, write_json_lines
 from finetune.config import ResolvedConfig
 from finetune.log_handlers import labelled
-from finetune.results import tracking
+from finetune.results import metrics_log, trackers
 from finetune.results.events import Events
 
 _log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class EvaluationLog:
         *,
         tracked: Mapping[str, float],
         message: str = "",
-        file: str = tracking.EVALUATIONS,
+        file: str = metrics_log.EVALUATIONS,
         event: Mapping[str, Any] | None = None,
     ) -> None:
         """Record what was measured after `record["step"]` steps.
@@ -77,14 +77,14 @@ class EvaluationLog:
             file: in the run folder; the default is shared by the evaluators that have no file of their own.
             event: what the event holds; None: the record.
         """
-        shared = {"name": name} if file == tracking.EVALUATIONS else {}
+        shared = {"name": name} if file == metrics_log.EVALUATIONS else {}
         record = {"step": record["step"], **shared, **record}
         lines = self.lines(file)
         if lines and lines[-1]["step"] >= record["step"]:
             others = [line for line in lines if _measurement(line) != _measurement(record)]
             write_json_lines(self.folder / file, [*others, record])
         else:
-            tracking.append_line(self.folder / file, record)
+            metrics_log.append_line(self.folder / file, record)
         self._events.emit("evaluation" if shared else name, **(record if event is None else event))
         self._accelerator.log(dict(tracked), step=record["step"])
         if message:
@@ -93,14 +93,14 @@ class EvaluationLog:
     def add_picture(self, step: int, path: Path) -> None:
         """Record a picture that was written into the run folder: an event, and the picture in the trackers."""
         self._events.emit("picture", step=step, path=path.relative_to(self.folder).as_posix())
-        tracking.track_pictures(self._accelerator, step, path)
+        trackers.log_images(self._accelerator, step, path)
 
     @contextmanager
     def timed(self, name: str, step: int) -> Iterator[None]:
         """Note in timings.jsonl how long the block takes."""
         clock = time.perf_counter()
         yield
-        tracking.note_seconds(self.folder, step, name, time.perf_counter() - clock)
+        metrics_log.append_seconds(self.folder, step, name, time.perf_counter() - clock)
 
     def set_phase(self, name: str, step: int) -> None:
         """Emit the event that this is done now."""
@@ -145,7 +145,7 @@ class EvaluationPeriod:
         return self._every
 
     def _measured(self) -> int | None:
-        records = tracking.timings(self._folder)
+        records = metrics_log.timings(self._folder)
         took = [record[f"{self._name}_seconds"] for record in records if f"{self._name}_seconds" in record]
         first = [record["seconds"] for record in records if "seconds" in record and 1 < record["step"] <= FIRST_STEPS]
         if not took or len(first) < FIRST_STEPS - 1:

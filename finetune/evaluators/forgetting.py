@@ -13,7 +13,7 @@ from finetune.config import ResolvedConfig
 from finetune.data.captions import with_trigger
 from finetune.evaluators.evaluator import EvaluationLog, EvaluationPeriod, training_passes
 from finetune.models.loading import DiffusionModel
-from finetune.results import tracking
+from finetune.results import metrics_log
 from finetune.training.forgetting import Probe, probe_drift, record_probe
 from finetune.training.objective import DiffusionObjective
 from finetune.training.trainer import Trainer
@@ -117,7 +117,7 @@ class Forgetting:
 
     def run(self, step: int) -> None:
         """Measure how far the prompts have drifted, and record it."""
-        if any(line["step"] == step for line in self._log.lines(tracking.FORGETTING)):
+        if any(line["step"] == step for line in self._log.lines(metrics_log.FORGETTING)):
             return
         self._log.set_phase("forgetting", step)
         probes = {"forgetting": self.probes.plain}
@@ -128,12 +128,12 @@ class Forgetting:
                 drifts = {name: self._drift(probe) for name, probe in probes.items()}
         else:
             drifts = dict.fromkeys(probes, 0.0)
-            tracking.note_seconds(self._log.folder, step, "forgetting", self.probes.seconds)
+            metrics_log.append_seconds(self._log.folder, step, "forgetting", self.probes.seconds)
         trigger = f" ({drifts['with_trigger']:.1%} with the trigger)" if "with_trigger" in drifts else ""
         self._log.write(
             "forgetting",
             {"step": step} | drifts,
-            file=tracking.FORGETTING,
+            file=metrics_log.FORGETTING,
             tracked={f"forgetting/{name}": drift for name, drift in drifts.items()},
             message=f"forgetting at step {step}: {drifts['forgetting']:.1%}{trigger}" if step else "",
         )

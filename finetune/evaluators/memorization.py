@@ -10,7 +10,7 @@ from finetune.config import ResolvedConfig
 from finetune.data.image_dataset import ImageDataset
 from finetune.evaluators.evaluator import EvaluationLog
 from finetune.evaluators.sample_grids import SampleGrids
-from finetune.results import tracking
+from finetune.results import metrics_log
 from finetune.results.memorization import TrainingFeatures, originals
 from finetune.seeding import example_key, fold
 
@@ -50,7 +50,7 @@ class Memorization:
 
     def run(self, step: int) -> None:
         """Count the near copies in the grid of this step, and record them."""
-        counted = any(line["step"] == step for line in self._log.lines(tracking.COPIES))
+        counted = any(line["step"] == step for line in self._log.lines(metrics_log.COPIES))
         if counted and step not in self._grids.drawn:
             return
         pictures = self._grids.pictures(step)
@@ -61,7 +61,7 @@ class Memorization:
         self._log.write(
             "copies",
             {"step": step, "pictures": len(pictures), "copies": copies},
-            file=tracking.COPIES,
+            file=metrics_log.COPIES,
             tracked={"samples/copies": copies / len(pictures)},
             message=f"images at step {step}: {found}" if step and copies else "",
         )

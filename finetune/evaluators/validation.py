@@ -12,7 +12,7 @@ from finetune.cache.encoded_dataset import EncodedDataset
 from finetune.config import ResolvedConfig
 from finetune.data.image_dataset import ImageDataset
 from finetune.evaluators.evaluator import EvaluationLog, EvaluationPeriod, training_passes
-from finetune.results import tracking
+from finetune.results import metrics_log
 from finetune.seeding import fold
 from finetune.training.objective import DiffusionObjective
 from finetune.training.trainer import Trainer
@@ -130,7 +130,7 @@ class Validation:
         self._log.write(
             "validation",
             record | {"of": self.plan.digest, "losses": losses.tolist()},
-            file=tracking.VALIDATION,
+            file=metrics_log.VALIDATION,
             event=record,
             tracked={
                 f"val/{name}": value[0] if name.startswith("change") else value
@@ -142,7 +142,7 @@ class Validation:
 
     def measured(self) -> dict[int, Tensor]:
         """Step -> the losses that were measured there, (examples, draws), of what this run validates on."""
-        lines = self._log.lines(tracking.VALIDATION)
+        lines = self._log.lines(metrics_log.VALIDATION)
         return {line["step"]: torch.tensor(line["losses"]) for line in lines if line["of"] == self.plan.digest}
 
     def best_step(self, *, trained: bool = True) -> int | None:

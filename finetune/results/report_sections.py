@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from finetune.atomic_io import each_json_line, json_lines
-from finetune.results import tracking
+from finetune.results import metrics_log
 from finetune.results.curves import LossCurve, curve, spread
 from finetune.training.validation import BANDS
 
@@ -61,7 +61,7 @@ def grids(folder: Path) -> str:
 
 def _copies(folder: Path, step: int) -> str:
     """What is known of near copies in a grid."""
-    records = {line["step"]: line for line in json_lines(folder / tracking.COPIES)}
+    records = {line["step"]: line for line in json_lines(folder / metrics_log.COPIES)}
     return f": {of_copies(records[step])}" if step in records else ""
 
 
@@ -121,13 +121,13 @@ def validation(folder: Path) -> str:
 
 def _validations(folder: Path) -> list[dict[str, Any]]:
     """Return the validations after the first that used the same pictures, noise and timesteps as the last."""
-    lines = json_lines(folder / tracking.VALIDATION)
+    lines = json_lines(folder / metrics_log.VALIDATION)
     return [line for line in lines if "change" in line and line.get("of") == lines[-1].get("of")]
 
 
 def forgetting(folder: Path) -> str:
     """What the forgetting meter has said."""
-    lines = json_lines(folder / tracking.FORGETTING)
+    lines = json_lines(folder / metrics_log.FORGETTING)
     if len(lines) < 2:
         return ""
     descriptions = {
@@ -145,7 +145,7 @@ def forgetting(folder: Path) -> str:
 def evaluations(folder: Path) -> str:
     """The values of evaluators that have no section of their own, a curve each."""
     points = dict[str, list[tuple[float, float]]]()
-    for line in json_lines(folder / tracking.EVALUATIONS):
+    for line in json_lines(folder / metrics_log.EVALUATIONS):
         for key, value in line.items():
             if key not in ("step", "name") and isinstance(value, (int, float)) and math.isfinite(value):
                 points.setdefault(f"{line['name']}: {key}", []).append((line["step"], value))
@@ -166,7 +166,7 @@ def loss(folder: Path) -> str:
 
 
 def _losses(folder: Path) -> LossCurve:
-    lines = each_json_line(folder / tracking.METRICS)
+    lines = each_json_line(folder / metrics_log.METRICS)
     return LossCurve((line["step"], line["loss"]) for line in lines if line["loss"] is not None)
 
 
@@ -195,8 +195,8 @@ def in_short(folder: Path) -> dict[str, str]:
         figures["validation loss, least"] = f"{best['loss']:.4f} at step {best['step']}"
         mean, low, high = best["change"]
         figures["its change since the start"] = f"{mean:+.4f} (95 %: {low:+.4f} to {high:+.4f})"
-    if drifts := json_lines(folder / tracking.FORGETTING):
+    if drifts := json_lines(folder / metrics_log.FORGETTING):
         figures["forgetting"] = f"{drifts[-1]['forgetting']:.1%}"
-    if grids := json_lines(folder / tracking.COPIES):
+    if grids := json_lines(folder / metrics_log.COPIES):
         figures["images in the end"] = of_copies(grids[-1])
     return figures

@@ -16,11 +16,11 @@ from finetune.atomic_io import remove, write_whole
 from finetune.config import ResolvedConfig, TrainConfig, config_text, own_version, replace
 from finetune.data.data_source import called
 from finetune.errors import UsageError, first_line
-from finetune.results import tracking
+from finetune.results import metrics_log
 from finetune.results.export import MOVING, has_own_parts, kohya_files, names_of_exports
 from finetune.training.checkpoint import checkpoints, latest
 
-_CLEARED_LAST = ("result.json", tracking.METRICS, "config.toml")
+_CLEARED_LAST = ("result.json", metrics_log.METRICS, "config.toml")
 """Files that tell a run's folder from a stranger's: one that was killed while it deleted them can still be cleared."""
 
 

@@ -29,7 +29,7 @@ from finetune.log_handlers import labelled
 from finetune.models.loading import DiffusionModel, check_resolution
 from finetune.models.model_info import ModelInfo, locate
 from finetune.out_of_memory import means_out_of_memory
-from finetune.results import hub, tracking
+from finetune.results import hub, metrics_log, trackers
 from finetune.results.events import Events
 from finetune.run import exports, html_report, ledger
 from finetune.run.build import assembled
@@ -55,7 +55,7 @@ _log = logging.getLogger(__name__)
 
 WRITTEN = tuple(
     pattern
-    for module in (tracking, hub, checkpoint, early_stopping, html_report, ledger, exports, sample_grids)
+    for module in (metrics_log, trackers, hub, checkpoint, early_stopping, html_report, ledger, exports, sample_grids)
     for pattern in module.FILES
 )
 """Patterns of all that a run writes into its folder, beside its exports: what goes when it is written over."""
@@ -171,7 +171,7 @@ def build_run(
     config, model_info, chunks, folder = plan
     pictures = chunks.first
     events.set_phase("loading", folder.step)
-    earlier = json_lines(folder.path / tracking.VALIDATION) if folder.checkpoint else []
+    earlier = json_lines(folder.path / metrics_log.VALIDATION) if folder.checkpoint else []
     validated = plan_validation(config, pictures, earlier)
     model, encoded, trainer = assembled(
         config,
@@ -249,4 +249,4 @@ def _record_start(run: Run, folder: RunDir) -> None:
     print_summary(run)
     resumed = folder.step > 0
     project = config.tracker_project_name
-    tracking.start_trackers(run.accelerator, folder.path, project, as_settings(config), resumed=resumed)
+    trackers.start_trackers(run.accelerator, folder.path, project, as_settings(config), resumed=resumed)

@@ -9,7 +9,8 @@ from typing import Protocol
 
 import torch
 
-from finetune.results import tracking
+from finetune.results import metrics_log, trackers
+from finetune.results.progress import Progress, progress
 from finetune.run.context import Run
 from finetune.text import pluralize
 from finetune.training.metrics import Fault, NotFinite, StepMetrics
@@ -83,13 +84,13 @@ class StepLogger:
 class RunWriter:
     """Writes the steps of a run: metrics.jsonl and timings.jsonl, the trackers, the progress and the events."""
 
-    def __init__(self, run: Run, log: tracking.Log, progress: tracking.Progress):
+    def __init__(self, run: Run, log: metrics_log.MetricsLog, progress: Progress):
         self._run, self._log, self._progress = run, log, progress
 
     def write(self, metrics: StepMetrics, seconds: float) -> None:
         """Record a step, and print what was wrong with it."""
         values = self._log.write(metrics, seconds)
-        tracking.track(self._run.accelerator, metrics)
+        trackers.log_metrics(self._run.accelerator, metrics)
         self._progress.show(metrics, seconds)
         self._run.events.emit("step", **values, left=round(self._progress.left))
         if metrics.fault:
@@ -114,9 +115,9 @@ def step_logger(run: Run) -> Iterator[StepLogger]:
         yield StepLogger(run.trainer, None)
         return
     done, total = run.trainer.steps_done, run.config.max_train_steps
-    with tracking.log(run.folder, done) as log, tracking.progress(done, total) as progress:
+    with metrics_log.metrics_log(run.folder, done) as log, progress(done, total) as bar:
         try:
-            yield StepLogger(run.trainer, RunWriter(run, log, progress))
+            yield StepLogger(run.trainer, RunWriter(run, log, bar))
         except NotFinite as error:
             record_fault(run, error.fault)
             raise
@@ -131,4 +132,4 @@ def record_fault(run: Run, fault: Fault) -> None:
     for name, key, t in zip(fault.ids, fault.keys, timesteps, strict=True):
         caption = run.encoded.caption(pictures.ids.index(name), key)
         facts.append({"id": name, "timestep": t, "caption": caption})
-    tracking.note_fault(run.folder, fault, facts)
+    metrics_log.append_fault(run.folder, fault, facts)

@@ -18,8 +18,8 @@ from PIL import ExifTags, Image
 from finetune.config import TrainConfig
 from finetune.data import hub_dataset
 from finetune.data.datasets import HuggingFaceDataset, open_dataset
+from finetune.data.hub_dataset import first_hub_rows as streamed_from_hub
 from finetune.data.hub_dataset import kept
-from finetune.data.hub_rows import streamed as streamed_from_hub
 from finetune.data.images import to_rgb
 from finetune.errors import DataError, RunError, UsageError
 from finetune.recipe import fine_tune
@@ -197,9 +197,9 @@ TWICE = """
 import hashlib
 from pathlib import Path
 import datasets
-from finetune.data.hub_rows import streamed
+from finetune.data.hub_dataset import first_hub_rows
 for _ in range(2):
-    rows = streamed("someone/discs", 5, Path("kept"), "image", "text")
+    rows = first_hub_rows("someone/discs", 5, Path("kept"), "image", "text")
     contents = b"".join(row["image"]["bytes"] for row in rows.cast_column("image", datasets.Image(decode=False)))
     print(len(rows), hashlib.sha256(contents).hexdigest(), end=" ")
 """

@@ -25,7 +25,8 @@ from finetune.models.loading import load_model
 from finetune.models.lora import add_lora
 from finetune.options import option_info, option_types
 from finetune.results.export import export
-from finetune.results.hub import check_login, model_card, push, repository_name
+from finetune.results.hub import check_login, push, repository_name
+from finetune.results.model_card import model_card
 from tests.hub_server import TOKEN, Hub, Repository, hub_environment
 from tests.tiny_copy import copy_tiny
 
