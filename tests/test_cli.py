@@ -289,7 +289,7 @@ def test_help_of_a_verb(sampled: list[Options], capsys: pytest.CaptureFixture[st
     assert main(["sample", "--run", "x", "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: finetune-unet sample")
-    for part in ("Draw images.", "--run", "--grid, --no_grid", "The sampler. (default: ddim)", "(required)"):
+    for part in ("Draw pictures.", "--run", "--grid, --no_grid", "The sampler. (default: ddim)", "(required)"):
         assert part in text
     assert sampled == []
 
@@ -311,7 +311,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_of_a_group_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lora", "--help"]) == 0
-    assert "finetune-unet lora merge    put LoRA files into a model" in capsys.readouterr().out
+    assert "finetune-unet lora merge    merge LoRA files into a model" in capsys.readouterr().out
     assert main(["lora", "merge", "--help"]) == 0
     assert "--strength" in capsys.readouterr().out
 

@@ -77,7 +77,7 @@ def test_sample_refuses_what_cannot_be(options: dict, message: str) -> None:
 
 def test_an_unfinished_run_says_how_to_finish_it(lora_run: Path, tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text((lora_run / "config.toml").read_text())
-    with pytest.raises(UsageError, match="has exported nothing yet"):
+    with pytest.raises(UsageError, match="has not exported anything yet"):
         sample.run(sample.Options(model=str(tmp_path), prompt=("x",)))
 
 

@@ -252,10 +252,10 @@ def test_a_whole_config_of_onetrainer_for_a_full_fine_tune_can_be_trained_with(
     [
         ("nope", None, "No such file"),
         ("x.json", "{}", "no config of OneTrainer"),
-        ("x.json", "{", "is no JSON"),
-        ("x.toml", "= 1", "is no TOML"),
+        ("x.json", "{", "is not valid JSON"),
+        ("x.toml", "= 1", "is not valid TOML"),
         ("x.sh", "echo hello", "no command line of a Python script"),
-        ("x.sh", "python flux_train.py --x", "flux_train.py is no script of sd-scripts or diffusers"),
+        ("x.sh", "python flux_train.py --x", "flux_train.py is not a script of sd-scripts or diffusers"),
         ("x.sh", "python train_network.py --x 'a", "No closing quotation"),
     ],
 )

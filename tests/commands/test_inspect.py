@@ -64,7 +64,7 @@ def test_pictures_that_have_changed_are_noticed(trained: tuple[Path, Path], caps
         assert cli.main(["inspect", "--run", str(out), "--step", "2"]) == 0
     finally:
         caption.write_text(before)
-    assert "note: the images, their names or captions are others" in capsys.readouterr().out
+    assert "note: the images, their names or captions differ from those of the run" in capsys.readouterr().out
 
 
 def test_what_is_no_step_of_a_run_is_told(trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

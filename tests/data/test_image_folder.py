@@ -83,7 +83,7 @@ def bad_files(folder: Path) -> dict[str, str]:
     return {
         "truncated.jpg": "image file is truncated",
         "empty.png": "the file is empty",
-        "text.png": "not an image of a kind",
+        "text.png": "not an image in a supported format",
         "bomb.png": "more than ",
         "nowhere.png": "No such file",
         "latin.png": "latin.txt is not UTF-8 at byte 3",

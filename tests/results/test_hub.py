@@ -91,7 +91,7 @@ def push_fails(folder: Path, repository: str | None = "cats", private: bool = Fa
         push(folder, repository, private=private, settings={})
     message = str(caught.value)
     assert "\n" not in message
-    assert message.startswith(f"{folder} holds the whole export")
+    assert message.startswith(f"{folder} holds the complete export")
     assert TOKEN not in message
     return message
 
