@@ -312,8 +312,12 @@ class ImageFileDataset(ImageDataset):
     ) -> dict[Any, str]:
         """Check companions, `_file` of a picture -> kind -> file, and return why those of some cannot be used."""
         self._companions, self._alpha = companions, masks == "files and alpha"
-        self.masked = self._alpha or (masks != "none" and bool(companions))
-        self._companion_infos, unusable = checked_companions(companions if self.masked else {}, memory)
+        used = {
+            picture: {kind: file for kind, file in some.items() if kind != "mask" or masks != "none"}
+            for picture, some in companions.items()
+        }
+        self.masked = self._alpha or any("mask" in some for some in used.values())
+        self._companion_infos, unusable = checked_companions(used, memory)
         return unusable
 
     def companions(self, index: int) -> Mapping[str, str]:

@@ -63,6 +63,7 @@ class UserDataset(ImageDataset):
                 texts.append(row.caption)
                 contents.append(_digest(row.image))
                 self._companions[index] = _digests(row)
+            self.masked = any("mask" in kinds for kinds in self._companions.values())
         if not len(ids) == len(texts) == len(rows):
             raise DataError(f"the dataset has {len(rows)} rows, {len(ids)} ids and {len(texts)} captions")
         if strange := [text for text in texts if not isinstance(text, str | None)]:

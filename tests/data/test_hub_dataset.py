@@ -90,7 +90,9 @@ def test_only_as_many_are_asked_for_as_are_wanted(tmp_path: Path) -> None:
 
 def test_a_stream_that_breaks_off_goes_on_after_its_last_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_dataset, "_ROWS", 3)
-    with pytest.raises(DataError, match="stream failed at row 8: Connection reset by peer; run the same command to continue"):
+    with pytest.raises(
+        DataError, match="stream failed at row 8: Connection reset by peer; run the same command to continue"
+    ):
         kept(Source(11, breaks_at=8).stream, tmp_path, "image", "text", None)
     (tmp_path / ".chunk-2-1.part").mkdir()  # of a process that was killed
     whole = kept(Source(11).stream, tmp_path, "image", "text", None)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from finetune.data import companions
 from finetune.data.buckets import Buckets
 from finetune.data.image_folder import ImageFolder
 from finetune.data.image_index import ImageIndex
-from finetune.data.loader import training_steps
+from finetune.data.loader import batches, training_steps
 from finetune.data.masks import weights
 from finetune.data.transforms import Crop
-from finetune.errors import UsageError
+from finetune.data.user_dataset import UserDataset
+from finetune.errors import DataError, UsageError
 from finetune.models.encoders import PixelEncoder
 from finetune.models.loading import load_model
 from finetune.recipe import fine_tune
@@ -237,3 +239,43 @@ def test_masks_at_hand_are_bounded_by_their_bytes(folder: Path, monkeypatch: pyt
     encoded = encode(ImageFolder(folder, "a box", resolution=64), load_model("tiny"), cache_dir="none")
     for _ in training_steps(encoded, batch_size=5, steps=6):
         assert sum(mask.nbytes for mask in encoded.masks._at_hand.values() if mask is not None) <= 3 * 16 * 16 * 4
+
+
+def rows_with_masks() -> list[tuple[Image.Image, str, str, dict[str, Image.Image]]]:
+    picture, mask = Image.new("RGB", (64, 64), "red"), Image.new("RGBA", (64, 64), "white")
+    mask.putalpha(left_half(64, 64))
+    return [(picture, "a", "0", {"mask": mask}), (picture, "b", "1", {})]
+
+
+def test_rows_of_the_callers_own_may_bring_masks() -> None:
+    tiny = load_model("tiny")
+    encoded = encode(rows_with_masks(), tiny, cache_dir="none")
+    assert encoded.pictures.masked
+    assert [list(encoded.pictures.companions(index)) for index in (0, 1)] == [["mask"], []]
+    (batch,) = batches(encoded, batch_size=2, steps=1)
+    assert batch.mask is not None
+    masks = dict(zip(batch.ids, batch.mask, strict=True))
+    half = masks["0"].shape[-1] // 2
+    assert masks["0"][..., :half].eq(1).all()
+    assert masks["0"][..., half:].eq(0).all()
+    assert masks["1"].eq(1).all()
+    sources = [(image, text, name, {"source": image}) for image, text, name, _ in rows_with_masks()]
+    assert not encode(sources, tiny, cache_dir="none").pictures.masked
+
+
+@pytest.mark.parametrize(
+    ("some", "message"),
+    [
+        ([{}, None], r"dataset\[1\] has 3 elements, dataset\[0\] has 4; expected the same of all rows"),
+        ([{"mask": "a.png"}], r"dataset\[0\] is \(Image, str, str, dict\); expected \(PIL image, caption, id\)"),
+        (
+            [{"mask": Image.new("L", (64, 32))}],
+            r"dataset\[0\]: its mask has another shape: 64x32 for an image of 64x64",
+        ),
+    ],
+)
+def test_companions_that_cannot_be_are_named(some: list[Any], message: str) -> None:
+    image = Image.new("RGB", (64, 64))
+    rows = [(image, "a", str(index), *([] if kinds is None else [kinds])) for index, kinds in enumerate(some)]
+    with pytest.raises(DataError, match=message):
+        UserDataset(rows)
