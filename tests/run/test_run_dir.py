@@ -113,7 +113,7 @@ def test_a_longer_cosine_schedule_is_told_what_it_would_do() -> None:
 
 def test_every_module_that_writes_into_a_run_folder_is_known() -> None:
     package = Path(finetune.__file__).parent
-    writes = {path.stem for path in package.rglob("*.py") if re.search(r"^FILES = \(", path.read_text(), re.MULTILINE)}
+    writes = {path.stem for path in package.rglob("*.py") if re.search(r"^FILES = ", path.read_text(), re.MULTILINE)}
     (listed,) = re.findall(r"for module in \(([\w, ]+)\)", (package / "run/setup.py").read_text())
     assert writes == set(listed.split(", "))
     assert {"metrics.jsonl", "quarantine.jsonl", "samples/step-*.png", "best.safetensors"} <= set(WRITTEN)
