@@ -135,7 +135,7 @@ class Forgetting:
             {"step": step} | drifts,
             file=metrics_log.FORGETTING,
             tracked={f"forgetting/{name}": drift for name, drift in drifts.items()},
-            message=f"forgetting at step {step}: {drifts['forgetting']:.1%}{trigger}" if step else "",
+            message=f"step {step}: forgetting {drifts['forgetting']:.1%}{trigger}" if step else "",
         )
 
     def _drift(self, probe: Probe) -> float:

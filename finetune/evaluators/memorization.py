@@ -57,13 +57,13 @@ class Memorization:
         if not pictures:
             return
         copies = self._training_features.copied(pictures)
-        found = f"{copies} of {len(pictures)} are near copies of training images"
+        found = f"{copies} of {len(pictures)} samples are near copies of training images"
         self._log.write(
             "copies",
             {"step": step, "pictures": len(pictures), "copies": copies},
             file=metrics_log.COPIES,
             tracked={"samples/copies": copies / len(pictures)},
-            message=f"images at step {step}: {found}" if step and copies else "",
+            message=f"step {step}: {found}" if step and copies else "",
         )
 
 

@@ -137,7 +137,7 @@ class Validation:
                 for name, value in record.items()
                 if name != "step"
             },
-            message=f"validation at step {step}: {_as_line(record)}",
+            message=f"step {step}: validation {_as_line(record)}",
         )
 
     def measured(self) -> dict[int, Tensor]:
@@ -169,5 +169,5 @@ def _as_line(record: Mapping[str, Any]) -> str:
     line = f"loss {record['loss']:.4f}"
     if "change" in record:
         mean, low, high = record["change"]
-        line += f", {mean:+.4f} since the start (95 %: {low:+.4f} to {high:+.4f})"
+        line += f", {mean:+.4f} from start (95 %: {low:+.4f} to {high:+.4f})"
     return line

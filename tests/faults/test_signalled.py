@@ -24,7 +24,7 @@ def test_the_step_is_finished_and_kept(number: int, code: int, options: dict[str
     ended = started.ended()
     assert ended.code == code
     steps = (folder / "out/metrics.jsonl").read_text().count("\n")
-    kept = f"out/checkpoint-{steps} is kept, and the same command goes on from there"
+    kept = f"out/checkpoint-{steps} is saved; run the same command to resume"
     assert ended.last_line == f"finetune-unet: stopped at step {steps} of 40; {kept}"
     assert (folder / f"out/checkpoint-{steps}/manifest.json").exists()
 
@@ -41,7 +41,7 @@ def test_the_real_command_and_its_workers_in_a_fresh_process(options: dict[str, 
     _, said = running.communicate(timeout=60)
     assert running.returncode == 130, said
     assert "stopped at step" in said.splitlines()[-1]
-    assert "is kept" in said.splitlines()[-1]
+    assert "is saved" in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize("point", [0, 3, 8, 12])
@@ -50,7 +50,7 @@ def test_a_second_signal_during_the_save_leaves_at_once_and_tears_nothing(
 ) -> None:
     ended = run(words, folder, partial(twice, point))
     assert ended.code == -signal.SIGTERM, ended.said
-    assert "is kept" not in ended.said
+    assert "is saved" not in ended.said
     assert digests(folder / "out").keys().isdisjoint({"checkpoint-1/manifest.json"})
     equal_after(folder)
 

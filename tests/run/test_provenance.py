@@ -79,7 +79,7 @@ def test_a_checkpoint_says_what_wrote_it_and_another_base_is_refused(
     fine_tune(TrainConfig(**longer, allow_changed=["model"]))
     now = checkpoint.record(tmp_path / "out/checkpoint-3")["about"]
     assert now["base_model"] != written["base_model"]
-    assert "from here on the bits" not in capsys.readouterr().out
+    assert "no longer bit-identical" not in capsys.readouterr().out
 
 
 def test_a_resume_of_other_pictures_and_seed_goes_on_where_that_is_allowed(
