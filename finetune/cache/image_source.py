@@ -67,7 +67,7 @@ class CachedImages:
             {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in item.items()}
             for item in items
         ]
-        return LoadedImage(image["stored"], crop, flip, *conditions)
+        return LoadedImage(image["stored"], crop, flip, conditions[0] if conditions else {})
 
     def preview_pixels(self, index: int, key: int) -> Tensor:
         """(3, H, W) uint8: the pixels whose encoding `load` returns, with their condition laid over them."""
