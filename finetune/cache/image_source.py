@@ -60,7 +60,7 @@ class CachedImages:
     def load(self, index: int, key: int) -> LoadedImage:
         """The cached encoding, mirrored half of the time if flips are wanted, and its condition."""
         sample = self.pictures.sample(index)
-        crop, flip = self._crop(sample), sample.random_flip and is_flipped(key)
+        crop, flip = self._crop(sample), sample.random_flip and _is_flipped(key)
         variants = [CacheVariant(flip, condition) for condition in (None, *self._conditions(sample, key))]
         items = self.store.load([self._key(sample, crop, variant) for variant in variants])
         image, *conditions = [
@@ -73,7 +73,7 @@ class CachedImages:
         """(3, H, W) uint8: the pixels whose encoding `load` returns, with their condition laid over them."""
         sample = self.pictures.sample(index)
         *_, condition = None, *self._conditions(sample, key)
-        variant = CacheVariant(sample.random_flip and is_flipped(key), condition)
+        variant = CacheVariant(sample.random_flip and _is_flipped(key), condition)
         return _preview(self.condition, self._pixels(sample, variant))
 
     def keys(self, index: int, key: int | None) -> dict[str, CacheVariant]:
@@ -142,7 +142,7 @@ class LiveImages:
         sample = self.pictures.sample(index)
         image = sample.open()
         crop = sample.crop(key, image.size)
-        flip = sample.random_flip and is_flipped(key) if flip is None else flip
+        flip = sample.random_flip and _is_flipped(key) if flip is None else flip
         condition = {}
         if self.condition is not None:
             condition["pixels"] = condition_pixels(self.condition, sample, crop=crop, flip=flip, key=key)
@@ -172,7 +172,7 @@ def condition_pixels(
     return condition.pixels(sample.companion_pixels(condition.companion, crop, flip), crop.size, key)
 
 
-def is_flipped(key: int) -> bool:
+def _is_flipped(key: int) -> bool:
     """Whether the visit with this sample key is mirrored, where flips are wanted."""
     return bool(seeding.uniform(torch.tensor([key]), "flip") < 0.5)
 

@@ -22,14 +22,12 @@ class ConditionImages(NamedTuple):
 class ImageCondition(Protocol):
     """A kind of picture that conditions the UNet, such as the hole of an inpainting model.
 
-    A condition is made from a companion of the picture (a mask beside it), or drawn from a sample key where the picture
+    A condition is made from a companion of the picture (its mask), or drawn from a sample key where the picture
     has none. K is the number of its channels as bytes.
     """
 
     companion: str
     """The kind of companion that it is made from: a key of `ImageDataset.companions`."""
-    name: str
-    """What messages call a model that has it: "inpainting"."""
     pipeline_example: Mapping[str, str]
     """Argument of the diffusers pipeline -> the name of an image file, for the example in a model card."""
 

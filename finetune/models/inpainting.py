@@ -32,7 +32,6 @@ class Inpainting:
     of the picture with grey (0 in [-1, 1]) where the mask is white.
     """
 
-    name = "inpainting"
     companion = "mask"
     pipeline_example: Mapping[str, str] = {"image": "room.png", "mask_image": "hole.png"}
 
