@@ -21,7 +21,7 @@ from torchvision import transforms
 from tqdm.auto import tqdm
 
 import finetune as ft
-from finetune.training.optimizers import learning_rate
+from finetune.training.learning_rate import learning_rate
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--data", default="huggan/smithsonian_butterflies_subset", help="a dataset id or a local folder")

@@ -49,7 +49,8 @@ from finetune.models.tiny import DIGESTS
 from finetune.run.signals import catch_signals
 from finetune.training import checkpoint
 from finetune.training.backend import DTYPES, resolve_precision
-from finetune.training.optimizers import learning_rate, make_optimizer
+from finetune.training.learning_rate import learning_rate
+from finetune.training.optimizers import make_optimizer
 
 SIZE = 64
 WIDTH = 96  # of the text encoder and of what the UNet's cross attention reads

@@ -26,10 +26,16 @@ if TYPE_CHECKING:
     from finetune.recipe import fine_tune
     from finetune.results.export import export
     from finetune.results.sampling import draw_pictures, grid
+    from finetune.training.diff2flow import Diff2Flow
     from finetune.training.ema import Ema
+    from finetune.training.flow_matching import FlowMatching
+    from finetune.training.loss_function import LossFunction
     from finetune.training.metrics import StepMetrics
     from finetune.training.micro_batch import PreparedStep
-    from finetune.training.objective import NoisedBatch, NoisePrediction
+    from finetune.training.noise_prediction import NoisePrediction
+    from finetune.training.noise_sampler import NoiseSampler
+    from finetune.training.objective import NoisedBatch
+    from finetune.training.timestep_sampler import TimestepSampler
     from finetune.training.trainer import Trainer
 
 _HOMES = {
@@ -51,7 +57,13 @@ _HOMES = {
     "results.export": ("export",),
     "results.sampling": ("draw_pictures", "grid"),
     "training.ema": ("Ema",),
-    "training.objective": ("NoisePrediction", "NoisedBatch"),
+    "training.diff2flow": ("Diff2Flow",),
+    "training.flow_matching": ("FlowMatching",),
+    "training.loss_function": ("LossFunction",),
+    "training.noise_prediction": ("NoisePrediction",),
+    "training.noise_sampler": ("NoiseSampler",),
+    "training.timestep_sampler": ("TimestepSampler",),
+    "training.objective": ("NoisedBatch",),
     "training.metrics": ("StepMetrics",),
     "training.micro_batch": ("PreparedStep",),
     "training.trainer": ("Trainer",),
@@ -70,21 +82,26 @@ __all__ = [
     "Buckets",
     "CaptionAugmentation",
     "DataError",
+    "Diff2Flow",
     "DiffusionModel",
     "Ema",
     "EncodedDataset",
     "Example",
     "FinetuneError",
+    "FlowMatching",
     "HuggingFaceDataset",
     "ImageFolder",
     "Interrupted",
+    "LossFunction",
     "ModelError",
     "NoisePrediction",
+    "NoiseSampler",
     "NoisedBatch",
     "PreparedStep",
     "Preprocess",
     "RunError",
     "StepMetrics",
+    "TimestepSampler",
     "TrainConfig",
     "Trainer",
     "UsageError",

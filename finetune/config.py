@@ -26,6 +26,7 @@ from finetune.options import (
     SECTIONS,
     DataOptions,
     ModelOptions,
+    ObjectiveOptions,
     OutputOptions,
     SampleOptions,
     TrainingOptions,
@@ -68,7 +69,15 @@ ELSEWHERE = {
 
 
 @dataclass(frozen=True, kw_only=True, init=False)
-class TrainConfig(OutputOptions, SampleOptions, ValidationOptions, TrainingOptions, DataOptions, ModelOptions):
+class TrainConfig(
+    OutputOptions,
+    SampleOptions,
+    ValidationOptions,
+    ObjectiveOptions,
+    TrainingOptions,
+    DataOptions,
+    ModelOptions,
+):
     """All options of a run, flat and checked. Also takes the tutorial's names (`image_size`, `num_epochs`).
 
     Raises:
@@ -112,7 +121,7 @@ class ResolvedConfig(TrainConfig):
     gradient_accumulation_steps: int
     num_processes: int
     learning_rate: float
-    lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"]
+    lr_scheduler: str
     lr_warmup_steps: int
     validation_fraction: float
     adam_beta1: float

@@ -10,10 +10,10 @@ Affects = Literal["another run", "on resume", "length", "machine", "free"]
 
 @dataclass(frozen=True)
 class Range:
-    """A range of numbers that an option may have."""
+    """What values an option may have."""
 
     allowed: str
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], bool]
 
 
 AT_LEAST_ONE = Range("1 or more", lambda value: value >= 1)

@@ -15,6 +15,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any, Literal
 
+from finetune.optimizer_table import OPTIMIZERS
 from finetune.option_info import (
     AT_LEAST_ONE,
     BELOW_ONE,
@@ -22,9 +23,15 @@ from finetune.option_info import (
     POSITIVE,
     SHARE,
     OptionInfo,
+    Range,
     info_of_field,
     option,
 )
+
+SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "rex", "wsd")
+_OWN = "package.module:name"
+SCHEDULE = Range(f"{', '.join(SCHEDULES)} or {_OWN}", lambda value: value in SCHEDULES or ":" in str(value))
+OPTIMIZER = Range(f"{', '.join(OPTIMIZERS)} or {_OWN}", lambda value: value in OPTIMIZERS or ":" in str(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +47,6 @@ class ModelOptions:
     method: Literal["lora", "full"] | None = None
     """lora: train a small adapter (default for latent models). full: train all weights of the UNet (default for
     ddpm)."""
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(
-        None, suggest_for=("v_parameterization",)
-    )
-    """What the UNet predicts. Default: as in the model's scheduler config."""
     lora_type: Literal["lora", "rslora", "dora", "loha", "lokr"] = option(
         "lora", requires="method lora", suggest_for=("algo", "peft_type", "use_dora", "use_rslora", "network_module")
     )
@@ -75,7 +78,9 @@ class ModelOptions:
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = option("auto", affects="machine")
     """Number format of the UNet's computation. auto: bf16 where the hardware multiplies it natively (CPUs included),
     else fp16 on a GPU and no on a CPU."""
-    full_bf16: bool | None = option(None, requires="method full, no use_ema, and an optimizer other than prodigy")
+    full_bf16: bool | None = option(
+        None, requires="method full, no use_ema, and optimizer adamw, adamw8bit, adafactor or sgd"
+    )
     """Keep trained weights in bf16 only, with stochastic rounding: 4 to 8 bytes less per weight. Works best with
     adamw8bit and adafactor. Gradients are accumulated in bf16 too."""
     fused_backward_pass: bool | None = option(None, requires="full_bf16")
@@ -217,15 +222,33 @@ class TrainingOptions:
     """Factors of the learning rate, by the start of layer names: up_blocks=2 mid=0.5."""
     loraplus_lr_ratio: float = option(1.0, POSITIVE, requires="LoRA or DoRA, and an optimizer other than prodigy")
     """Factor of the learning rate of LoRA's matrix B (LoRA+, Hayou et al. 2024); 16 is usual."""
-    lr_scheduler: Literal["constant", "linear", "cosine", "polynomial"] | None = None
-    """Shape of the learning rate after the warm-up."""
+    lr_scheduler: (
+        Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt", "rex", "wsd"]
+        | str
+        | None
+    ) = option(None, SCHEDULE, suggest_for=("learning_rate_scheduler",))
+    """Shape of the learning rate after the warm-up. wsd: constant, then a decay. Or package.module:function, called as
+    f(step, peak=, warmup=, total=)."""
     lr_warmup_steps: int | None = option(None, NOT_NEGATIVE)
     """Steps in which the learning rate rises from 0. Default: min(100, 5 % of the run)."""
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "sgd"] = option(
-        "adamw", suggest_for=("optimizer_type",)
+    lr_end: float | None = option(None, NOT_NEGATIVE, requires="a schedule that has an end", suggest_for=("lr_min",))
+    """Learning rate at the end. Default: 0; of polynomial 1e-7."""
+    lr_num_cycles: int = option(
+        1, AT_LEAST_ONE, requires="lr_scheduler cosine_with_restarts", suggest_for=("lr_scheduler_num_cycles",)
     )
-    """Optimizer. The default learning rate depends on it. adamw8bit keeps its moments in 8 bits and needs the package
-    bitsandbytes; prodigy finds its step size and needs prodigyopt."""
+    """Number of cosines."""
+    lr_power: float = option(1.0, POSITIVE, requires="lr_scheduler polynomial", suggest_for=("lr_scheduler_power",))
+    """Power of the polynomial."""
+    lr_decay_steps: int | None = option(None, AT_LEAST_ONE, requires="lr_scheduler wsd")
+    """Steps of the decay. Default: a fifth of the run."""
+    optimizer: Literal[
+        "adamw", "adamw8bit", "adafactor", "prodigy", "sgd", "ademamix", "adopt", "came", "lion", "muon",
+        "prodigy_schedulefree", "schedulefree_adamw", "schedulefree_sgd", "soap", "stableadamw"
+    ] | str = option("adamw", OPTIMIZER, suggest_for=("optimizer_type",))  # fmt: skip
+    """Optimizer, or package.module:Class. The default learning rate depends on it. adamw8bit keeps its moments in 8
+    bits. All but adamw, adafactor and sgd need pip install 'finetune-unet[optimizers]'."""
+    optimizer_args: tuple[str, ...] = ()
+    """Further arguments of the optimizer's class: weight_decay=0.1 betas=0.9,0.99."""
     adam_beta1: float | None = option(None, BELOW_ONE, requires="an optimizer of the Adam family")
     """Decay of AdamW's first moment."""
     adam_beta2: float = option(0.999, BELOW_ONE, requires="an optimizer of the Adam family")
@@ -239,12 +262,6 @@ class TrainingOptions:
     max_bad_steps: int = option(1, AT_LEAST_ONE, affects="on resume")
     """End the run after this many steps in a row whose loss or gradient is not finite. Such steps change no weight;
     faults.jsonl records them."""
-    snr_gamma: float | None = option(None, POSITIVE, suggest_for=("min_snr_gamma",))
-    """Gamma of Min-SNR loss weighting (Hang et al. 2023); 5.0 is usual. Default: off."""
-    noise_offset: float = option(0.0, NOT_NEGATIVE)
-    """Strength of a per-channel constant added to the noise; 0.05 to 0.1 helps with very dark and bright images."""
-    input_perturbation: float = option(0.0, NOT_NEGATIVE)
-    """Strength of extra noise in the UNet's input (Ning et al. 2023); 0.1 is usual."""
     use_ema: bool | None = option(None, suggest_for=("ema",))
     """Keep an exponential moving average (EMA) of the weights and export it."""
     ema_inv_gamma: float = option(1.0, POSITIVE, requires="use_ema")
@@ -257,6 +274,66 @@ class TrainingOptions:
     """On a GPU, use deterministic algorithms only; they are slower. A CPU always does."""
     seed: int = option(0, NOT_NEGATIVE)
     """Seed of all random numbers: order, noise, timesteps, crops, flips, initial weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions:
+    """Objective: noise, timesteps and loss."""
+
+    prediction_type: Literal["epsilon", "v_prediction", "sample", "flow"] | None = option(
+        None, suggest_for=("v_parameterization",)
+    )
+    """What the UNet predicts. Default: as in the model's scheduler config. flow: train with the loss of flow matching;
+    a model that predicts noise or v keeps doing so (Diff2Flow)."""
+    zero_terminal_snr: bool | None = option(None, aliases=("rescale_betas_zero_snr",))
+    """Rescale the noise schedule so that it ends at pure noise, for very dark and bright images (Lin et al. 2023).
+    Needs v_prediction. Default: as in the model's scheduler config."""
+    flow_shift: float | None = option(None, POSITIVE, suggest_for=("discrete_flow_shift", "shift"))
+    """Shift of the timesteps of flow matching; above 1: more noise. Default: as in the model's scheduler config, or
+    1."""
+    timestep_sampling: Literal["uniform", "logit_normal", "sigmoid", "beta"] = option(
+        "uniform", suggest_for=("weighting_scheme", "timestep_distribution")
+    )
+    """Distribution of the timesteps. logit_normal and beta prefer the middle of the schedule; sigmoid: logit_normal
+    with a mean of 0."""
+    logit_mean: float = option(0.0, requires="timestep_sampling logit_normal")
+    """Mean of the normal variable; above 0: more noise."""
+    logit_std: float = option(
+        1.0, POSITIVE, requires="timestep_sampling logit_normal or sigmoid", suggest_for=("sigmoid_scale",)
+    )
+    """Standard deviation of the normal variable."""
+    beta_alpha: float = option(
+        2.0, POSITIVE, requires="timestep_sampling beta", suggest_for=("flow_beta_schedule_alpha",)
+    )
+    """First parameter of the beta distribution; larger: more noise."""
+    beta_beta: float = option(
+        2.0, POSITIVE, requires="timestep_sampling beta", suggest_for=("flow_beta_schedule_beta",)
+    )
+    """Second parameter of the beta distribution; larger: less noise."""
+    min_timestep: int = option(0, NOT_NEGATIVE)
+    """Lowest timestep that is trained."""
+    max_timestep: int | None = option(None, AT_LEAST_ONE)
+    """End of the timesteps that are trained, not included. Default: all, 1000 as a rule."""
+    snr_gamma: float | None = option(None, POSITIVE, suggest_for=("min_snr_gamma",))
+    """Gamma of Min-SNR loss weighting (Hang et al. 2023); 5.0 is usual. Default: off."""
+    debiased_estimation: bool = option(False, aliases=("debiased_estimation_loss",))
+    """Weight the loss by 1 / sqrt(SNR) (Yu et al. 2023)."""
+    scale_v_pred_loss_like_noise_pred: bool = False
+    """Weight the loss of v_prediction as noise prediction would."""
+    loss_type: Literal["l2", "l1", "huber", "smooth_l1"] = option("l2", aliases=("loss",), suggest_for=("loss_fn",))
+    """Loss of the error at each place. l2: its square. huber, smooth_l1: large errors count less."""
+    huber_schedule: Literal["snr", "exponential", "constant"] = option("snr", requires="loss_type huber or smooth_l1")
+    """How the threshold of huber and smooth_l1 falls towards noise."""
+    huber_c: float = option(0.1, POSITIVE, requires="loss_type huber or smooth_l1")
+    """Threshold of huber and smooth_l1 at the noisy end."""
+    noise_offset: float = option(0.0, NOT_NEGATIVE)
+    """Strength of a per-channel constant added to the noise; 0.05 to 0.1 helps with very dark and bright images."""
+    multires_noise_iterations: int = option(0, NOT_NEGATIVE)
+    """Number of coarser noises that are added to the noise (pyramid noise); 6 to 10 is usual."""
+    multires_noise_discount: float = option(0.3, BELOW_ONE, requires="multires_noise_iterations")
+    """Factor by which each coarser noise is weaker than the one before it."""
+    input_perturbation: float = option(0.0, NOT_NEGATIVE, aliases=("ip_noise_gamma",))
+    """Strength of extra noise in the UNet's input (Ning et al. 2023); 0.1 is usual."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,6 +453,7 @@ SECTIONS: dict[str, type] = {
     "model": ModelOptions,
     "data": DataOptions,
     "training": TrainingOptions,
+    "objective": ObjectiveOptions,
     "validation": ValidationOptions,
     "samples": SampleOptions,
     "output": OutputOptions,

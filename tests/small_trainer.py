@@ -9,7 +9,7 @@ from finetune.batch import Batch
 from finetune.models.encoders import PixelEncoder
 from finetune.models.lora import add_lora, trainable
 from finetune.training.ema import Ema
-from finetune.training.objective import NoisePrediction
+from finetune.training.noise_prediction import NoisePrediction
 from finetune.training.optimizers import make_optimizer
 from finetune.training.trainer import Trainer
 

@@ -28,11 +28,11 @@ LAYERS = [
     {"training"},
     {"cache"},
     {"data", "models"},
-    {"arguments", "batch", "seeding", "atomic_io", "memory_limit", "out_of_memory"},
+    {"arguments", "batch", "seeding", "atomic_io", "memory_limit", "out_of_memory", "import_path"},
     {"config"},
     {"options"},
     {"option_info"},
-    {"deprecation", "errors", "log_handlers", "text"},
+    {"deprecation", "errors", "log_handlers", "text", "optimizer_table"},
 ]
 """From the top down; a part imports only from layers below it, or from itself."""
 

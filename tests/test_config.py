@@ -30,7 +30,7 @@ from finetune.config import (
     replace,
 )
 from finetune.errors import UsageError
-from finetune.options import SECTIONS, option_types
+from finetune.options import SECTIONS, option_info, option_types
 
 
 def complaint(**options: Any) -> str:
@@ -179,7 +179,15 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     }[hint]
 
 
-CONFIGS = st.fixed_dictionaries({}, optional={name: values(hint) for name, hint in option_types().items()})
+def values_of(name: str) -> st.SearchStrategy[Any]:
+    """Values of an option; of those that are a choice or an import path, what may be given."""
+    limits, hint = option_info()[name].range, option_types()[name]
+    if limits is None or str not in alternatives(hint):
+        return values(hint)
+    return values(hint).filter(lambda value: value is None or limits.holds(value))
+
+
+CONFIGS = st.fixed_dictionaries({}, optional={name: values_of(name) for name in option_types()})
 
 
 @settings(max_examples=50, deadline=None)

@@ -26,7 +26,7 @@ from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
 from finetune.training import async_writer
 from finetune.training.gradient_checkpointing import recompute
-from finetune.training.objective import NoisePrediction
+from finetune.training.noise_prediction import NoisePrediction
 from finetune.training.optimizers import make_optimizer
 from finetune.training.trainer import Trainer
 

@@ -139,6 +139,8 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
         resolution=resolution,
         dtype=dtype,
         prediction_type=config.prediction_type if config else None,
+        zero_terminal_snr=config.zero_terminal_snr if config and adapted else None,
+        flow_shift=config.flow_shift if config and adapted else None,
         max_token_length=config.max_token_length if config else 77,
         clip_skip=config.clip_skip if config else None,
         tokenizer=options.tokenizer or (config.tokenizer if config and adapted else None),

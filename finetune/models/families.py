@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, sqrt
 from typing import Any
 
+from finetune.optimizer_table import known_optimizer
 from finetune.options import ATTENTION_AND_FEED_FORWARD
 
 _STABLE_DIFFUSION = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -158,7 +159,7 @@ def defaults(
     Args:
         family: a row of the table.
         method: "lora" or "full".
-        optimizer: "adamw", "adamw8bit", "adafactor", "prodigy" or "sgd".
+        optimizer: a short name of `finetune.optimizer_table`, or an import path.
         pictures: number of pictures to train on, at least 1.
         resolution: pixels per side.
         varied_captions: True when the pictures do not all share one caption.
@@ -186,11 +187,10 @@ def defaults(
 
 def _optimizer_defaults(optimizer: str, method: str, adamw_rate: float) -> dict[str, Any]:
     """What suits an optimizer whose rate means something else than AdamW's."""
-    if optimizer == "adafactor":  # torch's takes a share of a weight's size, and a LoRA begins at zero
-        return {"learning_rate": adamw_rate * (50 if method == "lora" else 10)}
-    if optimizer == "prodigy":  # Mishchenko & Defazio 2023: a multiple of the rate that it finds; annealed
-        return {"learning_rate": 1.0, "lr_scheduler": "cosine"}
-    return {"learning_rate": 0.3} if optimizer == "sgd" else {}
+    known = known_optimizer(optimizer)
+    factor = known.rate if method == "lora" or known.full_rate is None else known.full_rate
+    rate = adamw_rate * factor if known.fixed_rate is None else known.fixed_rate
+    return {"learning_rate": rate} | ({"lr_scheduler": known.schedule} if known.schedule else {})
 
 
 def _pixel_defaults(pictures: int, resolution: int, *, scratch: bool) -> dict[str, Any]:

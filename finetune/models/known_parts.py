@@ -1,8 +1,8 @@
 """Supported schedulers, VAEs and text encoders, by their JSON files alone. Free of torch and diffusers.
 
-What is trained here is noise-prediction MSE on a discrete variance-preserving schedule (Ho et al. 2020, eq. 4). Flow
-matching and EDM preconditioning interpolate and scale otherwise: a model of theirs would learn without an error, and
-be ruined.
+What is trained here is noise prediction on a discrete variance-preserving schedule (Ho et al. 2020, eq. 4) and
+rectified flow with a fixed shift. EDM preconditioning scales otherwise: a model of its kind would learn without an
+error, and be ruined.
 """
 
 import json
@@ -34,6 +34,9 @@ SCHEDULERS = (
     "TCDScheduler",
 )
 """The schedulers of diffusers whose betas describe the noise of Stable Diffusion 1, 2, XL and DDPM."""
+
+FLOW = "FlowMatchEulerDiscreteScheduler"
+"""The scheduler of diffusers for rectified flow."""
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -69,14 +72,20 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _of_scheduler(config: Mapping[str, Any]) -> Iterator[str]:
     kind = config.get("_class_name")
+    if kind == FLOW:
+        for name in ("use_dynamic_shifting", "invert_sigmas"):
+            if config.get(name):
+                yield f"{name} is true: flow matching is trained here with a fixed shift only"
+        return
     if kind not in SCHEDULERS:
-        supported = ", ".join(name.removesuffix("Scheduler") for name in SCHEDULERS)
+        supported = ", ".join(name.removesuffix("Scheduler") for name in (*SCHEDULERS, FLOW))
         yield f"{kind} may be another noise process than is trained here; known schedulers are {supported}"
     prediction = config.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
+    flow = bool(config.get("use_flow_sigmas"))
+    if flow != (prediction == "flow_prediction"):
+        yield f"use_flow_sigmas is {str(flow).lower()} and prediction_type is {prediction}, which do not go together"
+    elif not flow and prediction not in PREDICTIONS:
         yield f"prediction_type is {prediction}; choose a model with one of {', '.join(PREDICTIONS)}"
-    if config.get("use_flow_sigmas"):
-        yield "use_flow_sigmas is true: flow matching is not trained here"
 
 
 def _of_vae(config: Mapping[str, Any]) -> Iterator[str]:

@@ -75,7 +75,7 @@ def marks(scheduler: Mapping[str, Any], family: str) -> dict[str, Tensor]:
     if family != "sdxl":
         return {}
     there = {
-        V_PREDICTION: scheduler["prediction_type"] == "v_prediction",
+        V_PREDICTION: scheduler.get("prediction_type") == "v_prediction",
         ZERO_TERMINAL_SNR: bool(scheduler.get("rescale_betas_zero_snr")),
     }
     return {name: torch.empty(0) for name, marked in there.items() if marked}
@@ -148,7 +148,7 @@ _INPAINTING = {
 
 def yaml_beside(scheduler: Mapping[str, Any], family: str, *, image_condition: str | None = None) -> str | None:
     """What A1111 and Forge need beside a checkpoint where nothing in the file can say what it predicts."""
-    if family != "sd15" or scheduler["prediction_type"] != "v_prediction":
+    if family != "sd15" or scheduler.get("prediction_type") != "v_prediction":
         return None
     text = _VELOCITY_YAML
     for plain, other in _INPAINTING.items() if image_condition == "inpainting" else ():

@@ -12,7 +12,14 @@ from typing import Any, Self
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
@@ -24,6 +31,14 @@ from finetune.models.families import Family
 from finetune.models.image_condition import ImageCondition, image_condition_of
 from finetune.models.inpainting import Inpainting
 from finetune.models.model_info import ModelInfo, locate, scratch_multiple
+from finetune.models.schedulers import (
+    TrainingScheduler,
+    flow_config,
+    is_flow,
+    make_sampler,
+    refuse_for_flow,
+    scheduler_changes,
+)
 from finetune.models.source import ModelSource, open_source, vae_from, vae_from_file
 
 
@@ -34,16 +49,16 @@ class DiffusionModel:
     unet: UNet2DConditionModel | UNet2DModel
     encoder: Encoder
     conditioner: Conditioner
-    scheduler: DDPMScheduler
-    """The training schedule; a DDPMScheduler made from the folder's config, whatever sampler that names."""
+    scheduler: TrainingScheduler
+    """The training schedule, made from the folder's config, whatever sampler that names: a DDPMScheduler, or of flow
+    matching a FlowMatchEulerDiscreteScheduler."""
     family: Family
     make_pipeline: Callable[[Any], DiffusionPipeline]
     """A UNet -> the pipeline around it, with the folder's own sampler."""
     component_dirs: Mapping[str, Path] = field(default_factory=dict)
     """Frozen part -> the folder it was read from; a checkpoint in one file has none."""
-    new_prediction_type: str | None = None
-    """What the UNet is to predict, where that is not what its folder says."""
-
+    scheduler_changes: Mapping[str, Any] = field(default_factory=dict)
+    """Entries of the scheduler's config, such as prediction_type, that are not as in its folder."""
     image_condition: ImageCondition | None = None
     """What the UNet is shown of a picture with x_t."""
 
@@ -52,6 +67,16 @@ class DiffusionModel:
         """Whether the image condition is that of an inpainting model; warns, as version 0.1 had it."""
         warnings.warn("DiffusionModel.inpainting is now DiffusionModel.image_condition", DeprecationWarning, 2)
         return isinstance(self.image_condition, Inpainting)
+
+    @property
+    def prediction_type(self) -> str:
+        """What the UNet predicts: "epsilon", "v_prediction", "sample" or "flow"."""
+        return self.scheduler.config.get("prediction_type", "flow")
+
+    @property
+    def new_prediction_type(self) -> str | None:
+        """What the UNet is to predict, where that is not what its folder says."""
+        return self.scheduler_changes.get("prediction_type")
 
     def pipeline(self) -> DiffusionPipeline:
         """A diffusers pipeline over the live UNet (no copy of any weight)."""
@@ -71,6 +96,8 @@ def load_model(
     resolution: int | None = None,
     dtype: torch.dtype = torch.float32,
     prediction_type: str | None = None,
+    zero_terminal_snr: bool | None = None,
+    flow_shift: float | None = None,
     max_token_length: int = 77,
     clip_skip: int | None = None,
     tokenizer: str | None = None,
@@ -85,7 +112,10 @@ def load_model(
         resolution: pixels per side of a `ddpm` from scratch; what a DDPM draws at; otherwise only checked. Default: the
             model's own.
         dtype: of the UNet's weights; fp32 to train them all, bf16 or fp16 halve the memory under a LoRA.
-        prediction_type: "epsilon", "v_prediction" or "sample"; default: as the scheduler config says.
+        prediction_type: "epsilon", "v_prediction", "sample" or "flow"; default: as the scheduler config says. A model
+            that was trained on noise or v still predicts it under "flow", see `Diff2Flow`.
+        zero_terminal_snr: see `finetune.models.schedulers.scheduler_changes`.
+        flow_shift: of a flow model's schedule, see `FlowMatching`; default: as the scheduler config says.
         max_token_length: 77, 150 or 225.
         clip_skip: hidden state of the text encoder to take, counted from the end, 1 = the last.
         tokenizer: for a checkpoint in one file, see `finetune.models.clip_tokenizer.clip_tokenizer`.
@@ -99,25 +129,33 @@ def load_model(
     model_info = name_or_path if isinstance(name_or_path, ModelInfo) else locate(str(name_or_path))
     resolution = resolution or model_info.resolution
     check_resolution(model_info, resolution)
-    changes = {"prediction_type": prediction_type} if prediction_type else {}
     if model_info.scratch:
-        return _from_scratch(model_info, resolution, changes, seed)
+        return _from_scratch(model_info, resolution, prediction_type, zero_terminal_snr, flow_shift, seed)
     source = open_source(model_info, tokenizer)
-    scheduler_config = dict(source.config("scheduler"))
-    scheduler = DDPMScheduler.from_config(scheduler_config, **changes)
+    config = dict(source.config("scheduler"))
+    if prediction_type == "flow" and not source.prediction_stated:
+        config = flow_config(config)
+    changes: dict[str, Any] = {}
+    if is_flow(config):
+        refuse_for_flow(prediction_type, zero_terminal_snr)
+        config |= {name: flow_shift for name in ("shift", "flow_shift") if name in config and flow_shift is not None}
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(flow_config(config, flow_shift))
+    else:
+        changes = scheduler_changes(config, prediction_type=prediction_type, zero_terminal_snr=zero_terminal_snr)
+        scheduler = DDPMScheduler.from_config(config, **changes)
     unet = source.unet(dtype)
     if isinstance(unet, UNet2DModel):
         # Pipelines draw in the size of the config; the folder's own name would be the user's, in every export.
         unet.register_to_config(sample_size=resolution, _name_or_path="")
         return _pixel_model(model_info, unet, scheduler)
-    sampler = _sampler(source.place, scheduler_config, changes)
+    sampler = make_sampler(source.place, config, changes)
     frozen = _frozen(model_info, source, max_token_length, clip_skip, vae)
 
     def make_pipeline(unet: UNet2DConditionModel) -> DiffusionPipeline:
         own_sampler = sampler.from_config(sampler.config)
         return getattr(diffusers, model_info.family.pipeline)(unet=unet, scheduler=own_sampler, **frozen.components)
 
-    model = DiffusionModel(
+    return DiffusionModel(
         unet=unet,
         encoder=frozen.encoder,
         conditioner=frozen.conditioner,
@@ -125,11 +163,9 @@ def load_model(
         family=model_info.family,
         make_pipeline=make_pipeline,
         component_dirs=frozen.component_dirs,
+        scheduler_changes=changes,
         image_condition=frozen.image_condition,
     )
-    if prediction_type != scheduler_config.get("prediction_type", "epsilon"):
-        model.new_prediction_type = prediction_type
-    return model
 
 
 @contextmanager
@@ -256,12 +292,22 @@ def _other_vae(folder: Path, source: ModelSource) -> AutoencoderKL:
     return vae
 
 
-def _from_scratch(model_info: ModelInfo, resolution: int, changes: dict[str, str], seed: int) -> DiffusionModel:
+def _from_scratch(
+    model_info: ModelInfo,
+    resolution: int,
+    prediction_type: str | None,
+    zero_terminal_snr: bool | None,
+    flow_shift: float | None,
+    seed: int,
+) -> DiffusionModel:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         unet = scratch_unet(resolution)
-    scheduler = DDPMScheduler(num_train_timesteps=1000, **changes)
-    return _pixel_model(model_info, unet, scheduler)
+    if prediction_type == "flow":
+        refuse_for_flow(prediction_type, zero_terminal_snr)
+        return _pixel_model(model_info, unet, FlowMatchEulerDiscreteScheduler.from_config(flow_config({}, flow_shift)))
+    changes = scheduler_changes({}, prediction_type=prediction_type, zero_terminal_snr=zero_terminal_snr)
+    return _pixel_model(model_info, unet, DDPMScheduler(num_train_timesteps=1000, **changes))
 
 
 def scratch_unet(resolution: int) -> UNet2DModel:
@@ -285,7 +331,7 @@ def scratch_unet(resolution: int) -> UNet2DModel:
     )
 
 
-def _pixel_model(model_info: ModelInfo, unet: UNet2DModel, scheduler: DDPMScheduler) -> DiffusionModel:
+def _pixel_model(model_info: ModelInfo, unet: UNet2DModel, scheduler: TrainingScheduler) -> DiffusionModel:
     def make_pipeline(unet: UNet2DModel) -> DiffusionPipeline:
         return getattr(diffusers, model_info.family.pipeline)(unet=unet, scheduler=scheduler)
 
@@ -297,11 +343,3 @@ def _pixel_model(model_info: ModelInfo, unet: UNet2DModel, scheduler: DDPMSchedu
         family=model_info.family,
         make_pipeline=make_pipeline,
     )
-
-
-def _sampler(place: Path, config: dict[str, Any], changes: dict[str, str]) -> Any:
-    """The model's own sampler. Only schedulers that diffusers itself ships are made; nothing else is imported."""
-    kind = getattr(diffusers, config.get("_class_name", ""), None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise ModelError(f"{place}: scheduler: {config.get('_class_name')!r} is not a scheduler of diffusers")
-    return kind.from_config(config, **changes)

@@ -40,7 +40,8 @@ _SCALED = ("lora_B.weight", "hada_w2_b", "lokr_w1", "lokr_w1_b")
 """Of each kind, a factor of the update that can take up what another alpha would change."""
 
 _RELOADED = "reloaded"
-_PREDICTION_TYPE = "finetune.prediction_type"
+_SCHEDULER = "finetune."
+"""Prefix of entries of the scheduler's config that an adapter was trained with and its base model does not have."""
 
 
 def add_lora(
@@ -222,18 +223,27 @@ class Adapter:
         load = 'pipeline.load_lora_weights("{}")'
         if settings.get(f"{PEFT_PREFIX}peft_type", "LORA") != "LORA":
             load = 'import finetune\nfinetune.load_lora(pipeline.unet, "{}")'
-        if predicts := settings.get(_PREDICTION_TYPE):
+        changes = {n.removeprefix(_SCHEDULER): v for n, v in settings.items() if n.startswith(_SCHEDULER)}
+        if changes:
+            arguments = ", ".join(
+                f'{name}="{v}"' if isinstance(v, str) else f"{name}={v}" for name, v in changes.items()
+            )
             scheduler = "pipeline.scheduler"
-            load = f'{scheduler} = {scheduler}.from_config({scheduler}.config, prediction_type="{predicts}")\n{load}'
+            first, kind = "", scheduler
+            if "rescale_betas_zero_snr" in changes:  # not every scheduler has it
+                first, kind = "from diffusers import DDIMScheduler\n", "DDIMScheduler"
+            load = f"{first}{scheduler} = {kind}.from_config({scheduler}.config, {arguments})\n{load}"
         return load
 
-    def save(self, folder: Path, prediction_type: str | None = None, dtype: torch.dtype = torch.float32) -> None:
+    def save(
+        self, folder: Path, scheduler_changes: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Write the adapter's tensors, and beside them its config, so that alpha and rank survive exactly.
 
         Its dropout is left out: a pipeline that loads the file would apply it while drawing (diffusers adds the
         adapter in train mode).
 
-        `prediction_type` is kept there too, where it is not the base model's; diffusers passes it over.
+        `scheduler_changes` are kept there too, where they are not the base model's; diffusers passes them over.
 
         One metadata entry only: safetensors writes several in random order, and files could not be compared.
         """
@@ -241,8 +251,7 @@ class Adapter:
         if "lora_dropout" in settings:
             settings["lora_dropout"] = 0.0
         metadata = {f"unet.{n}": v for n, v in settings.items()}
-        if prediction_type is not None:
-            metadata[_PREDICTION_TYPE] = prediction_type
+        metadata |= {f"{_SCHEDULER}{name}": value for name, value in (scheduler_changes or {}).items()}
         text = json.dumps(metadata, sort_keys=True, default=sorted)
         # `save_file` would make the file private to the user
         (folder / LORA_FILE).write_bytes(save(self.state(dtype), {LORA_ADAPTER_METADATA_KEY: text}))

@@ -55,6 +55,8 @@ class Checkpoint:
     family: str
     shapes: Shapes
     prediction_type: str
+    prediction_stated: bool
+    """Whether the file, or its family, says what the UNet predicts; an XL checkpoint without a mark is of any kind."""
     configs: Mapping[str, Mapping[str, Any]]
     """Part -> the config that a diffusers folder would have for it."""
 
@@ -88,9 +90,11 @@ def inspect(path: Path, option: str = "--model") -> Checkpoint:
         raise ModelError(f"{option} {path}: {_what_it_is(shapes)}, not a checkpoint of Stable Diffusion 1, 2 or XL")
     if family == "sdxl" and f"{OPENCLIP_XL}text_projection" not in shapes:
         raise ModelError(f"{option} {path}: a checkpoint of XL without its second text encoder")
-    prediction_type = _prediction_type(path, family, header)
+    said = _said_prediction(path)
+    prediction_type = said if said in ("v_prediction", "flow") else _prediction_type(path, family, header)
+    stated = said is not None or family != "sdxl" or V_PREDICTION in shapes
     configs = _configs(path, shapes, family, prediction_type, ZERO_TERMINAL_SNR in shapes)
-    return Checkpoint(path, family, shapes, prediction_type, configs)
+    return Checkpoint(path, family, shapes, prediction_type, stated, configs)
 
 
 def _what_it_is(shapes: Shapes) -> str:
@@ -105,23 +109,19 @@ def _what_it_is(shapes: Shapes) -> str:
     return next((what for part, what in _OTHERS if any(part in key for key in shapes)), "a file of unknown kind")
 
 
-def _says_velocity(path: Path) -> bool:
-    """Whether the file's metadata say that it predicts velocity, as trainers and mergers write it."""
+def _said_prediction(path: Path) -> str | None:
+    """What the UNet predicts by the file's metadata, as trainers and mergers write them; None: they do not say."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         metadata = json.loads(file.read(length)).get("__metadata__") or {}
-    return (
-        metadata.get("modelspec.prediction_type") in ("v", "v_prediction")
-        or metadata.get("ss_v_parameterization") == "True"
-    )
+    if metadata.get("ss_v_parameterization") == "True":
+        return "v_prediction"
+    names = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "flow": "flow"}
+    return names.get(metadata.get("modelspec.prediction_type", ""))
 
 
 def _prediction_type(path: Path, family: str, header: Mapping[str, Any]) -> str:
-    """By the file's metadata; else as ComfyUI tells it: SDXL by a mark, SD 2 by the spread of one bias, SD 1 always
-    predicts noise.
-    """
-    if _says_velocity(path):
-        return "v_prediction"
+    """As ComfyUI tells it: SDXL by a mark, SD 2 by the spread of one bias, SD 1 always predicts noise."""
     velocity = family == "sdxl" and V_PREDICTION in header
     if family == "sd21" and _VELOCITY_MARK in header:
         velocity = _values(path, header[_VELOCITY_MARK]).std() > 0.09
@@ -344,6 +344,8 @@ def _openclip(shapes: Shapes, prefix: str, dropped: int) -> dict[str, Any]:
 
 
 def _scheduler(family: str, prediction_type: str, zero_snr: bool) -> dict[str, Any]:
+    if prediction_type == "flow":
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
     common = {**_BETAS, "prediction_type": prediction_type, "steps_offset": 1}
     if family == "sdxl":
         spacing = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if zero_snr else {}

@@ -25,6 +25,8 @@ class ModelSource(Protocol):
     """The parts of a model, each read when it is asked for, on the CPU."""
 
     place: Path
+    prediction_stated: bool
+    """Whether something says what the UNet predicts; False: `config` assumes it."""
 
     def component_dirs(self, part: str) -> Path | None:
         """The folder of a part, in diffusers layout, where there is one."""
@@ -74,6 +76,7 @@ class FolderSource:
 
     def __init__(self, folder: Path):
         self.place = folder
+        self.prediction_stated = True
 
     def component_dirs(self, part: str) -> Path | None:
         return self.place / part
@@ -111,6 +114,7 @@ class FileSource:
     def __init__(self, checkpoint: Checkpoint, tokenizer: str | None):
         self.place = checkpoint.path
         self.checkpoint = checkpoint
+        self.prediction_stated = checkpoint.prediction_stated
         self._tokenizer = tokenizer
 
     def component_dirs(self, part: str) -> Path | None:

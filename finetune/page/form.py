@@ -7,14 +7,16 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetune.errors import UsageError
 from finetune.models.families import FAMILIES
 from finetune.options import (
     DataOptions,
     ModelOptions,
+    ObjectiveOptions,
     SampleOptions,
     TrainingOptions,
     ValidationOptions,
@@ -25,7 +27,7 @@ from finetune.page.allowed_paths import AllowedPaths
 
 _OPEN = {
     field.name
-    for section in (ModelOptions, DataOptions, TrainingOptions, ValidationOptions, SampleOptions)
+    for section in (ModelOptions, DataOptions, TrainingOptions, ObjectiveOptions, ValidationOptions, SampleOptions)
     for field in dataclasses.fields(section)
 } - {"follow_links"}
 """Options that the page takes, unless they take text: none says where to write, what to delete or to publish."""
@@ -96,7 +98,7 @@ def _more(text: str) -> list[str]:
         raise UsageError(f"more options: {error}") from error
     if words and not words[0].startswith("--"):
         raise UsageError(f"more options: {words[0]!r} follows no option")
-    for word in words:
+    for place, word in enumerate(words):
         if not word.startswith("--"):
             continue
         name = word.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
@@ -106,11 +108,27 @@ def _more(text: str) -> list[str]:
             raise UsageError(f"more options: no option {word}")
         if name not in _OPEN:
             raise UsageError(f"more options: {word} is for the command line")
-        if _takes_text(kinds[name]):
+        if _takes_text(kinds[name]) and not set(_values(words[place:])) <= _choices(kinds[name]):
             raise UsageError(f"more options: {word} takes text, and is for the command line")
     return words
 
 
+def _values(words: Sequence[str]) -> list[str]:
+    """The values of the option that the words begin with."""
+    _, equals, value = words[0].partition("=")
+    following = takewhile(lambda word: not word.startswith("--"), words[1:])
+    return [value, *following] if equals else list(following)
+
+
 def _takes_text(hint: Any) -> bool:
-    alternatives = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    return any(kind is str or typing.get_origin(kind) is tuple for kind in alternatives)
+    return any(kind is str or typing.get_origin(kind) is tuple for kind in _alternatives(hint))
+
+
+def _choices(hint: Any) -> set[str]:
+    """The values that an option's type names."""
+    named = [kind for kind in _alternatives(hint) if typing.get_origin(kind) is Literal]
+    return {str(choice) for kind in named for choice in typing.get_args(kind)}
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)

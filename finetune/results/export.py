@@ -95,7 +95,7 @@ def export(model: DiffusionModel, folder: str | Path, metadata: Mapping[str, str
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     if adapter := Adapter.attached_to(model.unet):
-        adapter.save(scratch, model.new_prediction_type)
+        adapter.save(scratch, model.scheduler_changes)
         viewers = scratch / kohya_file(folder).name
         adapter.save_kohya(viewers, metadata or {})
         difference = max(verify_export(model, scratch), verify_kohya(model, viewers))

@@ -52,7 +52,7 @@ def write_format(
         return verify_kohya(model, to, dtype)
     if form == "peft" and adapter:
         to.mkdir()
-        adapter.save(to, model.new_prediction_type, dtype)
+        adapter.save(to, model.scheduler_changes, dtype)
         return verify_peft(model, to, dtype)
     if adapter:
         adapter.merge()
@@ -87,7 +87,7 @@ def _settings(model: DiffusionModel, family: str) -> str | None:
 
 def _checkpoint_facts(model: DiffusionModel, family: str, title: str) -> dict[str, str]:
     """Entries of the Stability AI Model Metadata Standard 1.0.1."""
-    prediction_type = model.scheduler.config["prediction_type"]
+    prediction_type = model.prediction_type
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture(family, prediction_type)[1],

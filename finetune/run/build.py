@@ -19,14 +19,18 @@ from finetune.errors import UsageError
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.lora import Adapter, add_lora
 from finetune.models.model_info import ModelInfo
+from finetune.optimizer_table import TUNED
+from finetune.run.build_objective import build_objective
 from finetune.seeding import example_key
 from finetune.text import pluralize
 from finetune.training.backend import DTYPES, compile_blocks
 from finetune.training.distributed import Parallel
 from finetune.training.ema import Ema
 from finetune.training.gradient_checkpointing import recompute
-from finetune.training.objective import DiffusionObjective, NoisePrediction
-from finetune.training.optimizers import learning_rate, make_optimizer, parameter_groups
+from finetune.training.learning_rate import learning_rate
+from finetune.training.objective import DiffusionObjective
+from finetune.training.optimizer_state import switch_mode
+from finetune.training.optimizers import make_optimizer, parameter_groups, parse_arguments
 from finetune.training.prior_prediction import Prior, untrained
 from finetune.training.trainer import Trainer
 
@@ -40,6 +44,8 @@ def load_base(config: ResolvedConfig, model_info: ModelInfo, dtype: torch.dtype)
         resolution=config.resolution,
         dtype=dtype,
         prediction_type=config.prediction_type,
+        zero_terminal_snr=config.zero_terminal_snr,
+        flow_shift=config.flow_shift,
         max_token_length=config.max_token_length,
         clip_skip=config.clip_skip,
         tokenizer=config.tokenizer,
@@ -174,17 +180,20 @@ def _load(config: ResolvedConfig, model_info: ModelInfo, device: torch.device) -
 
 def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) -> Trainer[DiffusionObjective]:
     learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
-    masters = not config.full_bf16
+    masters, tuned = not config.full_bf16, config.optimizer in TUNED
     rates = numbers_by_block("block_learning_rate", config.block_learning_rate or (), learned)
     optimizer = make_optimizer(
         config.optimizer,
         parameter_groups(learned, rates, config.loraplus_lr_ratio),
         learning_rate=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
+        weight_decay=config.adam_weight_decay if tuned or "adam_weight_decay" in config.given else None,
         epsilon=config.adam_epsilon,
         foreach=not (config.method == "full" and masters),  # few weights, or a piece of them at a time
+        arguments=parse_arguments(config.optimizer_args),
     )
+    if config.use_ema and switch_mode(optimizer, "train"):
+        raise UsageError(f"use_ema cannot be used with optimizer {config.optimizer}, which averages the weights itself")
     ema = (
         Ema(learned, inv_gamma=config.ema_inv_gamma, power=config.ema_power, max_decay=config.ema_max_decay)
         if config.use_ema
@@ -193,20 +202,9 @@ def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) 
     return Trainer(
         model.unet,
         model.encoder,
-        NoisePrediction(
-            model.scheduler,
-            snr_gamma=config.snr_gamma,
-            noise_offset=config.noise_offset,
-            input_perturbation=config.input_perturbation,
-        ),
+        build_objective(config, model),
         optimizer,
-        learning_rate=partial(
-            learning_rate,
-            peak=config.learning_rate,
-            schedule=config.lr_scheduler,
-            warmup=config.lr_warmup_steps,
-            total=config.max_train_steps,
-        ),
+        learning_rate=_schedule(config),
         micro_batch_size=config.train_batch_size,
         max_grad_norm=config.max_grad_norm,
         precision=DTYPES[config.mixed_precision],
@@ -219,6 +217,25 @@ def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) 
         cuda_graphs=config.cuda_graphs,
         prior=_prior(config, model),
     )
+
+
+def _schedule(config: ResolvedConfig) -> Callable[[int], float]:
+    """Step -> learning rate. Raises RunError where a function by import path returns none for a step of the run."""
+    schedule = partial(
+        learning_rate,
+        peak=config.learning_rate,
+        schedule=config.lr_scheduler,
+        warmup=config.lr_warmup_steps,
+        total=config.max_train_steps,
+        end=config.lr_end,
+        cycles=config.lr_num_cycles,
+        power=config.lr_power,
+        decay_steps=config.lr_decay_steps,
+    )
+    if ":" in config.lr_scheduler:  # now, not hours later
+        for step in range(config.max_train_steps):
+            schedule(step)
+    return schedule
 
 
 def _prior(config: ResolvedConfig, model: DiffusionModel) -> Prior | None:

@@ -20,6 +20,7 @@ from finetune.models.families import FAMILIES, bucket_sides, default_method, def
 from finetune.models.model_info import ModelInfo
 from finetune.models.single_file import heads_in_one_file
 from finetune.models.source import open_source
+from finetune.optimizer_table import OPTIMIZERS, known_optimizer
 from finetune.options import option_info
 from finetune.training.backend import compile_pays, resolve_precision
 
@@ -122,7 +123,7 @@ def resolve(
     few = {"pictures": pictures, "resolution": resolution, "varied_captions": varied_captions}
     family_defaults = defaults(model_info.family, method, config.optimizer, **few, scratch=model_info.scratch)
     family_defaults |= bucket_sides(resolution, model_info.multiple) if buckets else {}
-    family_defaults |= {"use_ema": False} if config.full_bf16 else {}
+    family_defaults |= {"use_ema": False} if config.full_bf16 or _may_average(config.optimizer) else {}
     one_pass = _one_pass(config, processes, buckets) if config.fused_backward_pass else {}
     family_defaults |= one_pass
     derived = {name: value for name, value in family_defaults.items() if getattr(config, name) is None} | one_pass
@@ -147,6 +148,11 @@ def resolve(
             "compile": compile_pays(device, steps, small=small) if config.compile is None else config.compile,
         },
     )
+
+
+def _may_average(optimizer: str) -> bool:
+    """Whether it averages the weights itself, as far as that is known before it is imported."""
+    return known_optimizer(optimizer).averages or optimizer not in OPTIMIZERS
 
 
 def _precision(config: TrainConfig, device: torch.device, *, small: bool) -> str:
@@ -192,19 +198,25 @@ def _length(
 
 def _refuse_unusable(config: TrainConfig, model_info: ModelInfo, method: str, buckets: Buckets | None) -> None:
     """Raise UsageError for the first option that was given and can do nothing here."""
+    finds_rate = config.optimizer.startswith("prodigy")
     there = {
         "text": model_info.family.latent,
         "a model that takes text": model_info.family.latent,
         "a checkpoint in one file": model_info.checkpoint is not None,
         "method lora": method == "lora",
         "lora_type lora, rslora or dora": method == "lora" and config.lora_type in ("lora", "rslora", "dora"),
-        "an optimizer other than prodigy": config.optimizer != "prodigy",
-        "method full, no use_ema, and an optimizer other than prodigy": method == "full"
+        "an optimizer other than prodigy": not finds_rate,
+        "method full, no use_ema, and optimizer adamw, adamw8bit, adafactor or sgd": method == "full"
         and not config.use_ema
-        and config.optimizer != "prodigy",
+        and config.optimizer in ("adamw", "adamw8bit", "adafactor", "sgd"),
         "LoRA or DoRA, and an optimizer other than prodigy": method == "lora"
         and config.lora_type in ("lora", "rslora", "dora")
-        and config.optimizer != "prodigy",
+        and not finds_rate,
+        "a schedule that has an end": config.lr_scheduler not in ("constant", "inverse_sqrt")
+        and ":" not in (config.lr_scheduler or ""),
+        "lr_scheduler cosine_with_restarts": config.lr_scheduler == "cosine_with_restarts",
+        "lr_scheduler polynomial": config.lr_scheduler == "polynomial",
+        "lr_scheduler wsd": config.lr_scheduler == "wsd",
         "aspect_ratio_bucketing": buckets is not None,
         "full_bf16": config.full_bf16,
         "shuffle_caption": config.shuffle_caption,
@@ -212,6 +224,11 @@ def _refuse_unusable(config: TrainConfig, model_info: ModelInfo, method: str, bu
         "validation_data left out": config.validation_data is None,
         "use_ema": config.use_ema is not False,
         "an optimizer of the Adam family": config.optimizer in ("adamw", "adamw8bit", "prodigy"),
+        "timestep_sampling logit_normal": config.timestep_sampling == "logit_normal",
+        "timestep_sampling logit_normal or sigmoid": config.timestep_sampling in ("logit_normal", "sigmoid"),
+        "timestep_sampling beta": config.timestep_sampling == "beta",
+        "loss_type huber or smooth_l1": config.loss_type in ("huber", "smooth_l1"),
+        "multires_noise_iterations": config.multires_noise_iterations > 0,
         "push_to_hub": config.push_to_hub,
         "report_to": bool(config.report_to),
         "sample_every left out": config.sample_every is None,

@@ -21,6 +21,7 @@ from finetune.models.loading import scratch_unet
 from finetune.models.lora import trainable
 from finetune.models.model_info import ModelInfo
 from finetune.models.source import open_source
+from finetune.optimizer_table import known_optimizer
 from finetune.run.build import adapt
 from finetune.text import pluralize
 from finetune.training.stochastic_rounding import PIECE
@@ -40,10 +41,6 @@ UNets of Stable Diffusion 1.5 and of the tutorial, at four sizes each: within 3 
 _CHECKPOINTED = {0.0: 1.0, 0.25: 0.64, 0.5: 0.4, 0.75: 0.28, 1.0: 0.2}
 """What gradient checkpointing of a share of the blocks leaves of them, about: counted for Stable Diffusion 1.5 at 512
 px after the forward pass (1, 0.60, 0.37, 0.24, 0.17), and one block that is computed again."""
-
-MOMENTS = {"adamw": 2, "adamw8bit": 0.5, "prodigy": 4, "adafactor": 0, "sgd": 0}
-"""Numbers that an optimizer keeps per weight."""
-
 
 _IN_A_PIECE = 28
 """Bytes for each weight that `StochasticRounding` updates at once: it and its gradient in fp32, the optimizer's
@@ -104,7 +101,7 @@ def bytes_of(config: ResolvedConfig, weights: int, activations: float) -> float:
     if config.method == "full":
         # The weights that are computed with are copies of masters, as a rule.
         masters = 4 if bytes_each == 2 and not config.full_bf16 else 0
-        kept_beside = masters + 4 * (MOMENTS[config.optimizer] + config.use_ema)
+        kept_beside = masters + 4 * (known_optimizer(config.optimizer).moments + config.use_ema)
         piece = _IN_A_PIECE * min(PIECE, weights) if config.full_bf16 else 0
         if config.fused_backward_pass:  # from the first piece on, when few activations are gone
             total += weights * kept_beside + piece
@@ -231,7 +228,7 @@ def disk_use(config: ResolvedConfig, model_info: ModelInfo, chunks: Chunks) -> D
         source = open_source(model_info)
         frozen = sum(source.numbers(part) for part in model_info.family.components if part[:4] in ("vae", "text"))
     trained = 2 if config.full_bf16 else 4
-    checkpoint = learned * (trained + 4 * (MOMENTS[config.optimizer] + bool(config.use_ema)))
+    checkpoint = learned * (trained + 4 * (known_optimizer(config.optimizer).moments + bool(config.use_ema)))
     saves = max(1, _saves(config, chunks))
     checkpoints = min(saves, config.checkpoints_total_limit + 1) if config.checkpoints_total_limit else saves
     each = _BYTES[config.export_precision]

@@ -2,6 +2,7 @@
 
 import logging
 from collections import Counter
+from dataclasses import fields
 
 from finetune.cache.encoded_dataset import EncodedDataset
 from finetune.cache.store import KIND_NAMES, cache_folder
@@ -15,9 +16,11 @@ from finetune.models.adapter_types import NAMES
 from finetune.models.conditioners import spelt_words
 from finetune.models.families import defaults
 from finetune.models.lora import trainable
+from finetune.options import ObjectiveOptions
 from finetune.run.context import Run
 from finetune.text import join_limited, pluralize, pluralize_float
 from finetune.training.backend import is_compiled
+from finetune.training.diff2flow import Diff2Flow
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ def summary_rows(run: Run) -> dict[str, str]:
     config, encoded, family = run.config, run.encoded, run.model.family
     rows = {
         "Model": f"{config.model} ({family.description}); predicts {run.trainer.objective.prediction_type}",
+        "Objective": _objective(run),
         "Trainable": _trainable(run),
         "Data": _data(run),
         "Volumes": chunks_row(run.chunks),
@@ -57,6 +61,16 @@ def summary_rows(run: Run) -> dict[str, str]:
         "Output": str(run.folder),
     }
     return {name: text for name, text in rows.items() if text}
+
+
+def _objective(run: Run) -> str:
+    """The options of the objective that were given."""
+    config = run.config
+    names = [field.name for field in fields(ObjectiveOptions) if field.name in config.given]
+    settings = [f"{name} {value}" for name in names if (value := getattr(config, name)) is not None]
+    if isinstance(run.trainer.objective, Diff2Flow):
+        settings.append("a model of noise prediction with the loss of flow matching (Diff2Flow)")
+    return ", ".join(settings)
 
 
 def _data(run: Run) -> str:

@@ -13,8 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import load as from_bytes
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from finetune.atomic_io import as_readable_as, flush_to_disk, flush_tree, remove
@@ -203,32 +206,96 @@ def load(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder} is not a readable checkpoint: {error}") from error
 
 
+def through_files(state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state as a checkpoint would return it.
+
+    Raises:
+        TypeError, SafetensorError: it holds what no checkpoint can.
+    """
+    tensors, plain = _flatten_optimizer(state)
+    return _unflatten_optimizer(from_bytes(to_bytes(tensors)), json.loads(json.dumps(plain)))
+
+
 def _flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state_dict as tensors named "index.name" and the rest, fit for JSON.
 
-    bitsandbytes keeps its tensors in a mapping of their own: "index.name/inner".
+    Some keep their tensors in mappings and lists of their own: "index.name/key", "index.name/[0]"; some, in their
+    parameter groups: "group index.name".
     """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
+    strides: dict[str, list[int]] = {}
+
+    def put(name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            tensors[name] = value.detach().contiguous()
+            if not value.is_contiguous():  # sums over another layout round otherwise
+                strides[name] = list(value.stride())
+        elif isinstance(value, Mapping):
+            for key, inner in value.items():
+                put(f"{name}/{key}", inner)
+        elif isinstance(value, list):
+            values[f"{name}/length"] = len(value)
+            for number, inner in enumerate(value):
+                put(f"{name}/[{number}]", inner)
+        else:
+            values[name] = value
+
     for index, slots in state["state"].items():
-        inner = {f"{n}/{i}": v for n, value in slots.items() if isinstance(value, Mapping) for i, v in value.items()}
-        for name, value in ({n: v for n, v in slots.items() if not isinstance(v, Mapping)} | inner).items():
-            (tensors if isinstance(value, Tensor) else values)[f"{index}.{name}"] = value
-    plain = {name: state[name] for name in ("param_groups", "kind", "names") if name in state}
-    return tensors, {"values": values, **plain}
+        for name, value in slots.items():
+            put(f"{index}.{name}", value)
+    own = state.get("own", ())
+    groups = []
+    for index, group in enumerate(state["param_groups"]):
+        for name in own:
+            if isinstance(group.get(name), Tensor):
+                tensors[f"group {index}.{name}"] = group[name].detach().contiguous()
+        groups.append({n: v for n, v in group.items() if n in own or _fits_json(v)} if own else group)
+        groups[-1] = {n: v for n, v in groups[-1].items() if not isinstance(v, Tensor)}
+    plain = {name: state[name] for name in ("kind", "names") if name in state} | ({"own": own} if own else {})
+    plain |= {"strides": strides} if strides else {}
+    return tensors, {"values": values, "param_groups": groups, **plain}
+
+
+def _fits_json(value: Any) -> bool:
+    """Whether a hyperparameter can be recorded; a function cannot, and is none of the state."""
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _unflatten_optimizer(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **plain["values"]}.items():
-        index, name = key.split(".", 1)
-        slots, (name, _, inner) = state.setdefault(int(index), {}), name.partition("/")
-        if inner:
-            slots.setdefault(name, {})[inner] = value
-        else:
-            slots[name] = value
     groups = [
         {name: tuple(v) if isinstance(v, list) and name != "params" else v for name, v in group.items()}
         for group in plain["param_groups"]  # JSON made lists of the tuples (betas, eps)
     ]
-    return {"state": state, "param_groups": groups, "kind": plain.get("kind"), "names": plain.get("names")}
+    laid_out = {name: _with_strides(tensors[name], strides) for name, strides in plain.get("strides", {}).items()}
+    for key, value in {**tensors, **laid_out, **plain["values"]}.items():
+        index, name = key.split(".", 1)
+        if index.startswith("group "):
+            groups[int(index.removeprefix("group "))][name] = value
+            continue
+        slots = state.setdefault(int(index), {})
+        *outer, last = name.split("/")
+        for part in outer:
+            slots = slots.setdefault(part, {})
+        slots[last] = value
+    listed = {index: {name: _as_list(value) for name, value in slots.items()} for index, slots in state.items()}
+    kept = {"kind": plain.get("kind"), "names": plain.get("names")} | ({"own": plain["own"]} if "own" in plain else {})
+    return {"state": listed, "param_groups": groups, **kept}
+
+
+def _with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _as_list(value: Any) -> Any:
+    """What was a list before it was flattened, as a list."""
+    if not isinstance(value, dict):
+        return value
+    if "length" in value and all(name == "length" or name[0] == "[" for name in value):
+        return [_as_list(value[f"[{number}]"]) for number in range(value["length"])]
+    return {name: _as_list(inner) for name, inner in value.items()}

@@ -8,13 +8,18 @@ from torch import Tensor
 
 from finetune.errors import RunError
 
-_STATE_IN_GROUPS = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")
-"""Entries of a parameter group that an optimizer changes itself: Prodigy's estimate of the step size (Mishchenko &
-Defazio 2023, "Prodigy", algorithm 4). All others are hyperparameters."""
+_OF_PRODIGY = ("d", "d_max", "d_hat", "d_numerator", "d_denom", "k")
+"""Entries of a parameter group that Prodigy changes itself (Mishchenko & Defazio 2023, "Prodigy", algorithm 4), for
+checkpoints of versions that did not record such entries."""
+_OF_THE_TRAINER = ("params", "lr", "initial_lr", "factor")
+"""Entries of a parameter group that are the trainer's, not the optimizer's own."""
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, held: Mapping[str, Tensor]) -> dict[str, Any]:
     """The optimizer's `state_dict`, its class as `kind`, and the `names` of its parameters in the order of its indices.
+
+    `own` are the entries of its groups that the optimizer changes itself, such as a count of steps; the others are
+    hyperparameters.
 
     Args:
         optimizer: whose state it is.
@@ -23,7 +28,22 @@ def optimizer_state(optimizer: torch.optim.Optimizer, held: Mapping[str, Tensor]
     names_by_id = {id(parameter): name for name, parameter in held.items()}
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     names = [names_by_id.get(id(parameter), f"#{index}") for index, parameter in enumerate(order)]
-    return {**optimizer.state_dict(), "kind": type(optimizer).__name__, "names": names}
+    return {**optimizer.state_dict(), "kind": type(optimizer).__name__, "names": names, "own": _own_entries(optimizer)}
+
+
+def _own_entries(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Entries of the groups that are not as the optimizer was made."""
+    defaults = optimizer.defaults
+    return sorted(
+        {
+            name
+            for group in optimizer.param_groups
+            for name, value in group.items()
+            if name not in _OF_THE_TRAINER
+            and isinstance(value, Tensor | int | float | str | None)
+            and (name not in defaults or isinstance(value, Tensor) or value != defaults[name])
+        }
+    )
 
 
 def load_optimizer(
@@ -66,24 +86,40 @@ def _merged(saved: Mapping[str, Any], current: Mapping[str, Any], extra_entries:
     index = {name: number for number, name in enumerate(then)}
     if index.keys() != set(names) or len(then) != sum(len(group["params"]) for group in groups):
         raise RunError("the checkpoint's optimizer holds other parameters than this run trains")
+    own = (*saved.get("own", _OF_PRODIGY), *extra_entries)
     group_of = {number: group for group in groups for number in group["params"]}
     states = {number: saved["state"].get(index[name]) for number, name in enumerate(names)}
     return {
         "state": {number: _copied(state) for number, state in states.items() if state is not None},
         "param_groups": [
-            {**group, **_state_of(group_of[index[name]], extra_entries)}
+            {**group, **_state_of(group_of[index[name]], own)}
             for group in current["param_groups"]
             for name in names[group["params"][0] : group["params"][0] + 1]  # its first parameter
         ],
     }
 
 
-def _state_of(group: Mapping[str, Any], extra_entries: Sequence[str]) -> dict[str, Any]:
-    return {name: group[name] for name in (*_STATE_IN_GROUPS, *extra_entries) if name in group}
+def _state_of(group: Mapping[str, Any], own: Sequence[str]) -> dict[str, Any]:
+    return {name: _copied(group[name]) for name in own if name in group}
 
 
 def _copied(state: Any) -> Any:
     """Copies: tensors of a checkpoint are mapped files, which would stay on the disk when the checkpoint is deleted."""
     if isinstance(state, Mapping):
         return {name: _copied(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [_copied(value) for value in state]
     return state.clone() if isinstance(state, Tensor) else state
+
+
+def switch_mode(optimizer: torch.optim.Optimizer, mode: str) -> bool:
+    """Switch a schedule-free optimizer between the weights of its steps ("train") and their average ("eval").
+
+    Returns:
+        Whether it is one; others have no such switch, and stay as they are.
+    """
+    switches = [getattr(optimizer, name, None) for name in ("train", "eval")]
+    if not all(callable(switch) for switch in switches):
+        return False
+    getattr(optimizer, mode)()
+    return True

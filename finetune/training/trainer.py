@@ -27,7 +27,7 @@ from finetune.training.metrics import DeviceScalars, Fault, NotFinite, StepMetri
 from finetune.training.micro_batch import MicroBatch, PreparedStep
 from finetune.training.nonfinite import FiniteGate
 from finetune.training.objective import Objective
-from finetune.training.optimizer_state import load_optimizer, optimizer_state
+from finetune.training.optimizer_state import load_optimizer, optimizer_state, switch_mode
 from finetune.training.prior_prediction import Prior, with_prior
 from finetune.training.stochastic_rounding import StochasticRounding
 
@@ -101,6 +101,8 @@ class Trainer(Generic[AnyObjective]):
         self._sample = renamed_in(objective, old="draw", new="sample")
         self.prior = prior
         self.optimizer = optimizer
+        self.averages = switch_mode(optimizer, "train")
+        """The optimizer averages the weights itself (schedule-free), and evaluations see its average."""
         self.learning_rate = learning_rate
         self.micro_batch_size = micro_batch_size
         self.oom_micro_batch_size: int | None = None
@@ -356,12 +358,12 @@ class Trainer(Generic[AnyObjective]):
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Compute with the EMA weights for a while, where there is an EMA: for pictures."""
-        if self.ema is None:
+        """Compute with averaged weights for a while, where there is an EMA or the optimizer averages: for pictures."""
+        if self.ema is None and not self.averages:
             yield
             return
         try:
-            with self.ema.swapped_in():
+            with self._averaged_weights():
                 self.masters.write_back()
                 yield
         finally:
@@ -369,10 +371,28 @@ class Trainer(Generic[AnyObjective]):
 
     @contextmanager
     def export_weights(self) -> Iterator[None]:
-        """Put the learned weights in fp32 into the UNet for a while, averaged where there is an EMA: for an export."""
+        """Put the learned weights in fp32 into the UNet for a while, as averages where there are any: for an export."""
         self.raise_if_diverged()
-        with self.ema.swapped_in() if self.ema else nullcontext(), self.masters.lent_weights():
+        with self._averaged_weights(), self.masters.lent_weights():
             yield
+
+    @contextmanager
+    @torch.no_grad()
+    def _averaged_weights(self) -> Iterator[None]:
+        if self.ema is not None:
+            with self.ema.swapped_in():
+                yield
+            return
+        if not self.averages:
+            yield
+            return
+        trained = [parameter.clone() for parameter in self.parameters.values()]
+        switch_mode(self.optimizer, "eval")
+        try:
+            yield
+        finally:  # switching back rounds, and an evaluation must not change what is learned
+            switch_mode(self.optimizer, "train")
+            torch._foreach_copy_(list(self.parameters.values()), trained)
 
     @torch.no_grad()
     def adopt_weights(self, weights: Mapping[str, Tensor], step: int) -> None:
@@ -381,7 +401,7 @@ class Trainer(Generic[AnyObjective]):
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
         self.masters.write_back()
-        self.ema, self.steps_done = None, step
+        self.ema, self.averages, self.steps_done = None, False, step
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs beside its config: weights, optimizer, EMA, scaler, steps done.

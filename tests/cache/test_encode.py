@@ -18,7 +18,7 @@ from finetune.errors import DataError
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.lora import add_lora, trainable
 from finetune.seeding import example_key
-from finetune.training.objective import NoisePrediction
+from finetune.training.noise_prediction import NoisePrediction
 from finetune.training.trainer import Trainer
 
 

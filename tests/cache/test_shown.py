@@ -20,7 +20,7 @@ from finetune.errors import DataError
 from finetune.models.inpainting import MASKS, drawn_mask, mask_number
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.tiny import tiny_folder
-from finetune.training.objective import NoisePrediction
+from finetune.training.noise_prediction import NoisePrediction
 from tests.tiny_inpainting import make_inpainting
 
 BOX = (8, 16, 40, 44)

@@ -267,3 +267,40 @@ def test_what_is_no_settings_is_told(
     assert main(["import", "--file", str(tmp_path / name), "--to", str(tmp_path / "config.toml")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "config.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (
+            {"timestep_distribution": "LOGIT_NORMAL", "noising_weight": 0.5, "noising_bias": -0.2},
+            {"timestep_sampling": "logit_normal", "logit_mean": -0.2, "logit_std": 1.5},
+        ),
+        (
+            {"timestep_distribution": "BETA", "noising_weight": 0.8, "noising_bias": 1.0},
+            {"timestep_sampling": "beta", "beta_alpha": 0.8, "beta_beta": 1.0},
+        ),
+        ({"timestep_distribution": "UNIFORM", "noising_weight": 0.8}, {"timestep_sampling": None}),
+        ({"min_noising_strength": 0.1, "max_noising_strength": 0.9}, {"min_timestep": 100, "max_timestep": 900}),
+        ({"max_noising_strength": 1.0, "min_noising_strength": 0.0}, {"min_timestep": None, "max_timestep": None}),
+        ({"loss_weight_fn": "DEBIASED_ESTIMATION"}, {"debiased_estimation": True}),
+        ({"mse_strength": 0.0, "mae_strength": 1.0}, {"loss_type": "l1"}),
+        (
+            {"rescale_noise_scheduler_to_zero_terminal_snr": True},
+            {"zero_terminal_snr": True, "prediction_type": "v_prediction"},
+        ),
+    ],
+)
+def test_the_objective_of_onetrainer(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    taken = take({"training_method": "LORA", **theirs})
+    assert {name: taken.ours.get(name) for name in ours} == ours
+    assert taken.skipped == {}
+
+
+def test_a_sum_of_losses_and_an_unknown_distribution_are_listed() -> None:
+    taken = take({"mse_strength": 0.5, "mae_strength": 0.5, "timestep_distribution": "HEAVY_TAIL"})
+    assert sorted(name.partition(" ")[0] for name in taken.skipped) == [
+        "mae_strength",
+        "mse_strength",
+        "timestep_distribution",
+    ]

@@ -63,7 +63,17 @@ def test_a_notebook(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("--in_json=m.json", {}, "left: in_json = 'm.json': captions were in it"),
         ("--network_args algo=lokr dora_wd=True", {"lora_type": "lokr"}, "left: network_args.dora_wd = True: lokr is"),
         ("", {"gradient_accumulation_steps": 1, "validation_fraction": 0.0}, "0 left out"),
-        ("--max_timestep=1000 --loss_type=l2 --caption_extension=.txt", {}, "0 left out"),
+        ("--max_timestep=1000 --loss_type=l2 --caption_extension=.txt", {"huber_c": None}, "0 left out"),
+        ("--huber_schedule=snr --huber_c=0.1 --multires_noise_discount=0.3", {"huber_c": None}, "0 left out"),
+        ("--loss_type=smooth_l1 --huber_c=0.2", {"loss_type": "smooth_l1", "huber_c": 0.2}, "0 left out"),
+        ("--v_parameterization --zero_terminal_snr --min_snr_gamma=1 --scale_v_pred_loss_like_noise_pred",
+         {"prediction_type": "v_prediction", "zero_terminal_snr": True, "snr_gamma": 1.0,
+          "scale_v_pred_loss_like_noise_pred": True}, "0 left out"),
+        ("--zero_terminal_snr", {"zero_terminal_snr": None}, "left: zero_terminal_snr = True: at zero terminal SNR"),
+        ("--scale_v_pred_loss_like_noise_pred", {"scale_v_pred_loss_like_noise_pred": None}, "0 left out"),
+        ("--debiased_estimation_loss --multires_noise_iterations=6 --multires_noise_discount=0.1 --min_timestep=100",
+         {"debiased_estimation": True, "multires_noise_iterations": 6, "multires_noise_discount": 0.1,
+          "min_timestep": 100}, "0 left out"),
     ],
 )  # fmt: skip
 def test_one_value_never_ends_the_import(

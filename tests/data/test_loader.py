@@ -17,7 +17,7 @@ from finetune.data.loader import batches, training_steps
 from finetune.errors import UsageError
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.lora import add_lora, trainable
-from finetune.training.objective import NoisePrediction
+from finetune.training.noise_prediction import NoisePrediction
 from finetune.training.trainer import Trainer
 
 FACTOR = 4

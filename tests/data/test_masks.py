@@ -28,7 +28,7 @@ from finetune.errors import DataError, UsageError
 from finetune.models.encoders import PixelEncoder
 from finetune.models.loading import load_model
 from finetune.recipe import fine_tune
-from finetune.training.objective import NoisePrediction
+from finetune.training.noise_prediction import NoisePrediction
 from tests.small_trainer import small_batch, small_trainer
 
 

@@ -104,7 +104,7 @@ def scarce_from_the_third_step() -> None:
     """After two forward passes, the UNet has memory for one picture at a time."""
     import torch
 
-    from finetune.training.objective import NoisePrediction
+    from finetune.training.noise_prediction import NoisePrediction
 
     passes, loss = [0], NoisePrediction.loss
 

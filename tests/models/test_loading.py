@@ -220,9 +220,10 @@ def test_a_frozen_part_that_lacks_a_tensor_is_refused(part: str, name: str, tmp_
     [
         (
             "scheduler/scheduler_config.json",
-            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
-            "FlowMatchEuler.* known",
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+            "use_dynamic_shifting is true",
         ),
+        ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchHeunDiscreteScheduler"}, "Heun.* may be another"),
         ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler may be another"),
         (
             "scheduler/scheduler_config.json",
@@ -232,9 +233,10 @@ def test_a_frozen_part_that_lacks_a_tensor_is_refused(part: str, name: str, tmp_
         (
             "scheduler/scheduler_config.json",
             {"prediction_type": "flow_prediction"},
-            "prediction_type is flow_prediction",
+            "use_flow_sigmas is false and prediction_type is flow_prediction",
         ),
-        ("scheduler/scheduler_config.json", {"use_flow_sigmas": True}, "use_flow_sigmas is true"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "edm"}, "prediction_type is edm"),
+        ("scheduler/scheduler_config.json", {"use_flow_sigmas": True}, "use_flow_sigmas is true and .* is epsilon"),
         ("vae/config.json", {"latents_mean": [0.0] * 4}, "latents_mean is set"),
         ("vae/config.json", {"latents_std": [1.0] * 4}, "latents_std is set"),
         ("vae/config.json", {"_class_name": "AsymmetricAutoencoderKL"}, "AsymmetricAutoencoderKL is not known"),

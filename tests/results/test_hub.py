@@ -193,6 +193,9 @@ def test_every_option_that_may_be_a_path_is_shortened_in_the_card(run_folder: Pa
     texts = {name for name, kind in option_types().items() if "str" in str(kind)}
     no_paths = {"lora_target_modules", "block_rank", "block_learning_rate", "prompt", "trigger", "class_prompt"}
     no_paths |= {
+        "lr_scheduler",
+        "optimizer",
+        "optimizer_args",
         "background",
         "image_column",
         "caption_column",

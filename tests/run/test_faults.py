@@ -13,7 +13,7 @@ from finetune.config import TrainConfig
 from finetune.recipe import fine_tune
 from finetune.training import checkpoint
 from finetune.training.metrics import NotFinite
-from finetune.training.objective import NoisePrediction
+from finetune.training.noise_prediction import NoisePrediction
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from finetune.training.forgetting import probe_drift, record_probe
-from finetune.training.objective import NoisePrediction
+from finetune.training.noise_prediction import NoisePrediction
 
 KINDS = ("epsilon", "v_prediction", "sample")
 

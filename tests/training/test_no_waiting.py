@@ -10,7 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.training.metrics import StepMetrics
-from finetune.training.objective import NoisedBatch, NoisePrediction
+from finetune.training.noise_prediction import NoisePrediction
+from finetune.training.objective import NoisedBatch
 from tests.small_trainer import small_batch, small_trainer
 
 READS = {"item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy", "nonzero", "is_nonzero"}

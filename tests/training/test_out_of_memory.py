@@ -9,7 +9,7 @@ from torch import Tensor
 
 from finetune.batch import Batch, GlobalStep
 from finetune.training.distributed import from_environment
-from finetune.training.objective import NoisePrediction
+from finetune.training.noise_prediction import NoisePrediction
 from finetune.training.trainer import Trainer
 from tests.processes import together
 from tests.small_trainer import small_batch, small_trainer

@@ -20,7 +20,7 @@ from finetune.models.lora import add_lora, trainable
 from finetune.training import checkpoint
 from finetune.training.ema import Ema
 from finetune.training.metrics import NotFinite
-from finetune.training.objective import NoisePrediction
+from finetune.training.noise_prediction import NoisePrediction
 from finetune.training.optimizers import make_optimizer, parameter_groups
 from finetune.training.trainer import Trainer
 from tests.small_trainer import small_batch, small_trainer

@@ -13,7 +13,7 @@ from finetune.cache.encoded_dataset import EncodedDataset
 from finetune.data.buckets import Buckets
 from finetune.data.image_folder import ImageFolder
 from finetune.models.loading import DiffusionModel, load_model
-from finetune.training.objective import NoisePrediction
+from finetune.training.noise_prediction import NoisePrediction
 from finetune.training.validation import (
     BANDS,
     band,

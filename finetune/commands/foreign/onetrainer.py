@@ -35,7 +35,7 @@ _CHANGES_NOTHING: Mapping[str, Collection[Any]] = {
     "ema_update_step_interval": (5,), "dataloader_threads": (1, 2), "train_device": ("cuda",), "temp_device": ("cpu",),
     "fallback_train_dtype": tuple(_DTYPES), "enable_autocast_cache": (True,), "mse_strength": (1,),
     "vb_loss_strength": (1,), "loss_scaler": ("NONE",), "learning_rate_scaler": ("NONE",), "timestep_shift": (1,),
-    "max_noising_strength": (1,), "timestep_distribution": ("UNIFORM",), "unmasked_probability": (0.1,),
+    "unmasked_probability": (0.1,),
     "unmasked_weight": (0.1,), "embedding_weight_dtype": tuple(_DTYPES), "lora_weight_dtype": tuple(_DTYPES),
     "lora_decompose_norm_epsilon": (True,), "bundle_additional_embeddings": (True,), "weight_dtype": tuple(_DTYPES),
     "output_dtype": tuple(_DTYPES), "unet_weight_dtype": ("NONE", *_DTYPES), "vae_weight_dtype": ("NONE", *_DTYPES),
@@ -118,8 +118,37 @@ def _leave_rest(imported: ImportedConfig, part: str, given: Mapping[str, Any]) -
 
 
 def _loss_weight(imported: ImportedConfig, value: Any) -> None:
-    if value not in ("CONSTANT", "MIN_SNR_GAMMA"):
-        imported.skip("loss_weight_fn", value, "Min-SNR is the one weighting here")
+    if value == "DEBIASED_ESTIMATION":
+        imported.ours["debiased_estimation"] = True
+    elif value not in ("CONSTANT", "MIN_SNR_GAMMA"):
+        imported.skip("loss_weight_fn", value, "the weightings here are Min-SNR and debiased estimation")
+
+
+def _take_timesteps(imported: ImportedConfig, given: dict[str, Any]) -> None:
+    """Their distribution of timesteps, with the parameters that it has there (`_get_timestep_discrete`)."""
+    kind, weight, bias = (given.pop(name, None) for name in ("timestep_distribution", "noising_weight", "noising_bias"))
+    weight, bias = weight or 0.0, bias or 0.0
+    if kind == "LOGIT_NORMAL":
+        imported.ours |= {"timestep_sampling": "logit_normal", "logit_mean": bias, "logit_std": 1.0 + weight}
+    elif kind == "BETA":
+        limits = max(1e-4, weight), max(1e-4, bias)
+        imported.ours |= {"timestep_sampling": "beta", "beta_alpha": limits[0], "beta_beta": limits[1]}
+    elif kind not in (None, "UNIFORM"):
+        imported.skip("timestep_distribution", kind, "the distributions here: uniform, logit_normal, beta")
+    for theirs, ours in (("min_noising_strength", "min_timestep"), ("max_noising_strength", "max_timestep")):
+        share = given.pop(theirs, None)
+        if share is not None and share != {"min_timestep": 0, "max_timestep": 1}[ours]:
+            imported.set(ours, int(1000 * share), theirs)
+
+
+def _take_losses(imported: ImportedConfig, given: dict[str, Any]) -> None:
+    """The mean absolute error, where it is the only one; a sum of several losses is none of ours."""
+    names = ("mse_strength", "mae_strength", "log_cosh_strength", "huber_strength")
+    strengths = {name: strength for name in names if (strength := given.get(name))}
+    if strengths == {"mae_strength": 1}:
+        imported.ours["loss_type"] = "l1"
+        for name in names:
+            given.pop(name, None)
 
 
 def _concepts(imported: ImportedConfig, value: Any) -> None:
@@ -219,6 +248,11 @@ def _checkpointing(imported: ImportedConfig, value: Any) -> None:
     imported.ours["gradient_checkpointing"] = value not in ("OFF", False)
 
 
+def _zero_snr(imported: ImportedConfig, value: Any) -> None:
+    if value:
+        imported.ours |= {"zero_terminal_snr": True, "prediction_type": "v_prediction"}  # so it is there, too
+
+
 _RENAMED: Renamed = {
     "base_model_name": "model", "learning_rate": "learning_rate", "epochs": "num_train_epochs",
     "batch_size": "train_batch_size", "gradient_accumulation_steps": "gradient_accumulation_steps",
@@ -234,6 +268,7 @@ _RENAMED: Renamed = {
     "masked_training": _masked, "learning_rate_warmup_steps": _warmup, "learning_rate_scheduler": _schedule,
     "lora_decompose": lambda imported, value: imported.set("lora_type", "dora", "lora_decompose") if value else None,
     "ema": lambda imported, value: imported.set("use_ema", value != "OFF", "ema"),
+    "rescale_noise_scheduler_to_zero_terminal_snr": _zero_snr,
     "force_v_prediction": lambda imported, on: imported.set("prediction_type", "v_prediction", "") if on else None,
     "force_epsilon_prediction": lambda imported, on: imported.set("prediction_type", "epsilon", "") if on else None,
 }  # fmt: skip
@@ -284,5 +319,7 @@ def take(given: Mapping[str, Any]) -> ImportedConfig:
         imported.skip("masked_training", True, "masks say where an inpainting model paints, and all errors count")
     if given.get("concepts"):
         given.pop("concept_file_name", None)
+    _take_timesteps(imported, given)
+    _take_losses(imported, given)
     imported.take({name: value for name, value in given.items() if value != {}}, _RENAMED)
     return imported

@@ -13,6 +13,7 @@ from finetune.commands.foreign.sd_scripts_options import (
     TRANSFORMERS,
     take_buckets,
     take_captions,
+    take_objective,
     take_warmup,
 )
 
@@ -81,6 +82,7 @@ def take(given: Mapping[str, Any], script: str, place: Path = Path()) -> Importe
     dataset = _dataset_of(imported, given.pop("dataset_config", None), place, subsets)
     take_buckets(imported, given)
     take_captions(imported, given)
+    take_objective(imported, given)
     if not given.get("reg_data_dir"):
         given.pop("prior_loss_weight", None)  # theirs has a value also where there are no class pictures
     if ratio := given.pop("warmup_ratio", None):

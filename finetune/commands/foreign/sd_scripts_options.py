@@ -17,9 +17,8 @@ _ARGUMENTS = {"weight_decay": "adam_weight_decay", "eps": "adam_epsilon"}
 _ALGORITHMS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr"}
 
 CHANGES_NOTHING: Mapping[str, Collection[Any]] = {
-    "min_timestep": (0,), "max_timestep": (1000,), "loss_type": ("l2",), "huber_c": (0.1,), "huber_schedule": ("snr",),
     "noise_offset_type": ("Original",), "lr_scheduler_num_cycles": (1,), "lr_scheduler_power": (1,),
-    "caption_extension": (".txt", ".caption"), "multires_noise_discount": (0.3,), "dynamo_backend": ("no",),
+    "caption_extension": (".txt", ".caption"), "dynamo_backend": ("no",),
     "vae_batch_size": (1,), "sample_sampler": ("ddim", "euler_a"), "huber_scale": (1,), "keep_tokens": (0,),
     "adaptive_noise_scale": (0,), "persistent_data_loader_workers": (True,), "no_half_vae": (True,),
     "no_token_padding": (True,), "lowram": (True,), "train_mode": ("lora",),
@@ -146,6 +145,26 @@ def take_captions(imported: ImportedConfig, given: dict[str, Any]) -> None:
         imported.notes.append("enable_wildcard: each visit takes a line of a caption file, but {a|b} is not expanded")
 
 
+def take_objective(imported: ImportedConfig, given: dict[str, Any]) -> None:
+    """Options that do nothing there, and are refused here, without another one that they belong to."""
+    velocity = bool(word_value(given.get("v_parameterization", False)))
+    if not velocity and word_value(given.pop("scale_v_pred_loss_like_noise_pred", False)):
+        imported.notes.append("scale_v_pred_loss_like_noise_pred does nothing without v_parameterization")
+    if not velocity and (zero := word_value(given.pop("zero_terminal_snr", False))):
+        imported.skip(
+            "zero_terminal_snr", zero, "at zero terminal SNR the noise tells nothing; it needs v_parameterization"
+        )
+    if given.get("loss_type", "l2") not in ("huber", "smooth_l1"):
+        for name in ("huber_schedule", "huber_c"):
+            given.pop(name, None)
+    if not word_value(given.get("multires_noise_iterations") or 0):
+        given.pop("multires_noise_discount", None)
+
+
+def _switch(name: str) -> Any:
+    return lambda imported, on: imported.set(name, True, name) if on else None
+
+
 def _network_module(imported: ImportedConfig, value: Any) -> None:
     if value not in ("networks.lora", "lycoris.kohya"):
         imported.skip("network_module", value, "networks.lora and lycoris.kohya have their like here")
@@ -177,6 +196,11 @@ RENAMED: Renamed = {
     "mixed_precision": "mixed_precision", "full_bf16": _full_bf16,
     "fused_backward_pass": _fused_backward_pass, "learning_rate": "learning_rate",
     "network_dim": "rank", "network_alpha": "lora_alpha", "network_dropout": dropout, "network_weights": "init_lora",
+    "zero_terminal_snr": _switch("zero_terminal_snr"), "debiased_estimation_loss": _switch("debiased_estimation"),
+    "scale_v_pred_loss_like_noise_pred": _switch("scale_v_pred_loss_like_noise_pred"), "loss_type": "loss_type",
+    "huber_schedule": "huber_schedule", "huber_c": "huber_c", "min_timestep": "min_timestep",
+    "max_timestep": "max_timestep", "multires_noise_iterations": "multires_noise_iterations",
+    "multires_noise_discount": "multires_noise_discount",
     "min_snr_gamma": "snr_gamma", "noise_offset": "noise_offset", "ip_noise_gamma": "input_perturbation",
     "max_grad_norm": "max_grad_norm", "clip_skip": _clip_skip, "alpha_mask": "masked_loss", "flip_aug": "random_flip",
     "caption_dropout_rate": "caption_dropout", "max_data_loader_n_workers": "dataloader_num_workers",

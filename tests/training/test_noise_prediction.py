@@ -1,10 +1,15 @@
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from torch.nn import functional
 
 from finetune.errors import UsageError
-from finetune.training.objective import NoisePrediction
+from finetune.training.loss_function import LossFunction
+from finetune.training.noise_prediction import NoisePrediction
+from finetune.training.timestep_sampler import TimestepSampler
 
 TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -108,16 +113,81 @@ def test_extra_channels_reach_the_unet() -> None:
 
 
 def test_what_cannot_be_learned_at_zero_terminal_snr_is_refused() -> None:
-    def objective(prediction_type: str, snr_gamma: float | None = None) -> NoisePrediction:
-        scheduler = DDPMScheduler(
-            beta_schedule="scaled_linear", prediction_type=prediction_type, rescale_betas_zero_snr=True
-        )
-        return NoisePrediction(scheduler, snr_gamma=snr_gamma)
-
+    scheduler = zero_snr_scheduler("epsilon")
     with pytest.raises(UsageError, match="prediction_type epsilon: at zero terminal SNR"):
-        objective("epsilon")
-    with pytest.raises(
-        UsageError, match="snr_gamma would give the last timestep of a zero-terminal-SNR schedule no weight"
-    ):
-        objective("v_prediction", 5.0)
-    assert objective("v_prediction").alphas_cumprod[-1] < 1e-6
+        NoisePrediction(scheduler)
+
+
+def zero_snr_scheduler(prediction_type: str) -> DDPMScheduler:
+    return DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type, rescale_betas_zero_snr=True)
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize("weighting", [{"snr_gamma": 5.0}, {"debiased_estimation": True}])
+def test_a_timestep_of_zero_snr_keeps_a_weight_of_1(prediction_type: str, weighting: dict[str, Any]) -> None:
+    scheduler = zero_snr_scheduler(prediction_type)
+    assert scheduler.alphas_cumprod[-1] == 0
+    weights = NoisePrediction(scheduler, **weighting).weight(torch.tensor([500, 998, 999]))
+    assert weights[2] == 1
+    assert weights.isfinite().all()
+    assert weights[1] > 0
+
+
+def test_sd_scripts_weights_on_the_same_timesteps() -> None:
+    """`apply_debiased_estimation` and `scale_v_prediction_loss_like_noise_prediction` of its custom_train_functions."""
+    t = torch.tensor([0, 1, 300, 999])
+    for prediction_type in ("epsilon", "v_prediction"):
+        scheduler = DDPMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction_type
+        )
+        alpha, sigma = scheduler.alphas_cumprod[t] ** 0.5, (1 - scheduler.alphas_cumprod[t]) ** 0.5
+        snr = torch.minimum((alpha / sigma) ** 2, torch.tensor(1000.0))
+        assert snr[0] == 1000  # what they limit
+        velocity = prediction_type == "v_prediction"
+        debiased = 1 / (snr + 1) if velocity else 1 / torch.sqrt(snr)
+        torch.testing.assert_close(NoisePrediction(scheduler, debiased_estimation=True).weight(t), debiased)
+        if velocity:
+            scaled = NoisePrediction(scheduler, scale_v_pred_loss_like_noise_pred=True)
+            torch.testing.assert_close(scaled.weight(t), snr / (snr + 1))
+            both = NoisePrediction(scheduler, scale_v_pred_loss_like_noise_pred=True, debiased_estimation=True)
+            torch.testing.assert_close(both.weight(t), snr / (snr + 1) * debiased)
+        else:
+            with pytest.raises(UsageError, match="the model predicts epsilon; it is for v_prediction"):
+                NoisePrediction(scheduler, scale_v_pred_loss_like_noise_pred=True)
+
+
+def test_a_huber_loss_has_its_threshold_by_the_timestep() -> None:
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    x0, noise, t = tensors()
+    unet = small_unet()
+    noised = NoisePrediction(scheduler, loss_function=LossFunction("huber")).add_noise(x0, noise, t)
+    abar = scheduler.alphas_cumprod[t]
+    sigma = ((1.0 - abar) / abar) ** 0.5
+    c = (1 - 0.1) / (1 + sigma) ** 2 + 0.1  # sd-scripts, get_huber_threshold_if_needed, schedule snr
+    c = c.view(-1, 1, 1, 1)
+    error = unet(noised.x_t, t).sample - noise
+    expected = (2 * c * (torch.sqrt(error**2 + c**2) - c)).mean(dim=(1, 2, 3))
+    losses = NoisePrediction(scheduler, loss_function=LossFunction("huber")).loss(unet, noised, {})
+    torch.testing.assert_close(losses, expected)
+    masked = NoisePrediction(scheduler, loss_function=LossFunction("huber")).loss(
+        unet, replace(noised, mask=torch.zeros(5, 1, 8, 8)), {}
+    )
+    assert masked.abs().max() == 0
+
+
+def test_timesteps_and_validation_stay_in_the_range() -> None:
+    objective = NoisePrediction(DDPMScheduler(), timestep_sampler=TimestepSampler(min_timestep=600, max_timestep=700))
+    keys = torch.arange(200)
+    t = objective.sample_timesteps(keys)
+    assert 600 <= t.min() <= 605
+    assert 694 <= t.max() < 700
+    thirds = [objective.validation_timesteps(keys, part, 3) for part in range(3)]
+    assert [third.min().item() // 10 for third in thirds] == [60, 63, 66]
+    assert thirds[2].max() < 700
+    with pytest.raises(UsageError, match="max_timestep = 1001: the model's schedule has 1000 timesteps"):
+        NoisePrediction(DDPMScheduler(), timestep_sampler=TimestepSampler(max_timestep=1001))
+
+
+def test_a_scheduler_of_flow_matching_is_refused() -> None:
+    with pytest.raises(UsageError, match="one of flow matching: use FlowMatching"):
+        NoisePrediction(FlowMatchEulerDiscreteScheduler())
