@@ -60,14 +60,33 @@ class ModelOptions:
         0.0, BELOW_ONE, requires="lora_type lora, rslora or dora", suggest_for=("network_dropout",)
     )
     """Dropout inside the LoRA layers, in [0, 1)."""
-    lora_target_modules: tuple[str, ...] | None = option(None, requires="method lora")
-    """Layers that get an adapter, by the ends of their names. Default: attention and feed-forward."""
+    rank_dropout: float = option(0.0, BELOW_ONE, requires="method lora")
+    """Share of the ranks of the adapter that a step leaves out, in [0, 1)."""
+    module_dropout: float = option(0.0, BELOW_ONE, requires="method lora")
+    """Share of the adapter's layers that a step leaves out, in [0, 1)."""
+    scale_weight_norms: float | None = option(None, POSITIVE, requires="lora_type lora or rslora")
+    """Keep the norm of each layer's update below this; 1 is usual."""
+    lora_target_modules: tuple[str, ...] | None = option(
+        None, requires="method lora", suggest_for=("lora_layers", "layer_filter", "lora_layer_preset")
+    )
+    """Layers that get an adapter: attn-only, attn-mlp (all of the transformers), full, or ends or patterns of their
+    names (to_q, up_blocks.*.to_k). Default: attention and feed-forward."""
+    conv_rank: int | None = option(
+        None, AT_LEAST_ONE, requires="method lora", suggest_for=("conv_dim", "network_conv_dim")
+    )
+    """Also adapt the residual blocks (LoCon), and convolutions with a kernel larger than 1 x 1 with this rank."""
+    conv_alpha: float | None = option(None, POSITIVE, requires="conv_rank")
+    """Alpha of these convolutions. Default: conv_rank."""
     block_rank: tuple[str, ...] | None = option(
         None, requires="method lora", suggest_for=("rank_pattern", "block_dims")
     )
     """Ranks of single blocks, by the start of layer names: up_blocks.1=32 mid=8. Alpha is the same for all."""
     init_lora: str | None = option(None, requires="method lora", suggest_for=("network_weights",), path=True)
     """LoRA file to start from, in kohya's or peft's format, with the same layers and rank."""
+    train_modules: tuple[str, ...] | None = option(
+        None, requires="method full", suggest_for=("trainable_modules", "layer_filter_regex")
+    )
+    """Layers of the UNet that learn, by ends or patterns of their names (attn2, up_blocks.*.to_k). Default: all."""
     vae: str | None = option(
         None, requires="text", suggest_for=("pretrained_vae_model_name_or_path", "vae_name"), path=True
     )

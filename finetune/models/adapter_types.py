@@ -23,20 +23,38 @@ NAMES: dict[Kind, str] = {
 
 
 def settings_of(
-    kind: Kind, rank: int, alpha: float, dropout: float, target_modules: Sequence[str], block_ranks: Mapping[str, float]
+    kind: Kind,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    rank_dropout: float,
+    module_dropout: float,
+    target_modules: Sequence[str],
+    block_ranks: Mapping[str, float],
+    kernels: Mapping[str, tuple[int, float]],
 ) -> Any:
-    """peft's config for a kind of adapter; see `finetune.models.lora.add_lora`."""
+    """peft's config for a kind of adapter; see `finetune.models.lora.add_lora`.
+
+    `kernels` are the layers with a kernel larger than 1 x 1 that have a rank and an alpha of their own.
+    """
     if any(ranks < 1 or ranks != int(ranks) for ranks in block_ranks.values()):
         raise UsageError("block_rank: a rank is a whole number, 1 or more")
     ranks = {_pattern(begin, block_ranks): int(rank) for begin, rank in block_ranks.items()}
     if kind == "rslora" and ranks:
         why = "with rslora each rank has an alpha of its own, and diffusers reads such files wrongly"
         raise UsageError(f"block_rank: {why}")
-    shared: dict[str, Any] = {"r": rank, "target_modules": list(target_modules), "rank_pattern": ranks}
-    if kind == "loha":
-        return LoHaConfig(alpha=alpha, **shared)  # pyright: ignore[reportArgumentType]
-    if kind == "lokr":
-        return LoKrConfig(alpha=alpha, **shared)  # pyright: ignore[reportArgumentType]
+    ranks |= {f"^{re.escape(layer)}$": own_rank for layer, (own_rank, _) in kernels.items()}
+    alphas = {
+        f"^{re.escape(layer)}$": own_alpha * sqrt(own_rank) if kind == "rslora" else own_alpha
+        for layer, (own_rank, own_alpha) in kernels.items()
+    }
+    shared: dict[str, Any] = {"r": rank, "target_modules": list(target_modules)}
+    shared |= {"rank_pattern": ranks, "alpha_pattern": alphas}
+    if kind in ("loha", "lokr"):
+        dropouts = {"rank_dropout": rank_dropout, "module_dropout": module_dropout}
+        config = LoHaConfig if kind == "loha" else LoKrConfig
+        return config(alpha=alpha, **dropouts, **shared)  # pyright: ignore[reportArgumentType]
     return LoraConfig(
         # peft's own `use_rslora` is forgotten by its older versions where diffusers sets an adapter's weight.
         lora_alpha=alpha * sqrt(rank) if kind == "rslora" else alpha,  # pyright: ignore[reportArgumentType]

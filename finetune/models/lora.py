@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from finetune.errors import ModelError, UsageError
+from finetune.models.adapter_dropout import add_dropout
 from finetune.models.adapter_types import (
     Kind,
     kind_of,
@@ -29,6 +30,7 @@ from finetune.models.adapter_types import (
 from finetune.models.lora_formats import PEFT_PREFIX, LoraFile, from_kohya, read_lora, write_kohya
 from finetune.models.lora_forward import lean
 from finetune.models.lora_keys import layer_names
+from finetune.models.lora_layers import layers_to_adapt
 from finetune.models.lora_math import rank_of
 from finetune.options import ATTENTION_AND_FEED_FORWARD
 
@@ -53,6 +55,11 @@ def add_lora(
     seed: int = 0,
     kind: Kind = "lora",
     block_ranks: Mapping[str, float] | None = None,
+    *,
+    conv_rank: int | None = None,
+    conv_alpha: float | None = None,
+    rank_dropout: float = 0.0,
+    module_dropout: float = 0.0,
 ) -> None:
     """Freeze `unet` and add an adapter whose weights, in fp32, are all that learns.
 
@@ -61,11 +68,16 @@ def add_lora(
         rank: rank of the update, from 1 to that of the widest adapted layer.
         alpha: the update is scaled by alpha / rank (rslora: by alpha / sqrt(rank)); default: rank.
         dropout: in [0, 1), on the adapter's input; not for LoHa and LoKr.
-        target_modules: endings of the names of linear or convolution layers.
+        target_modules: endings of the names of linear or convolution layers, patterns of whole names such as
+            "up_blocks.*.to_q", or names of `LAYER_PRESETS`.
         seed: decides the initial values of what does not start at zero.
         kind: "lora" (Hu et al. 2021), "rslora" (Kalajdzievski 2023), "dora" (Liu et al. 2024), "loha" (Hyeon-Woo et al.
             2022) or "lokr" (Yeh et al. 2024).
         block_ranks: beginning of a layer's name -> its rank, where it is another; alpha is the same for all.
+        conv_rank: adapt the layers of the residual blocks too, those with a kernel larger than 1 x 1 with this rank
+            (LoCon, as in sd-scripts).
+        conv_alpha: alpha of these; default: their rank.
+        rank_dropout, module_dropout: in [0, 1), share of the ranks and of the layers that a step leaves out.
 
     Raises:
         UsageError: a pixel-space UNet, `target_modules` names no layer, or one that takes no adapter, or a rank that
@@ -73,22 +85,27 @@ def add_lora(
     """
     if not isinstance(unet, UNet2DConditionModel):
         raise UsageError("LoRA needs the UNet of a latent model; train every weight of a pixel-space UNet instead")
-    matched = {t: [m for n, m in unet.named_modules() if n == t or n.endswith(f".{t}")] for t in target_modules}
-    missing = [target for target, layers in matched.items() if not layers]
-    if missing:
-        raise UsageError(f"lora_target_modules: the UNet has no layer named like {missing[0]!r}")
-    weights = [getattr(layer, "weight", None) for layers in matched.values() for layer in layers]
-    widest = max((min(w.shape[0], w[0].numel()) for w in weights if isinstance(w, torch.Tensor)), default=rank)
-    if not 1 <= rank <= widest:
-        raise UsageError(f"rank = {rank}: expected 1 to {widest}, the highest rank that an adapted layer has")
+    target_modules, layers = layers_to_adapt(unet, target_modules, residual_blocks=conv_rank is not None)
+    kernels = {name for name, layer in layers.items() if conv_rank and _has_kernel(layer)}
+    for option, number, some in (
+        ("rank", rank, layers.keys() - kernels),
+        *([("conv_rank", conv_rank, kernels)] if conv_rank is not None else []),
+    ):
+        weights = [getattr(layers[name], "weight", None) for name in some]
+        widest = max((min(w.shape[0], w[0].numel()) for w in weights if isinstance(w, torch.Tensor)), default=number)
+        if not 1 <= number <= widest:
+            raise UsageError(f"{option} = {number}: expected 1 to {widest}, the highest rank that an adapted layer has")
     unet.requires_grad_(False)
     config = settings_of(
         kind,
         rank=rank,
         alpha=rank if alpha is None else alpha,
         dropout=dropout,
+        rank_dropout=rank_dropout,
+        module_dropout=module_dropout,
         target_modules=target_modules,
         block_ranks=block_ranks or {},
+        kernels={name: (conv_rank, conv_alpha or float(conv_rank)) for name in sorted(kernels)} if conv_rank else {},
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -99,9 +116,16 @@ def add_lora(
                 f"lora_target_modules {', '.join(target_modules)}: {str(error).splitlines()[0]}"
             ) from error
     without_alpha_for_whole_factors(unet, "default", config)
-    lean(unet, "default")
+    if kind in ("lora", "rslora", "dora") and (rank_dropout or module_dropout):
+        add_dropout(unet, "default", ranks=rank_dropout, modules=module_dropout)
+    else:
+        lean(unet, "default")
     for parameter in trainable(unet):
         parameter.data = parameter.data.float()
+
+
+def _has_kernel(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
 
 
 def load_lora(unet: Any, folder: str | Path, name: str | None = None) -> None:
@@ -180,6 +204,10 @@ class Adapter:
         """Layer -> alpha as kohya's layout counts it: the update is scaled by alpha / rank."""
         alphas = {name: m.alpha if hasattr(m, "alpha") else m.lora_alpha for name, m in self._layers().items()}
         return {name: float(alpha[self.name]) for name, alpha in alphas.items()}
+
+    def scales(self) -> list[float]:
+        """What each layer's update is multiplied by, in the order of `alphas`."""
+        return [float(module.scaling[self.name]) for module in self._layers().values()]
 
     def updates(self) -> dict[str, Tensor]:
         """Layer -> what the adapter adds to its weight, as peft computes it; DoRA's norms left aside."""

@@ -18,6 +18,7 @@ from finetune.data.sampler import Sampler
 from finetune.errors import UsageError
 from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.lora import Adapter, add_lora
+from finetune.models.lora_layers import train_only
 from finetune.models.model_info import ModelInfo
 from finetune.optimizer_table import TUNED
 from finetune.run.build_objective import build_objective
@@ -28,6 +29,7 @@ from finetune.training.distributed import Parallel
 from finetune.training.ema import Ema
 from finetune.training.gradient_checkpointing import recompute
 from finetune.training.learning_rate import learning_rate
+from finetune.training.max_norm import LoraPair, MaxNorm
 from finetune.training.objective import DiffusionObjective
 from finetune.training.optimizer_state import switch_mode
 from finetune.training.optimizers import make_optimizer, parameter_groups, parse_arguments
@@ -54,6 +56,8 @@ def load_base(config: ResolvedConfig, model_info: ModelInfo, dtype: torch.dtype)
     )
     if config.method == "lora":
         adapt(config, model.unet)
+    elif config.train_modules is not None:
+        train_only(model.unet, config.train_modules)
     return model
 
 
@@ -68,6 +72,10 @@ def adapt(config: ResolvedConfig, unet: UNet2DConditionModel | UNet2DModel) -> N
         seed=config.seed,
         kind=config.lora_type,
         block_ranks=numbers_by_block("block_rank", config.block_rank or (), dict(unet.named_parameters())),
+        conv_rank=config.conv_rank,
+        conv_alpha=config.conv_alpha,
+        rank_dropout=config.rank_dropout,
+        module_dropout=config.module_dropout,
     )
 
 
@@ -216,6 +224,7 @@ def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) 
         parallel=parallel,
         cuda_graphs=config.cuda_graphs,
         prior=_prior(config, model),
+        constrain=_max_norm(config, model),
     )
 
 
@@ -236,6 +245,15 @@ def _schedule(config: ResolvedConfig) -> Callable[[int], float]:
         for step in range(config.max_train_steps):
             schedule(step)
     return schedule
+
+
+def _max_norm(config: ResolvedConfig, model: DiffusionModel) -> MaxNorm | None:
+    if config.scale_weight_norms is None:
+        return None
+    adapter = Adapter(model.unet)
+    names = {layer: [f"{layer}.lora_{matrix}.{adapter.name}.weight" for matrix in "AB"] for layer in adapter.alphas()}
+    pairs = [LoraPair(down, up, scale) for (down, up), scale in zip(names.values(), adapter.scales(), strict=True)]
+    return MaxNorm(pairs, config.scale_weight_norms)
 
 
 def _prior(config: ResolvedConfig, model: DiffusionModel) -> Prior | None:

@@ -204,6 +204,9 @@ def _refuse_unusable(config: TrainConfig, model_info: ModelInfo, method: str, bu
         "a model that takes text": model_info.family.latent,
         "a checkpoint in one file": model_info.checkpoint is not None,
         "method lora": method == "lora",
+        "method full": method == "full",
+        "lora_type lora or rslora": method == "lora" and config.lora_type in ("lora", "rslora"),
+        "conv_rank": config.conv_rank is not None,
         "lora_type lora, rslora or dora": method == "lora" and config.lora_type in ("lora", "rslora", "dora"),
         "an optimizer other than prodigy": not finds_rate,
         "method full, no use_ema, and optimizer adamw, adamw8bit, adafactor or sgd": method == "full"

@@ -104,8 +104,12 @@ def _trainable(run: Run) -> str:
     learned = sum(p.numel() for p in trainable(run.model.unet)) / 1e6
     total = sum(p.numel() for p in run.model.unet.parameters()) / 1e6
     if run.config.method == "full":
+        if run.config.train_modules is not None:
+            return f"{learned:.2f}M of {total:.1f}M parameters of the UNet"
         return f"all {learned:.1f}M parameters of the UNet"
     lora = f"{NAMES[run.config.lora_type]}, rank {run.config.rank}, alpha {run.config.lora_alpha:g}"
+    if run.config.conv_rank is not None:
+        lora += f", convolutions rank {run.config.conv_rank}, alpha {run.config.conv_alpha or run.config.conv_rank:g}"
     return f"{lora}: {learned:.2f}M parameters; the UNet's {total - learned:.1f}M are frozen"
 
 

@@ -66,6 +66,7 @@ class Trainer(Generic[AnyObjective]):
             objective's `loss` must not read a value then.
         prior: what class pictures teach, in place of their noise (see `finetune/training/prior_prediction.py`); the
             objective is a `NoisePrediction` then.
+        constrain: called with the parameters after each update, which it may change in place.
 
     Raises:
         ValueError: `in_backward` beside what it goes without.
@@ -90,6 +91,7 @@ class Trainer(Generic[AnyObjective]):
         parallel: Parallel = Parallel(),  # noqa: B008 # frozen
         cuda_graphs: bool = False,
         prior: Prior | None = None,
+        constrain: Callable[[Mapping[str, Tensor]], None] | None = None,
     ):
         self.unet = unet
         self.masters = MasterWeights(unet, precision) if masters else StochasticRounding(unet)
@@ -100,6 +102,7 @@ class Trainer(Generic[AnyObjective]):
         self.objective = objective
         self._sample = renamed_in(objective, old="draw", new="sample")
         self.prior = prior
+        self.constrain = constrain
         self.optimizer = optimizer
         self.averages = switch_mode(optimizer, "train")
         """The optimizer averages the weights itself (schedule-free), and evaluations see its average."""
@@ -133,7 +136,7 @@ class Trainer(Generic[AnyObjective]):
         self.bad_steps = 0
         """In a row, as far as the host has been told."""
         self.gate = FiniteGate(max_bad_steps, self.device)
-        self.has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in unet.modules())
+        self.has_dropout = any(_drops(module) for module in unet.modules())
         draws = self.has_dropout or sets_generator(unet)
         possible = self.device.type == "cuda" and precision not in (None, torch.float16) and masters and not draws
         self.graphs = CudaGraphs(self._compute, self.masters.working, self.device) if cuda_graphs and possible else None
@@ -290,6 +293,8 @@ class Trainer(Generic[AnyObjective]):
         self._drop_gradients()
         if self.overflows:
             return
+        if self.constrain is not None:
+            self.constrain(self.parameters)
         self.masters.write_back()
         if self.ema is not None:
             self.ema.update(self.updates)
@@ -448,3 +453,11 @@ class Trainer(Generic[AnyObjective]):
         self.gate.open(self.bad_steps)
         if oom_micro_batch_size := state.get("fits"):
             self.oom_micro_batch_size = self.micro_batch_size = oom_micro_batch_size
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module draws what it leaves out; peft's LoHa and LoKr keep a share for each adapter."""
+    if isinstance(module, nn.Dropout):
+        return module.p > 0
+    shares = [getattr(module, name, None) for name in ("rank_dropout", "module_dropout")]
+    return any(max(share.values(), default=0) > 0 for share in shares if isinstance(share, dict))
