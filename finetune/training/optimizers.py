@@ -106,11 +106,25 @@ def _class_of(name: str) -> Any:
     return kind
 
 
+def knows_argument(name: str, argument: str) -> bool:
+    """Whether an optimizer's class has an argument; also where its package is missing, and nobody can say."""
+    try:
+        return argument in _arguments_of(_class_of(name))
+    except UsageError:
+        return True
+
+
+def _arguments_of(kind: type) -> set[str]:
+    """Arguments that a class or one that it inherits from names: some take all others, and pass over them."""
+    named = {name for line in kind.__mro__ for name in inspect.signature(line.__init__).parameters}
+    return named - {"self", "params", "lr", "args", "kwargs"}
+
+
 def _refuse_unknown(kind: type, arguments: Mapping[str, Any]) -> None:
-    """Raise UsageError for an argument that no class of its line names: some take all others, and pass over them."""
-    known = {name for line in kind.__mro__ for name in inspect.signature(line.__init__).parameters}
+    """Raise UsageError for an argument that the class does not have."""
+    known = _arguments_of(kind)
     for name in arguments:
-        if name not in known or name in ("self", "params", "lr", "args", "kwargs"):
+        if name not in known:
             what = "give --learning_rate" if name == "lr" else f"{kind.__name__} has no such argument"
             raise UsageError(f"optimizer_args {name}: {what}")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from finetune.options import ATTENTION_AND_FEED_FORWARD
 from tests.commands.test_import import imported
 
 LORA = "train_network.py --network_module=networks.lora --network_dim=8 --train_data_dir=img"
@@ -58,7 +59,29 @@ def test_a_notebook(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("--learning_rate=fast --seed=4", {"seed": 4, "learning_rate": 2e-6}, "left: learning_rate = 'fast'"),
         ("--output_name=001", {"output_dir": "001"}, "0 left out"),
         ("--output_dir=D:/my out --output_name=dog", {"output_dir": "D:/my out/dog"}, "0 left out"),
-        ("--lr_scheduler=cosine_with_restarts", {"lr_scheduler": "cosine"}, "left: lr_scheduler = 'cosine_with_res"),
+        ("--lr_scheduler=cosine_with_restarts --lr_scheduler_num_cycles=3 --lr_scheduler_power=1",
+         {"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 3, "lr_power": None}, "0 left out"),
+        ("--lr_scheduler=cosine_with_min_lr --lr_scheduler_min_lr_ratio=0.1 --learning_rate=1e-4",
+         {"lr_scheduler": "cosine", "lr_end": 1e-5}, "0 left out"),
+        ("--lr_scheduler=warmup_stable_decay --lr_decay_steps=0.25 --max_train_steps=400",
+         {"lr_scheduler": "wsd", "lr_decay_steps": 100}, "0 left out"),
+        ("--lr_scheduler=piecewise_constant", {"lr_scheduler": "constant"}, "left: lr_scheduler = 'piecewise_const"),
+        ("--optimizer_type=Lion --optimizer_args betas=0.9,0.95 weight_decay=0.1",
+         {"optimizer": "lion", "optimizer_args": ("betas=0.9,0.95", "weight_decay=0.1")}, "0 left out"),
+        ("--optimizer_type=Prodigy --optimizer_args d_coef=2 decouple=True weight_decay=0.01 speed=1",
+         {"optimizer": "prodigy", "optimizer_args": ("d_coef=2", "decouple=True"), "adam_weight_decay": 0.01},
+         "left: optimizer_args.speed = 1: the optimizer has no such argument"),
+        ("--optimizer_type=pytorch_optimizer.CAME", {"optimizer": "came"}, "0 left out"),
+        ("--optimizer_type=torch.optim.NAdam", {"optimizer": "torch.optim:NAdam"}, "0 left out"),
+        ("--optimizer_type=AdamWScheduleFree --lr_scheduler=cosine --lr_warmup_steps=10",
+         {"optimizer": "schedulefree_adamw", "lr_scheduler": "constant", "lr_warmup_steps": 0}, "0 left out"),
+        ("--network_args conv_dim=4 rank_dropout=0.1 module_dropout=0.2 --scale_weight_norms=1",
+         {"conv_rank": 4, "conv_alpha": 1.0, "rank_dropout": 0.1, "module_dropout": 0.2, "scale_weight_norms": 1.0,
+          "lora_target_modules": (*ATTENTION_AND_FEED_FORWARD, "proj_in", "proj_out")}, "0 left out"),
+        ("--network_module=lycoris.kohya --network_alpha=2 --network_args preset=attn-mlp algo=locon conv_dim=4",
+         {"lora_type": "lora", "conv_rank": None, "lora_target_modules": ATTENTION_AND_FEED_FORWARD}, "0 left out"),
+        ("--network_module=lycoris.kohya --network_alpha=2 --network_args algo=locon conv_dim=4",
+         {"lora_type": "lora", "conv_rank": 4, "conv_alpha": 2.0, "lora_alpha": 2.0}, "0 left out"),
         ("--use_8bit_adam --dataset_repeats=2", {"optimizer": "adamw8bit", "repeats": (2,)}, "0 left out"),
         ("--in_json=m.json", {}, "left: in_json = 'm.json': captions were in it"),
         ("--network_args algo=lokr dora_wd=True", {"lora_type": "lokr"}, "left: network_args.dora_wd = True: lokr is"),

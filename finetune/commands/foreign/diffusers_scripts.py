@@ -33,10 +33,17 @@ def _trackers(imported: ImportedConfig, value: Any) -> None:
 
 
 def _schedule(imported: ImportedConfig, value: Any) -> None:
-    similar = {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine", "piecewise_constant": "constant"}
-    if value in ("cosine_with_restarts", "piecewise_constant"):
-        imported.skip("lr_scheduler", value, f"there is no such schedule here; {similar[value]} is taken")
+    if value == "piecewise_constant":
+        imported.skip("lr_scheduler", value, "there is no such schedule here; constant is taken")
+    similar = {"constant_with_warmup": "constant", "piecewise_constant": "constant"}
     imported.set("lr_scheduler", similar.get(value, value), "lr_scheduler")
+
+
+def _without_idle(given: dict[str, Any], schedule: str) -> None:
+    """Drop options of other schedules, which theirs passes over."""
+    for name, of in (("lr_num_cycles", "cosine_with_restarts"), ("lr_power", "polynomial")):
+        if schedule != of:
+            given.pop(name, None)
 
 
 _OWN: Renamed = {
@@ -70,6 +77,7 @@ def take(given: Mapping[str, Any], script: str) -> ImportedConfig:
     if not given.pop("with_prior_preservation", False):
         for name in ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight"):
             given.pop(name, None)  # theirs does not look at them then
+    _without_idle(given, str(given.get("lr_scheduler", imported.ours.get("lr_scheduler"))))
     if "max_train_steps" in given:
         imported.ours.pop("num_train_epochs", None)
     imported.take(given, {**accepted_names(), **_OWN})

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.commands.foreign.imported_config import ImportedConfig, Renamed, dropout, square
-from finetune.commands.foreign.sd_scripts_options import TRANSFORMERS
+from finetune.commands.foreign.sd_scripts_network import TRANSFORMERS
+from finetune.optimizer_table import TUNED
 
 DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 3e-6, "epochs": 100, "batch_size": 1, "learning_rate_warmup_steps": 200, "resolution": "512",
@@ -20,6 +21,9 @@ _MODELS = {"STABLE_DIFFUSION_15", "STABLE_DIFFUSION_20", "STABLE_DIFFUSION_20_BA
 _DTYPES = {"FLOAT_32": "no", "TFLOAT_32": "no", "FLOAT_16": "fp16", "BFLOAT_16": "bf16"}
 _OPTIMIZERS = {
     "ADAMW": "adamw", "ADAMW_8BIT": "adamw8bit", "ADAFACTOR": "adafactor", "PRODIGY": "prodigy", "SGD": "sgd",
+    "LION": "lion", "CAME": "came", "ADOPT": "adopt", "MUON": "muon", "AdEMAMix": "ademamix",
+    "SCHEDULE_FREE_ADAMW": "schedulefree_adamw", "SCHEDULE_FREE_SGD": "schedulefree_sgd",
+    "PRODIGY_PLUS_SCHEDULE_FREE": "prodigy_schedulefree",
 }  # fmt: skip
 _ARGUMENTS = {"weight_decay": "adam_weight_decay", "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon"}
 _FLAT = {
@@ -31,7 +35,7 @@ _FLAT = {
 _CHANGES_NOTHING: Mapping[str, Collection[Any]] = {
     "tensorboard": (True,), "tensorboard_port": (6006,), "debug_dir": ("debug",), "validate_after": (1,),
     "validate_after_unit": ("EPOCH",), "include_train_config": ("NONE",), "latent_caching": (True,),
-    "clear_cache_before_training": (True,), "learning_rate_cycles": (1,), "ema_decay": (0.999,), "frames": (25,),
+    "clear_cache_before_training": (True,), "ema_decay": (0.999,), "frames": (25,),
     "ema_update_step_interval": (5,), "dataloader_threads": (1, 2), "train_device": ("cuda",), "temp_device": ("cpu",),
     "fallback_train_dtype": tuple(_DTYPES), "enable_autocast_cache": (True,), "mse_strength": (1,),
     "vb_loss_strength": (1,), "loss_scaler": ("NONE",), "learning_rate_scaler": ("NONE",), "timestep_shift": (1,),
@@ -62,10 +66,13 @@ def _optimizer(imported: ImportedConfig, value: Any) -> None:
         imported.skip("optimizer.optimizer", name, f"the optimizers here: {', '.join(_OPTIMIZERS.values())}")
     elif name is not None:
         imported.ours["optimizer"] = _OPTIMIZERS[name]
+    ours = imported.ours.get("optimizer", "adamw")
     for argument, number in given.items():
-        if argument in _ARGUMENTS and number is not None:
+        if number is None:
+            continue
+        if argument in _ARGUMENTS and (ours in TUNED or argument == "weight_decay"):
             imported.set(_ARGUMENTS[argument], number, f"optimizer.{argument}")
-        elif number not in (None, False):
+        elif number is not False:
             imported.skip(f"optimizer.{argument}", number)
 
 
@@ -229,13 +236,25 @@ def _warmup(imported: ImportedConfig, value: Any) -> None:
         imported.set("lr_warmup_steps", int(value), "learning_rate_warmup_steps")
 
 
-def _schedule(imported: ImportedConfig, value: Any) -> None:
-    name = str(value).lower()
-    if name not in ("constant", "linear", "cosine"):
-        similar = "cosine" if name.startswith("cosine") else "constant"
-        imported.skip("learning_rate_scheduler", value, f"there is no such schedule here; {similar} is taken")
-        name = similar
-    imported.set("lr_scheduler", name, "learning_rate_scheduler")
+_SCHEDULES = {
+    "CONSTANT": "constant", "LINEAR": "linear", "COSINE": "cosine", "COSINE_WITH_HARD_RESTARTS": "cosine_with_restarts",
+}  # fmt: skip
+_NEAR = {"COSINE_WITH_RESTARTS": "cosine_with_restarts", "REX": "rex"}
+"""Schedules of another formula -> what comes near: restarts without a jump, and REX with d = 0.9 instead of 0.5."""
+
+
+def _take_schedule(imported: ImportedConfig, given: dict[str, Any]) -> None:
+    value, cycles = given.pop("learning_rate_scheduler", None), given.pop("learning_rate_cycles", None)
+    factor = given.pop("learning_rate_min_factor", None)
+    name = _SCHEDULES.get(str(value))
+    if name is None:
+        name = _NEAR.get(str(value), "constant")
+        imported.skip("learning_rate_scheduler", value, f"there is no such schedule here; {name} is taken")
+    imported.ours["lr_scheduler"] = name
+    if name == "cosine_with_restarts" and cycles:
+        imported.set("lr_num_cycles", int(cycles), "learning_rate_cycles")
+    if factor and name not in ("constant", "inverse_sqrt") and "learning_rate" in given:
+        imported.set("lr_end", factor * given["learning_rate"], "learning_rate_min_factor")
 
 
 def _buckets(imported: ImportedConfig, value: Any) -> None:
@@ -265,7 +284,7 @@ _RENAMED: Renamed = {
     "aspect_ratio_bucketing": _buckets, "gradient_checkpointing": _checkpointing,
     "train_dtype": _chosen("mixed_precision", "train_dtype", _DTYPES),
     "peft_type": _chosen("lora_type", "peft_type", _KINDS),
-    "masked_training": _masked, "learning_rate_warmup_steps": _warmup, "learning_rate_scheduler": _schedule,
+    "masked_training": _masked, "learning_rate_warmup_steps": _warmup,
     "lora_decompose": lambda imported, value: imported.set("lora_type", "dora", "lora_decompose") if value else None,
     "ema": lambda imported, value: imported.set("use_ema", value != "OFF", "ema"),
     "rescale_noise_scheduler_to_zero_terminal_snr": _zero_snr,
@@ -319,6 +338,7 @@ def take(given: Mapping[str, Any]) -> ImportedConfig:
         imported.skip("masked_training", True, "masks say where an inpainting model paints, and all errors count")
     if given.get("concepts"):
         given.pop("concept_file_name", None)
+    _take_schedule(imported, given)
     _take_timesteps(imported, given)
     _take_losses(imported, given)
     imported.take({name: value for name, value in given.items() if value != {}}, _RENAMED)

@@ -7,13 +7,15 @@ from typing import Any
 
 from finetune.commands.foreign.imported_config import ImportedConfig, word_value
 from finetune.commands.foreign.sd_scripts_dataset import read_dataset, take_dataset
+from finetune.commands.foreign.sd_scripts_network import TRANSFORMERS, take_network
 from finetune.commands.foreign.sd_scripts_options import (
     CHANGES_NOTHING,
     RENAMED,
-    TRANSFORMERS,
     take_buckets,
     take_captions,
     take_objective,
+    take_optimizer_arguments,
+    take_schedule,
     take_warmup,
 )
 
@@ -83,6 +85,9 @@ def take(given: Mapping[str, Any], script: str, place: Path = Path()) -> Importe
     take_buckets(imported, given)
     take_captions(imported, given)
     take_objective(imported, given)
+    arguments, network_arguments = given.pop("optimizer_args", None), given.pop("network_args", None)
+    weight_norms = word_value(given.pop("scale_weight_norms", None))
+    schedule = {name: given.pop(name) for name in list(given) if name.startswith("lr_") and name != "lr_warmup_steps"}
     if not given.get("reg_data_dir"):
         given.pop("prior_loss_weight", None)  # theirs has a value also where there are no class pictures
     if ratio := given.pop("warmup_ratio", None):
@@ -90,6 +95,12 @@ def take(given: Mapping[str, Any], script: str, place: Path = Path()) -> Importe
     if "batch_size" in given:
         given.setdefault("train_batch_size", given.pop("batch_size"))
     imported.take(given, RENAMED)
+    if lora:
+        take_network(imported, given.get("network_module"), network_arguments, weight_norms)
+    take_schedule(imported, schedule)
+    imported.take(schedule, RENAMED)
+    if arguments:
+        take_optimizer_arguments(imported, arguments)
     if dataset is not None:  # whose settings win there too
         imported.ours |= dataset.ours
         imported.notes += dataset.notes
@@ -99,7 +110,7 @@ def take(given: Mapping[str, Any], script: str, place: Path = Path()) -> Importe
         imported.ours.pop("max_train_steps", None)  # sd-scripts lets the epochs win
         defaults.pop("max_train_steps", None)
     imported.ours = defaults | imported.ours
-    if warmup is not None:
+    if warmup is not None and "schedulefree" not in imported.ours.get("optimizer", "").lower():
         take_warmup(imported, warmup)
     return imported
 

@@ -4,20 +4,33 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from finetune.commands.foreign.imported_config import ImportedConfig, Renamed, dropout, no_resume, square, word_value
-from finetune.options import ATTENTION_AND_FEED_FORWARD
+from finetune.optimizer_table import OPTIMIZERS, TUNED
+from finetune.training.optimizers import knows_argument
 
 _OPTIMIZERS = {
-    "adamw": "adamw", "adamw8bit": "adamw8bit", "pagedadamw8bit": "adamw8bit", "adafactor": "adafactor",
-    "prodigy": "prodigy", "sgdnesterov": "sgd", "sgdnesterov8bit": "sgd",
+    "adamw": "adamw", "adamw8bit": "adamw8bit", "pagedadamw8bit": "adamw8bit", "pagedadamw": "adamw",
+    "adafactor": "adafactor", "prodigy": "prodigy", "sgdnesterov": "sgd", "sgdnesterov8bit": "sgd",
+    "lion": "lion", "lion8bit": "lion", "pagedlion8bit": "lion", "ademamix8bit": "bitsandbytes.optim:AdEMAMix8bit",
+    "adamwschedulefree": "schedulefree_adamw", "sgdschedulefree": "schedulefree_sgd",
+    "radamschedulefree": "pytorch_optimizer:ScheduleFreeRAdam",
+    "pytorchoptimizer.came": "came", "pytorchoptimizer.adopt": "adopt", "pytorchoptimizer.ademamix": "ademamix",
+    "pytorchoptimizer.soap": "soap", "pytorchoptimizer.stableadamw": "stableadamw", "pytorchoptimizer.lion": "lion",
+    "prodigyplus.prodigyplusschedulefree": "prodigy_schedulefree",
+    "prodigyplus.prodigyplusschedulefree.prodigyplusschedulefree": "prodigy_schedulefree",
 }  # fmt: skip
-_SCHEDULES = {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine", "cosine_with_min_lr": "cosine"}
-_NO_LIKE = {"cosine_with_restarts": "cosine", "cosine_with_min_lr": "cosine", "cosine_annealing": "cosine"}
-"""Schedules that there are not -> what comes near."""
+_ANOTHER = ("paged", "sgdnesterov8", "lion8", "adafactor")
+"""Beginnings of optimizers whose like here is not quite the same."""
+_SCHEDULES = {
+    "constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine",
+    "cosine_with_restarts": "cosine_with_restarts", "polynomial": "polynomial", "inverse_sqrt": "inverse_sqrt",
+    "cosine_with_min_lr": "cosine", "warmup_stable_decay": "wsd",
+}  # fmt: skip
+_OF_SCHEDULES = ("lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_min_lr_ratio", "lr_decay_steps")
+"""Options that only some schedules have."""
 _ARGUMENTS = {"weight_decay": "adam_weight_decay", "eps": "adam_epsilon"}
-_ALGORITHMS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr"}
 
 CHANGES_NOTHING: Mapping[str, Collection[Any]] = {
-    "noise_offset_type": ("Original",), "lr_scheduler_num_cycles": (1,), "lr_scheduler_power": (1,),
+    "noise_offset_type": ("Original",),
     "caption_extension": (".txt", ".caption"), "dynamo_backend": ("no",),
     "vae_batch_size": (1,), "sample_sampler": ("ddim", "euler_a"), "huber_scale": (1,), "keep_tokens": (0,),
     "adaptive_noise_scale": (0,), "persistent_data_loader_workers": (True,), "no_half_vae": (True,),
@@ -27,49 +40,38 @@ CHANGES_NOTHING: Mapping[str, Collection[Any]] = {
 
 
 def _optimizer(imported: ImportedConfig, value: Any) -> None:
-    optimizer = _OPTIMIZERS.get(str(value).lower().replace("_", ""))
+    name = str(value).lower().replace("_", "")
+    optimizer = _OPTIMIZERS.get(name) or _OPTIMIZERS.get(name.removeprefix("torch.optim."))
+    if optimizer is None and "." in str(value):  # a class by its import path
+        module, _, kind = str(value).rpartition(".")
+        optimizer = f"{module}:{kind}"
     if optimizer is None:
-        imported.skip("optimizer_type", value, f"the optimizers here: {', '.join(sorted(set(_OPTIMIZERS.values())))}")
+        imported.skip("optimizer_type", value, f"the optimizers here: {', '.join(OPTIMIZERS)}")
         return
     imported.ours["optimizer"] = optimizer
-    if str(value).lower().startswith(("paged", "sgdnesterov8")):
-        imported.notes.append(f"{value} became {optimizer}: what is paged, or SGD in 8 bits, there is not")
+    if name.startswith(_ANOTHER):
+        imported.notes.append(f"{value} became {optimizer}, which is not quite the same: neither paged nor Nesterov's")
 
 
-def _optimizer_arguments(imported: ImportedConfig, value: Any) -> None:
+def take_optimizer_arguments(imported: ImportedConfig, value: Any) -> None:
+    """Arguments of the optimizer's class, of which some have options of their own here; once the optimizer is known."""
+    tuned = imported.ours.get("optimizer", "adamw") in TUNED
+    more = []
     for argument in value if isinstance(value, list) else str(value).split():
         name, _, text = str(argument).partition("=")
-        if name == "betas" and text.count(",") == 1:
+        if name == "betas" and text.count(",") == 1 and tuned:
             for ours, beta in zip(("adam_beta1", "adam_beta2"), text.strip("()[] ").split(","), strict=True):
                 imported.set(ours, word_value(beta.strip()), "optimizer_args.betas")
-        elif name in _ARGUMENTS:
+        elif name in _ARGUMENTS and tuned:
             imported.set(_ARGUMENTS[name], word_value(text), f"optimizer_args.{name}")
+        elif imported.ours.get("optimizer") == "adafactor":
+            imported.skip(f"optimizer_args.{name}", text, "torch's Adafactor is taken, which has no such argument")
+        elif knows_argument(imported.ours.get("optimizer", "adamw"), name):
+            more.append(f"{name}={text}")
         else:
-            imported.skip(f"optimizer_args.{name}", text)
-
-
-def _network_arguments(imported: ImportedConfig, value: Any) -> None:
-    pairs = [str(argument).partition("=") for argument in (value if isinstance(value, list) else str(value).split())]
-    given = {name: word_value(text) for name, _, text in pairs}
-    if (algorithm := given.pop("algo", None)) is not None:
-        if algorithm in _ALGORITHMS:
-            imported.set("lora_type", _ALGORITHMS[algorithm], "network_args.algo")
-        else:
-            imported.skip("network_args.algo", algorithm, f"the kinds here: {', '.join(_ALGORITHMS)}")
-    if given.pop("dora_wd", False) and imported.ours.get("lora_type", "lora") != "lora":
-        imported.skip(
-            "network_args.dora_wd", True, f"{imported.ours['lora_type']} is taken, of which there is no dora here"
-        )
-    elif "dora_wd" in str(value):
-        imported.set("lora_type", "dora", "network_args.dora_wd")
-    if (convolutions := given.pop("conv_dim", None)) is not None:
-        imported.notes.append(
-            f"conv_dim = {convolutions}: convolutions have the rank and alpha of the other layers here"
-        )
-        given.pop("conv_alpha", None)
-        imported.ours["lora_target_modules"] = (*TRANSFORMERS, "conv1", "conv2", "conv_shortcut")
-    for name, argument in given.items():
-        imported.skip(f"network_args.{name}", argument)
+            imported.skip(f"optimizer_args.{name}", text, "the optimizer has no such argument")
+    if more:
+        imported.ours["optimizer_args"] = tuple(more)
 
 
 def take_warmup(imported: ImportedConfig, value: Any) -> None:
@@ -88,13 +90,40 @@ def take_warmup(imported: ImportedConfig, value: Any) -> None:
     imported.set("lr_warmup_steps", int(value), "lr_warmup_steps")
 
 
-def _schedule(imported: ImportedConfig, value: Any) -> None:
-    schedules = ("constant", "constant_with_warmup", "linear", "cosine", "polynomial")
-    if value not in schedules:
-        similar = _NO_LIKE.get(value, "constant")
-        imported.skip("lr_scheduler", value, f"there is no such schedule here; {similar} is taken")
-        value = similar
-    imported.set("lr_scheduler", _SCHEDULES.get(value, value), "lr_scheduler")
+def take_schedule(imported: ImportedConfig, given: dict[str, Any]) -> None:
+    """The schedule with its own options; others do nothing there, and are refused here."""
+    own = {name: word_value(given.pop(name, None)) for name in _OF_SCHEDULES}
+    name = given.pop("lr_scheduler", None)
+    if "schedulefree" in imported.ours.get("optimizer", "").lower():  # theirs has no schedule then
+        imported.ours["lr_scheduler"] = "constant"
+        return
+    if given.get("lr_scheduler_type"):  # which wins there
+        imported.skip(
+            "lr_scheduler_type", given.pop("lr_scheduler_type"), "give --lr_scheduler package.module:function"
+        )
+        return
+    if name is None:
+        return
+    ours = _SCHEDULES.get(name)
+    if ours is None:
+        imported.skip("lr_scheduler", name, "there is no such schedule here; constant is taken")
+        ours = "constant"
+    imported.ours["lr_scheduler"] = ours
+    if ours == "cosine_with_restarts" and own["lr_scheduler_num_cycles"]:
+        imported.set("lr_num_cycles", own["lr_scheduler_num_cycles"], "lr_scheduler_num_cycles")
+    if ours == "polynomial" and own["lr_scheduler_power"]:
+        imported.set("lr_power", own["lr_scheduler_power"], "lr_scheduler_power")
+    if ours == "wsd" and own["lr_decay_steps"]:
+        steps, length = own["lr_decay_steps"], imported.ours.get("max_train_steps")
+        if isinstance(steps, float) and steps < 1:
+            steps = round(steps * length) if length else None
+        if steps is None:
+            imported.skip("lr_decay_steps", own["lr_decay_steps"], "a share of epochs; give --lr_decay_steps")
+        else:
+            imported.set("lr_decay_steps", int(steps), "lr_decay_steps")
+    if name in ("cosine_with_min_lr", "warmup_stable_decay") and own["lr_scheduler_min_lr_ratio"]:
+        rate = imported.ours.get("learning_rate", 2e-6)  # sd-scripts' default
+        imported.set("lr_end", own["lr_scheduler_min_lr_ratio"] * rate, "lr_scheduler_min_lr_ratio")
 
 
 def _velocity(imported: ImportedConfig, value: Any) -> None:
@@ -184,9 +213,6 @@ def _prompts(imported: ImportedConfig, value: Any) -> None:
 
 _METADATA = "captions were in it: have them in .txt files, or in metadata.jsonl with file_name and text"
 
-TRANSFORMERS = (*ATTENTION_AND_FEED_FORWARD, "proj_in", "proj_out")
-"""The layers that sd-scripts adapts: every linear layer and 1 x 1 convolution of a transformer."""
-
 RENAMED: Renamed = {
     "pretrained_model_name_or_path": "model", "train_data_dir": "data", "vae": "vae",
     "reg_data_dir": "class_data", "prior_loss_weight": "prior_loss_weight",
@@ -206,8 +232,7 @@ RENAMED: Renamed = {
     "caption_dropout_rate": "caption_dropout", "max_data_loader_n_workers": "dataloader_num_workers",
     "save_every_n_steps": "checkpointing_steps", "save_every_n_epochs": "save_model_epochs",
     "sample_every_n_steps": "sample_every", "sample_every_n_epochs": "save_image_epochs", "resolution": square,
-    "sample_prompts": _prompts, "optimizer_type": _optimizer, "optimizer_args": _optimizer_arguments,
-    "network_args": _network_arguments, "lr_scheduler": _schedule, "lr_warmup_steps": take_warmup,
+    "sample_prompts": _prompts, "optimizer_type": _optimizer, "lr_warmup_steps": take_warmup,
     "v_parameterization": _velocity, "random_crop": _random_crop, "log_with": _trackers,
     "max_token_length": _max_token_length, "network_module": _network_module,
     "network_train_unet_only": lambda imported, value: None, "resume": no_resume,
