@@ -9,7 +9,7 @@ import torch
 
 from finetune.atomic_io import is_inside
 from finetune.cache.store import cache_folder
-from finetune.config import ResolvedConfig, TrainConfig, replace
+from finetune.config import ResolvedConfig, TrainConfig, as_dict, replace
 from finetune.data.buckets import Buckets
 from finetune.data.chunks import Chunks
 from finetune.data.data_source import is_pattern
@@ -248,8 +248,9 @@ def _refuse_unusable(config: TrainConfig, model_info: ModelInfo, method: str, bu
         )
     if "single-file" in config.export_formats:
         _check_single_file(model_info)
+    default_values = as_dict(TrainConfig())  # `dataclasses.replace` gives all options
     for name, info in option_info().items():
-        given = name in config.given and getattr(config, name) is not None
+        given = name in config.given and getattr(config, name) not in (None, default_values[name])
         if given and info.requires is not None and not there[info.requires]:
             raise UsageError(f"{name} cannot be used {why.get(info.requires, f'here: it needs {info.requires}')}")
 

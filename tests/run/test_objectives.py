@@ -101,7 +101,7 @@ def test_a_lora_says_how_its_scheduler_differs_from_the_bases(pictures: Path, tm
         ({"flow_shift": 2.0}, "flow_shift = 2.0 cannot be used with noise prediction"),
         ({"huber_c": 0.2}, "huber_c cannot be used here: it needs loss_type huber or smooth_l1"),
         ({"logit_mean": 0.2}, "logit_mean cannot be used here: it needs timestep_sampling logit_normal"),
-        ({"beta_beta": 2.0}, "beta_beta cannot be used here: it needs timestep_sampling beta"),
+        ({"beta_beta": 3.0}, "beta_beta cannot be used here: it needs timestep_sampling beta"),
         ({"multires_noise_discount": 0.2}, "multires_noise_discount cannot be used here"),
         ({"max_timestep": 1001}, "max_timestep = 1001: the model's schedule has 1000 timesteps"),
         ({"zero_terminal_snr": True}, "prediction_type epsilon: at zero terminal SNR"),
