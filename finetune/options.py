@@ -170,12 +170,28 @@ class DataOptions:
     """Colour behind transparent images (black, #ff8000)."""
     caption_dropout: float | None = option(None, BELOW_ONE, requires="text", suggest_for=("caption_dropout_rate",))
     """Share of visits with an empty caption. Default: 0.05 if captions vary, else 0."""
-    caption_lines: Literal["joined", "chosen"] = option("joined", requires="text", suggest_for=("enable_wildcard",))
-    """joined: the lines of a file are one caption. chosen: each line is a caption, and each visit uses one of them."""
+    caption_lines: Literal["joined", "chosen", "first"] = option("joined", requires="text")
+    """joined: the lines of a file are one caption. chosen: each line is a caption, and each visit uses one of them.
+    first: the other lines are left out."""
+    caption_prefix: str | None = option(None, requires="text")
+    """Text in front of each caption."""
+    caption_suffix: str | None = option(None, requires="text")
+    """Text behind each caption."""
     shuffle_caption: bool = option(False, requires="text")
-    """Shuffle the comma-separated parts of a caption at each visit. Captions are then encoded at each visit."""
-    keep_tokens: int | None = option(None, NOT_NEGATIVE, requires="shuffle_caption")
-    """Number of parts at the start that shuffle_caption leaves in place. Default: 0."""
+    """Shuffle the tags of a caption, its comma-separated parts, at each visit. Captions are then encoded at each
+    visit."""
+    caption_tag_dropout: float = option(0.0, BELOW_ONE, requires="text", aliases=("caption_tag_dropout_rate",))
+    """Share of the tags that each visit leaves out."""
+    keep_tokens: int | None = option(None, NOT_NEGATIVE, requires="shuffle_caption or caption_tag_dropout")
+    """Number of tags at the start that stay in place and are never left out. Default: 0."""
+    caption_separator: str = option(",", requires="shuffle_caption or caption_tag_dropout")
+    """What separates tags."""
+    keep_tokens_separator: str | None = option(None, requires="shuffle_caption or caption_tag_dropout")
+    """Mark in a caption before which tags stay in place, instead of keep_tokens, and behind a second one too: |||."""
+    secondary_separator: str | None = option(None, requires="text")
+    """Separates tags that stay together; becomes caption_separator in the end: ;;;."""
+    enable_wildcard: bool = option(False, requires="text", suggest_for=("wildcards",))
+    """Take one part of {a|b|c} in a caption at each visit."""
     max_token_length: Literal[77, 150, 225] = option(77, requires="text")
     """Maximum caption length in tokens. 150 and 225 are encoded in chunks of 75."""
     clip_skip: int | None = option(None, AT_LEAST_ONE, requires="text")

@@ -74,11 +74,16 @@ def encode(
     store = BufferedStore(open_store(cache_dir))
     works, conditions = list[EncodeJob](), LiveTextEmbeddings(model.conditioner)
     captionings = [captioning, *(own for index in range(len(pictures)) if (own := pictures.captioning(index)))]
-    if not any(each.shuffle for each in captionings):
+    if not any(each.varies for each in captionings):
         conditions = CachedTextEmbeddings(
             store, model.conditioner, precision, _maker(model.conditioner, any_environment)
         )
-        works.append(_captions(pictures, conditions, [index for index, _ in planned]))
+
+        def shown(index: int) -> list[str]:
+            own = pictures.captioning(index) or captioning
+            return [*map(own.plain, pictures.texts(index)), ""]
+
+        works.append(_captions(conditions, shown, [index for index, _ in planned]))
     visits: CachedImages | LiveImages = LiveImages(pictures, model.image_condition)
     if not live:
         maker = _maker(model.encoder, any_environment)
@@ -128,14 +133,16 @@ def _maker(network: Encoder | Conditioner, any_environment: bool) -> str:
     return network.fingerprint if exact else f"{network.fingerprint} on {network.environment}"
 
 
-def _captions(pictures: ImageDataset, conditions: CachedTextEmbeddings, indices: Iterable[int]) -> EncodeJob:
-    """The captions of pictures, and the empty one, through their conditioner."""
+def _captions(
+    conditions: CachedTextEmbeddings, shown: Callable[[int], Sequence[str]], indices: Iterable[int]
+) -> EncodeJob:
+    """The captions that visits of pictures may show, through their conditioner."""
     conditioner = conditions.conditioner
-    texts = dict.fromkeys([*[text for index in dict.fromkeys(indices) for text in pictures.texts(index)], ""])
+    texts = dict.fromkeys([*[text for index in dict.fromkeys(indices) for text in shown(index) if text], ""])
     texts_by_key = {conditions.key(text): text for text in texts}
 
     def keys_of(index: int, _: int) -> list[str]:
-        return [conditions.key(text) for text in (*pictures.texts(index), "")]
+        return [conditions.key(text) for text in shown(index)]
 
     def compute(_: Sequence[str], captions: Sequence[str]) -> list[Item]:
         stored = {name: _rounded(tensor, conditions.precision) for name, tensor in conditioner.encode(captions).items()}

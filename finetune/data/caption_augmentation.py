@@ -1,11 +1,18 @@
-"""CaptionAugmentation: dropout, shuffling and choice of captions per visit."""
+"""CaptionAugmentation: dropout, shuffling, wildcards and choice of captions per visit.
 
+The rules are those of sd-scripts (`library/train_util.py`, `process_caption`), with every random choice drawn from the
+key of the visit.
+"""
+
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from finetune import seeding
+
+_WILDCARD = re.compile(r"\{([^}]+)\}")
 
 
 @dataclass(frozen=True)
@@ -15,25 +22,95 @@ class CaptionAugmentation:
     dropout: float = 0.0
     """Share of visits without words, in [0, 1)."""
     shuffle: bool = False
-    """The parts between commas come in another order at each visit."""
+    """Tags, the parts between separators, come in another order at each visit."""
     keep_tokens: int | None = None
-    """So many of these parts, from the first, stay where they are; None: none."""
+    """Number of tags at the start that stay where they are and are never dropped; None: none."""
     trigger: str | None = None
     """A word in front of captions, which stays there."""
+    tag_dropout: float = 0.0
+    """Share of the tags that a visit leaves out, in [0, 1)."""
+    wildcards: bool = False
+    """{a|b} stands for one of its parts at each visit; {{ and }} for braces."""
+    prefix: str = ""
+    """Text in front of each caption."""
+    suffix: str = ""
+    """Text behind each caption."""
+    separator: str = ","
+    """What separates tags."""
+    keep_tokens_separator: str = ""
+    """Where a caption has it, what is in front of it stays in place instead of `keep_tokens`, and what is behind a
+    second one too."""
+    secondary_separator: str = ""
+    """Separates tags that stay together; it becomes a separator in the end."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether a caption has more forms than its own and the empty one."""
+        return self.shuffle or self.tag_dropout > 0 or self.wildcards
+
+    def plain(self, caption: str) -> str:
+        """The form of a caption in which nothing is drawn."""
+        return self._joined(self._framed(caption))
 
     def caption(self, captions: Sequence[str], key: int) -> str:
-        """One of the captions, each as likely, or the empty one."""
+        """One of the captions, each as likely, in the form of this visit; or the empty one."""
         keys = torch.tensor([key])
         if self.dropout and seeding.uniform(keys, "caption dropout").item() < self.dropout:
             return ""
         number = int(seeding.integers(keys, "caption", len(captions))) if len(captions) > 1 else 0
-        return self._shuffled(captions[number], key) if self.shuffle else captions[number]
-
-    def _shuffled(self, caption: str, key: int) -> str:
+        caption = captions[number]
+        if not self.varies:
+            return self.plain(caption)
         if self.trigger and caption.startswith(f"{self.trigger} "):
-            return f"{self.trigger} {self._shuffled(caption.removeprefix(f'{self.trigger} '), key)}"
-        tags = [part.strip() for part in caption.split(",")]
-        count = self.keep_tokens or 0
-        first, moved = tags[:count], tags[count:]
-        order = torch.randperm(len(moved), generator=seeding.generator(key, "caption order")).tolist()
-        return ", ".join([*first, *[moved[place] for place in order]])
+            return f"{self.trigger} {self._visited(caption.removeprefix(f'{self.trigger} '), key)}"
+        return self._visited(caption, key)
+
+    def _visited(self, caption: str, key: int) -> str:
+        caption = self._framed(caption)
+        if self.wildcards:
+            caption = expanded(caption, key)
+        if self.shuffle or self.tag_dropout:
+            first, moved, last = self._tags(caption)
+            if self.shuffle:
+                order = torch.randperm(len(moved), generator=seeding.generator(key, "caption order")).tolist()
+                moved = [moved[place] for place in order]
+            if self.tag_dropout:
+                draws = torch.rand(len(moved), generator=seeding.generator(key, "tag dropout")).tolist()
+                moved = [tag for tag, draw in zip(moved, draws, strict=True) if draw >= self.tag_dropout]
+            caption = ", ".join([*first, *moved, *last])
+        return self._joined(caption)
+
+    def _framed(self, caption: str) -> str:
+        caption = f"{self.prefix} {caption}" if self.prefix else caption
+        return f"{caption} {self.suffix}" if self.suffix else caption
+
+    def _joined(self, caption: str) -> str:
+        return caption.replace(self.secondary_separator, self.separator) if self.secondary_separator else caption
+
+    def _tags(self, caption: str) -> tuple[list[str], list[str], list[str]]:
+        """Tags that stay in front, those that move, and those that stay behind."""
+        if self.keep_tokens_separator and self.keep_tokens_separator in caption:
+            parts = caption.split(self.keep_tokens_separator, 2)
+            first, moved, last = ([tag for tag in self._split(part) if tag] for part in (*parts, "")[:3])
+            return first, moved, last
+        tags = self._split(caption.strip())
+        kept = self.keep_tokens or 0
+        return tags[:kept], tags[kept:], []
+
+    def _split(self, text: str) -> list[str]:
+        return [tag.strip() for tag in text.split(self.separator)]
+
+
+def expanded(caption: str, key: int) -> str:
+    """The caption with one part of each {a|b|c}, drawn from the key; one without an end stays as it is."""
+    left, right = "⦅", "⦆"
+    while left in caption or right in caption:
+        left, right = left + "⦅", right + "⦆"
+    caption = caption.replace("{{", left).replace("}}", right)
+    pieces, end = [], 0
+    for number, match in enumerate(_WILDCARD.finditer(caption)):
+        parts = match[1].split("|")
+        choice = int(seeding.integers(torch.tensor([key]), f"wildcard {number}", len(parts)))
+        pieces += [caption[end : match.start()], parts[choice]]
+        end = match.end()
+    return "".join([*pieces, caption[end:]]).replace(left, "{").replace(right, "}")

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from finetune.data.listing import composed
 from finetune.errors import DataError
@@ -55,19 +55,25 @@ Texts = str | Sequence[str] | None
 """What a source says of a picture: a text, several of them, or nothing."""
 
 
-def first_caption(candidates: Iterable[tuple[str, Texts]], *, by_line: bool = False) -> Caption:
+Lines = Literal["joined", "chosen", "first"]
+"""What the lines of a text are: one caption, captions that visits take turns with, or one and what is left out."""
+
+
+def first_caption(candidates: Iterable[tuple[str, Texts]], *, lines: Lines = "joined") -> Caption:
     """The first of (source, texts) that says something; line breaks become single spaces.
 
     Args:
         candidates: in the order of precedence.
-        by_line: each line is a text of its own.
+        lines: what the lines of each text are.
     """
     for source, given in candidates:
         texts = [given] if isinstance(given, str) else given or []
-        if by_line:
+        if lines == "chosen":
             texts = [line for text in texts for line in text.splitlines()]
-        if lines := [joined for text in texts if (joined := _without_breaks(text))]:
-            return Caption(lines[0], source, tuple(lines[1:]))
+        elif lines == "first":
+            texts = [next((line for line in text.splitlines() if line.strip()), "") for text in texts]
+        if found := [joined for text in texts if (joined := _without_breaks(text))]:
+            return Caption(found[0], source, tuple(found[1:]))
     return Caption("", "none")
 
 
@@ -82,7 +88,7 @@ def find_captions(
     pictures: Sequence[str],
     prompt: str | None = None,
     subjects: Mapping[str, str] | None = None,
-    by_line: bool = False,
+    lines: Lines = "joined",
     metadata: Mapping[str, Texts] | None = None,
     column: str = COLUMN,
 ) -> CaptionResult:
@@ -99,7 +105,7 @@ def find_captions(
         pictures: those that want a caption.
         prompt: caption of those that have none of their own.
         subjects: what the folders' names say of pictures.
-        by_line: each line of a caption is one of its own.
+        lines: what the lines of a caption file are.
         metadata: what `read_metadata` has found; None: it is asked.
         column: of the metadata files, that holds the captions.
 
@@ -132,7 +138,7 @@ def find_captions(
             ("prompt", prompt),
             ("folder", (subjects or {}).get(picture)),
         )
-        captions.append(first_caption(candidates, by_line=by_line))
+        captions.append(first_caption(candidates, lines=lines))
     orphans = [
         file for stem, files_by_suffix in sidecars.items() if stem not in stems for file in files_by_suffix.values()
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from finetune.atomic_io import is_inside
-from finetune.data.captions import Texts, first_caption, is_metadata
+from finetune.data.captions import Lines, Texts, first_caption, is_metadata
 from finetune.data.data_source import check_source, is_pattern
 from finetune.data.hub_dataset import CAPTION_COLUMN, IMAGE_COLUMN, first_hub_rows, hub_rows, kept
 from finetune.data.image_dataset import ImageFileDataset
@@ -61,7 +61,7 @@ class HuggingFaceDataset(ImageFileDataset):
         *,
         trigger: str | None = None,
         transform: Preprocess | None = None,
-        caption_lines: Literal["joined", "chosen"] = "joined",
+        caption_lines: Lines = "joined",
         memory: ImageIndex | None = None,
         image_column: str = IMAGE_COLUMN,
         caption_column: str = CAPTION_COLUMN,
@@ -77,7 +77,7 @@ class HuggingFaceDataset(ImageFileDataset):
         self._origin = _origin(pictures)
         self._pictures = pictures if part is None else pictures.select(part)
         captions = [
-            first_caption((("column", texts), ("prompt", prompt)), by_line=caption_lines == "chosen")
+            first_caption((("column", texts), ("prompt", prompt)), lines=caption_lines)
             for texts in _caption_texts(rows, caption_column, self._numbers)
         ]
         names = [f"row {number}" for number in self._numbers]

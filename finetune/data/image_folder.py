@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Unpack
 
-from finetune.data.captions import CAPTION_SUFFIXES, COLUMN, Texts, find_captions, is_metadata
+from finetune.data.captions import CAPTION_SUFFIXES, COLUMN, Lines, Texts, find_captions, is_metadata
 from finetune.data.companions import companion_kind, companions_of
 from finetune.data.image_dataset import ImageFileDataset, Ledger
 from finetune.data.image_index import ImageIndex
@@ -46,7 +46,8 @@ class ImageFolder(ImageFileDataset):
         prompt: caption of the pictures that have none of their own.
         trigger: word put in place of every [trigger], or in front of each caption.
         transform: how the pictures become squares or the sizes of buckets; or give the arguments of `Preprocess`.
-        caption_lines: "joined": a caption of several lines is one; "chosen": each line is one, and visits take turns.
+        caption_lines: "joined": a caption of several lines is one; "chosen": each line is one, and visits take turns;
+            "first": the others are left out.
         masks: where an error counts (see `finetune.data.masks`): the files NAME.mask.png beside pictures; and the
             alpha channel of those without; or everywhere.
         memory: of earlier runs; without it, every picture is decoded once before anything else.
@@ -67,7 +68,7 @@ class ImageFolder(ImageFileDataset):
         *,
         trigger: str | None = None,
         transform: Preprocess | None = None,
-        caption_lines: Literal["joined", "chosen"] = "joined",
+        caption_lines: Lines = "joined",
         masks: Literal["files", "files and alpha", "none"] = "files",
         memory: ImageIndex | None = None,
         part: FolderPart | None = None,
@@ -92,14 +93,13 @@ class ImageFolder(ImageFileDataset):
         repeats = repeats_of(self._names) if repeated else []
         self._repeated = bool(repeats)
         subjects = {name: name.split("/")[0].partition("_")[2] for name in self._names} if repeats else {}
-        by_line = caption_lines == "chosen"
         captions = find_captions(
             root,
             files,
             pictures=self._names,
             prompt=prompt,
             subjects=subjects,
-            by_line=by_line,
+            lines=caption_lines,
             metadata=metadata,
             column=caption_column,
         )

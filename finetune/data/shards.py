@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Unpack
 
-from finetune.data.captions import Caption, Texts, first_caption
+from finetune.data.captions import Caption, Lines, Texts, first_caption
 from finetune.data.data_source import folder_of, is_pattern
 from finetune.data.image_dataset import ImageFileDataset, Ledger
 from finetune.data.image_index import ImageIndex
@@ -48,7 +48,7 @@ class TarShards(ImageFileDataset):
         *,
         trigger: str | None = None,
         transform: Preprocess | None = None,
-        caption_lines: Literal["joined", "chosen"] = "joined",
+        caption_lines: Lines = "joined",
         masks: Literal["files", "files and alpha", "none"] = "files",
         memory: ImageIndex | None = None,
         part: Sequence[int] | None = None,
@@ -147,6 +147,6 @@ def find_shards(source: str, path: Path, files: Sequence[str]) -> tuple[list[Pat
     return shards, root
 
 
-def _caption(texts: Mapping[str, Texts], prompt: str | None, lines: Literal["joined", "chosen"]) -> Caption:
+def _caption(texts: Mapping[str, Texts], prompt: str | None, lines: Lines) -> Caption:
     candidates = ((ending[1:], texts.get(ending)) for ending in TEXT_SUFFIXES)
-    return first_caption((*candidates, ("prompt", prompt)), by_line=lines == "chosen")
+    return first_caption((*candidates, ("prompt", prompt)), lines=lines)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finetune.data.caption_augmentation import CaptionAugmentation
-from finetune.data.captions import COLUMN
+from finetune.data.captions import COLUMN, Lines
 from finetune.data.hub_dataset import IMAGE_COLUMN
 from finetune.data.transforms import Preprocess
 
@@ -19,8 +19,9 @@ class SourceSettings:
     """Caption of the pictures that have none of their own."""
     trigger: str | None = None
     """Word that takes the place of every [trigger], or is put in front of each caption."""
-    caption_lines: Literal["joined", "chosen"] = "joined"
-    """Whether the lines of a caption file are one caption, or captions that visits take turns with."""
+    caption_lines: Lines = "joined"
+    """What the lines of a caption file are: one caption, captions that visits take turns with, or a caption and what
+    is left out."""
     image_column: str = IMAGE_COLUMN
     """Column of pictures, where the source has rows."""
     caption_column: str = COLUMN

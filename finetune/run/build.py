@@ -132,9 +132,7 @@ def encoded_for(
         pictures,
         model,
         live=config.live_encoding,
-        captioning=CaptionAugmentation(
-            config.caption_dropout, config.shuffle_caption, config.keep_tokens, config.trigger
-        ),
+        captioning=captioning_of(config),
         seed=config.seed,
         cache_dir=config.cache_dir,
         precision=config.cache_precision,
@@ -145,6 +143,23 @@ def encoded_for(
         ),
         time_budget={"before": None, "ahead": 0, "auto": time_budget}[config.encode],
         on_progress=on_progress,
+    )
+
+
+def captioning_of(config: ResolvedConfig) -> CaptionAugmentation:
+    """How the options of a run make the caption of a visit."""
+    return CaptionAugmentation(
+        dropout=config.caption_dropout,
+        shuffle=config.shuffle_caption,
+        keep_tokens=config.keep_tokens,
+        trigger=config.trigger,
+        tag_dropout=config.caption_tag_dropout,
+        wildcards=config.enable_wildcard,
+        prefix=config.caption_prefix or "",
+        suffix=config.caption_suffix or "",
+        separator=config.caption_separator,
+        keep_tokens_separator=config.keep_tokens_separator or "",
+        secondary_separator=config.secondary_separator or "",
     )
 
 

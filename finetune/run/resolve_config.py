@@ -222,7 +222,7 @@ def _refuse_unusable(config: TrainConfig, model_info: ModelInfo, method: str, bu
         "lr_scheduler wsd": config.lr_scheduler == "wsd",
         "aspect_ratio_bucketing": buckets is not None,
         "full_bf16": config.full_bf16,
-        "shuffle_caption": config.shuffle_caption,
+        "shuffle_caption or caption_tag_dropout": config.shuffle_caption or config.caption_tag_dropout > 0,
         "class_data": config.class_data is not None,
         "validation_data left out": config.validation_data is None,
         "use_ema": config.use_ema is not False,

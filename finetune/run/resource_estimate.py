@@ -22,7 +22,7 @@ from finetune.models.lora import trainable
 from finetune.models.model_info import ModelInfo
 from finetune.models.source import open_source
 from finetune.optimizer_table import known_optimizer
-from finetune.run.build import adapt
+from finetune.run.build import adapt, captioning_of
 from finetune.text import pluralize
 from finetune.training.stochastic_rounding import PIECE
 
@@ -304,6 +304,6 @@ def _encodings(config: ResolvedConfig, model_info: ModelInfo, chunks: Chunks) ->
     condition = image_condition_of(model_info.family.image_condition)
     conditions = len(condition.variants(None, has_companion=False)) if condition else 0
     latents = 2 * vae["latent_channels"] * positions * each * (1 + first.flips) * (1 + conditions) * pictures
-    captions = 0 if config.shuffle_caption else len(set(first.captions)) * len(chunks)
+    captions = 0 if captioning_of(config).varies else len(set(first.captions)) * len(chunks)
     states = captions * chunks_of(config.max_token_length) * _TOKENS * unet["cross_attention_dim"] * each
     return float(states + (0 if config.live_encoding else latents))

@@ -43,7 +43,8 @@ def test_a_command_line_of_sd_scripts(tmp_path: Path, capsys: pytest.CaptureFixt
         "center_crop": False, "random_flip": True, "sample_prompts": ("prompts.txt",), "max_token_length": 77,
         "caption_dropout": 0.0, "lora_target_modules": (*ATTENTION_AND_FEED_FORWARD, "proj_in", "proj_out"),
         "aspect_ratio_bucketing": True, "min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64,
-        "bucket_upscale": True, "shuffle_caption": False, "gradient_accumulation_steps": 1, "validation_fraction": 0.0,
+        "bucket_upscale": True, "shuffle_caption": False, "caption_lines": "first",
+        "gradient_accumulation_steps": 1, "validation_fraction": 0.0,
     }  # fmt: skip
     told = capsys.readouterr().out
     for line in (
@@ -157,7 +158,7 @@ def test_a_dataset_file_of_sd_scripts(tmp_path: Path, capsys: pytest.CaptureFixt
     found = imported(tmp_path, "data.toml", text)
     assert found == {
         "data": ("./a", "./b"), "repeats": (10, 1), "resolution": 768, "train_batch_size": 2,
-        "aspect_ratio_bucketing": False, "shuffle_caption": True, "keep_tokens": 1,
+        "aspect_ratio_bucketing": False, "shuffle_caption": True, "keep_tokens": 1, "caption_lines": "first",
     }  # fmt: skip
     told = capsys.readouterr().out
     assert "0 left out" in told

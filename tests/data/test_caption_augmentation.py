@@ -1,89 +1,127 @@
+"""Captions of visits, compared with what sd-scripts would do with the same random numbers."""
+
+import re
 from collections import Counter
-from pathlib import Path
+from itertools import product
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
 
-from finetune.cache.encode import encode
-from finetune.data.caption_augmentation import CaptionAugmentation
-from finetune.data.image_folder import ImageFolder
-from finetune.data.loader import batches
-from finetune.models.loading import load_model
+from finetune import seeding
+from finetune.data.caption_augmentation import CaptionAugmentation, expanded
+from finetune.data.captions import first_caption
 
-
-def test_without_settings_the_caption_is_the_first_and_only_one() -> None:
-    assert CaptionAugmentation().caption(["a, b,c"], key=7) == "a, b,c"
-
-
-@given(kept=st.integers(0, 6), key=st.integers(0, 2**62))
-def test_shuffling_keeps_every_part_and_the_first_few_where_they_are(kept: int, key: int) -> None:
-    parts = ["one", "two words", "three", "four", "five"]
-    visits = CaptionAugmentation(shuffle=True, keep_tokens=kept)
-    found = visits.caption([" ,".join(parts)], key).split(", ")
-    assert found[:kept] == parts[:kept]
-    assert sorted(found) == sorted(parts)
-    assert found == visits.caption([" ,".join(parts)], key).split(", ")
+CAPTIONS = [
+    "1girl, solo, red hair, smile, outdoors",
+    "1girl ,solo,  red hair,, smile",
+    "sks dog ||| sitting, grass, sky ||| masterpiece, best quality",
+    "sks dog, brown ||| sitting;;;on grass, sky",
+    "a {red|blue|green} ball, {big|small}, {{braces}}, round",
+    "a {red|blue ball, unfinished",
+    "one",
+    "",
+    "{a|b|c}",
+    "tag1;;;tag2, tag3;;;tag4, tag5",
+    "⦅odd⦆ {x|y}, {{z}}",
+]
 
 
-def test_every_order_comes_about_equally_often() -> None:
-    counts = Counter(CaptionAugmentation(shuffle=True).caption(["a, b, c"], key) for key in range(1200))
-    assert len(counts) == 6
+def sd_scripts(caption: str, key: int, augmentation: CaptionAugmentation) -> str:
+    """Its `process_caption`, in our own words, with its random numbers replaced by those of the key."""
+    if augmentation.prefix:
+        caption = augmentation.prefix + " " + caption
+    if augmentation.suffix:
+        caption = caption + " " + augmentation.suffix
+    if augmentation.wildcards:
+        opening, closing = "⦅", "⦆"
+        while opening in caption or closing in caption:
+            opening, closing = opening + "⦅", closing + "⦆"
+        caption = caption.replace("{{", opening).replace("}}", closing)
+        number = 0
+
+        def choose(match: re.Match[str]) -> str:
+            nonlocal number
+            parts = match.group(1).split("|")
+            number += 1
+            return parts[int(seeding.integers(torch.tensor([key]), f"wildcard {number - 1}", len(parts)))]
+
+        caption = re.sub(r"\{([^}]+)\}", choose, caption)
+        caption = caption.replace(opening, "{").replace(closing, "}")
+    if augmentation.shuffle or augmentation.tag_dropout > 0:
+        separator, fixed, behind = augmentation.separator, list[str](), list[str]()
+        if augmentation.keep_tokens_separator and augmentation.keep_tokens_separator in caption:
+            front, flexible = caption.split(augmentation.keep_tokens_separator, 1)
+            if augmentation.keep_tokens_separator in flexible:
+                flexible, back = flexible.split(augmentation.keep_tokens_separator, 1)
+                behind = [tag.strip() for tag in back.split(separator) if tag.strip()]
+            fixed = [tag.strip() for tag in front.split(separator) if tag.strip()]
+            moved = [tag.strip() for tag in flexible.split(separator) if tag.strip()]
+        else:
+            tags = [tag.strip() for tag in caption.strip().split(separator)]
+            moved = tags[:]
+            if augmentation.keep_tokens:
+                fixed, moved = moved[: augmentation.keep_tokens], tags[augmentation.keep_tokens :]
+        if augmentation.shuffle:
+            order = torch.randperm(len(moved), generator=seeding.generator(key, "caption order"))
+            moved = [moved[place] for place in order]
+        if augmentation.tag_dropout > 0:
+            draws = torch.rand(len(moved), generator=seeding.generator(key, "tag dropout"))
+            moved = [tag for tag, draw in zip(moved, draws, strict=True) if draw >= augmentation.tag_dropout]
+        caption = ", ".join(fixed + moved + behind)
+    if augmentation.secondary_separator:
+        caption = caption.replace(augmentation.secondary_separator, augmentation.separator)
+    return caption
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("tag_dropout", [0.0, 0.4])
+@pytest.mark.parametrize("wildcards", [False, True])
+def test_every_form_is_that_of_sd_scripts(shuffle: bool, tag_dropout: float, wildcards: bool) -> None:
+    forms = product((None, 1, 2), ("", "|||"), ("", ";;;"), (",", "."), ("", "best quality"), ("", "4k"))
+    for keep, keeping, secondary, separator, prefix, suffix in forms:
+        augmentation = CaptionAugmentation(
+            shuffle=shuffle, tag_dropout=tag_dropout, wildcards=wildcards, keep_tokens=keep, separator=separator,
+            keep_tokens_separator=keeping, secondary_separator=secondary, prefix=prefix, suffix=suffix,
+        )  # fmt: skip
+        for key, caption in enumerate(CAPTIONS):
+            assert augmentation.caption([caption], key) == sd_scripts(caption, key, augmentation)
+        if not augmentation.varies:
+            assert [augmentation.plain(caption) for caption in CAPTIONS] == [
+                sd_scripts(caption, 0, augmentation) for caption in CAPTIONS
+            ]
+
+
+def test_the_trigger_stays_in_front_and_is_never_left_out() -> None:
+    augmentation = CaptionAugmentation(shuffle=True, tag_dropout=0.9, trigger="sks", keep_tokens=1)
+    seen = {augmentation.caption(["sks dog, brown, tall"], key) for key in range(50)}
+    assert all(caption.startswith("sks dog") for caption in seen)
+    assert {"sks dog", "sks dog, brown", "sks dog, tall"} <= seen
+
+
+def test_tags_are_dropped_as_often_as_asked_and_wildcards_drawn_evenly() -> None:
+    tags = CaptionAugmentation(tag_dropout=0.25)
+    left = sum(
+        len(tags.caption(["a, b, c, d"], key).split(", ")) for key in range(500) if tags.caption(["a, b, c, d"], key)
+    )
+    assert left / 2000 == pytest.approx(0.75, abs=0.03)
+    counts = Counter(expanded("{a|b|c}", key) for key in range(600))
+    assert set(counts) == {"a", "b", "c"}
     assert min(counts.values()) > 150
+    pairs = {expanded("{a|b} {a|b}", key) for key in range(50)}
+    assert pairs == {"a a", "a b", "b a", "b b"}  # each is drawn by itself
 
 
-def test_every_caption_is_taken_about_equally_often_and_some_visits_have_none() -> None:
-    counts = Counter(CaptionAugmentation(dropout=0.25).caption(["a", "b", "c"], key) for key in range(1200))
-    assert counts.keys() == {"", "a", "b", "c"}
-    assert counts[""] == pytest.approx(300, abs=60)
-    assert min(counts.values()) > 230
+def test_a_caption_is_a_function_of_the_key() -> None:
+    augmentation = CaptionAugmentation(shuffle=True, tag_dropout=0.3, wildcards=True, dropout=0.1)
+    texts = ["{a|b}, c, d, e", "f, g, h"]
+    once, again = ([augmentation.caption(texts, key) for key in range(40)] for _ in range(2))
+    assert once == again
+    assert len(set(once)) > 20
+    assert "" in once
 
 
-def save(folder: Path, caption: str) -> Path:
-    Image.new("RGB", (64, 64), (200, 0, 0)).save(folder / "a.png")
-    (folder / "a.txt").write_text(caption)
-    return folder
-
-
-def test_lines_of_a_caption_are_joined_or_chosen(tmp_path: Path) -> None:
-    folder = save(tmp_path, "a red square\n\n  a [trigger] thing \n")
-    assert ImageFolder(folder, resolution=64, trigger="sks").texts(0) == ("a red square a sks thing",)
-    chosen = ImageFolder(folder, resolution=64, trigger="sks", caption_lines="chosen")
-    assert chosen.texts(0) == ("sks a red square", "a sks thing")
-    model = load_model("tiny")
-    states = [model.conditioner.encode([text])["encoder_hidden_states"][0] for text in chosen.texts(0)]
-    seen = set()
-    for batch in batches(encode(chosen, model, cache_dir="none"), batch_size=1, steps=12):
-        seen |= {number for number in (0, 1) if torch.equal(batch.cond["encoder_hidden_states"][0], states[number])}
-    assert seen == {0, 1}
-
-
-def test_a_list_in_metadata_is_several_captions(tmp_path: Path) -> None:
-    save(tmp_path, "")
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ["one", "", "two\\nlines"]}\n')
-    assert ImageFolder(tmp_path, resolution=64).texts(0) == ("one", "two lines")
-
-
-def test_shuffled_captions_are_what_the_model_is_told(tmp_path: Path) -> None:
-    model = load_model("tiny")
-    images = ImageFolder(save(tmp_path, "a red square, white, black"), resolution=64)
-    encoded = encode(images, model, captioning=CaptionAugmentation(shuffle=True, keep_tokens=1), cache_dir="none")
-    assert [made.kind for made in encoded.made] == ["picture"]
-    seen = set()
-    for batch in batches(encoded, batch_size=1, steps=8):
-        caption = encoded.captioning.caption(images.texts(0), int(batch.keys[0]))
-        expected = model.conditioner.encode([caption])["encoder_hidden_states"]
-        assert torch.equal(batch.cond["encoder_hidden_states"], expected)
-        seen.add(caption)
-    assert seen == {"a red square, white, black", "a red square, black, white"}
-
-
-def test_the_trigger_stays_in_front_of_what_is_shuffled() -> None:
-    visits = CaptionAugmentation(shuffle=True, trigger="sks")
-    found = {visits.caption(["sks a, b, c"], key) for key in range(100)}
-    assert all(caption.startswith("sks ") for caption in found)
-    assert {caption.removeprefix("sks ") for caption in found} == {
-        "a, b, c", "a, c, b", "b, a, c", "b, c, a", "c, a, b", "c, b, a",
-    }  # fmt: skip
+def test_lines_of_a_text() -> None:
+    text = "\nfirst line\n second\n"
+    assert first_caption([("txt", text)]).text == "first line second"
+    assert first_caption([("txt", text)], lines="first") == ("first line", "txt", ())
+    assert first_caption([("txt", text)], lines="chosen") == ("first line", "txt", ("second",))

@@ -194,6 +194,11 @@ def test_every_option_that_may_be_a_path_is_shortened_in_the_card(run_folder: Pa
     no_paths = {"lora_target_modules", "block_rank", "block_learning_rate", "prompt", "trigger", "class_prompt"}
     no_paths |= {
         "lr_scheduler",
+        "caption_prefix",
+        "caption_suffix",
+        "caption_separator",
+        "keep_tokens_separator",
+        "secondary_separator",
         "train_modules",
         "optimizer",
         "optimizer_args",

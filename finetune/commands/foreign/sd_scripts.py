@@ -69,16 +69,9 @@ def take(given: Mapping[str, Any], script: str, place: Path = Path()) -> Importe
         imported.ours["output_dir"] = (
             f"{directory.rstrip('/')}/{name}".strip("/") if name and directory else directory or name
         )
+    imported.ours["method"] = "lora" if lora else "full"
     if lora:
-        imported.ours |= {"method": "lora", "lora_target_modules": TRANSFORMERS}
-        if not given.get("network_train_unet_only"):
-            imported.notes.append("sd-scripts trained the text encoder too; here it stays frozen")
-        if "network_alpha" not in given:
-            imported.notes.append("alpha is 1 where sd-scripts is told none (here it would be the rank)")
-        elif word_value(given["network_alpha"]) == 0:
-            given["network_alpha"] = given.get("network_dim", 4)  # which 0 stands for there
-    else:
-        imported.ours["method"] = "full"
+        _before_network(imported, given)
     if file := given.pop("config_file", None):
         imported.skip("config_file", file, "import that file too, and put the settings together by hand")
     dataset = _dataset_of(imported, given.pop("dataset_config", None), place, subsets)
@@ -113,6 +106,17 @@ def take(given: Mapping[str, Any], script: str, place: Path = Path()) -> Importe
     if warmup is not None and "schedulefree" not in imported.ours.get("optimizer", "").lower():
         take_warmup(imported, warmup)
     return imported
+
+
+def _before_network(imported: ImportedConfig, given: dict[str, Any]) -> None:
+    """What holds of every network, and what its alpha means."""
+    imported.ours["lora_target_modules"] = TRANSFORMERS
+    if not given.get("network_train_unet_only"):
+        imported.notes.append("sd-scripts trained the text encoder too; here it stays frozen")
+    if "network_alpha" not in given:
+        imported.notes.append("alpha is 1 where sd-scripts is told none (here it would be the rank)")
+    elif word_value(given["network_alpha"]) == 0:
+        given["network_alpha"] = given.get("network_dim", 4)  # which 0 stands for there
 
 
 def _dataset_of(imported: ImportedConfig, file: Any, place: Path, subsets: Sequence[Any]) -> ImportedConfig | None:

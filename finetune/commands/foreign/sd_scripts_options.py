@@ -164,14 +164,21 @@ def take_buckets(imported: ImportedConfig, given: dict[str, Any]) -> None:
 
 
 def take_captions(imported: ImportedConfig, given: dict[str, Any]) -> None:
-    """Kept tokens mean nothing where nothing is shuffled; each line of a file is a caption where wildcards are on."""
+    """Their options of captions; those of tags do nothing there, and are refused here, where no tags are moved."""
     imported.ours["shuffle_caption"] = bool(given.pop("shuffle_caption", False))
-    keep_tokens = given.pop("keep_tokens", 0)
-    if imported.ours["shuffle_caption"] and keep_tokens:
-        imported.set("keep_tokens", keep_tokens, "keep_tokens")
-    if given.pop("enable_wildcard", False):
-        imported.ours["caption_lines"] = "chosen"
-        imported.notes.append("enable_wildcard: each visit takes a line of a caption file, but {a|b} is not expanded")
+    if share := word_value(given.pop("caption_tag_dropout_rate", 0)):
+        imported.set("caption_tag_dropout", share, "caption_tag_dropout_rate")
+    of_tags = {name: given.pop(name, None) for name in ("keep_tokens", "keep_tokens_separator", "caption_separator")}
+    if imported.ours["shuffle_caption"] or "caption_tag_dropout" in imported.ours:
+        for name, value in of_tags.items():
+            if value:
+                imported.set(name, value, name)
+    imported.ours["caption_lines"] = "first"
+    if word_value(given.pop("enable_wildcard", False)):
+        imported.ours |= {"caption_lines": "chosen", "enable_wildcard": True}
+    for name in ("caption_prefix", "caption_suffix", "secondary_separator"):
+        if value := given.pop(name, None):
+            imported.set(name, value, name)
 
 
 def take_objective(imported: ImportedConfig, given: dict[str, Any]) -> None:
