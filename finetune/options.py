@@ -118,9 +118,12 @@ class DataOptions:
 
     data: tuple[str, ...] = option((), aliases=("train_data_dir", "instance_data_dir", "dataset_name"), path=True)
     """Folder of images, tar shards (shards/*.tar), folder of parquet or arrow files, or Hugging Face dataset id; or
-    several of them. Or an sd-scripts dataset file (.toml); its settings apply where no others are given."""
+    several of them. Or a dataset file (.toml) with a [[source]] for each, or of sd-scripts."""
     repeats: tuple[int, ...] = option((), AT_LEAST_ONE, suggest_for=("num_repeats",))
     """Repeats per epoch of the images of each --data, in the same order. Default: 1."""
+    source_settings: tuple[str, ...] = option(())
+    """Options that are otherwise for the images of each --data, in the same order, as TOML: 'prompt = "a dog",
+    resolution = 768, loss_weight = 0.5'; '' for none."""
     class_data: str | None = option(
         None, requires="text", aliases=("class_data_dir",), suggest_for=("reg_data_dir",), path=True
     )

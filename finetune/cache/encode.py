@@ -73,14 +73,14 @@ def encode(
     planned = [(index, None) for index in range(len(pictures))] if visited is None else list(visited)
     store = BufferedStore(open_store(cache_dir))
     works, conditions = list[EncodeJob](), LiveTextEmbeddings(model.conditioner)
-    captionings = [captioning, *(own for index in range(len(pictures)) if (own := pictures.captioning(index)))]
+    captionings = {pictures.captioning(index, captioning) for index in range(len(pictures))}
     if not any(each.varies for each in captionings):
         conditions = CachedTextEmbeddings(
             store, model.conditioner, precision, _maker(model.conditioner, any_environment)
         )
 
         def shown(index: int) -> list[str]:
-            own = pictures.captioning(index) or captioning
+            own = pictures.captioning(index, captioning)
             return [*map(own.plain, pictures.texts(index)), ""]
 
         works.append(_captions(conditions, shown, [index for index, _ in planned]))

@@ -157,7 +157,7 @@ class EncodedDataset:
 
     def caption(self, index: int, key: int) -> str:
         """The caption of the visit with this sample key."""
-        return (self.pictures.captioning(index) or self.captioning).caption(self.pictures.texts(index), key)
+        return self.pictures.captioning(index, self.captioning).caption(self.pictures.texts(index), key)
 
     def collate(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[LoadedImage]) -> Batch:
         """Loaded visits -> Batch on the CPU. Raises DataError when the pictures differ in size."""

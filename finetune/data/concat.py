@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -90,9 +91,9 @@ class ConcatDataset(ImageDataset):
     def companion(self, index: int, kind: str) -> Image.Image | None:
         return self.sample(index).open_companion(kind)
 
-    def captioning(self, index: int) -> CaptionAugmentation | None:
+    def captioning(self, index: int, of_run: CaptionAugmentation) -> CaptionAugmentation:
         source, place = self._place(index)
-        return source.pictures.captioning(place) or source.settings.captioning
+        return source.pictures.captioning(place, replace(of_run, **source.settings.captioning))
 
     @property
     def flips(self) -> bool:

@@ -163,9 +163,9 @@ class ImageDataset(Dataset[Example], ABC):
         """The colour that shows where a picture is transparent."""
         return WHITE if self.transform is None else self.transform.background
 
-    def captioning(self, index: int) -> CaptionAugmentation | None:
-        """Return how the caption of a visit comes from those of the picture; None: as the run says."""
-        return None
+    def captioning(self, index: int, of_run: CaptionAugmentation) -> CaptionAugmentation:
+        """Return how the caption of a visit comes from those of the picture: as the run says, or else its source."""
+        return of_run
 
     def texts(self, index: int) -> tuple[str, ...]:
         """All captions of a picture; each visit takes one of them."""

@@ -1,9 +1,9 @@
 """SourceSettings: what a run does with the images of one source. The run's options are the defaults."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from finetune.data.caption_augmentation import CaptionAugmentation
 from finetune.data.captions import COLUMN, Lines
 from finetune.data.hub_dataset import IMAGE_COLUMN
 from finetune.data.transforms import Preprocess
@@ -26,8 +26,8 @@ class SourceSettings:
     """Column of pictures, where the source has rows."""
     caption_column: str = COLUMN
     """Column of captions, where the source has rows or metadata files."""
-    captioning: CaptionAugmentation | None = None
-    """How the caption of a visit comes from those of its picture; None: as the run says."""
+    captioning: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the run's `CaptionAugmentation` that are otherwise here."""
     transform: Preprocess | None = None
     """Resolution, crop, flips, buckets and background; None: the pictures are of one size that the model can take."""
     masks: Literal["files", "files and alpha", "none"] = "files"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from finetune.cache.store import cache_folder
 from finetune.config import TrainConfig
+from finetune.config import replace as replace_options
 from finetune.data.buckets import Buckets
 from finetune.data.chunks import Chunks, SourceChunks, SourceInfo, merge_sources, num_chunks_for, split_into_chunks
 from finetune.data.concat import ConcatDataset, Source, names_of
@@ -32,8 +33,10 @@ from finetune.data.transforms import Preprocess
 from finetune.data.user_dataset import MapDataset, UserDataset
 from finetune.errors import DataError, UsageError
 from finetune.models.families import bucket_sides
+from finetune.models.loading import check_resolution
 from finetune.models.model_info import ModelInfo
 from finetune.options import option_info
+from finetune.run.source_options import CAPTIONING, parse_settings
 from finetune.seeding import fold
 from finetune.text import join_limited, pluralize
 
@@ -64,10 +67,14 @@ def open_pictures(config: TrainConfig, model_info: ModelInfo, dataset: MapDatase
     folder = cache_folder(config.cache_dir)
     memory = ImageIndex(folder, strict=config.cache_strict) if folder else None
     defaults = default_settings(config, model_info)
-    settings = settings_by_source(config, defaults, len(sources))
+    settings = settings_by_source(config, model_info, len(sources))
     chunks_by_source = _assigned(config, sources, folder, memory)
     chunk = partial(_chunk, partial(_open_source, config, memory, folder), settings, chunks_by_source)
     pictures = chunk(0)
+    class_sources = [each.name for each in settings if each.class_images]
+    if class_sources and (config.class_data or len(class_sources) == len(settings)):
+        other = "class_data" if config.class_data else "no source of the subject"
+        raise UsageError(f"source_settings class_images = true ({class_sources[0]}) with {other}: give one of them")
     if config.class_data:
         pictures = _with_class_pictures(config, pictures, defaults, memory)
     if config.validation_data:
@@ -101,6 +108,7 @@ def _refuse_links(sources: Sequence[Any]) -> None:
 def default_settings(config: TrainConfig, model_info: ModelInfo) -> SourceSettings:
     """Return the settings that the options of a run give to every source. Raises UsageError for what cannot be."""
     resolution = config.resolution or model_info.resolution
+    check_resolution(model_info, resolution)
     return SourceSettings(
         prompt=config.prompt,
         trigger=config.trigger,
@@ -119,13 +127,31 @@ def default_settings(config: TrainConfig, model_info: ModelInfo) -> SourceSettin
     )
 
 
-def settings_by_source(config: TrainConfig, defaults: SourceSettings, count: int) -> list[SourceSettings]:
-    """Return the settings of each of the `count` sources that are trained on."""
+def settings_by_source(config: TrainConfig, model_info: ModelInfo, count: int) -> list[SourceSettings]:
+    """Return the settings of each of the `count` sources that are trained on.
+
+    Raises:
+        UsageError: other numbers of repeats or settings than of sources, or settings that cannot be.
+    """
     repeats = config.repeats or (1,) * count
-    if len(repeats) != count:
-        raise UsageError(f"repeats: {pluralize(len(repeats), 'number')} for {count} --data")
+    own = config.source_settings or ("",) * count
+    for option, given, noun in (("repeats", repeats, "number"), ("source_settings", own, "text")):
+        if len(given) != count:
+            raise UsageError(f"{option}: {pluralize(len(given), noun)} for {count} --data")
     names = names_of(config.data) or ["data"]
-    return [replace(defaults, name=name, repeats=times) for name, times in zip(names, repeats, strict=True)]
+    return [
+        replace(source_settings(config, model_info, text), name=name, repeats=times)
+        for name, times, text in zip(names, repeats, own, strict=True)
+    ]
+
+
+def source_settings(config: TrainConfig, model_info: ModelInfo, own: str) -> SourceSettings:
+    """Return the settings of a source from the options of the run and those of its own, TOML as in `parse_settings`."""
+    given = parse_settings(own)
+    loss_weight, class_images = given.pop("loss_weight", 1.0), given.pop("class_images", False)
+    settings = default_settings(replace_options(config, **given), model_info)
+    captioning = {field: given[option] for option, field in CAPTIONING.items() if option in given}
+    return replace(settings, captioning=captioning, loss_weight=loss_weight, class_images=class_images)
 
 
 def _chunk(
@@ -135,12 +161,13 @@ def _chunk(
     number: int,
 ) -> ImageDataset:
     """One chunk of all sources, as one dataset; a source that is alone and has no weights keeps its ids."""
-    if len(settings) == 1 and settings[0] == replace(settings[0], repeats=1, loss_weight=1.0, captioning=None):
+    if len(settings) == 1 and settings[0] == replace(settings[0], repeats=1, loss_weight=1.0, captioning={}):
         return open_source(settings[0], chunks_by_source[0], number)
+    pairs = sorted(zip(settings, chunks_by_source, strict=True), key=lambda pair: pair[0].class_images)
     return ConcatDataset(
         [
             Source(each, open_source(each, source_chunks, number))
-            for each, source_chunks in zip(settings, chunks_by_source, strict=True)
+            for each, source_chunks in pairs
             if not number or source_chunks.counts[number]
         ]
     )
@@ -205,7 +232,8 @@ def _assigned(
     """All sources, in chunks where they are large together."""
     source_infos = [_source_info(source, config, folder, memory) for source in sources]
     sized = [source_info for source_info in source_infos if source_info is not None]
-    divisible = len(sized) == len(source_infos) and not config.class_data
+    class_images = config.class_data or any("class_images" in own for own in config.source_settings)
+    divisible = len(sized) == len(source_infos) and not class_images
     if config.volume_size and not divisible:
         raise UsageError(
             "volume_size is for folders of images, tables and, with a cache_dir, shards; and not for class_data"

@@ -194,6 +194,7 @@ def test_every_option_that_may_be_a_path_is_shortened_in_the_card(run_folder: Pa
     no_paths = {"lora_target_modules", "block_rank", "block_learning_rate", "prompt", "trigger", "class_prompt"}
     no_paths |= {
         "lr_scheduler",
+        "source_settings",
         "caption_prefix",
         "caption_suffix",
         "caption_separator",
