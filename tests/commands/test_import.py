@@ -206,6 +206,7 @@ def test_a_preset_of_onetrainer(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found == {
         "model": "me/sd15", "method": "lora", "rank": 16, "lora_alpha": 1.0, "train_batch_size": 4,
         "learning_rate": 3e-4, "resolution": 512, "optimizer": "prodigy", "adam_beta2": 0.99, "snr_gamma": 5.0,
+        "optimizer_args": ("d_coef=2.0",),
         "use_ema": True, "mixed_precision": "bf16", "data": ("./a", "./b"), "num_train_epochs": 100,
         "lr_warmup_steps": 200, "lr_scheduler": "constant", "aspect_ratio_bucketing": True, "bucket_upscale": True,
         "class_data": "./prior_prediction", "prior_prediction": True, "validation_data": "./validation",
@@ -215,7 +216,6 @@ def test_a_preset_of_onetrainer(tmp_path: Path, capsys: pytest.CaptureFixture[st
     told = capsys.readouterr().out
     assert "left: concepts.path = './validation-2': one folder is taken for validation_data" in told
     assert "note: alpha is 1 (OneTrainer's default is 1" in told
-    assert "left: optimizer.d_coef = 2.0" in told
 
 
 @pytest.mark.parametrize(("kind", "heeded"), [("STABLE_DIFFUSION_15", False), ("STABLE_DIFFUSION_15_INPAINTING", True)])
@@ -304,3 +304,16 @@ def test_a_sum_of_losses_and_an_unknown_distribution_are_listed() -> None:
         "mse_strength",
         "timestep_distribution",
     ]
+
+
+def test_concepts_of_onetrainer_keep_what_they_have_otherwise() -> None:
+    text = {"enable_tag_shuffling": True, "keep_tags_count": 2}
+    concepts = [
+        {"path": "a", "text": text, "image": {"enable_random_flip": True, "enable_random_hue": True}},
+        {"path": "b", "text": text, "loss_weight": 0.5,
+         "image": {"enable_resolution_override": True, "resolution_override": "768"}},
+    ]  # fmt: skip
+    taken = take({"training_method": "LORA", "concepts": concepts})
+    assert (taken.ours["shuffle_caption"], taken.ours["keep_tokens"]) == (True, 2)
+    assert taken.ours["source_settings"] == ("random_flip = true", "loss_weight = 0.5, resolution = 768")
+    assert list(taken.skipped) == ["a.enable_random_hue = True"]

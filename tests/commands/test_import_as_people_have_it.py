@@ -245,4 +245,5 @@ def test_a_config_of_onetrainer_says_what_is_left_and_no_defaults(
     assert "conv1" in found["lora_target_modules"]
     told = capsys.readouterr().out
     left = {line.split(" = ")[0] for line in told.splitlines() if line.startswith("left")}
-    assert left == {"left: dog.prompt_source", "left: dog.loss_weight", "left: learning_rate_warmup_steps"}
+    assert left == {"left: dog.prompt_source", "left: learning_rate_warmup_steps"}
+    assert "source_settings" not in found  # a weight that all images have changes nothing

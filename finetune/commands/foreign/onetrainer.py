@@ -8,6 +8,8 @@ from typing import Any
 from finetune.commands.foreign.imported_config import ImportedConfig, Renamed, dropout, square
 from finetune.commands.foreign.sd_scripts_network import TRANSFORMERS
 from finetune.optimizer_table import TUNED
+from finetune.run.source_options import settings_text
+from finetune.training.optimizers import knows_argument
 
 DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 3e-6, "epochs": 100, "batch_size": 1, "learning_rate_warmup_steps": 200, "resolution": "512",
@@ -66,14 +68,18 @@ def _optimizer(imported: ImportedConfig, value: Any) -> None:
         imported.skip("optimizer.optimizer", name, f"the optimizers here: {', '.join(_OPTIMIZERS.values())}")
     elif name is not None:
         imported.ours["optimizer"] = _OPTIMIZERS[name]
-    ours = imported.ours.get("optimizer", "adamw")
+    ours, more = imported.ours.get("optimizer", "adamw"), list[str]()
     for argument, number in given.items():
         if number is None:
             continue
         if argument in _ARGUMENTS and (ours in TUNED or argument == "weight_decay"):
             imported.set(_ARGUMENTS[argument], number, f"optimizer.{argument}")
+        elif number is not False and ours != "adafactor" and knows_argument(ours, argument):
+            more.append(f"{argument}={number}")
         elif number is not False:
             imported.skip(f"optimizer.{argument}", number)
+    if more:
+        imported.ours["optimizer_args"] = tuple(more)
 
 
 def _method(imported: ImportedConfig, value: Any) -> None:
@@ -181,37 +187,44 @@ def _concepts(imported: ImportedConfig, value: Any) -> None:
         imported.set("repeats", [int(times) for times in repeats], "concepts.balancing")
 
 
-_OF_CONCEPTS = {
-    ("image", "enable_random_flip"): "random_flip", ("text", "enable_tag_shuffling"): "shuffle_caption",
-    ("text", "keep_tags_count"): "keep_tokens",
-}  # fmt: skip
-"""What a concept says -> our option, which holds for all."""
-_SAID_BY_CONCEPTS = {
-    ("image", "enable_random_rotate"): False, ("image", "enable_random_brightness"): False,
-    ("image", "enable_resolution_override"): False, ("text", "prompt_source"): "sample", ("", "loss_weight"): 1.0,
-    ("", "include_subdirectories"): True,
-}  # fmt: skip
-"""What a concept may say that has no like here -> what changes nothing."""
+_HARMLESS = ("enable_crop_jitter",)
+"""Switches of a concept that are on by default, and whose like here is an option of another name."""
 
 
 def _settings_of_concepts(imported: ImportedConfig, concepts: Sequence[Mapping[str, Any]]) -> None:
-    """What the concepts say of pictures and captions: where all say the same, it is taken over."""
+    """What the concepts say of images and captions: of the run where all say the same, else of their sources."""
+    settings = [_settings_of(imported, concept) for concept in concepts]
+    shared = {name: value for name, value in settings[0].items() if all(some.get(name) == value for some in settings)}
+    imported.ours |= {name: value for name, value in shared.items() if name != "loss_weight"}
+    own = [{name: value for name, value in some.items() if name not in shared} for some in settings]
+    if any(own):
+        imported.ours["source_settings"] = tuple(map(settings_text, own))
 
-    def skip(concept: Mapping[str, Any], place: tuple[str, str]) -> Any:
-        return (concept.get(place[0]) or {} if place[0] else concept).get(place[1])
 
-    for place, ours in _OF_CONCEPTS.items():
-        values = {skip(concept, place) for concept in concepts} - {None}
-        if len(values) == 1:
-            value = values.pop()
-            if value and not (ours == "keep_tokens" and not imported.ours.get("shuffle_caption")):
-                imported.set(ours, value, f"concepts.{place[1]}")
-        elif values:
-            imported.skip(f"concepts.{place[1]}", sorted(values), "one value is for all folders here")
-    for place, nothing in _SAID_BY_CONCEPTS.items():
-        for concept in concepts:
-            if (value := skip(concept, place)) not in (None, nothing):
-                imported.skip(f"{concept['path']}.{place[1]}", value)
+def _settings_of(imported: ImportedConfig, concept: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of one concept; its other switches are listed."""
+    image, text = dict(concept.get("image") or {}), dict(concept.get("text") or {})
+    weight = float(concept.get("loss_weight", 1.0))
+    settings: dict[str, Any] = {} if weight == 1 else {"loss_weight": weight}
+    if image.pop("enable_random_flip", False):
+        settings["random_flip"] = True
+    side = str(image.pop("resolution_override", ""))
+    if image.pop("enable_resolution_override", False):
+        if side.isdigit():
+            settings["resolution"] = int(side)
+        else:
+            imported.skip(f"{concept['path']}.resolution_override", side, "one number of pixels is taken")
+    if text.pop("enable_tag_shuffling", False):
+        settings |= {"shuffle_caption": True, "keep_tokens": int(text.get("keep_tags_count", 1))}
+        if (delimiter := text.get("tag_delimiter", ",")) != ",":
+            settings["caption_separator"] = delimiter
+    for name, value in (image | text).items():
+        switch = name.startswith("enable_") or name.endswith("_enable")
+        if (switch and value and name not in _HARMLESS) or (name == "prompt_source" and value != "sample"):
+            imported.skip(f"{concept['path']}.{name}", value)
+    if concept.get("include_subdirectories") is False:
+        imported.skip(f"{concept['path']}.include_subdirectories", False, "folders are read at any depth here")
+    return settings
 
 
 def _concept_file(imported: ImportedConfig, value: Any) -> None:
