@@ -247,3 +247,17 @@ def test_a_config_of_onetrainer_says_what_is_left_and_no_defaults(
     left = {line.split(" = ")[0] for line in told.splitlines() if line.startswith("left")}
     assert left == {"left: dog.prompt_source", "left: learning_rate_warmup_steps"}
     assert "source_settings" not in found  # a weight that all images have changes nothing
+
+
+@pytest.mark.parametrize("folders", [("dogs",), ("dogs", "people")])
+def test_the_weight_of_class_images_in_a_dataset_file_is_kept(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    subsets = [{"image_dir": "dog"}, *({"image_dir": name, "is_reg": True} for name in folders)]
+    (tmp_path / "data.json").write_text(json.dumps({"datasets": [{"subsets": subsets}]}))
+    line = f"accelerate launch {LORA.replace(' --train_data_dir=img', '')} --prior_loss_weight=0.5"
+    found = imported(tmp_path, "train.sh", f"{line} --dataset_config={tmp_path / 'data.json'}")
+    if len(folders) == 1:
+        assert (found["class_data"], found["prior_loss_weight"]) == ("dogs", 0.5)
+    else:
+        class_images = "class_images = true, loss_weight = 0.5"
+        assert found["source_settings"] == ("", class_images, class_images)
+        assert "prior_loss_weight" not in found

@@ -18,6 +18,7 @@ from finetune.commands.foreign.sd_scripts_options import (
     take_schedule,
     take_warmup,
 )
+from finetune.run.source_options import parse_settings, settings_text
 
 DEFAULTS: Mapping[str, Any] = {
     "train_batch_size": 1, "max_train_steps": 1600, "lr_warmup_steps": 0, "lr_scheduler": "constant",
@@ -81,8 +82,7 @@ def take(given: Mapping[str, Any], script: str, place: Path = Path()) -> Importe
     arguments, network_arguments = given.pop("optimizer_args", None), given.pop("network_args", None)
     weight_norms = word_value(given.pop("scale_weight_norms", None))
     schedule = {name: given.pop(name) for name in list(given) if name.startswith("lr_") and name != "lr_warmup_steps"}
-    if not given.get("reg_data_dir"):
-        given.pop("prior_loss_weight", None)  # theirs has a value also where there are no class pictures
+    class_weight = word_value(given.pop("prior_loss_weight", None))
     if ratio := given.pop("warmup_ratio", None):
         warmup = warmup or ratio
     if "batch_size" in given:
@@ -98,6 +98,7 @@ def take(given: Mapping[str, Any], script: str, place: Path = Path()) -> Importe
         imported.ours |= dataset.ours
         imported.notes += dataset.notes
         imported.skipped |= dataset.skipped
+    _take_class_weight(imported, class_weight)
     defaults = {option: value for option, value in DEFAULTS.items() if lora or option not in _LORA_ALONE}
     if "num_train_epochs" in imported.ours:
         imported.ours.pop("max_train_steps", None)  # sd-scripts lets the epochs win
@@ -106,6 +107,20 @@ def take(given: Mapping[str, Any], script: str, place: Path = Path()) -> Importe
     if warmup is not None and "schedulefree" not in imported.ours.get("optimizer", "").lower():
         take_warmup(imported, warmup)
     return imported
+
+
+def _take_class_weight(imported: ImportedConfig, weight: Any) -> None:
+    """The loss weight of class images, which sd-scripts has also where there are none."""
+    if weight is None:
+        return
+    if "class_data" in imported.ours:
+        imported.set("prior_loss_weight", weight, "prior_loss_weight")
+    sources = [parse_settings(text) for text in imported.ours.get("source_settings", ())]
+    for settings in sources:
+        if settings.get("class_images") and weight != 1:
+            settings["loss_weight"] = float(weight)
+    if sources:
+        imported.ours["source_settings"] = tuple(map(settings_text, sources))
 
 
 def _before_network(imported: ImportedConfig, given: dict[str, Any]) -> None:
