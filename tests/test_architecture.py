@@ -29,6 +29,7 @@ LAYERS = [
     {"cache"},
     {"data", "models"},
     {"arguments", "batch", "seeding", "atomic_io", "memory_limit", "out_of_memory", "import_path"},
+    {"source_options"},
     {"config"},
     {"options"},
     {"option_info"},
@@ -36,7 +37,7 @@ LAYERS = [
 ]
 """From the top down; a part imports only from layers below it, or from itself."""
 
-SEE_THE_CONFIG = {"arguments", "cli", "commands", "recipe", "run", "evaluators", "config", "__init__"}
+SEE_THE_CONFIG = {"arguments", "cli", "commands", "recipe", "run", "evaluators", "config", "source_options", "__init__"}
 SEE_THE_ACCELERATOR = {"recipe.py", "results/trackers.py", "run/setup.py"}
 
 

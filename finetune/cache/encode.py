@@ -79,11 +79,11 @@ def encode(
             store, model.conditioner, precision, _maker(model.conditioner, any_environment)
         )
 
-        def shown(index: int) -> list[str]:
-            own = pictures.captioning(index, captioning)
-            return [*map(own.plain, pictures.texts(index)), ""]
+        def captions_of(index: int) -> list[str]:
+            augmentation = pictures.captioning(index, captioning)
+            return [*map(augmentation.plain, pictures.texts(index)), ""]
 
-        works.append(_captions(conditions, shown, [index for index, _ in planned]))
+        works.append(_captions(conditions, captions_of, [index for index, _ in planned]))
     visits: CachedImages | LiveImages = LiveImages(pictures, model.image_condition)
     if not live:
         maker = _maker(model.encoder, any_environment)
@@ -134,15 +134,15 @@ def _maker(network: Encoder | Conditioner, any_environment: bool) -> str:
 
 
 def _captions(
-    conditions: CachedTextEmbeddings, shown: Callable[[int], Sequence[str]], indices: Iterable[int]
+    conditions: CachedTextEmbeddings, captions_of: Callable[[int], Sequence[str]], indices: Iterable[int]
 ) -> EncodeJob:
     """The captions that visits of pictures may show, through their conditioner."""
     conditioner = conditions.conditioner
-    texts = dict.fromkeys([*[text for index in dict.fromkeys(indices) for text in shown(index) if text], ""])
+    texts = dict.fromkeys([*[text for index in dict.fromkeys(indices) for text in captions_of(index) if text], ""])
     texts_by_key = {conditions.key(text): text for text in texts}
 
     def keys_of(index: int, _: int) -> list[str]:
-        return [conditions.key(text) for text in shown(index)]
+        return [conditions.key(text) for text in captions_of(index)]
 
     def compute(_: Sequence[str], captions: Sequence[str]) -> list[Item]:
         stored = {name: _rounded(tensor, conditions.precision) for name, tensor in conditioner.encode(captions).items()}

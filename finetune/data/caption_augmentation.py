@@ -90,12 +90,12 @@ class CaptionAugmentation:
     def _tags(self, caption: str) -> tuple[list[str], list[str], list[str]]:
         """Tags that stay in front, those that move, and those that stay behind."""
         if self.keep_tokens_separator and self.keep_tokens_separator in caption:
-            parts = caption.split(self.keep_tokens_separator, 2)
-            first, moved, last = ([tag for tag in self._split(part) if tag] for part in (*parts, "")[:3])
+            sections = caption.split(self.keep_tokens_separator, 2)
+            first, moved, last = ([tag for tag in self._split(part) if tag] for part in (*sections, "")[:3])
             return first, moved, last
         tags = self._split(caption.strip())
-        kept = self.keep_tokens or 0
-        return tags[:kept], tags[kept:], []
+        count = self.keep_tokens or 0
+        return tags[:count], tags[count:], []
 
     def _split(self, text: str) -> list[str]:
         return [tag.strip() for tag in text.split(self.separator)]
@@ -109,8 +109,8 @@ def expanded(caption: str, key: int) -> str:
     caption = caption.replace("{{", left).replace("}}", right)
     pieces, end = [], 0
     for number, match in enumerate(_WILDCARD.finditer(caption)):
-        parts = match[1].split("|")
-        choice = int(seeding.integers(torch.tensor([key]), f"wildcard {number}", len(parts)))
-        pieces += [caption[end : match.start()], parts[choice]]
+        choices = match[1].split("|")
+        choice = int(seeding.integers(torch.tensor([key]), f"wildcard {number}", len(choices)))
+        pieces += [caption[end : match.start()], choices[choice]]
         end = match.end()
     return "".join([*pieces, caption[end:]]).replace(left, "{").replace(right, "}")

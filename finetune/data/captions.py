@@ -72,8 +72,8 @@ def first_caption(candidates: Iterable[tuple[str, Texts]], *, lines: Lines = "jo
             texts = [line for text in texts for line in text.splitlines()]
         elif lines == "first":
             texts = [next((line for line in text.splitlines() if line.strip()), "") for text in texts]
-        if found := [joined for text in texts if (joined := _without_breaks(text))]:
-            return Caption(found[0], source, tuple(found[1:]))
+        if captions := [line for text in texts if (line := _without_breaks(text))]:
+            return Caption(captions[0], source, tuple(captions[1:]))
     return Caption("", "none")
 
 

@@ -17,8 +17,8 @@ class RankDropout(nn.Dropout):
         channels = 1 if input.dim() == 4 else -1
         shape = [1] * input.dim()
         shape[0], shape[channels] = input.shape[0], input.shape[channels]
-        kept = torch.rand(shape, device=input.device) >= self.p
-        return input * kept.to(input.dtype) / (1 - self.p)
+        mask = torch.rand(shape, device=input.device) >= self.p
+        return input * mask.to(input.dtype) / (1 - self.p)
 
 
 class ModuleDropout(nn.Dropout):

@@ -187,10 +187,10 @@ def defaults(
 
 def _optimizer_defaults(optimizer: str, method: str, adamw_rate: float) -> dict[str, Any]:
     """What suits an optimizer whose rate means something else than AdamW's."""
-    known = known_optimizer(optimizer)
-    factor = known.rate if method == "lora" or known.full_rate is None else known.full_rate
-    rate = adamw_rate * factor if known.fixed_rate is None else known.fixed_rate
-    return {"learning_rate": rate} | ({"lr_scheduler": known.schedule} if known.schedule else {})
+    row = known_optimizer(optimizer)
+    factor = row.rate if method == "lora" or row.full_rate is None else row.full_rate
+    rate = adamw_rate * factor if row.fixed_rate is None else row.fixed_rate
+    return {"learning_rate": rate} | ({"lr_scheduler": row.schedule} if row.schedule else {})
 
 
 def _pixel_defaults(pictures: int, resolution: int, *, scratch: bool) -> dict[str, Any]:

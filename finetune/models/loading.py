@@ -130,7 +130,14 @@ def load_model(
     resolution = resolution or model_info.resolution
     check_resolution(model_info, resolution)
     if model_info.scratch:
-        return _from_scratch(model_info, resolution, prediction_type, zero_terminal_snr, flow_shift, seed)
+        return _from_scratch(
+            model_info,
+            resolution,
+            prediction_type=prediction_type,
+            zero_terminal_snr=zero_terminal_snr,
+            flow_shift=flow_shift,
+            seed=seed,
+        )
     source = open_source(model_info, tokenizer)
     config = dict(source.config("scheduler"))
     if prediction_type == "flow" and not source.prediction_stated:
@@ -295,6 +302,7 @@ def _other_vae(folder: Path, source: ModelSource) -> AutoencoderKL:
 def _from_scratch(
     model_info: ModelInfo,
     resolution: int,
+    *,
     prediction_type: str | None,
     zero_terminal_snr: bool | None,
     flow_shift: float | None,

@@ -44,13 +44,13 @@ def layers_to_adapt(
     """
     if isinstance(targets, str):
         targets = [targets]
-    wanted = [ending for target in targets for ending in LAYER_PRESETS.get(target, (target,))]
-    wanted += [ending for ending in RESIDUAL_BLOCKS if residual_blocks and ending not in wanted]
+    patterns = [ending for target in targets for ending in LAYER_PRESETS.get(target, (target,))]
+    patterns += [ending for ending in RESIDUAL_BLOCKS if residual_blocks and ending not in patterns]
     preset = {ending for endings in LAYER_PRESETS.values() for ending in endings}
     named = dict(unet.named_modules())
     endings: list[str] = []
     layers: dict[str, nn.Module] = {}
-    for target in wanted:
+    for target in patterns:
         matched = {name: layer for name, layer in named.items() if names(target, name)}
         if not matched and target not in (*preset, *RESIDUAL_BLOCKS):  # a small UNet has not every layer of a preset
             raise UsageError(f"lora_target_modules: the UNet has no layer named like {target!r}")

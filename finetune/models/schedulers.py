@@ -48,15 +48,15 @@ def scheduler_changes(
             Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1), and begin to draw there; False: do
             not; None: as the config says.
     """
-    wanted: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     if prediction_type not in (None, "flow"):
-        wanted["prediction_type"] = prediction_type
+        changes["prediction_type"] = prediction_type
     if zero_terminal_snr is not None:
-        wanted["rescale_betas_zero_snr"] = zero_terminal_snr
+        changes["rescale_betas_zero_snr"] = zero_terminal_snr
     if zero_terminal_snr:
-        wanted["timestep_spacing"] = "trailing"
+        changes["timestep_spacing"] = "trailing"
     defaults = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
-    return {name: value for name, value in wanted.items() if config.get(name, defaults.get(name)) != value}
+    return {name: value for name, value in changes.items() if config.get(name, defaults.get(name)) != value}
 
 
 def refuse_for_flow(prediction_type: str | None, zero_terminal_snr: bool | None) -> None:

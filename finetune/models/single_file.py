@@ -94,7 +94,14 @@ def inspect(path: Path, option: str = "--model") -> Checkpoint:
     prediction_type = said if said in ("v_prediction", "flow") else _prediction_type(path, family, header)
     stated = said is not None or family != "sdxl" or V_PREDICTION in shapes
     configs = _configs(path, shapes, family, prediction_type, ZERO_TERMINAL_SNR in shapes)
-    return Checkpoint(path, family, shapes, prediction_type, stated, configs)
+    return Checkpoint(
+        path=path,
+        family=family,
+        shapes=shapes,
+        prediction_type=prediction_type,
+        prediction_stated=stated,
+        configs=configs,
+    )
 
 
 def _what_it_is(shapes: Shapes) -> str:

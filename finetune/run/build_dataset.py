@@ -36,8 +36,8 @@ from finetune.models.families import bucket_sides
 from finetune.models.loading import check_resolution
 from finetune.models.model_info import ModelInfo
 from finetune.options import option_info
-from finetune.run.source_options import CAPTIONING, parse_settings
 from finetune.seeding import fold
+from finetune.source_options import CAPTIONING, parse_settings
 from finetune.text import join_limited, pluralize
 
 _MASKS: dict[bool | None, Literal["files", "files and alpha", "none"]] = {

@@ -244,15 +244,15 @@ def _flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dic
     for index, slots in state["state"].items():
         for name, value in slots.items():
             put(f"{index}.{name}", value)
-    own = state.get("own", ())
+    entries = state.get("own", ())
     groups = []
     for index, group in enumerate(state["param_groups"]):
-        for name in own:
+        for name in entries:
             if isinstance(group.get(name), Tensor):
                 tensors[f"group {index}.{name}"] = group[name].detach().contiguous()
-        groups.append({n: v for n, v in group.items() if n in own or _fits_json(v)} if own else group)
+        groups.append({n: v for n, v in group.items() if n in entries or _fits_json(v)} if entries else group)
         groups[-1] = {n: v for n, v in groups[-1].items() if not isinstance(v, Tensor)}
-    plain = {name: state[name] for name in ("kind", "names") if name in state} | ({"own": own} if own else {})
+    plain = {name: state[name] for name in ("kind", "names") if name in state} | ({"own": entries} if entries else {})
     plain |= {"strides": strides} if strides else {}
     return tensors, {"values": values, "param_groups": groups, **plain}
 
@@ -284,8 +284,8 @@ def _unflatten_optimizer(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]
             slots = slots.setdefault(part, {})
         slots[last] = value
     listed = {index: {name: _as_list(value) for name, value in slots.items()} for index, slots in state.items()}
-    kept = {"kind": plain.get("kind"), "names": plain.get("names")} | ({"own": plain["own"]} if "own" in plain else {})
-    return {"state": listed, "param_groups": groups, **kept}
+    rest = {"kind": plain.get("kind"), "names": plain.get("names")} | ({"own": plain["own"]} if "own" in plain else {})
+    return {"state": listed, "param_groups": groups, **rest}
 
 
 def _with_strides(tensor: Tensor, strides: Sequence[int]) -> Tensor:

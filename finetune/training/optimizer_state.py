@@ -86,21 +86,21 @@ def _merged(saved: Mapping[str, Any], current: Mapping[str, Any], extra_entries:
     index = {name: number for number, name in enumerate(then)}
     if index.keys() != set(names) or len(then) != sum(len(group["params"]) for group in groups):
         raise RunError("the checkpoint's optimizer holds other parameters than this run trains")
-    own = (*saved.get("own", _OF_PRODIGY), *extra_entries)
+    entries = (*saved.get("own", _OF_PRODIGY), *extra_entries)
     group_of = {number: group for group in groups for number in group["params"]}
     states = {number: saved["state"].get(index[name]) for number, name in enumerate(names)}
     return {
         "state": {number: _copied(state) for number, state in states.items() if state is not None},
         "param_groups": [
-            {**group, **_state_of(group_of[index[name]], own)}
+            {**group, **_state_of(group_of[index[name]], entries)}
             for group in current["param_groups"]
             for name in names[group["params"][0] : group["params"][0] + 1]  # its first parameter
         ],
     }
 
 
-def _state_of(group: Mapping[str, Any], own: Sequence[str]) -> dict[str, Any]:
-    return {name: _copied(group[name]) for name in own if name in group}
+def _state_of(group: Mapping[str, Any], entries: Sequence[str]) -> dict[str, Any]:
+    return {name: _copied(group[name]) for name in entries if name in group}
 
 
 def _copied(state: Any) -> Any:

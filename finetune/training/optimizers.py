@@ -91,12 +91,12 @@ def parse_arguments(given: Iterable[str]) -> dict[str, Any]:
 
 
 def _class_of(name: str) -> Any:
-    known = known_optimizer(name)
+    row = known_optimizer(name)
     try:
-        kind = load_object(known.path, "optimizer")
+        kind = load_object(row.path, "optimizer")
     except UsageError as error:
-        if known.package is not None:
-            raise UsageError(f"optimizer = {name!r} needs a package: pip install {known.package}") from error
+        if row.package is not None:
+            raise UsageError(f"optimizer = {name!r} needs a package: pip install {row.package}") from error
         if ":" not in name:
             names = ", ".join(OPTIMIZERS)
             raise UsageError(f"optimizer = {name!r}: choose one of {names}, or package.module:Class") from error
@@ -122,9 +122,9 @@ def _arguments_of(kind: type) -> set[str]:
 
 def _refuse_unknown(kind: type, arguments: Mapping[str, Any]) -> None:
     """Raise UsageError for an argument that the class does not have."""
-    known = _arguments_of(kind)
+    names = _arguments_of(kind)
     for name in arguments:
-        if name not in known:
+        if name not in names:
             what = "give --learning_rate" if name == "lr" else f"{kind.__name__} has no such argument"
             raise UsageError(f"optimizer_args {name}: {what}")
 

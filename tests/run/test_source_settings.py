@@ -16,7 +16,7 @@ from finetune.data.caption_augmentation import CaptionAugmentation
 from finetune.errors import UsageError
 from finetune.models.model_info import locate
 from finetune.run.build_dataset import open_pictures
-from finetune.run.source_options import parse_settings, settings_text
+from finetune.source_options import parse_settings, settings_text
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from typing import Any
 from finetune.commands.foreign.imported_config import ImportedConfig, Renamed, dropout, square
 from finetune.commands.foreign.sd_scripts_network import TRANSFORMERS
 from finetune.optimizer_table import TUNED
-from finetune.run.source_options import settings_text
+from finetune.source_options import settings_text
 from finetune.training.optimizers import knows_argument
 
 DEFAULTS: Mapping[str, Any] = {
@@ -196,9 +196,9 @@ def _settings_of_concepts(imported: ImportedConfig, concepts: Sequence[Mapping[s
     settings = [_settings_of(imported, concept) for concept in concepts]
     shared = {name: value for name, value in settings[0].items() if all(some.get(name) == value for some in settings)}
     imported.ours |= {name: value for name, value in shared.items() if name != "loss_weight"}
-    own = [{name: value for name, value in some.items() if name not in shared} for some in settings]
-    if any(own):
-        imported.ours["source_settings"] = tuple(map(settings_text, own))
+    differing = [{name: value for name, value in some.items() if name not in shared} for some in settings]
+    if any(differing):
+        imported.ours["source_settings"] = tuple(map(settings_text, differing))
 
 
 def _settings_of(imported: ImportedConfig, concept: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from finetune.commands.foreign.sd_scripts_options import (
     take_schedule,
     take_warmup,
 )
-from finetune.run.source_options import parse_settings, settings_text
+from finetune.source_options import parse_settings, settings_text
 
 DEFAULTS: Mapping[str, Any] = {
     "train_batch_size": 1, "max_train_steps": 1600, "lr_warmup_steps": 0, "lr_scheduler": "constant",

@@ -11,7 +11,7 @@ from finetune.commands.foreign.sd_scripts_options import CHANGES_NOTHING, RENAME
 from finetune.config import TrainConfig, as_dict
 from finetune.data.listing import is_picture, list_files
 from finetune.errors import UsageError
-from finetune.run.source_options import OF_A_SOURCE, parse_settings, settings_text
+from finetune.source_options import OF_A_SOURCE, parse_settings, settings_text
 from finetune.text import join_limited
 
 
@@ -71,17 +71,17 @@ def take_dataset(tables: Mapping[str, Any]) -> ImportedConfig:
 
 def _taken(imported: ImportedConfig, subset: Mapping[str, Any]) -> dict[str, Any]:
     """The options that one folder's settings are."""
-    own = ImportedConfig("sd-scripts", defaults=CHANGES_NOTHING)
+    subset_config = ImportedConfig("sd-scripts", defaults=CHANGES_NOTHING)
     given = {name: value for name, value in subset.items() if name not in _OF_THE_FOLDER}
     extension = given.pop("caption_extension", None)
     if extension not in (None, ".txt", ".caption"):
-        own.skip("caption_extension", extension, "captions are read from .txt and .caption files")
-    take_buckets(own, given)
-    take_captions(own, given)
-    own.take(given, {**RENAMED, "batch_size": "train_batch_size"})
-    imported.skipped |= own.skipped
-    imported.notes += [note for note in own.notes if note not in imported.notes]
-    return own.ours
+        subset_config.skip("caption_extension", extension, "captions are read from .txt and .caption files")
+    take_buckets(subset_config, given)
+    take_captions(subset_config, given)
+    subset_config.take(given, {**RENAMED, "batch_size": "train_batch_size"})
+    imported.skipped |= subset_config.skipped
+    imported.notes += [note for note in subset_config.notes if note not in imported.notes]
+    return subset_config.ours
 
 
 _OF_THE_FOLDER = ("image_dir", "num_repeats", "class_tokens", "is_reg")
@@ -106,9 +106,9 @@ def _take_folders(
     prompts = {subset.get("class_tokens") for subset in sources}
     if len(prompts) == 1 and None not in prompts:
         imported.set("prompt", prompts.pop(), "class_tokens")
-    own = [_differences(imported, subset) for subset in sources]
-    if any(own):
-        imported.ours["source_settings"] = tuple(settings_text(settings) for settings in own)
+    differing = [_differences(imported, subset) for subset in sources]
+    if any(differing):
+        imported.ours["source_settings"] = tuple(map(settings_text, differing))
 
 
 def _differences(imported: ImportedConfig, subset: Mapping[str, Any]) -> dict[str, Any]:

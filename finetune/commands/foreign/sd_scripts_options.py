@@ -91,8 +91,8 @@ def take_warmup(imported: ImportedConfig, value: Any) -> None:
 
 
 def take_schedule(imported: ImportedConfig, given: dict[str, Any]) -> None:
-    """The schedule with its own options; others do nothing there, and are refused here."""
-    own = {name: word_value(given.pop(name, None)) for name in _OF_SCHEDULES}
+    """The schedule with its options; others do nothing there, and are refused here."""
+    values = {name: word_value(given.pop(name, None)) for name in _OF_SCHEDULES}
     name = given.pop("lr_scheduler", None)
     if "schedulefree" in imported.ours.get("optimizer", "").lower():  # theirs has no schedule then
         imported.ours["lr_scheduler"] = "constant"
@@ -109,21 +109,21 @@ def take_schedule(imported: ImportedConfig, given: dict[str, Any]) -> None:
         imported.skip("lr_scheduler", name, "there is no such schedule here; constant is taken")
         ours = "constant"
     imported.ours["lr_scheduler"] = ours
-    if ours == "cosine_with_restarts" and own["lr_scheduler_num_cycles"]:
-        imported.set("lr_num_cycles", own["lr_scheduler_num_cycles"], "lr_scheduler_num_cycles")
-    if ours == "polynomial" and own["lr_scheduler_power"]:
-        imported.set("lr_power", own["lr_scheduler_power"], "lr_scheduler_power")
-    if ours == "wsd" and own["lr_decay_steps"]:
-        steps, length = own["lr_decay_steps"], imported.ours.get("max_train_steps")
+    if ours == "cosine_with_restarts" and values["lr_scheduler_num_cycles"]:
+        imported.set("lr_num_cycles", values["lr_scheduler_num_cycles"], "lr_scheduler_num_cycles")
+    if ours == "polynomial" and values["lr_scheduler_power"]:
+        imported.set("lr_power", values["lr_scheduler_power"], "lr_scheduler_power")
+    if ours == "wsd" and values["lr_decay_steps"]:
+        steps, length = values["lr_decay_steps"], imported.ours.get("max_train_steps")
         if isinstance(steps, float) and steps < 1:
             steps = round(steps * length) if length else None
         if steps is None:
-            imported.skip("lr_decay_steps", own["lr_decay_steps"], "a share of epochs; give --lr_decay_steps")
+            imported.skip("lr_decay_steps", values["lr_decay_steps"], "a share of epochs; give --lr_decay_steps")
         else:
             imported.set("lr_decay_steps", int(steps), "lr_decay_steps")
-    if name in ("cosine_with_min_lr", "warmup_stable_decay") and own["lr_scheduler_min_lr_ratio"]:
+    if name in ("cosine_with_min_lr", "warmup_stable_decay") and values["lr_scheduler_min_lr_ratio"]:
         rate = imported.ours.get("learning_rate", 2e-6)  # sd-scripts' default
-        imported.set("lr_end", own["lr_scheduler_min_lr_ratio"] * rate, "lr_scheduler_min_lr_ratio")
+        imported.set("lr_end", values["lr_scheduler_min_lr_ratio"] * rate, "lr_scheduler_min_lr_ratio")
 
 
 def _velocity(imported: ImportedConfig, value: Any) -> None:
