@@ -28,7 +28,7 @@ def both(make_pictures: Callable[..., Path], tmp_path: Path) -> ConcatDataset:
         name="small",
         transform=Preprocess(32, background="black"),
         prompt="d",
-        captioning=CaptionAugmentation(dropout=0.9),
+        captioning={"dropout": 0.9},
     )
     folders = [make_pictures(tmp_path / settings.name, count=3) for settings in (large, small)]
     Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(folders[1] / "00.png")
@@ -76,14 +76,14 @@ def test_settings_of_a_run_are_the_defaults_of_its_sources(tmp_path: Path) -> No
         resolution=64, random_flip=True, masked_loss=True,
     )  # fmt: skip
     defaults = default_settings(config, locate("tiny"))
-    cats, dogs = settings_by_source(config, defaults, 2)
+    cats, dogs = settings_by_source(config, locate("tiny"), 2)
     assert (cats.name, cats.repeats, dogs.name, dogs.repeats) == ("cats", 2, "dogs", 1)
     assert {(each.prompt, each.trigger, each.masks) for each in (cats, dogs)} == {("a pet", "zwx", "files and alpha")}
     assert cats.transform == defaults.transform
     assert cats.transform is not None
     assert (cats.transform.resolution, cats.transform.random_flip) == (64, True)
     with pytest.raises(UsageError, match="repeats: 2 numbers for 1 --data"):
-        settings_by_source(config, defaults, 1)
+        settings_by_source(config, locate("tiny"), 1)
 
 
 def test_a_transform_or_its_arguments(make_pictures: Callable[..., Path], tmp_path: Path) -> None:
