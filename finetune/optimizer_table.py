@@ -47,7 +47,7 @@ OPTIMIZERS: Mapping[str, NamedOptimizer] = {
     "came": NamedOptimizer("pytorch_optimizer:CAME", "pytorch_optimizer", rate=0.3, full_rate=0.03, moments=1),
     # Chen et al. 2023, section 5: 3 to 10 times smaller than AdamW's.
     "lion": NamedOptimizer("pytorch_optimizer:Lion", "pytorch_optimizer", rate=0.3, moments=1),
-    # Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4: updates of the size of AdamW's.
+    # Liu et al. 2025, "Muon is Scalable for LLM Training": updates of the size of AdamW's.
     "muon": NamedOptimizer(
         "pytorch_optimizer:Muon", "pytorch_optimizer", rate=2.0, moments=1, arguments={"use_adjusted_lr": True}
     ),

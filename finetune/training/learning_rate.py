@@ -30,9 +30,9 @@ def learning_rate(
             "cosine": half a period (Loshchilov & Hutter 2016, "SGDR", eq. 5).
             "cosine_with_restarts": `cycles` of them, each from `peak` again.
             "polynomial": as (1 - share of the steps) to the `power`.
-            "rex": as (1 - z) / (1/2 + (1 - z) / 2), z being the share of the steps (Chen et al. 2022, "REX", sec. 3).
+            "rex": as (1 - z) / (1/2 + (1 - z) / 2), z being the share of the steps (Chen et al. 2022, "REX").
             "wsd": it stays, and falls by half a period of a cosine in the last `decay_steps` (Hu et al. 2024,
-            "MiniCPM", section 4.2, has the three phases).
+            "MiniCPM", has the three phases).
             "inverse_sqrt": as 1 / sqrt(step), from the warm-up on; it has no end.
             Or package.module:function, called with `step` and, by keyword, `peak`, `warmup` and `total`.
         warmup: steps of the warm-up.

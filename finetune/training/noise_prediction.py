@@ -34,8 +34,8 @@ class NoisePrediction:
         scheduler: the training schedule; its `prediction_type` says what the UNet predicts.
         snr_gamma: Min-SNR weighting (Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting
             Strategy", eq. 8 and its forms for the noise and v parametrizations); None: off.
-        debiased_estimation: weighting by 1 / sqrt(SNR) (Yu et al. 2023, "Unmasking Bias in Diffusion Model Training",
-            eq. 9), for v by 1 / (SNR + 1) as in sd-scripts.
+        debiased_estimation: weighting by 1 / sqrt(SNR) (Yu et al. 2023, "Unmasking Bias in Diffusion Model
+            Training"), for v by 1 / (SNR + 1) as in sd-scripts.
         scale_v_pred_loss_like_noise_pred: weighting of v by SNR / (SNR + 1), sd-scripts' approximation of the loss that
             noise prediction has.
         noise_offset: see `NoiseSampler.offset`.

@@ -25,7 +25,7 @@ class TimestepSampler:
     distribution: Distribution = "uniform"
     """Over the range. logit_normal: the logistic function of a normal variable (Esser et al. 2024, "Scaling Rectified
     Flow Transformers for High-Resolution Image Synthesis", eq. 19). sigmoid: the same with a mean of 0, as sd-scripts
-    names it. beta: a beta distribution."""
+    names it. beta: a beta distribution (Zheng et al. 2024, "Beta-Tuned Timestep Diffusion Model")."""
     min_timestep: int = 0
     """The lowest timestep that is drawn."""
     max_timestep: int = 1000
