@@ -12,8 +12,8 @@ from torch import Tensor
 class LossFunction:
     """Squared error, or a function that counts large errors less.
 
-    sd-scripts' forms (`library/train_util.py`, `conditional_loss` and `get_huber_threshold_if_needed`), after Khrapov et
-    al. 2024, "Improving Diffusion Models's Data-Corruption Resistance using Scheduled Pseudo-Huber Loss".
+    sd-scripts' forms (`library/train_util.py`, `conditional_loss` and `get_huber_threshold_if_needed`), after Khrapov
+    et al. 2024, "Improving Diffusion Models's Data-Corruption Resistance using Scheduled Pseudo-Huber Loss".
     """
 
     type: Literal["l2", "l1", "huber", "smooth_l1"] = "l2"
