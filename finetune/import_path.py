@@ -26,7 +26,7 @@ def load_object(path: str, option: str) -> Any:
         sys.path.append(here)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise UsageError(f"{option} = {path!r}: {error}") from error
     if not hasattr(module, name):
         raise UsageError(f"{option} = {path!r}: module {module_name} has no {name}")

@@ -47,10 +47,12 @@ def parse_settings(text: str) -> dict[str, Any]:
         UsageError: it is none, or names an option that a source cannot have, or a wrong value.
     """
     try:
-        table = tomllib.loads(f"settings = {{{text}}}")["settings"]
+        tables = tomllib.loads(f"settings = {{{text}}}")
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"source_settings {text}: expected NAME = VALUE, ... as in TOML ({error})") from error
-    return {name: _checked(name, value) for name, value in table.items()}
+    if len(tables) > 1:
+        raise UsageError(f"source_settings {text}: expected NAME = VALUE, ... as in TOML")
+    return {name: _checked(name, value) for name, value in tables["settings"].items()}
 
 
 def _checked(name: str, value: Any) -> Any:

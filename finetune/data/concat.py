@@ -93,7 +93,8 @@ class ConcatDataset(ImageDataset):
 
     def captioning(self, index: int, of_run: CaptionAugmentation) -> CaptionAugmentation:
         source, place = self._place(index)
-        return source.pictures.captioning(place, replace(of_run, **source.settings.captioning))
+        changes = source.settings.captioning
+        return source.pictures.captioning(place, replace(of_run, **changes) if changes else of_run)
 
     @property
     def flips(self) -> bool:

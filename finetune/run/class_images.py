@@ -51,6 +51,9 @@ def draw_missing(config: TrainConfig, model_info: ModelInfo, device: torch.devic
     model = load_model(
         model_info,
         dtype=half or torch.float32,
+        # What the base is, not what it is trained to become.
+        prediction_type="flow" if config.prediction_type == "flow" else None,
+        flow_shift=config.flow_shift if config.prediction_type == "flow" else None,
         max_token_length=config.max_token_length,
         clip_skip=config.clip_skip,
         tokenizer=config.tokenizer,

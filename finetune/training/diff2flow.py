@@ -58,11 +58,8 @@ class Diff2Flow:
 
     def sample(self, x0: Tensor, keys: Tensor) -> NoisedBatch:
         """Noise and timestep for each example: x0 (B, C, H, W), keys (B,) on the CPU -> NoisedBatch on x0's device."""
-        noise = self.flow.noise_sampler.sample(keys, x0.shape[1:])
-        input_noise = self.flow.noise_sampler.perturb(noise, keys)
-        if input_noise is not None:
-            input_noise = input_noise.to(x0.device)
-        return self.add_noise(x0, noise.to(x0.device), self.sample_timesteps(keys).to(x0.device), input_noise)
+        noise, input_noise = self.flow.noise_sampler.draw(keys, x0)
+        return self.add_noise(x0, noise, self.sample_timesteps(keys).to(x0.device), input_noise)
 
     def sample_timesteps(self, keys: Tensor) -> Tensor:
         """The timesteps at which examples are trained: keys (B,) -> (B,) fp32 on the CPU, in [0, T - 1]."""

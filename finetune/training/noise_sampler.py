@@ -38,6 +38,15 @@ class NoiseSampler:
             noise = torch.stack(pyramids)
         return noise
 
+    def draw(self, keys: Tensor, x0: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the noise of the target and that of x_t, where x0 is; the latter None where it is the same.
+
+        keys (B,) on the CPU, x0 (B, C, H, W) -> (B, C, H, W) both.
+        """
+        noise = self.sample(keys, x0.shape[1:])
+        input_noise = self.perturb(noise, keys)
+        return noise.to(x0.device), None if input_noise is None else input_noise.to(x0.device)
+
     def perturb(self, noise: Tensor, keys: Tensor) -> Tensor | None:
         """Return the noise (B, C, H, W) that x_t holds, where it is not the target's; None: it is."""
         if not self.input_perturbation:

@@ -68,7 +68,7 @@ def make_optimizer(
         if name not in TUNED:
             _try(make)
         return make(list(parameters))
-    except (TypeError, ValueError, RuntimeError, AssertionError, RunError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError, AssertionError, RunError) as error:
         raise UsageError(f"optimizer = {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 

@@ -81,6 +81,7 @@ def test_class_images_of_several_sources_come_after_the_subject(folders: tuple[P
     [
         (("promt = 'x'",), "source_settings promt: not an option of a source; did you mean prompt?"),
         (("prompt",), "source_settings prompt: expected NAME = VALUE"),
+        (("prompt = 'a'}\nrank = {b = 1",), "expected NAME = VALUE"),
         (("random_flip = 3",), "random_flip = 3: expected true or false"),
         (("loss_weight = 0",), "loss_weight = 0.0: expected above 0"),
         (("loss_weight = 'x'",), "source_settings loss_weight = 'x': expected a number"),
