@@ -173,6 +173,11 @@ class DataOptions:
     """Colour behind transparent images (black, #ff8000)."""
     caption_dropout: float | None = option(None, BELOW_ONE, requires="text", suggest_for=("caption_dropout_rate",))
     """Share of visits with an empty caption. Default: 0.05 if captions vary, else 0."""
+    caption_source: Literal["files", "filename", "prompt"] = option(
+        "files", requires="text", suggest_for=("caption_strategy", "prompt_source"), decided_by="dataset"
+    )
+    """files: captions are in .txt files, metadata files or a column. filename: the name of the image is its caption,
+    without a number at its end and with spaces for underscores. prompt: --prompt is the caption of every image."""
     caption_lines: Literal["joined", "chosen", "first"] = option("joined", requires="text")
     """joined: the lines of a file are one caption. chosen: each line is a caption, and each visit uses one of them.
     first: the other lines are left out."""

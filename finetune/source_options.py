@@ -25,6 +25,7 @@ CAPTIONING: Mapping[str, str] = {
 OF_A_SOURCE = (
     *CAPTIONING,
     "prompt",
+    "caption_source",
     "caption_lines",
     "caption_column",
     "image_column",

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from finetune.data.listing import composed
 from finetune.errors import DataError
+from finetune.text import pluralize
 
 TRIGGER = "[trigger]"
 """Stands for the trigger word in a caption."""
@@ -29,7 +30,8 @@ class Caption(NamedTuple):
 
     text: str
     source: str
-    """txt, caption, metadata, column, the dataset, prompt or folder; none, with an empty text, where there is none."""
+    """txt, caption, metadata, column, filename, the dataset, prompt or folder; none, with an empty text, where there is
+    none."""
     others: tuple[str, ...] = ()
     """More texts for the same picture; each visit takes one of all."""
 
@@ -57,6 +59,9 @@ Texts = str | Sequence[str] | None
 
 Lines = Literal["joined", "chosen", "first"]
 """What the lines of a text are: one caption, captions that visits take turns with, or one and what is left out."""
+
+CaptionSource = Literal["files", "filename", "prompt"]
+"""Where captions come from: files or columns; the names of the images; or the prompt, for all images alike."""
 
 
 def first_caption(candidates: Iterable[tuple[str, Texts]], *, lines: Lines = "joined") -> Caption:
@@ -91,13 +96,15 @@ def find_captions(
     lines: Lines = "joined",
     metadata: Mapping[str, Texts] | None = None,
     column: str = COLUMN,
+    source: CaptionSource = "files",
 ) -> CaptionResult:
     """The caption of each picture.
 
     In order of precedence: NAME.txt beside the picture; NAME.caption beside it; metadata.parquet, metadata.jsonl or
     metadata.csv in its folder or one above (the nearest to the picture wins, and these in this order); `prompt`; its
     subject.
-    What is empty counts as absent.
+    What is empty counts as absent. With another `source` than "files", caption files are not read: the name of the
+    picture is the caption (see `caption_of_name`), or `prompt` alone.
 
     Args:
         folder: what the names are relative to.
@@ -108,10 +115,13 @@ def find_captions(
         lines: what the lines of a caption file are.
         metadata: what `read_metadata` has found; None: it is asked.
         column: of the metadata files, that holds the captions.
+        source: where the captions come from.
 
     Raises:
         DataError: a metadata file is not UTF-8 or is malformed, or it names a file that is no picture.
     """
+    if source != "files":
+        return _captions_without_files(files, pictures, prompt, subjects or {}, source)
     sidecars: dict[str, dict[str, str]] = {}
     doubled: list[str] = []
     for file in files:
@@ -148,6 +158,34 @@ def find_captions(
     return CaptionResult(
         captions=captions, orphans=orphans, empty=list(empty), unreadable=unreadable, files=read, passed_over=unread
     )
+
+
+def _captions_without_files(
+    files: Sequence[str], pictures: Sequence[str], prompt: str | None, subjects: Mapping[str, str], source: str
+) -> CaptionResult:
+    """The captions where no caption file is read; that they lie there is said."""
+    named = source == "filename"
+    captions = [
+        first_caption(
+            (
+                ("filename", caption_of_name(picture) if named else None),
+                ("prompt", prompt),
+                ("folder", subjects.get(picture)),
+            )
+        )
+        for picture in pictures
+    ]
+    unread = [file for file in files if is_metadata(file) or file.lower().endswith(CAPTION_SUFFIXES)]
+    passed_over = [f"{pluralize(len(unread), 'caption file')} (caption_source is {source})"] if unread else []
+    return CaptionResult(
+        captions=captions, orphans=[], empty=[], unreadable={}, files=len(unread), passed_over=passed_over
+    )
+
+
+def caption_of_name(file: str) -> str:
+    """The caption that a file's name is: "a_dog_on_grass_12.jpg" and "a dog on grass (2).jpg" say "a dog on grass"."""
+    stem = os.path.splitext(os.path.basename(file))[0]
+    return re.sub(r"(_\d+|\s*\(\d+\))$", "", stem).replace("_", " ").strip()
 
 
 _READ_ELSEWHERE = (".tags", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".cap", ".text", ".md")

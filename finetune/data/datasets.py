@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from finetune.atomic_io import is_inside
-from finetune.data.captions import Lines, Texts, first_caption, is_metadata
+from finetune.data.captions import CaptionSource, Lines, Texts, first_caption, is_metadata
 from finetune.data.data_source import check_source, is_pattern
 from finetune.data.hub_dataset import CAPTION_COLUMN, IMAGE_COLUMN, first_hub_rows, hub_rows, kept
 from finetune.data.image_dataset import ImageFileDataset
@@ -40,6 +40,7 @@ class HuggingFaceDataset(ImageFileDataset):
         trigger: word put in place of every [trigger], or in front of each caption.
         transform: how the pictures become squares or the sizes of buckets; or give the arguments of `Preprocess`.
         caption_lines, memory: as for `ImageFolder`.
+        caption_source: "files": the column; "prompt": `prompt` for all. Rows have no "filename".
         part: the numbers of the rows to open; None: all.
         inside: folders in which files must lie that rows name, relative to the first one; None: anywhere, as in a
             dataset of your own making.
@@ -61,6 +62,7 @@ class HuggingFaceDataset(ImageFileDataset):
         *,
         trigger: str | None = None,
         transform: Preprocess | None = None,
+        caption_source: CaptionSource = "files",
         caption_lines: Lines = "joined",
         memory: ImageIndex | None = None,
         image_column: str = IMAGE_COLUMN,
@@ -72,13 +74,19 @@ class HuggingFaceDataset(ImageFileDataset):
         self._inside = inside
         if not len(rows):
             raise DataError("the dataset has no rows")
+        if caption_source == "filename":
+            raise UsageError("caption_source filename is for folders of images and shards; rows have no file names")
         self._numbers = range(len(rows)) if part is None else part
         pictures = _picture_column(rows, image_column)
         self._origin = _origin(pictures)
         self._pictures = pictures if part is None else pictures.select(part)
+        texts_by_row = (
+            _caption_texts(rows, caption_column, self._numbers)
+            if caption_source == "files"
+            else [None] * len(self._numbers)
+        )
         captions = [
-            first_caption((("column", texts), ("prompt", prompt)), lines=caption_lines)
-            for texts in _caption_texts(rows, caption_column, self._numbers)
+            first_caption((("column", texts), ("prompt", prompt)), lines=caption_lines) for texts in texts_by_row
         ]
         names = [f"row {number}" for number in self._numbers]
         more = part is not None

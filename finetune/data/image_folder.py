@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Unpack
 
-from finetune.data.captions import CAPTION_SUFFIXES, COLUMN, Lines, Texts, find_captions, is_metadata
+from finetune.data.captions import (
+    CAPTION_SUFFIXES,
+    COLUMN,
+    CaptionSource,
+    Lines,
+    Texts,
+    find_captions,
+    is_metadata,
+)
 from finetune.data.companions import companion_kind, companions_of
 from finetune.data.image_dataset import ImageFileDataset, Ledger
 from finetune.data.image_index import ImageIndex
@@ -53,6 +61,7 @@ class ImageFolder(ImageFileDataset):
         memory: of earlier runs; without it, every picture is decoded once before anything else.
         part: what of the folder to open; None: all that `list_files` finds.
         caption_column: of metadata files.
+        caption_source: "files": see `find_captions`; "filename": the pictures' names; "prompt": `prompt` for all.
 
     An id is a path relative to the folder, with forward slashes.
 
@@ -73,6 +82,7 @@ class ImageFolder(ImageFileDataset):
         memory: ImageIndex | None = None,
         part: FolderPart | None = None,
         caption_column: str = COLUMN,
+        caption_source: CaptionSource = "files",
         **preprocess: Unpack[PreprocessOptions],
     ) -> None:
         root = Path(folder)
@@ -102,6 +112,7 @@ class ImageFolder(ImageFileDataset):
             lines=caption_lines,
             metadata=metadata,
             column=caption_column,
+            source=caption_source,
         )
         self._count, self._caption_files = len(files), captions.files
         self._others = Counter(ending(file) or "without an ending" for file in files if _is_strange(file))

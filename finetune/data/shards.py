@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Unpack
 
-from finetune.data.captions import Caption, Lines, Texts, first_caption
+from finetune.data.captions import Caption, CaptionSource, Lines, Texts, caption_of_name, first_caption
 from finetune.data.data_source import folder_of, is_pattern
 from finetune.data.image_dataset import ImageFileDataset, Ledger
 from finetune.data.image_index import ImageIndex
@@ -30,7 +30,7 @@ class TarShards(ImageFileDataset):
         shards: not compressed.
         root: the folder that they are called relative to.
         prompt: caption of the pictures that have none of their own.
-        trigger, transform, caption_lines, masks, memory: as for `ImageFolder`.
+        trigger, transform, caption_source, caption_lines, masks, memory: as for `ImageFolder`.
         part: the numbers of the pictures to open; None: all.
 
     An id is the name of the shard and the name in it: "0001.tar/cat.jpg".
@@ -48,6 +48,7 @@ class TarShards(ImageFileDataset):
         *,
         trigger: str | None = None,
         transform: Preprocess | None = None,
+        caption_source: CaptionSource = "files",
         caption_lines: Lines = "joined",
         masks: Literal["files", "files and alpha", "none"] = "files",
         memory: ImageIndex | None = None,
@@ -59,7 +60,10 @@ class TarShards(ImageFileDataset):
             raise DataError(f"{root}: no image found in {', '.join(shard.name for shard in shards[:3])}")
         self._members = [member for member, _ in members]
         called = {shard: shard.relative_to(root).as_posix() for shard in shards}
-        captions = [_caption(picture.texts, prompt, caption_lines) for _, picture in members]
+        captions = [
+            _caption(member.name, picture.texts, prompt, source=caption_source, lines=caption_lines)
+            for member, picture in members
+        ]
         ids = [f"{called[member.shard]}/{member.name}" for member in self._members]
         bad = {name: picture.unreadable for name, (_, picture) in zip(ids, members, strict=True) if picture.unreadable}
         companions = {
@@ -147,6 +151,10 @@ def find_shards(source: str, path: Path, files: Sequence[str]) -> tuple[list[Pat
     return shards, root
 
 
-def _caption(texts: Mapping[str, Texts], prompt: str | None, lines: Lines) -> Caption:
-    candidates = ((ending[1:], texts.get(ending)) for ending in TEXT_SUFFIXES)
+def _caption(
+    name: str, texts: Mapping[str, Texts], prompt: str | None, *, source: CaptionSource, lines: Lines
+) -> Caption:
+    if source == "filename":
+        return first_caption((("filename", caption_of_name(name)), ("prompt", prompt)))
+    candidates = ((ending[1:], texts.get(ending)) for ending in TEXT_SUFFIXES) if source == "files" else ()
     return first_caption((*candidates, ("prompt", prompt)), lines=lines)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from finetune.data.captions import COLUMN, Lines
+from finetune.data.captions import COLUMN, CaptionSource, Lines
 from finetune.data.hub_dataset import IMAGE_COLUMN
 from finetune.data.transforms import Preprocess
 
@@ -19,6 +19,8 @@ class SourceSettings:
     """Caption of the pictures that have none of their own."""
     trigger: str | None = None
     """Word that takes the place of every [trigger], or is put in front of each caption."""
+    caption_source: CaptionSource = "files"
+    """Where the captions come from: files or columns, the names of the pictures, or the prompt for all of them."""
     caption_lines: Lines = "joined"
     """What the lines of a caption file are: one caption, captions that visits take turns with, or a caption and what
     is left out."""

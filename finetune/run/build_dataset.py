@@ -112,6 +112,7 @@ def default_settings(config: TrainConfig, model_info: ModelInfo) -> SourceSettin
     return SourceSettings(
         prompt=config.prompt,
         trigger=config.trigger,
+        caption_source=config.caption_source,
         caption_lines=config.caption_lines,
         image_column=config.image_column,
         caption_column=config.caption_column,
@@ -195,6 +196,7 @@ def _open(source: Any, settings: SourceSettings, memory: ImageIndex | None, **ho
         settings.prompt,
         trigger=settings.trigger,
         transform=settings.transform,
+        caption_source=settings.caption_source,
         caption_lines=settings.caption_lines,
         masks=settings.masks,
         image_column=settings.image_column,

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import Table, parquet
 
-from finetune.data.captions import TRIGGER, Caption, find_captions, first_caption, placed_trigger, with_trigger
+from finetune.data.captions import (
+    TRIGGER,
+    Caption,
+    caption_of_name,
+    find_captions,
+    first_caption,
+    placed_trigger,
+    with_trigger,
+)
 from finetune.data.listing import is_picture, list_files
 from finetune.errors import DataError
 
@@ -47,6 +55,34 @@ def test_precedence_is_txt_then_caption_then_metadata_then_prompt(tmp_path: Path
         "c.png": Caption("from metadata", "metadata"),
         "d.png": Caption("the prompt", "prompt"),
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [
+        ("a dog.jpg", "a dog"),
+        ("dogs/a_dog_on_grass_12.jpg", "a dog on grass"),
+        ("a dog (2).png", "a dog"),
+        ("dog 3.png", "dog 3"),
+        ("v1.5 test.webp", "v1.5 test"),
+        ("_7.jpg", ""),
+    ],
+)
+def test_the_name_of_an_image_as_its_caption(name: str, caption: str):
+    assert caption_of_name(name) == caption
+
+
+def test_names_and_the_prompt_take_the_place_of_caption_files_and_say_so(tmp_path: Path):
+    make(tmp_path, a_red_dog_1_DOT_png="", a_red_dog_1_DOT_txt="from txt", _5_DOT_png="")
+    files, pictures = list_files(tmp_path), pictures_in(tmp_path)
+    found = find_captions(tmp_path, files, pictures, "the prompt", source="filename")
+    assert dict(zip(pictures, found.captions, strict=True)) == {
+        "_5.png": Caption("the prompt", "prompt"),
+        "a_red_dog_1.png": Caption("a red dog", "filename"),
+    }
+    assert found.passed_over == ["1 caption file (caption_source is filename)"]
+    alike = find_captions(tmp_path, files, pictures, "the prompt", source="prompt")
+    assert alike.captions == [Caption("the prompt", "prompt")] * 2
 
 
 def test_without_caption_or_prompt_the_text_is_empty(tmp_path: Path):

@@ -12,7 +12,7 @@ from PIL import Image
 from finetune.data.datasets import HuggingFaceDataset, open_dataset
 from finetune.data.hub_dataset import _picture
 from finetune.data.image_index import ImageIndex
-from finetune.errors import DataError
+from finetune.errors import DataError, UsageError
 from tests.data.test_datasets import png, save
 
 
@@ -109,3 +109,11 @@ def test_a_row_of_a_stream_names_files_on_the_hub_alone(tmp_path: Path) -> None:
             _picture(row, 3, "image", from_hub=True)
     own = _picture({"image": {"bytes": None, "path": str(secret)}}, 3, "image", from_hub=False)
     assert own == {"bytes": secret.read_bytes(), "path": None}
+
+
+def test_rows_have_the_prompt_as_their_caption_and_no_names() -> None:
+    rows = datasets.Dataset.from_dict({"image": [Image.new("RGB", (8, 8))], "text": ["from the column"]})
+    alike = HuggingFaceDataset(rows, "a cat", caption_source="prompt", resolution=8)
+    assert alike.captions == ["a cat"]
+    with pytest.raises(UsageError, match="caption_source filename is for folders of images and shards"):
+        HuggingFaceDataset(rows, caption_source="filename", resolution=8)

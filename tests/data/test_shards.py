@@ -287,3 +287,9 @@ def test_a_part_reads_what_is_remembered_of_its_own_pictures_alone(tmp_path: Pat
     assert list(part.captions) == ["caption 0 1", "caption 1 1", "caption 1 3", "caption 2 4"]
     assert part.ledger().masks == 2
     assert part.ledger().captions == 0  # those are accounted for with the first part
+
+
+def test_captions_from_names_or_the_prompt_alone(tmp_path: Path) -> None:
+    write(tmp_path / "s/0.tar", {"a_dog_2.png": picture(), "a_dog_2.txt": "from txt"})
+    assert opened(tmp_path / "s", caption_source="filename").captions == ["a dog"]
+    assert opened(tmp_path / "s", prompt="a cat", caption_source="prompt").captions == ["a cat"]
