@@ -64,6 +64,9 @@ class ModelOptions:
     """Share of the ranks of the adapter that a step leaves out, in [0, 1)."""
     module_dropout: float = option(0.0, BELOW_ONE, requires="method lora")
     """Share of the adapter's layers that a step leaves out, in [0, 1)."""
+    lokr_factor: int | None = option(None, AT_LEAST_ONE, requires="lora_type lokr", suggest_for=("decompose_factor",))
+    """Size of the smaller factor of a LoKr, as far as it divides the layer. Default: near the square root of the
+    layer's size. A rank above the larger factor's keeps that one whole."""
     scale_weight_norms: float | None = option(None, POSITIVE, requires="lora_type lora or rslora")
     """Keep the norm of each layer's update below this; 1 is usual."""
     lora_target_modules: tuple[str, ...] | None = option(
@@ -135,7 +138,7 @@ class DataOptions:
     """Number of class images. Default: those in the folder, or 100 if it is empty."""
     prior_loss_weight: float | None = option(None, POSITIVE, requires="class_data")
     """Loss weight of class images, relative to the subject's. Default: 1."""
-    prior_prediction: bool | None = option(None, requires="class_data")
+    prior_prediction: bool | None = option(None, requires="class images")
     """Train class images towards the untrained model's output instead of their noise, so that no detail of these images
     is learned."""
     prompt: str | None = option(
@@ -143,7 +146,7 @@ class DataOptions:
     )
     """Caption of every image that has none."""
     trigger: str | None = option(None, requires="text", decided_by="transform")
-    """Word put in front of every caption, or in place of [trigger] in the caption."""
+    """Word put in front of every caption that does not have it, or in place of [trigger] in the caption."""
     masked_loss: bool | None = option(None, suggest_for=("alpha_mask",), decided_by="dataset")
     """Count the loss only where a mask is white: NAME.mask.png next to the image, or else its alpha channel. Default:
     use such files only. Inpainting models paint in the white area instead."""

@@ -3,11 +3,23 @@
 import json
 import shlex
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from finetune.atomic_io import new_file, write_whole
-from finetune.commands.foreign import diffusers_scripts, kohya_ss, onetrainer, sd_scripts
+from finetune.commands.foreign import (
+    ai_toolkit,
+    diffusers_scripts,
+    everydream,
+    kohya_ss,
+    onetrainer,
+    sd_scripts,
+    simpletuner,
+)
 from finetune.commands.foreign.command_line import read_command_line
 from finetune.commands.foreign.imported_config import ImportedConfig
 from finetune.commands.foreign.sd_scripts_dataset import take_dataset
@@ -17,11 +29,11 @@ from finetune.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Convert settings of sd-scripts (TOML or a command line), kohya_ss (JSON), the diffusers scripts (a command line)
-    or OneTrainer (JSON)."""
+    """Convert settings of sd-scripts, kohya_ss, the diffusers scripts, OneTrainer, ai-toolkit, SimpleTuner or
+    EveryDream2."""
 
     file: str
-    """.toml, .json, or a text file with a command line: .sh, .bat, .ps1, .ipynb."""
+    """.toml, .json, .yaml, or a text file with a command line: .sh, .bat, .ps1, .ipynb."""
     to: str = "config.toml"
     """File to write; it must not exist."""
 
@@ -53,7 +65,9 @@ def run(options: Options) -> None:
 
 def _imported(path: Path, text: str) -> ImportedConfig:
     if path.suffix == ".json":
-        return _from_json(path, text)
+        return _from_tables(path, _parsed(path, text, json.loads, "JSON"))
+    if path.suffix in (".yaml", ".yml"):
+        return _from_tables(path, _parsed(path, text, yaml.safe_load, "YAML"))
     if path.suffix == ".toml":
         try:
             tables = tomllib.loads(text)
@@ -77,21 +91,29 @@ def _imported(path: Path, text: str) -> ImportedConfig:
     return imported
 
 
-def _from_json(path: Path, text: str) -> ImportedConfig:
+def _parsed(path: Path, text: str, parse: Callable[[str], Any], kind: str) -> Any:
     try:
-        given = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"--file {path} is not valid JSON: {error}") from error
+        return parse(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"--file {path} is not valid {kind}: {' '.join(str(error).split())}") from error
+
+
+def _from_tables(path: Path, given: Any) -> ImportedConfig:
+    """The settings of a file of tables, by the names in it."""
+    if ai_toolkit.is_job(given):
+        return ai_toolkit.take(given)
+    if simpletuner.is_config(given):
+        return simpletuner.take(given, path.parent)
+    if everydream.is_config(given):
+        return everydream.take(given, path.parent)
     if isinstance(given, dict) and {"training_method", "base_model_name"} & given.keys():
         return onetrainer.take(given)
     if isinstance(given, dict) and isinstance(given.get("datasets"), list):
         return take_dataset(given)
     if isinstance(given, dict) and {"LoRA_type", "pretrained_model_name_or_path"} <= given.keys():
         return kohya_ss.take(given, path.parent)
-    simple = isinstance(given, dict) and "data_backend_config" in {name.lstrip("-") for name in given}
-    what = "a config of SimpleTuner, which is not read" if simple else "no config of OneTrainer"
-    readable = "configs of OneTrainer and of kohya_ss, and dataset files of sd-scripts"
-    raise UsageError(f"--file {path}: {what}; what is read of .json are {readable}")
+    programs = "OneTrainer, kohya_ss, ai-toolkit, SimpleTuner, EveryDream2 (train.json)"
+    raise UsageError(f"--file {path}: no config of {programs}, and no dataset file of sd-scripts")
 
 
 def _comments(imported: ImportedConfig) -> str:

@@ -231,12 +231,15 @@ def _read_sidecars(
 
 
 def with_trigger(caption: str, trigger: str | None) -> str:
-    """`caption` with the trigger word: in place of every [trigger], else in front.
+    """`caption` with the trigger word: in place of every [trigger], else in front, unless it says the word itself.
 
     Without a trigger word, [trigger] is taken out together with the separator it leaves behind.
     """
     if trigger:
-        return caption.replace(TRIGGER, trigger) if TRIGGER in caption else f"{trigger} {caption}".strip()
+        if TRIGGER in caption:
+            return caption.replace(TRIGGER, trigger)
+        said = re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption)
+        return caption if said else f"{trigger} {caption}".strip()
     if TRIGGER not in caption:
         return caption
     # In a list ("tall, [trigger], red" or "tall, [trigger]") the separator before it goes too.

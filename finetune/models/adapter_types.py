@@ -30,6 +30,7 @@ def settings_of(
     dropout: float,
     rank_dropout: float,
     module_dropout: float,
+    lokr_factor: int | None,
     target_modules: Sequence[str],
     block_ranks: Mapping[str, float],
     kernels: Mapping[str, tuple[int, float]],
@@ -52,9 +53,11 @@ def settings_of(
     shared: dict[str, Any] = {"r": rank, "target_modules": list(target_modules)}
     shared |= {"rank_pattern": ranks, "alpha_pattern": alphas}
     if kind in ("loha", "lokr"):
-        dropouts = {"rank_dropout": rank_dropout, "module_dropout": module_dropout}
-        config = LoHaConfig if kind == "loha" else LoKrConfig
-        return config(alpha=alpha, **dropouts, **shared)  # pyright: ignore[reportArgumentType]
+        shared |= {"rank_dropout": rank_dropout, "module_dropout": module_dropout}
+        if kind == "loha":
+            return LoHaConfig(alpha=alpha, **shared)  # pyright: ignore[reportArgumentType]
+        factor = -1 if lokr_factor is None else lokr_factor
+        return LoKrConfig(alpha=alpha, decompose_factor=factor, **shared)  # pyright: ignore[reportArgumentType]
     return LoraConfig(
         # peft's own `use_rslora` is forgotten by its older versions where diffusers sets an adapter's weight.
         lora_alpha=alpha * sqrt(rank) if kind == "rslora" else alpha,  # pyright: ignore[reportArgumentType]

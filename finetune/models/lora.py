@@ -60,12 +60,14 @@ def add_lora(
     conv_alpha: float | None = None,
     rank_dropout: float = 0.0,
     module_dropout: float = 0.0,
+    lokr_factor: int | None = None,
 ) -> None:
     """Freeze `unet` and add an adapter whose weights, in fp32, are all that learns.
 
     Args:
         unet: a diffusers UNet; it computes the same as before until the first step (B starts at zero).
-        rank: rank of the update, from 1 to that of the widest adapted layer.
+        rank: rank of the update, from 1 to that of the widest adapted layer; of a LoKr any, as a high one keeps the
+            larger factor whole.
         alpha: the update is scaled by alpha / rank (rslora: by alpha / sqrt(rank)); default: rank.
         dropout: in [0, 1), on the adapter's input; not for LoHa and LoKr.
         target_modules: endings of the names of linear or convolution layers, patterns of whole names such as
@@ -78,6 +80,8 @@ def add_lora(
             (LoCon, as in sd-scripts).
         conv_alpha: alpha of these; default: their rank.
         rank_dropout, module_dropout: in [0, 1), share of the ranks and of the layers that a step leaves out.
+        lokr_factor: size of the smaller factor of a LoKr, as far as it divides the layer; default: near the square root
+            of the layer's size.
 
     Raises:
         UsageError: a pixel-space UNet, `target_modules` names no layer, or one that takes no adapter, or a rank that
@@ -93,7 +97,7 @@ def add_lora(
     ):
         weights = [getattr(layers[name], "weight", None) for name in some]
         widest = max((min(w.shape[0], w[0].numel()) for w in weights if isinstance(w, torch.Tensor)), default=number)
-        if not 1 <= number <= widest:
+        if number < 1 or (number > widest and kind != "lokr"):
             raise UsageError(f"{option} = {number}: expected 1 to {widest}, the highest rank that an adapted layer has")
     unet.requires_grad_(False)
     config = settings_of(
@@ -103,6 +107,7 @@ def add_lora(
         dropout=dropout,
         rank_dropout=rank_dropout,
         module_dropout=module_dropout,
+        lokr_factor=lokr_factor,
         target_modules=target_modules,
         block_ranks=block_ranks or {},
         kernels={name: (conv_rank, conv_alpha or float(conv_rank)) for name in sorted(kernels)} if conv_rank else {},

@@ -82,6 +82,7 @@ def adapt(config: ResolvedConfig, unet: UNet2DConditionModel | UNet2DModel) -> N
         conv_alpha=config.conv_alpha,
         rank_dropout=config.rank_dropout,
         module_dropout=config.module_dropout,
+        lokr_factor=config.lokr_factor,
     )
 
 

@@ -67,7 +67,7 @@ def test_a_notebook(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
          {"lr_scheduler": "wsd", "lr_decay_steps": 100}, "0 left out"),
         ("--lr_scheduler=piecewise_constant", {"lr_scheduler": "constant"}, "left: lr_scheduler = 'piecewise_const"),
         ("--optimizer_type=Lion --optimizer_args betas=0.9,0.95 weight_decay=0.1",
-         {"optimizer": "lion", "optimizer_args": ("betas=0.9,0.95", "weight_decay=0.1")}, "0 left out"),
+         {"optimizer": "lion", "optimizer_args": ("betas=0.9,0.95",), "adam_weight_decay": 0.1}, "0 left out"),
         ("--optimizer_type=Prodigy --optimizer_args d_coef=2 decouple=True weight_decay=0.01 speed=1",
          {"optimizer": "prodigy", "optimizer_args": ("d_coef=2", "decouple=True"), "adam_weight_decay": 0.01},
          "left: optimizer_args.speed = 1: the optimizer has no such argument"),
@@ -239,13 +239,13 @@ def test_a_config_of_onetrainer_says_what_is_left_and_no_defaults(
     found = imported(tmp_path, "config.json", json.dumps(given))
     expected = {
         "prediction_type": "v_prediction", "random_flip": True, "shuffle_caption": True, "keep_tokens": 1,
-        "caption_dropout": 0.05, "adam_weight_decay": 0.02, "learning_rate": 2e-4, "snr_gamma": 5.0,
+        "caption_source": "filename", "caption_dropout": 0.05, "adam_weight_decay": 0.02, "learning_rate": 2e-4, "snr_gamma": 5.0,
     }  # fmt: skip
     assert {name: found.get(name) for name in expected} == expected
     assert "conv1" in found["lora_target_modules"]
     told = capsys.readouterr().out
     left = {line.split(" = ")[0] for line in told.splitlines() if line.startswith("left")}
-    assert left == {"left: dog.prompt_source", "left: learning_rate_warmup_steps"}
+    assert left == {"left: learning_rate_warmup_steps"}
     assert "source_settings" not in found  # a weight that all images have changes nothing
 
 

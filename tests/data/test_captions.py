@@ -254,6 +254,9 @@ def test_what_is_not_utf8_is_an_error_that_names_the_file(tmp_path: Path, name: 
         ("[trigger] and [trigger]", "sks and sks"),
         ("a photo", "sks a photo"),
         ("", "sks"),
+        ("a photo of sks", "a photo of sks"),
+        ("sks, sitting", "sks, sitting"),
+        ("risks and asks", "sks risks and asks"),
     ],
 )
 def test_trigger_replaces_or_leads(caption: str, expected: str):

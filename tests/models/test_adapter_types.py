@@ -227,3 +227,21 @@ def test_blocks_and_matrices_learn_at_rates_of_their_own(pictures: Path, tmp_pat
 def test_numbers_by_block_that_cannot_be_are_told(options: dict, message: str, pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         fine_tune(TrainConfig(data=str(pictures), output_dir=str(tmp_path / "out"), num_inference_steps=0, **options))
+
+
+def test_a_lokr_of_a_given_factor_with_a_whole_larger_factor_is_proved_and_loaded(tmp_path: Path) -> None:
+    model = load_model("tiny")
+    add_lora(model.unet, rank=10_000, alpha=1, target_modules=["to_q"], kind="lokr", lokr_factor=4)
+    source = torch.Generator().manual_seed(1)
+    for parameter in trainable(model.unet):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=source)
+    export(model, tmp_path)
+    layer, module = next(pair for pair in load_model("tiny").unet.named_modules() if pair[0].endswith("to_q"))
+    assert isinstance(module, nn.Linear)
+    saved = load_file(next(path for path in tmp_path.glob("*.safetensors") if path.stem != "pytorch_lora_weights"))
+    key = f"lora_unet_{layer.replace('.', '_')}"
+    assert saved[f"{key}.lokr_w1"].shape == (4, 4)
+    assert saved[f"{key}.lokr_w2"].shape == (module.in_features // 4, module.in_features // 4)
+    loaded = load_model("tiny").unet
+    load_lora(loaded, tmp_path)
+    assert torch.allclose(answer(loaded), answer(model.unet), rtol=0, atol=1e-5)

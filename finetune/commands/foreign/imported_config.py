@@ -26,6 +26,8 @@ class ImportedConfig:
     """What is otherwise here, although every option was taken over."""
     defaults: Mapping[str, Collection[Any]] = field(default_factory=dict)
     """Their options that are not here -> values that change nothing there either."""
+    without_effect: Collection[str] = ()
+    """Their options that change nothing of what is learned, whatever their value."""
 
     def set(self, name: str, value: Any, theirs: str) -> None:
         """Set our option, or leave theirs where the value is none of ours; 0 is off there, and absent here."""
@@ -40,18 +42,27 @@ class ImportedConfig:
         reason = ELSEWHERE.get(theirs.rpartition(".")[2], "there is no such option here")
         self.skipped[f"{theirs} = {word_value(value)!r}"] = why or reason
 
-    def take(self, given: Mapping[str, Any], renamed: Renamed) -> None:
-        """Go through what was given; what `renamed` has not is left."""
-        for theirs, value in given.items():
-            rule = renamed.get(theirs)
-            if rule is None:
-                if word_value(value) not in (None, False, "", [], {}, *self.defaults.get(theirs, ())):
-                    self.skip(theirs, value)  # what is turned off there is absent here
-            elif isinstance(rule, str):
+    def take(self, given: Mapping[str, Any], renamed: Renamed, *, section: str = "") -> None:
+        """Go through what was given; what `renamed` has not is left.
+
+        Args:
+            given: their option -> value.
+            renamed: their option -> ours, or what takes it.
+            section: the table that they are in, in front of the names of those that are left.
+        """
+        for name, value in given.items():
+            rule, theirs = renamed.get(name), f"{section}.{name}" if section else name
+            if isinstance(rule, str):
                 if value not in (None, ""):
                     self.set(rule, value, theirs)
-            else:
+            elif rule is not None:
                 rule(self, word_value(value))
+            elif theirs not in self.without_effect and not self._is_off(theirs, value):
+                self.skip(theirs, value)
+
+    def _is_off(self, theirs: str, value: Any) -> bool:
+        """Whether an option changes nothing at this value; what is turned off there is absent here."""
+        return word_value(value) in (None, False, "", [], {}, *self.defaults.get(theirs, ()))
 
 
 def dropout(imported: ImportedConfig, value: Any) -> None:

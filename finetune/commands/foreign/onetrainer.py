@@ -1,15 +1,14 @@
 """Import from JSON files of OneTrainer: presets and complete configs."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from finetune.commands.foreign.imported_config import ImportedConfig, Renamed, dropout, square
+from finetune.commands.foreign.optimizer_arguments import take_arguments
 from finetune.commands.foreign.sd_scripts_network import TRANSFORMERS
-from finetune.optimizer_table import TUNED
-from finetune.source_options import settings_text
-from finetune.training.optimizers import knows_argument
+from finetune.commands.foreign.sources import ForeignSource, take_sources
 
 DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 3e-6, "epochs": 100, "batch_size": 1, "learning_rate_warmup_steps": 200, "resolution": "512",
@@ -27,7 +26,6 @@ _OPTIMIZERS = {
     "SCHEDULE_FREE_ADAMW": "schedulefree_adamw", "SCHEDULE_FREE_SGD": "schedulefree_sgd",
     "PRODIGY_PLUS_SCHEDULE_FREE": "prodigy_schedulefree",
 }  # fmt: skip
-_ARGUMENTS = {"weight_decay": "adam_weight_decay", "beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon"}
 _FLAT = {
     "unet_learning_rate": ("unet", "learning_rate"), "weight_decay": ("optimizer", "weight_decay"),
     "min_snr_gamma": ("loss_weight_strength", ""), "vae_model_name": ("vae", "model_name"),
@@ -68,18 +66,7 @@ def _optimizer(imported: ImportedConfig, value: Any) -> None:
         imported.skip("optimizer.optimizer", name, f"the optimizers here: {', '.join(_OPTIMIZERS.values())}")
     elif name is not None:
         imported.ours["optimizer"] = _OPTIMIZERS[name]
-    ours, more = imported.ours.get("optimizer", "adamw"), list[str]()
-    for argument, number in given.items():
-        if number is None:
-            continue
-        if argument in _ARGUMENTS and (ours in TUNED or argument == "weight_decay"):
-            imported.set(_ARGUMENTS[argument], number, f"optimizer.{argument}")
-        elif number is not False and ours != "adafactor" and knows_argument(ours, argument):
-            more.append(f"{argument}={number}")
-        elif number is not False:
-            imported.skip(f"optimizer.{argument}", number)
-    if more:
-        imported.ours["optimizer_args"] = tuple(more)
+    take_arguments(imported, given, section="optimizer")
 
 
 def _method(imported: ImportedConfig, value: Any) -> None:
@@ -167,38 +154,35 @@ def _take_losses(imported: ImportedConfig, given: dict[str, Any]) -> None:
 def _concepts(imported: ImportedConfig, value: Any) -> None:
     everything = [concept for concept in value or [] if concept.get("enabled", True) and concept.get("path")]
     for kind, ours in {"PRIOR_PREDICTION": "class_data", "VALIDATION": "validation_data"}.items():
-        paths = [concept["path"] for concept in everything if concept.get("type") == kind]
+        paths = [concept["path"] for concept in everything if _kind_of(concept) == kind]
         if paths:
             imported.set(ours, paths[0], "concepts.path")
         for more in paths[1:]:
             imported.skip("concepts.path", more, f"one folder is taken for {ours}")
     if "class_data" in imported.ours:
         imported.ours["prior_prediction"] = True
-    concepts = [concept for concept in everything if concept.get("type", "STANDARD") == "STANDARD"]
+    concepts = [concept for concept in everything if _kind_of(concept) == "STANDARD"]
     if not concepts:
         return
-    imported.set("data", [concept["path"] for concept in concepts], "concepts.path")
-    _settings_of_concepts(imported, concepts)
     repeats = [concept.get("balancing", 1.0) for concept in concepts]
     strange = [times for times in repeats if times < 1 or times != int(times)]
     if strange or any(concept.get("balancing_strategy", "REPEATS") != "REPEATS" for concept in concepts):
         imported.skip("concepts.balancing", repeats, "whole numbers of repeats are taken")
-    elif set(repeats) != {1}:
-        imported.set("repeats", [int(times) for times in repeats], "concepts.balancing")
+        repeats = [1] * len(concepts)
+    sources = [
+        ForeignSource(concept["path"], int(times), _settings_of(imported, concept))
+        for concept, times in zip(concepts, repeats, strict=True)
+    ]
+    take_sources(imported, sources, theirs="concepts.path")
+
+
+def _kind_of(concept: Mapping[str, Any]) -> str:
+    """What a concept is for; older files say of one that it is for validation."""
+    return "VALIDATION" if concept.get("validation_concept") else concept.get("type", "STANDARD")
 
 
 _HARMLESS = ("enable_crop_jitter",)
 """Switches of a concept that are on by default, and whose like here is an option of another name."""
-
-
-def _settings_of_concepts(imported: ImportedConfig, concepts: Sequence[Mapping[str, Any]]) -> None:
-    """What the concepts say of images and captions: of the run where all say the same, else of their sources."""
-    settings = [_settings_of(imported, concept) for concept in concepts]
-    shared = {name: value for name, value in settings[0].items() if all(some.get(name) == value for some in settings)}
-    imported.ours |= {name: value for name, value in shared.items() if name != "loss_weight"}
-    differing = [{name: value for name, value in some.items() if name not in shared} for some in settings]
-    if any(differing):
-        imported.ours["source_settings"] = tuple(map(settings_text, differing))
 
 
 def _settings_of(imported: ImportedConfig, concept: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,9 +202,13 @@ def _settings_of(imported: ImportedConfig, concept: Mapping[str, Any]) -> dict[s
         settings |= {"shuffle_caption": True, "keep_tokens": int(text.get("keep_tags_count", 1))}
         if (delimiter := text.get("tag_delimiter", ",")) != ",":
             settings["caption_separator"] = delimiter
+    if (captions := text.pop("prompt_source", "sample")) in ("sample", "filename"):
+        settings |= {"caption_source": "filename"} if captions == "filename" else {}
+    else:
+        imported.skip(f"{concept['path']}.prompt_source", captions, "captions are in files, or the names of images")
     for name, value in (image | text).items():
         switch = name.startswith("enable_") or name.endswith("_enable")
-        if (switch and value and name not in _HARMLESS) or (name == "prompt_source" and value != "sample"):
+        if switch and value and name not in _HARMLESS:
             imported.skip(f"{concept['path']}.{name}", value)
     if concept.get("include_subdirectories") is False:
         imported.skip(f"{concept['path']}.include_subdirectories", False, "folders are read at any depth here")

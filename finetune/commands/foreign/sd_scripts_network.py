@@ -1,5 +1,6 @@
 """The network of a run of sd-scripts: its own LoRA, or LyCORIS."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from finetune.commands.foreign.imported_config import ImportedConfig, word_value
@@ -58,6 +59,45 @@ def take_network(imported: ImportedConfig, module: Any, arguments: Any, weight_n
             imported.skip(f"network_args.{name}", value)
 
 
+_MODULES = {
+    "Attention": ("to_q", "to_k", "to_v", "to_out.0"), "FeedForward": ("ff.net.0.proj", "ff.net.2"),
+    "Transformer2DModel": TRANSFORMERS, "ResnetBlock2D": RESIDUAL_BLOCKS, "BasicTransformerBlock":
+    ATTENTION_AND_FEED_FORWARD, "UNet2DConditionModel": _EVERYWHERE,
+}  # fmt: skip
+"""Classes of modules that a preset of LyCORIS names -> the layers in them."""
+
+
+def take_lycoris(imported: ImportedConfig, settings: Mapping[str, Any]) -> None:
+    """The network of LyCORIS by itself, as a table of its arguments (`lycoris.create_lycoris`)."""
+    given = dict(settings)
+    imported.set("rank", given.pop("linear_dim", 4), "lycoris_config.linear_dim")
+    imported.set("lora_alpha", given.pop("linear_alpha", 1), "lycoris_config.linear_alpha")
+    preset = given.pop("apply_preset", None) or {}
+    names = preset.get("target_module") or list(_MODULES)
+    if unknown := [name for name in names if name not in _MODULES]:
+        imported.skip("lycoris_config.target_module", unknown, f"the modules of a UNet: {', '.join(_MODULES)}")
+    layers = dict.fromkeys(layer for name in names for layer in _MODULES.get(name, ()))
+    imported.ours["lora_target_modules"] = tuple(layers) or ATTENTION_AND_FEED_FORWARD
+    factors = {
+        str(module.get("factor")) for module in (preset.get("module_algo_map") or {}).values() if module.get("factor")
+    }
+    if factors - {str(given.get("factor"))}:
+        imported.skip("lycoris_config.module_algo_map", sorted(factors), "one factor is taken for all layers")
+    _take_kind(imported, given)
+    if "conv1" in layers:
+        imported.set("conv_rank", given.pop("conv_dim", None) or imported.ours["rank"], "lycoris_config.conv_dim")
+        alpha = given.pop("conv_alpha", None) or imported.ours["lora_alpha"]
+        imported.set("conv_alpha", alpha, "lycoris_config.conv_alpha")
+    for name in ("dropout", "rank_dropout", "module_dropout"):
+        if share := given.pop(name, None):
+            imported.set("lora_dropout" if name == "dropout" else name, share, f"lycoris_config.{name}")
+    neutral = {"multiplier": 1.0, "bypass_mode": given.get("bypass_mode"), "conv_dim": given.get("conv_dim"),
+               "conv_alpha": given.get("conv_alpha")}  # fmt: skip
+    for name, value in given.items():
+        if value not in (None, False, "", 0, neutral.get(name)):
+            imported.skip(f"lycoris_config.{name}", value)
+
+
 def _take_kind(imported: ImportedConfig, given: dict[str, Any]) -> None:
     algorithm = given.pop("algo", "lora")
     if algorithm in _ALGORITHMS:
@@ -65,6 +105,11 @@ def _take_kind(imported: ImportedConfig, given: dict[str, Any]) -> None:
     else:
         imported.skip("network_args.algo", algorithm, f"the kinds here: {', '.join(_ALGORITHMS)}")
     kind = imported.ours.get("lora_type", "lora")
+    factor = given.pop("factor", None)
+    if kind == "lokr" and factor and factor > 0:
+        imported.set("lokr_factor", factor, "network_args.factor")
+    if kind == "lokr" and given.pop("full_matrix", False):
+        imported.ours["rank"] = 10_000  # above that of every factor, of which the larger one is whole then
     for switch, ours in {"dora_wd": "dora", "rs_lora": "rslora"}.items():
         if not given.pop(switch, False):
             continue

@@ -4,8 +4,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from finetune.commands.foreign.imported_config import ImportedConfig, Renamed, dropout, no_resume, square, word_value
-from finetune.optimizer_table import OPTIMIZERS, TUNED
-from finetune.training.optimizers import knows_argument
+from finetune.commands.foreign.optimizer_arguments import take_arguments
+from finetune.optimizer_table import OPTIMIZERS
 
 _OPTIMIZERS = {
     "adamw": "adamw", "adamw8bit": "adamw8bit", "pagedadamw8bit": "adamw8bit", "pagedadamw": "adamw",
@@ -27,7 +27,6 @@ _SCHEDULES = {
 }  # fmt: skip
 _OF_SCHEDULES = ("lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_min_lr_ratio", "lr_decay_steps")
 """Options that only some schedules have."""
-_ARGUMENTS = {"weight_decay": "adam_weight_decay", "eps": "adam_epsilon"}
 
 CHANGES_NOTHING: Mapping[str, Collection[Any]] = {
     "noise_offset_type": ("Original",),
@@ -54,24 +53,10 @@ def _optimizer(imported: ImportedConfig, value: Any) -> None:
 
 
 def take_optimizer_arguments(imported: ImportedConfig, value: Any) -> None:
-    """Arguments of the optimizer's class, of which some have options of their own here; once the optimizer is known."""
-    tuned = imported.ours.get("optimizer", "adamw") in TUNED
-    more = []
-    for argument in value if isinstance(value, list) else str(value).split():
-        name, _, text = str(argument).partition("=")
-        if name == "betas" and text.count(",") == 1 and tuned:
-            for ours, beta in zip(("adam_beta1", "adam_beta2"), text.strip("()[] ").split(","), strict=True):
-                imported.set(ours, word_value(beta.strip()), "optimizer_args.betas")
-        elif name in _ARGUMENTS and tuned:
-            imported.set(_ARGUMENTS[name], word_value(text), f"optimizer_args.{name}")
-        elif imported.ours.get("optimizer") == "adafactor":
-            imported.skip(f"optimizer_args.{name}", text, "torch's Adafactor is taken, which has no such argument")
-        elif knows_argument(imported.ours.get("optimizer", "adamw"), name):
-            more.append(f"{name}={text}")
-        else:
-            imported.skip(f"optimizer_args.{name}", text, "the optimizer has no such argument")
-    if more:
-        imported.ours["optimizer_args"] = tuple(more)
+    """Arguments of the optimizer's class, once the optimizer is known."""
+    words = value if isinstance(value, list) else str(value).split()
+    pairs = [str(word).partition("=") for word in words]
+    take_arguments(imported, {name: text for name, _, text in pairs}, section="optimizer_args")
 
 
 def take_warmup(imported: ImportedConfig, value: Any) -> None:
