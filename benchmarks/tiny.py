@@ -69,13 +69,13 @@ def load_pipeline(run: Path | None = None) -> StableDiffusionPipeline:
     return pipeline
 
 
-def paint(pipeline: Any, prompts: Sequence[str]) -> list[Image.Image]:
-    """A picture for each prompt, 32 at a time, seeds 0, 1, ..., with STEPS of its sampler and GUIDANCE."""
+def paint(pipeline: Any, prompts: Sequence[str], steps: int = STEPS) -> list[Image.Image]:
+    """A picture for each prompt, 32 at a time, seeds 0, 1, ..., with GUIDANCE."""
     pictures = []
     for start in range(0, len(prompts), 32):
         some = list(prompts[start : start + 32])
         sources = [torch.Generator().manual_seed(start + row) for row in range(len(some))]
-        pictures += pipeline(some, generator=sources, num_inference_steps=STEPS, guidance_scale=GUIDANCE).images
+        pictures += pipeline(some, generator=sources, num_inference_steps=steps, guidance_scale=GUIDANCE).images
     return pictures
 
 
@@ -110,11 +110,11 @@ def measure_vae(work: Path) -> None:
     say("judge, 400 true pictures that went through the VAE", f"{np.mean(right):.1%} wholly right", "99 %")
 
 
-def obedience(pipeline: Any) -> dict[str, float]:
+def obedience(pipeline: Any, steps: int = STEPS) -> dict[str, float]:
     """Shares of held-out combinations drawn right, over every pair of shape and colour and every ground, twice."""
     pairs = [(s, c, g) for s, c, g in product(SHAPES, INKS, GROUNDS) if held_out(s, c) and not near(c, g)] * 2
     prompts = [with_articles(f"a {colour} {shape} on a {ground} background") for shape, colour, ground in pairs]
-    readings = [read(picture) for picture in paint(pipeline, prompts)]
+    readings = [read(picture) for picture in paint(pipeline, prompts, steps)]
     names = ("shape", "colour", "ground")
     shares = [np.mean([r[i] == p[i] for r, p in zip(readings, pairs, strict=True)]) for i in range(3)]
     return {"prompts": len(pairs)} | {name: float(share) for name, share in zip(names, shares, strict=True)}

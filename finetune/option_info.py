@@ -19,6 +19,7 @@ class Range:
 AT_LEAST_ONE = Range("1 or more", lambda value: value >= 1)
 POSITIVE = Range("above 0", lambda value: 0 < value < float("inf"))
 NOT_NEGATIVE = Range("0 or more", lambda value: 0 <= value < float("inf"))
+STEPS_OR_SHARE = Range("a whole number, or below 1", lambda value: 0 <= value < 1 or (value >= 1 and value % 1 == 0))
 SHARE = Range("from 0 to 1, or true or false", lambda value: 0 <= value <= 1)
 BELOW_ONE = Range("from 0 up to (not including) 1", lambda value: 0 <= value < 1)
 

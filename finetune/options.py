@@ -22,6 +22,7 @@ from finetune.option_info import (
     NOT_NEGATIVE,
     POSITIVE,
     SHARE,
+    STEPS_OR_SHARE,
     OptionInfo,
     Range,
     info_of_field,
@@ -275,8 +276,8 @@ class TrainingOptions:
     ) = option(None, SCHEDULE, suggest_for=("learning_rate_scheduler",))
     """Shape of the learning rate after the warm-up. wsd: constant, then a decay. Or package.module:function, called as
     f(step, peak=, warmup=, total=)."""
-    lr_warmup_steps: int | None = option(None, NOT_NEGATIVE)
-    """Steps in which the learning rate rises from 0. Default: min(100, 5 % of the run)."""
+    lr_warmup_steps: int | float | None = option(None, STEPS_OR_SHARE, suggest_for=("warmup_ratio", "lr_warmup"))
+    """Steps in which the learning rate rises from 0; below 1: a share of the run. Default: min(100, 5 % of the run)."""
     lr_end: float | None = option(None, NOT_NEGATIVE, requires="a schedule that has an end", suggest_for=("lr_min",))
     """Learning rate at the end. Default: 0; of polynomial 1e-7."""
     lr_num_cycles: int = option(
@@ -285,8 +286,8 @@ class TrainingOptions:
     """Number of cosines."""
     lr_power: float = option(1.0, POSITIVE, requires="lr_scheduler polynomial", suggest_for=("lr_scheduler_power",))
     """Power of the polynomial."""
-    lr_decay_steps: int | None = option(None, AT_LEAST_ONE, requires="lr_scheduler wsd")
-    """Steps of the decay. Default: a fifth of the run."""
+    lr_decay_steps: int | float | None = option(None, STEPS_OR_SHARE, requires="lr_scheduler wsd")
+    """Steps of the decay; below 1: a share of the run. Default: a fifth of the run."""
     optimizer: Literal[
         "adamw", "adamw8bit", "adafactor", "prodigy", "sgd", "ademamix", "adopt", "came", "lion", "muon",
         "prodigy_schedulefree", "schedulefree_adamw", "schedulefree_sgd", "soap", "stableadamw"

@@ -58,6 +58,8 @@ def run(options: Options) -> None:
         print(f"note: {note}")
     for setting, why in imported.skipped.items():
         print(f"left: {setting}: {why}")
+    if imported.idle:
+        print(f"without effect here: {', '.join(dict.fromkeys(imported.idle))}")
     print(f"{to}: {len(imported.ours)} settings from {imported.tool}, {len(imported.skipped)} left out")
     missing = "" if imported.ours.get("data") else " --data ./images"
     print(f"to train: finetune-unet --config {shlex.quote(str(to))}{missing}")

@@ -317,7 +317,7 @@ def _schedule(config: ResolvedConfig) -> Callable[[int], float]:
         end=config.lr_end,
         cycles=config.lr_num_cycles,
         power=config.lr_power,
-        decay_steps=config.lr_decay_steps,
+        decay_steps=None if config.lr_decay_steps is None else int(config.lr_decay_steps),
     )
     if ":" in config.lr_scheduler:  # now, not hours later
         for step in range(config.max_train_steps):

@@ -188,12 +188,17 @@ def _length(
     if epochs is None and config.max_train_steps is None:
         epochs = family_defaults["num_train_epochs"]
     steps = total_steps(pictures, visits, batch, epochs, config.max_train_steps)
-    warmup = config.lr_warmup_steps
+    warmup, decay = _steps_of(config.lr_warmup_steps, steps), _steps_of(config.lr_decay_steps, steps)
     if warmup is None:
         warmup = warmup_steps(steps, model_info.family, config.resolution or model_info.resolution)
     elif warmup >= steps:
         raise UsageError(f"lr_warmup_steps = {warmup}: the whole run has only {steps} steps; give a smaller one")
-    return {"num_train_epochs": epochs, "max_train_steps": steps, "lr_warmup_steps": warmup}
+    return {"num_train_epochs": epochs, "max_train_steps": steps, "lr_warmup_steps": warmup, "lr_decay_steps": decay}
+
+
+def _steps_of(given: float | None, total: int) -> int | None:
+    """A number of steps, which may be given as a share of the run."""
+    return None if given is None else round(given * total) if given < 1 else int(given)
 
 
 def _refuse_unusable(config: TrainConfig, model_info: ModelInfo, method: str, buckets: Buckets | None) -> None:

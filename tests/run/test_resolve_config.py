@@ -76,6 +76,11 @@ def test_a_short_large_ddpm_run_does_not_warm_up_for_ever() -> None:
         TrainConfig(model="ddpm", resolution=128, num_epochs=50), DDPM, pictures=48, varied_captions=False, device=CPU
     )
     assert (short.max_train_steps, short.lr_warmup_steps) == (150, 25)
+    shares = TrainConfig(lr_warmup_steps=0.1, lr_decay_steps=0.25, lr_scheduler="wsd", max_train_steps=200)
+    resolved = resolve(shares, SD15, pictures=9, varied_captions=False, device=CPU)
+    assert (resolved.lr_warmup_steps, resolved.lr_decay_steps) == (20, 50)
+    with pytest.raises(UsageError, match=r"lr_warmup_steps = 1.5: expected a whole number, or below 1"):
+        TrainConfig(lr_warmup_steps=1.5)
     with pytest.raises(UsageError, match="lr_warmup_steps = 10: the whole run has only 5 steps"):
         resolve(TrainConfig(lr_warmup_steps=10, max_train_steps=5), SD15, pictures=9, varied_captions=False, device=CPU)
 

@@ -28,6 +28,8 @@ class ImportedConfig:
     """Their options that are not here -> values that change nothing there either."""
     without_effect: Collection[str] = ()
     """Their options that change nothing of what is learned, whatever their value."""
+    idle: list[str] = field(default_factory=list)
+    """Those of them that were given."""
 
     def set(self, name: str, value: Any, theirs: str) -> None:
         """Set our option, or leave theirs where the value is none of ours; 0 is off there, and absent here."""
@@ -57,8 +59,11 @@ class ImportedConfig:
                     self.set(rule, value, theirs)
             elif rule is not None:
                 rule(self, word_value(value))
-            elif theirs not in self.without_effect and not self._is_off(theirs, value):
-                self.skip(theirs, value)
+            elif not self._is_off(theirs, value):
+                if theirs in self.without_effect:
+                    self.idle.append(theirs)
+                else:
+                    self.skip(theirs, value)
 
     def _is_off(self, theirs: str, value: Any) -> bool:
         """Whether an option changes nothing at this value; what is turned off there is absent here."""
@@ -87,6 +92,9 @@ def _as_meant(name: str, value: Any) -> Any:
     if isinstance(value, list) and any(typing.get_origin(kind) is tuple for kind in kinds):
         return value
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    number = word_value(value)
+    if int in kinds and isinstance(number, float) and number.is_integer():
+        return int(number)
     many = any(typing.get_origin(kind) is tuple and str in typing.get_args(kind) for kind in kinds)
     return value if many else word_value(value)
 

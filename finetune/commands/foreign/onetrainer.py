@@ -161,6 +161,8 @@ def _concepts(imported: ImportedConfig, value: Any) -> None:
             imported.skip("concepts.path", more, f"one folder is taken for {ours}")
     if "class_data" in imported.ours:
         imported.ours["prior_prediction"] = True
+    if "validation_data" in imported.ours:
+        del imported.ours["validation_fraction"]  # which is of the images that are trained on
     concepts = [concept for concept in everything if _kind_of(concept) == "STANDARD"]
     if not concepts:
         return
@@ -231,10 +233,8 @@ def _masked(imported: ImportedConfig, value: Any) -> None:
 def _warmup(imported: ImportedConfig, value: Any) -> None:
     if not isinstance(value, int | float):
         imported.skip("learning_rate_warmup_steps", value)
-    elif 0 < value < 1:
-        imported.skip("learning_rate_warmup_steps", value, "a share of the length, in epochs; give --lr_warmup_steps")
     else:
-        imported.set("lr_warmup_steps", int(value), "learning_rate_warmup_steps")
+        imported.set("lr_warmup_steps", value, "learning_rate_warmup_steps")
 
 
 _SCHEDULES = {

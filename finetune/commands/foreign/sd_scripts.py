@@ -11,6 +11,7 @@ from finetune.commands.foreign.sd_scripts_network import TRANSFORMERS, take_netw
 from finetune.commands.foreign.sd_scripts_options import (
     CHANGES_NOTHING,
     RENAMED,
+    WITHOUT_EFFECT,
     take_buckets,
     take_captions,
     take_objective,
@@ -53,7 +54,8 @@ def take(given: Mapping[str, Any], script: str, place: Path = Path()) -> Importe
         script: its name, such as `sdxl_train_network.py`; "" for a TOML file.
         place: the folder that a dataset file which it names is relative to.
     """
-    given, imported = dict(given), ImportedConfig("sd-scripts", defaults=CHANGES_NOTHING)
+    given = dict(given)
+    imported = ImportedConfig("sd-scripts", defaults=CHANGES_NOTHING, without_effect=WITHOUT_EFFECT)
     lora = "network" in script if script else "network_module" in given or "network_dim" in given
     told_xl = given.pop("sdxl", False) or "sdxl" in script
     named_xl = re.search(r"sd[_-]?xl", Path(str(given.get("pretrained_model_name_or_path", ""))).name, re.IGNORECASE)

@@ -18,8 +18,9 @@ _OPTIMIZERS = {
     "prodigyplus.prodigyplusschedulefree": "prodigy_schedulefree",
     "prodigyplus.prodigyplusschedulefree.prodigyplusschedulefree": "prodigy_schedulefree",
 }  # fmt: skip
-_ANOTHER = ("paged", "sgdnesterov8", "lion8", "adafactor")
-"""Beginnings of optimizers whose like here is not quite the same."""
+_ANOTHER = {"paged": "it is not paged", "sgdnesterov8": "its moments are in 32 bits",
+            "lion8": "its moments are in 32 bits", "adafactor": "it is torch's"}  # fmt: skip
+"""Beginnings of optimizers whose like here is not quite the same -> what is otherwise."""
 _SCHEDULES = {
     "constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine",
     "cosine_with_restarts": "cosine_with_restarts", "polynomial": "polynomial", "inverse_sqrt": "inverse_sqrt",
@@ -28,12 +29,26 @@ _SCHEDULES = {
 _OF_SCHEDULES = ("lr_scheduler_num_cycles", "lr_scheduler_power", "lr_scheduler_min_lr_ratio", "lr_decay_steps")
 """Options that only some schedules have."""
 
+WITHOUT_EFFECT = frozenset(
+    ("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk",
+     "vae_batch_size", "skip_cache_check", "xformers", "sdpa", "mem_eff_attn", "torch_compile", "dynamo_backend",
+     "save_model_as", "save_precision", "save_state", "save_state_on_train_end", "save_last_n_epochs",
+     "save_last_n_steps", "save_last_n_epochs_state", "save_last_n_steps_state", "save_n_epoch_ratio",
+     "logging_dir", "log_prefix", "log_tracker_name", "log_tracker_config", "log_config", "wandb_run_name",
+     "console_log_level", "console_log_simple", "debug_dataset", "training_comment", "no_metadata", "metadata_title",
+     "metadata_author", "metadata_description", "metadata_license", "metadata_tags", "tokenizer_cache_dir",
+     "text_encoder_lr", "text_encoder_lr1", "text_encoder_lr2", "learning_rate_te", "learning_rate_te1",
+     "learning_rate_te2", "stop_text_encoder_training", "sample_sampler", "sample_at_first", "v2", "lowram", "highvram",
+     "no_half_vae", "disable_mmap_load_safetensors", "persistent_data_loader_workers", "ddp_timeout",
+     "ddp_gradient_as_bucket_view", "ddp_static_graph", "num_cpu_threads_per_process", "num_processes", "num_machines",
+     "multi_gpu", "gpu_ids", "main_process_port", "model_list", "no_token_padding", "train_mode", "output_config",
+     "dataset_class", "huggingface_path_in_repo", "huggingface_repo_type")
+)  # fmt: skip
+"""Options that change nothing of what is learned here: caches, attention, files, logs, and the text encoder's."""
 CHANGES_NOTHING: Mapping[str, Collection[Any]] = {
     "noise_offset_type": ("Original",),
-    "caption_extension": (".txt", ".caption"), "dynamo_backend": ("no",),
-    "vae_batch_size": (1,), "sample_sampler": ("ddim", "euler_a"), "huber_scale": (1,), "keep_tokens": (0,),
-    "adaptive_noise_scale": (0,), "persistent_data_loader_workers": (True,), "no_half_vae": (True,),
-    "no_token_padding": (True,), "lowram": (True,), "train_mode": ("lora",),
+    "caption_extension": (".txt", ".caption"),
+    "huber_scale": (1,), "keep_tokens": (0,), "adaptive_noise_scale": (0,), "caption_extention": (".txt", ".caption"),
 }  # fmt: skip
 """Options without a like here -> values that are their defaults, or change nothing of what is learned."""
 
@@ -48,8 +63,9 @@ def _optimizer(imported: ImportedConfig, value: Any) -> None:
         imported.skip("optimizer_type", value, f"the optimizers here: {', '.join(OPTIMIZERS)}")
         return
     imported.ours["optimizer"] = optimizer
-    if name.startswith(_ANOTHER):
-        imported.notes.append(f"{value} became {optimizer}, which is not quite the same: neither paged nor Nesterov's")
+    for begin, difference in _ANOTHER.items():
+        if name.startswith(begin):
+            imported.notes.append(f"{value} became {optimizer}: {difference}")
 
 
 def take_optimizer_arguments(imported: ImportedConfig, value: Any) -> None:
@@ -64,15 +80,7 @@ def take_warmup(imported: ImportedConfig, value: Any) -> None:
     if not isinstance(value, int | float):
         imported.skip("lr_warmup_steps", value)
         return
-    if isinstance(value, float) and 0 < value < 1:
-        steps = imported.ours.get("max_train_steps")
-        if steps is None:
-            imported.skip(
-                "lr_warmup_steps", value, "a share of a length that is given in epochs; give --lr_warmup_steps"
-            )
-            return
-        value = round(value * steps)
-    imported.set("lr_warmup_steps", int(value), "lr_warmup_steps")
+    imported.set("lr_warmup_steps", value, "lr_warmup_steps")
 
 
 def take_schedule(imported: ImportedConfig, given: dict[str, Any]) -> None:
@@ -99,13 +107,7 @@ def take_schedule(imported: ImportedConfig, given: dict[str, Any]) -> None:
     if ours == "polynomial" and values["lr_scheduler_power"]:
         imported.set("lr_power", values["lr_scheduler_power"], "lr_scheduler_power")
     if ours == "wsd" and values["lr_decay_steps"]:
-        steps, length = values["lr_decay_steps"], imported.ours.get("max_train_steps")
-        if isinstance(steps, float) and steps < 1:
-            steps = round(steps * length) if length else None
-        if steps is None:
-            imported.skip("lr_decay_steps", values["lr_decay_steps"], "a share of epochs; give --lr_decay_steps")
-        else:
-            imported.set("lr_decay_steps", int(steps), "lr_decay_steps")
+        imported.set("lr_decay_steps", values["lr_decay_steps"], "lr_decay_steps")
     if name in ("cosine_with_min_lr", "warmup_stable_decay") and values["lr_scheduler_min_lr_ratio"]:
         rate = imported.ours.get("learning_rate", 2e-6)  # sd-scripts' default
         imported.set("lr_end", values["lr_scheduler_min_lr_ratio"] * rate, "lr_scheduler_min_lr_ratio")
