@@ -61,6 +61,8 @@ class DiffusionModel:
     """Entries of the scheduler's config, such as prediction_type, that are not as in its folder."""
     image_condition: ImageCondition | None = None
     """What the UNet is shown of a picture with x_t."""
+    new_prediction_type: str | None = None
+    """What the UNet is to predict, where that is not what its folder or file says."""
 
     @property
     def inpainting(self) -> bool:
@@ -72,11 +74,6 @@ class DiffusionModel:
     def prediction_type(self) -> str:
         """What the UNet predicts: "epsilon", "v_prediction", "sample" or "flow"."""
         return self.scheduler.config.get("prediction_type", "flow")
-
-    @property
-    def new_prediction_type(self) -> str | None:
-        """What the UNet is to predict, where that is not what its folder says."""
-        return self.scheduler_changes.get("prediction_type")
 
     def pipeline(self) -> DiffusionPipeline:
         """A diffusers pipeline over the live UNet (no copy of any weight)."""
@@ -172,6 +169,7 @@ def load_model(
         component_dirs=frozen.component_dirs,
         scheduler_changes=changes,
         image_condition=frozen.image_condition,
+        new_prediction_type=changes.get("prediction_type") if source.prediction_stated else None,
     )
 
 

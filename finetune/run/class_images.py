@@ -42,6 +42,11 @@ def draw_missing(config: TrainConfig, model_info: ModelInfo, device: torch.devic
     if not config.class_prompt:
         found_there = f"{there} of {pluralize(number, 'image')}"
         raise UsageError(f"class_data {folder}: {found_there}; give --class_prompt, and the model draws the others")
+    if (checkpoint := model_info.checkpoint) and not checkpoint.prediction_stated and not config.prediction_type:
+        raise UsageError(
+            f"class_data {folder}: the model is to draw images, and {checkpoint.path.name} does not say what it "
+            "predicts; give --prediction_type"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     drawn = f"{number - there} of {config.class_prompt!r}, drawn by {config.model}"
     _log.info("class images: %s to %s", drawn, folder)
@@ -52,7 +57,7 @@ def draw_missing(config: TrainConfig, model_info: ModelInfo, device: torch.devic
         model_info,
         dtype=half or torch.float32,
         # What the base is, not what it is trained to become.
-        prediction_type="flow" if config.prediction_type == "flow" else None,
+        prediction_type=config.prediction_type if _is_what_it_says(config, model_info) else None,
         flow_shift=config.flow_shift if config.prediction_type == "flow" else None,
         max_token_length=config.max_token_length,
         clip_skip=config.clip_skip,
@@ -74,3 +79,9 @@ def draw_missing(config: TrainConfig, model_info: ModelInfo, device: torch.devic
         )
         for path, picture in zip(some, row, strict=True):
             save_picture(picture, path)
+
+
+def _is_what_it_says(config: TrainConfig, model_info: ModelInfo) -> bool:
+    """Whether the option names what the base predicts already: a flow model, or a checkpoint that does not say it."""
+    unmarked = model_info.checkpoint is not None and not model_info.checkpoint.prediction_stated
+    return config.prediction_type == "flow" or unmarked

@@ -38,6 +38,7 @@ from finetune.run.class_images import draw_missing
 from finetune.run.context import Run
 from finetune.run.html_report import write_training_preview
 from finetune.run.ledger import note_chunk, write_ledger
+from finetune.run.measured_prediction import with_measured_prediction
 from finetune.run.provenance import check_provenance, recorded_threads, run_provenance, threads
 from finetune.run.resolve_config import resolve_for, with_absolute_paths
 from finetune.run.resource_estimate import check_memory, disk_line, disk_use, out_of_memory
@@ -113,6 +114,7 @@ def _resolve(config: TrainConfig, dataset: MapDataset | None, device: torch.devi
     check_resolution(model_info, config.resolution or model_info.resolution)
     draw_missing(config, model_info, device)
     chunks = open_pictures(config, model_info, dataset)
+    config = with_measured_prediction(config, model_info, chunks.first, device)
     resolved = resolve_for(config, model_info, chunks, device, processes=parallel.world_size)
     return RunPlan(resolved, model_info, chunks, choose(resolved, identity(chunks)))
 
