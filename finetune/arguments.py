@@ -32,13 +32,15 @@ def parse(sections: Mapping[str, type], argv: Sequence[str]) -> dict[str, Any]:
         argv: options only, without program and verb.
     """
     hints = {name: hint for kind in sections.values() for name, hint in typing.get_type_hints(kind).items()}
+    fields = [field for kind in sections.values() for field in dataclasses.fields(kind)]
+    several = {field.name for field in fields if info_of_field(field).several}
     parser = _parser(sections, PROGRAM, "")
     namespace, rest = parser.parse_known_args([part for word in argv for part in _parted(word)])
     if rest and not FLAG.fullmatch(rest[0]):
         raise UsageError(f"{rest[0]!r} follows no option; every value comes after its --option")
     if rest:
         raise _unknown([word.partition("=")[0] for word in rest if FLAG.fullmatch(word)], sections)
-    return {name: _read(uses, hints[name]) for name, uses in vars(namespace).items()}
+    return {name: _read(uses, hints[name], several=name in several) for name, uses in vars(namespace).items()}
 
 
 def _unknown(flags: Sequence[str], sections: Mapping[str, type]) -> UsageError:
@@ -142,7 +144,7 @@ def _help(field: dataclasses.Field[Any], meaning: str) -> str:
     return text if field.default in (None, "", ()) else f"{text} (default: {field.default})"
 
 
-def _read(uses: list[tuple[str, list[str]]], hint: Any) -> Any:
+def _read(uses: list[tuple[str, list[str]]], hint: Any, *, several: bool = False) -> Any:
     """The value of an option from each of its uses: the flag as typed and the words after it."""
     (flag, words), *more = uses
     if more and not _item_hint(hint):
@@ -155,6 +157,8 @@ def _read(uses: list[tuple[str, list[str]]], hint: Any) -> Any:
         words = words or [str(positive)]
     if wordless := [flag for flag, some in [(flag, words), *more] if not some]:
         raise UsageError(f"{wordless[0]} needs a value ({readable(hint)})")
+    if several and len(words) > 1:
+        return [_value(flag, hint, [word]) for word in words]
     return _value(flag, hint, words + [word for _, some in more for word in some])
 
 

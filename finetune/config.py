@@ -85,7 +85,8 @@ class TrainConfig(
     """
 
     def __init__(self, **options: Any) -> None:
-        given = {name: checked(name, value) for name, value in _canonical(options).items()}
+        canonical = _with_each_resolution(_canonical(options))
+        given = {name: checked(name, value) for name, value in canonical.items()}
         _freeze(self, {field.name: field.default for field in dataclasses.fields(TrainConfig)} | given, given)
 
     given: typing.ClassVar[frozenset[str]]
@@ -184,6 +185,28 @@ def _canonical(options: Mapping[str, Any]) -> dict[str, Any]:
         result[name] = value
         spelled[name] = given
     return result
+
+
+def _with_each_resolution(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with each source of images at each of several resolutions, unless it has a resolution of its own."""
+    sides = options.get("resolution")
+    if not isinstance(sides, list | tuple):
+        return options
+    if not sides or len(sides) == 1:
+        return options | {"resolution": sides[0] if sides else None}
+    data = checked("data", options.get("data", ()))
+    if not data:
+        raise UsageError(f"resolution = {list(sides)}: several resolutions are for --data; give one")
+    repeats = checked("repeats", options.get("repeats", ())) or (1,) * len(data)
+    settings = checked("source_settings", options.get("source_settings", ())) or ("",) * len(data)
+    sources: list[tuple[str, int, str]] = []
+    if not len(data) == len(repeats) == len(settings):
+        raise UsageError(f"{len(repeats)} repeats and {len(settings)} source_settings for {len(data)} --data")
+    for source, times, text in zip(data, repeats, settings, strict=True):
+        of_each = [f"{text}{', ' * bool(text)}resolution = {checked('resolution', side)}" for side in sides]
+        sources += [(source, times, each) for each in ([text] if re.search(r"\bresolution\s*=", text) else of_each)]
+    names = ("data", "repeats", "source_settings")
+    return options | dict(zip(names, zip(*sources, strict=True), strict=True)) | {"resolution": max(sides)}
 
 
 def checked(name: str, value: Any) -> Any:

@@ -44,6 +44,8 @@ class OptionInfo:
     """Whether it may name a file or folder of this machine, which is not published."""
     inherited: bool = False
     """Whether a resume that leaves it out takes it from the run, although it does not affect the result."""
+    several: bool = False
+    """Whether several values may be given at once; `TrainConfig` takes each source of images with each of them."""
     decided_by: Literal["dataset", "transform"] | None = None
     """What makes the option unusable: any dataset of the user's own, or one that has a transform."""
 

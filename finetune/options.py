@@ -151,8 +151,9 @@ class DataOptions:
     masked_loss: bool | None = option(None, suggest_for=("alpha_mask",), decided_by="dataset")
     """Count the loss only where a mask is white: NAME.mask.png next to the image, or else its alpha channel. Default:
     use such files only. Inpainting models paint in the white area instead."""
-    resolution: int | None = option(None, AT_LEAST_ONE, aliases=("image_size",))
-    """Pixels per side. With buckets: no image has a larger area than this square. Default: the model's resolution."""
+    resolution: int | None = option(None, AT_LEAST_ONE, aliases=("image_size",), several=True)
+    """Pixels per side. With buckets: no image has a larger area than this square. Several: each image is trained at
+    each of them. Default: the model's resolution."""
     aspect_ratio_bucketing: bool | None = option(None, decided_by="transform", suggest_for=("enable_bucket",))
     """Train each image near its own aspect ratio, with at most as many pixels as the square. Default: on, except for
     pixel-space models and --resize_mode squash."""

@@ -310,3 +310,30 @@ def test_what_a_repeated_run_decides_otherwise_is_told(tmp_path: Path) -> None:
     )
     assert "lora_target_modules ['to_q'] -> ['to_q', 'to_k']" in told
     assert "learning_rate 0.001 -> 0.002" in told
+
+
+def test_several_resolutions_take_each_source_at_each_of_them():
+    config = TrainConfig(data=["a", "b"], repeats=[1, 3], resolution=[768, 1024])
+    assert (config.data, config.repeats, config.resolution) == (("a", "a", "b", "b"), (1, 1, 3, 3), 1024)
+    assert config.source_settings == ("resolution = 768", "resolution = 1024") * 2
+    own = TrainConfig(data=["a", "b"], source_settings=["prompt = 'x'", "resolution = 512"], resolution=(768, 1024))
+    assert own.data == ("a", "a", "b")
+    assert own.source_settings == (
+        "prompt = 'x', resolution = 768",
+        "prompt = 'x', resolution = 1024",
+        "resolution = 512",
+    )
+    assert TrainConfig(resolution=[512]).resolution == 512
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resolution": [512, 768]}, "several resolutions are for --data"),
+        ({"resolution": [512, 768], "data": "a", "repeats": [1, 2]}, "2 repeats and 1 source_settings for 1 --data"),
+        ({"resolution": [512, "large"], "data": "a"}, "resolution = 'large': expected a whole number"),
+    ],
+)
+def test_resolutions_that_cannot_be(options: dict[str, Any], message: str):
+    with pytest.raises(UsageError, match=message):
+        TrainConfig(**options)

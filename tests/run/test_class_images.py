@@ -19,10 +19,14 @@ from finetune.data.loader import training_steps
 from finetune.data.source_settings import SourceSettings
 from finetune.errors import UsageError
 from finetune.models.loading import load_model
+from finetune.models.lora import add_lora, trainable
 from finetune.models.model_info import locate
 from finetune.recipe import fine_tune
 from finetune.run.build_dataset import open_pictures
 from finetune.run.class_images import draw_missing
+from finetune.training.noise_prediction import NoisePrediction
+from finetune.training.optimizers import make_optimizer
+from finetune.training.trainer import Trainer
 
 MakePictures = Callable[..., Path]
 
@@ -69,6 +73,47 @@ def test_the_subjects_share_of_the_gradient_is_what_was_asked_for(
     assert shares["dog"] / sum(shares.values()) == pytest.approx(1 / (1 + weight))
     assert sum(shares.values()) == pytest.approx(steps)
     assert len(seen) == 5 + min(others, 20)  # the kind's pictures take turns
+
+
+@pytest.mark.parametrize("subjects", [5, 12])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_trainer_learns_subject_and_class_in_the_proportion_of_the_weight(
+    make_pictures: MakePictures, tmp_path: Path, batch_size: int, subjects: int
+) -> None:
+    """The update of two epochs against the gradients of their visits: (subject + 0.5 class) / 1.5, at any batch size.
+
+    The rate is so small that all of them are taken at the same weights.
+    """
+    dog, dogs = folders(make_pictures, tmp_path, subjects, 100)
+    both = with_class_pictures(
+        "dog", ImageFolder(dog, "sks dog", resolution=32), ImageFolder(dogs, "a dog", resolution=32), 0.5
+    )
+    model = load_model("tiny")
+    add_lora(model.unet, rank=2, target_modules=["attn2.to_q"])
+    encoded, objective = encode(both, model, cache_dir="none"), NoisePrediction(model.scheduler)
+    steps, rate = 2 * encoded.epoch_visits // batch_size, 1e-6
+    plan = list(training_steps(encoded, batch_size=batch_size, steps=steps))
+    learned = trainable(model.unet)
+    gradients = {False: 0.0, True: 0.0}  # of the subject, and of the class
+    for batch in (batch for batches in plan for batch in batches):
+        x0 = model.encoder.sample(batch.latent_params, batch.keys)
+        losses = objective.loss(model.unet, objective.sample(x0, batch.keys), batch.cond)
+        for of_class in gradients:
+            chosen = losses[[index for index, each in enumerate(batch.is_class_image) if each == of_class]].sum()
+            grads = torch.autograd.grad(chosen, learned, retain_graph=True, allow_unused=True)
+            flat = [torch.zeros_like(p) if g is None else g for p, g in zip(learned, grads, strict=True)]
+            gradients[of_class] = gradients[of_class] + torch.cat([each.flatten() for each in flat])
+    visits = steps * batch_size / 2  # of each kind
+    expected = steps * (gradients[False] + 0.5 * gradients[True]) / visits / 1.5
+    before = torch.cat([p.detach().flatten() for p in learned])
+    optimizer = make_optimizer("sgd", learned, learning_rate=rate, weight_decay=0.0)
+    trainer = Trainer(model.unet, model.encoder, objective, optimizer, max_grad_norm=0)
+    for batches in plan:
+        trainer.step(*batches)
+    learned_now = torch.cat([p.detach().flatten() for p in learned])
+    update = (before - learned_now) / rate
+    assert torch.nn.functional.cosine_similarity(update, expected, dim=0) > 0.9999
+    assert update.norm() == pytest.approx(expected.norm().item(), rel=1e-3)
 
 
 def test_the_weight_counts_where_a_step_is_of_one_picture(make_pictures: MakePictures, tmp_path: Path) -> None:
