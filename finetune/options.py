@@ -95,6 +95,14 @@ class ModelOptions:
         None, requires="text", suggest_for=("pretrained_vae_model_name_or_path", "vae_name"), path=True
     )
     """Diffusers folder or .safetensors file with a VAE that replaces the model's own."""
+    vae_scale: tuple[float, ...] | None = option(None, POSITIVE, requires="text", suggest_for=("vae_custom_scale",))
+    """Factor that latents are scaled by, or one for each channel, where the model is used to another one than its VAE's
+    config says (EQ-VAEs)."""
+    vae_shift: tuple[float, ...] | None = option(None, requires="text", suggest_for=("vae_custom_shift",))
+    """What is taken from latents before that, or one number for each channel."""
+    vae_reflection_padding: bool = option(False, requires="text")
+    """Pad the VAE's convolutions by reflection, as EQ-VAEs are trained; most programs that draw with them pad by
+    zeros."""
     gradient_checkpointing: bool | float = option(False, SHARE)
     """Recompute activations in the backward pass: less memory for a third more arithmetic. A number: only in this share
     of the blocks, in the order of memory saved per time."""

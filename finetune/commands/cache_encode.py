@@ -45,6 +45,9 @@ def run(options: Options, config: TrainConfig) -> None:
         clip_skip=config.clip_skip,
         tokenizer=config.tokenizer,
         vae=config.vae,
+        vae_scale=config.vae_scale,
+        vae_shift=config.vae_shift,
+        vae_reflection_padding=config.vae_reflection_padding,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for number in range(len(chunks)):

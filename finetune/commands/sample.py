@@ -145,6 +145,9 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
         clip_skip=config.clip_skip if config else None,
         tokenizer=options.tokenizer or (config.tokenizer if config and adapted else None),
         vae=config.vae if config and adapted else None,
+        vae_scale=config.vae_scale if config and adapted else None,
+        vae_shift=config.vae_shift if config and adapted else None,
+        vae_reflection_padding=bool(config and adapted and config.vae_reflection_padding),
     )
     tokenizer = model.conditioner.tokenizer
     if tokenizer and model_info.family.tiny_vocabulary and (spelt := spelt_words(tokenizer, options.prompt)):

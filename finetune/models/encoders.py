@@ -52,7 +52,7 @@ class Encoder(Protocol):
 
 
 class VaeEncoder:
-    """A frozen AutoencoderKL. Scaling and shift factors come from its config.
+    """A frozen AutoencoderKL. The scaling factor comes from its config; a shift is in its weights (see `rescale`).
 
     What is stored is the posterior's mean and std, (B, 2C, H/f, W/f), so that every visit can sample it again
     (Kingma & Welling 2013, eq. 10), as live encoding would.
@@ -62,11 +62,12 @@ class VaeEncoder:
         self.vae = vae.requires_grad_(False).eval()
         self.fixed_batches = FixedBatches()
         self.scaling_factor: float = vae.config["scaling_factor"]
-        self.shift_factor: float = vae.config.get("shift_factor") or 0.0
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint(self.vae, *[self.vae.config[name] for name in ("act_fn", "norm_num_groups")])
+        settings = [self.vae.config[name] for name in ("act_fn", "norm_num_groups")]
+        padding = self.vae.config.get("padding_mode", "zeros")
+        return fingerprint(self.vae, *settings, *([padding] if padding != "zeros" else []))
 
     @property
     def environment(self) -> str:
@@ -95,15 +96,15 @@ class VaeEncoder:
         return (torch.cat([posteriors.mean, posteriors.std], dim=1).float(),)
 
     def sample(self, latent_params: Tensor, keys: Tensor, purpose: str = "latent sample") -> Tensor:
-        """Posterior (B, 2C, h, w), keys (B,) -> scaled latents x0 (B, C, h, w): (mean + std eps - shift) scale."""
+        """Posterior (B, 2C, h, w), keys (B,) -> scaled latents x0 (B, C, h, w): (mean + std eps) scale."""
         mean, std = latent_params.chunk(2, dim=1)
         eps = seeding.normal(keys, purpose, mean.shape[1:]).to(mean.device)
-        return (mean + std * eps - self.shift_factor) * self.scaling_factor
+        return (mean + std * eps) * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W), about [-1, 1]."""
-        latents = x0 / self.scaling_factor + self.shift_factor
+        latents = x0 / self.scaling_factor
         return self.vae.decode(latents.to(self.vae.device, self.vae.dtype)).sample.float()
 
 

@@ -4,7 +4,7 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +40,7 @@ from finetune.models.schedulers import (
     scheduler_changes,
 )
 from finetune.models.source import ModelSource, open_source, vae_from, vae_from_file
+from finetune.models.vae_scale import rescale, set_padding
 
 
 @dataclass
@@ -99,6 +100,9 @@ def load_model(
     clip_skip: int | None = None,
     tokenizer: str | None = None,
     vae: str | None = None,
+    vae_scale: Sequence[float] | None = None,
+    vae_shift: Sequence[float] | None = None,
+    vae_reflection_padding: bool = False,
     seed: int = 0,
 ) -> DiffusionModel:
     """Load a model for training, on the CPU. VAE and text encoder are frozen, in eval mode and in fp32.
@@ -117,6 +121,8 @@ def load_model(
         clip_skip: hidden state of the text encoder to take, counted from the end, 1 = the last.
         tokenizer: for a checkpoint in one file, see `finetune.models.clip_tokenizer.clip_tokenizer`.
         vae: a diffusers folder, or a .safetensors file of a VAE, that takes the place of the model's own.
+        vae_scale, vae_shift: see `finetune.models.vae_scale.rescale`.
+        vae_reflection_padding: see `finetune.models.vae_scale.set_padding`; also where the VAE's config says it.
         seed: of a from-scratch UNet's initial weights.
 
     Raises:
@@ -153,7 +159,16 @@ def load_model(
         unet.register_to_config(sample_size=resolution, _name_or_path="")
         return _pixel_model(model_info, unet, scheduler)
     sampler = make_sampler(source.place, config, changes)
-    frozen = _frozen(model_info, source, max_token_length, clip_skip, vae)
+    frozen = _frozen(
+        model_info,
+        source,
+        max_token_length,
+        clip_skip,
+        vae,
+        scale=vae_scale,
+        shift=vae_shift,
+        reflecting=vae_reflection_padding,
+    )
 
     def make_pipeline(unet: UNet2DConditionModel) -> DiffusionPipeline:
         own_sampler = sampler.from_config(sampler.config)
@@ -204,11 +219,16 @@ def load_frozen(
     clip_skip: int | None = None,
     tokenizer: str | None = None,
     vae: str | None = None,
+    vae_scale: Sequence[float] | None = None,
+    vae_shift: Sequence[float] | None = None,
+    vae_reflection_padding: bool = False,
 ) -> "Frozen":
     """What `load_model` puts around the UNet, without it. Raises as it does."""
     if not model_info.family.latent:
         return Frozen(PixelEncoder(), NoCondition())
-    return _frozen(model_info, open_source(model_info, tokenizer), max_token_length, clip_skip, vae)
+    source = open_source(model_info, tokenizer)
+    vae_options: dict[str, Any] = {"scale": vae_scale, "shift": vae_shift, "reflecting": vae_reflection_padding}
+    return _frozen(model_info, source, max_token_length, clip_skip, vae, **vae_options)
 
 
 @dataclass
@@ -226,7 +246,15 @@ class Frozen:
 
 
 def _frozen(
-    model_info: ModelInfo, source: ModelSource, max_token_length: int, clip_skip: int | None, other_vae: str | None
+    model_info: ModelInfo,
+    source: ModelSource,
+    max_token_length: int,
+    clip_skip: int | None,
+    other_vae: str | None,
+    *,
+    scale: Sequence[float] | None,
+    shift: Sequence[float] | None,
+    reflecting: bool,
 ) -> Frozen:
     try:
         with without_library_bars():
@@ -251,6 +279,12 @@ def _frozen(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source.place} cannot be loaded: {str(error).splitlines()[0]}") from error
     vae.register_to_config(_name_or_path="")  # or an export would name the user's folder
+    if (padding := "reflect" if reflecting else vae.config.get("padding_mode", "zeros")) != "zeros":
+        set_padding(vae, padding)
+        files["vae"] = None if reflecting else files["vae"]
+    if scale is not None or shift is not None or vae.config.get("shift_factor"):
+        rescale(vae, scale, shift)
+        files["vae"] = None  # it is no longer as in its files
     layers = text["text_encoder"].config.num_hidden_layers
     if clip_skip is not None and clip_skip > layers:
         raise UsageError(f"clip_skip = {clip_skip}: expected 1 to {layers}, the layers of the text encoder")

@@ -58,6 +58,9 @@ def load_base(config: ResolvedConfig, model_info: ModelInfo, dtype: torch.dtype)
         clip_skip=config.clip_skip,
         tokenizer=config.tokenizer,
         vae=config.vae,
+        vae_scale=config.vae_scale,
+        vae_shift=config.vae_shift,
+        vae_reflection_padding=config.vae_reflection_padding,
         seed=config.seed,
     )
     if config.method == "lora":

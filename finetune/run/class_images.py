@@ -63,6 +63,9 @@ def draw_missing(config: TrainConfig, model_info: ModelInfo, device: torch.devic
         clip_skip=config.clip_skip,
         tokenizer=config.tokenizer,
         vae=config.vae,
+        vae_scale=config.vae_scale,
+        vae_shift=config.vae_shift,
+        vae_reflection_padding=config.vae_reflection_padding,
     ).to(device)
     names = (folder / f"drawn-{seed:05d}.png" for seed in range(2 * number))
     missing = [path for path in names if not path.exists()][: number - there]

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 _IMAGES = 3
 _FILE = "predictions.json"
-"""In the cache folder: path, size and time of a checkpoint -> its errors."""
+"""In the cache folder: path, size and time of a checkpoint, and its VAE -> its errors."""
 
 
 def with_measured_prediction(
@@ -43,7 +43,8 @@ def with_measured_prediction(
         return config
     folder = cache_folder(config.cache_dir)
     memory = folder / _FILE if folder else None
-    key = json.dumps([str(checkpoint.path), *FileStamp.read(checkpoint.path)])
+    vae = (config.vae, config.vae_scale, config.vae_shift, config.vae_reflection_padding)
+    key = json.dumps([str(checkpoint.path), *FileStamp.read(checkpoint.path), *vae])
     remembered = _read(memory)
     errors = remembered.get(key)
     if errors is None:
@@ -83,6 +84,9 @@ def _measured(
         clip_skip=config.clip_skip,
         tokenizer=config.tokenizer,
         vae=config.vae,
+        vae_scale=config.vae_scale,
+        vae_shift=config.vae_shift,
+        vae_reflection_padding=config.vae_reflection_padding,
     ).to(device)
     scheduler = model.scheduler
     assert isinstance(scheduler, DDPMScheduler)

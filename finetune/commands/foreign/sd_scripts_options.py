@@ -209,6 +209,8 @@ _METADATA = "captions were in it: have them in .txt files, or in metadata.jsonl 
 
 RENAMED: Renamed = {
     "pretrained_model_name_or_path": "model", "train_data_dir": "data", "vae": "vae",
+    "vae_custom_scale": "vae_scale", "vae_custom_shift": "vae_shift",  # of a fork for EQ-VAEs and flow matching
+    "vae_reflection_padding": "vae_reflection_padding", "flow_uniform_static_ratio": "flow_shift",
     "reg_data_dir": "class_data", "prior_loss_weight": "prior_loss_weight",
     "train_batch_size": "train_batch_size", "max_train_steps": "max_train_steps",
     "max_train_epochs": "num_train_epochs", "seed": "seed", "dataset_repeats": "repeats",
@@ -227,6 +229,8 @@ RENAMED: Renamed = {
     "save_every_n_steps": "checkpointing_steps", "save_every_n_epochs": "save_model_epochs",
     "sample_every_n_steps": "sample_every", "sample_every_n_epochs": "save_image_epochs", "resolution": square,
     "sample_prompts": _prompts, "optimizer_type": _optimizer, "lr_warmup_steps": take_warmup,
+    "flow_model": lambda imported, on: imported.set("prediction_type", "flow", "flow_model") if on else None,
+    "flow_logit_mean": "logit_mean", "flow_logit_std": "logit_std", "flow_timestep_distribution": "timestep_sampling",
     "v_parameterization": _velocity, "random_crop": _random_crop, "log_with": _trackers,
     "max_token_length": _max_token_length, "network_module": _network_module,
     "network_train_unet_only": lambda imported, value: None, "resume": no_resume,
