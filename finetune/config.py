@@ -21,19 +21,15 @@ from typing import Any, Literal
 import tomli_w
 
 from finetune.errors import UsageError
-from finetune.options import (
-    ATTENTION_AND_FEED_FORWARD,
-    SECTIONS,
-    DataOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    OutputOptions,
-    SampleOptions,
-    TrainingOptions,
-    ValidationOptions,
-    option_info,
-    option_types,
-)
+from finetune.options import ATTENTION_AND_FEED_FORWARD, SECTIONS, option_info, option_types
+from finetune.options.adapter import AdapterOptions
+from finetune.options.captions import CaptionOptions
+from finetune.options.data import DataOptions
+from finetune.options.evaluation import SampleOptions, ValidationOptions
+from finetune.options.model import ModelOptions
+from finetune.options.objective import ObjectiveOptions
+from finetune.options.output import OutputOptions
+from finetune.options.training import TrainingOptions
 
 RECORD = "finetune"
 """The table of config.toml with the version that wrote it."""
@@ -75,7 +71,9 @@ class TrainConfig(
     ValidationOptions,
     ObjectiveOptions,
     TrainingOptions,
+    CaptionOptions,
     DataOptions,
+    AdapterOptions,
     ModelOptions,
 ):
     """All options of a run, flat and checked. Also takes the tutorial's names (`image_size`, `num_epochs`).

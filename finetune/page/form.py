@@ -13,22 +13,11 @@ from typing import Any, Literal
 
 from finetune.errors import UsageError
 from finetune.models.families import FAMILIES
-from finetune.options import (
-    DataOptions,
-    ModelOptions,
-    ObjectiveOptions,
-    SampleOptions,
-    TrainingOptions,
-    ValidationOptions,
-    option_info,
-    option_types,
-)
+from finetune.options import SECTIONS, option_info, option_types
 from finetune.page.allowed_paths import AllowedPaths
 
 _OPEN = {
-    field.name
-    for section in (ModelOptions, DataOptions, TrainingOptions, ObjectiveOptions, ValidationOptions, SampleOptions)
-    for field in dataclasses.fields(section)
+    field.name for heading, section in SECTIONS.items() for field in dataclasses.fields(section) if heading != "output"
 } - {"follow_links"}
 """Options that the page takes, unless they take text: none says where to write, what to delete or to publish."""
 

@@ -16,7 +16,7 @@ from finetune.models.adapter_types import NAMES
 from finetune.models.conditioners import spelt_words
 from finetune.models.families import defaults
 from finetune.models.lora import trainable
-from finetune.options import ObjectiveOptions
+from finetune.options.objective import ObjectiveOptions
 from finetune.run.context import Run
 from finetune.text import join_limited, pluralize, pluralize_float
 from finetune.training.backend import is_compiled

@@ -1,0 +1,54 @@
+"""The captions of a run."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune.option_info import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionOptions:
+    """Captions."""
+
+    prompt: str | None = option(
+        None, requires="text", aliases=("instance_prompt",), suggest_for=("caption",), decided_by="transform"
+    )
+    """Caption of every image that has none."""
+    trigger: str | None = option(None, requires="text", decided_by="transform")
+    """Word put in front of every caption that does not have it, or in place of [trigger] in the caption."""
+    caption_dropout: float | None = option(None, BELOW_ONE, requires="text", suggest_for=("caption_dropout_rate",))
+    """Share of visits with an empty caption. Default: 0.05 if captions vary, else 0."""
+    caption_source: Literal["files", "filename", "prompt"] = option(
+        "files", requires="text", suggest_for=("caption_strategy", "prompt_source"), decided_by="dataset"
+    )
+    """files: captions are in .txt files, metadata files or a column. filename: the name of the image is its caption,
+    without a number at its end and with spaces for underscores. prompt: --prompt is the caption of every image."""
+    caption_lines: Literal["joined", "chosen", "first"] = option("joined", requires="text")
+    """joined: the lines of a file are one caption. chosen: each line is a caption, and each visit uses one of them.
+    first: the other lines are left out."""
+    caption_prefix: str | None = option(None, requires="text")
+    """Text in front of each caption."""
+    caption_suffix: str | None = option(None, requires="text")
+    """Text behind each caption."""
+    shuffle_caption: bool = option(False, requires="text")
+    """Shuffle the tags of a caption, its comma-separated parts, at each visit. Captions are then encoded at each
+    visit."""
+    caption_tag_dropout: float = option(0.0, BELOW_ONE, requires="text", aliases=("caption_tag_dropout_rate",))
+    """Share of the tags that each visit leaves out."""
+    keep_tokens: int | None = option(None, NOT_NEGATIVE, requires="shuffle_caption or caption_tag_dropout")
+    """Number of tags at the start that stay in place and are never left out. Default: 0."""
+    caption_separator: str = option(",", requires="shuffle_caption or caption_tag_dropout")
+    """What separates tags."""
+    keep_tokens_separator: str | None = option(None, requires="shuffle_caption or caption_tag_dropout")
+    """Mark in a caption before which tags stay in place, instead of keep_tokens, and behind a second one too: |||."""
+    secondary_separator: str | None = option(None, requires="text")
+    """Separates tags that stay together; becomes caption_separator in the end: ;;;."""
+    enable_wildcard: bool = option(False, requires="text", suggest_for=("wildcards",))
+    """Take one part of {a|b|c} in a caption at each visit."""
+    max_token_length: Literal[77, 150, 225] = option(77, requires="text")
+    """Maximum caption length in tokens. 150 and 225 are encoded in chunks of 75."""
+    clip_skip: int | None = option(None, AT_LEAST_ONE, requires="text")
+    """Use the text encoder's hidden state this many layers from the end (1: the last layer, as in sd-scripts and
+    A1111)."""
+    caption_column: str = option("text", decided_by="dataset")
+    """Caption column of a Hugging Face dataset, or of metadata.jsonl, .csv or .parquet next to images."""
