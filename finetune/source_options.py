@@ -14,6 +14,7 @@ CAPTIONING: Mapping[str, str] = {
     "shuffle_caption": "shuffle",
     "keep_tokens": "keep_tokens",
     "caption_tag_dropout": "tag_dropout",
+    "caption_tag_dropout_mode": "tag_dropout_mode",
     "enable_wildcard": "wildcards",
     "caption_prefix": "prefix",
     "caption_suffix": "suffix",

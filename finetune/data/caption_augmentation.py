@@ -7,6 +7,7 @@ key of the visit.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -29,6 +30,9 @@ class CaptionAugmentation:
     """A word in front of captions, which stays there."""
     tag_dropout: float = 0.0
     """Share of the tags that a visit leaves out, in [0, 1)."""
+    tag_dropout_mode: Literal["each", "rising", "all"] = "each"
+    """Which: each for itself; the later in the caption the more often; or all of them in this share of the visits, the
+    modes RANDOM, RANDOM WEIGHTED and FULL of OneTrainer (`DropTags` of its library mgds)."""
     wildcards: bool = False
     """{a|b} stands for one of its parts at each visit; {{ and }} for braces."""
     prefix: str = ""
@@ -71,14 +75,25 @@ class CaptionAugmentation:
             caption = expanded(caption, key)
         if self.shuffle or self.tag_dropout:
             first, moved, last = self._tags(caption)
+            if self.tag_dropout and self.tag_dropout_mode != "each":
+                moved = self._kept(moved, key)
             if self.shuffle:
                 order = torch.randperm(len(moved), generator=seeding.generator(key, "caption order")).tolist()
                 moved = [moved[place] for place in order]
-            if self.tag_dropout:
-                draws = torch.rand(len(moved), generator=seeding.generator(key, "tag dropout")).tolist()
-                moved = [tag for tag, draw in zip(moved, draws, strict=True) if draw >= self.tag_dropout]
+            if self.tag_dropout and self.tag_dropout_mode == "each":
+                moved = self._kept(moved, key)
             caption = ", ".join([*first, *moved, *last])
         return self._joined(caption)
+
+    def _kept(self, tags: list[str], key: int) -> list[str]:
+        """The tags that a visit does not leave out."""
+        generator = seeding.generator(key, "tag dropout")
+        if self.tag_dropout_mode == "all":
+            return tags if torch.rand((), generator=generator).item() >= self.tag_dropout else []
+        rising = self.tag_dropout_mode == "rising"
+        shares = [self.tag_dropout * ((place + 1) / len(tags) if rising else 1) for place in range(len(tags))]
+        draws = torch.rand(len(tags), generator=generator).tolist()
+        return [tag for tag, draw, share in zip(tags, draws, shares, strict=True) if draw >= share]
 
     def _framed(self, caption: str) -> str:
         caption = f"{self.prefix} {caption}" if self.prefix else caption

@@ -35,6 +35,11 @@ class CaptionOptions:
     visit."""
     caption_tag_dropout: float = option(0.0, BELOW_ONE, requires="text", aliases=("caption_tag_dropout_rate",))
     """Share of the tags that each visit leaves out."""
+    caption_tag_dropout_mode: Literal["each", "rising", "all"] = option(
+        "each", requires="caption_tag_dropout", suggest_for=("tag_dropout_mode",)
+    )
+    """each: tags are left out one by one. rising: the later a tag, the more often, up to that share for the last. all:
+    that share of visits has none of them (OneTrainer)."""
     keep_tokens: int | None = option(None, NOT_NEGATIVE, requires="shuffle_caption or caption_tag_dropout")
     """Number of tags at the start that stay in place and are never left out. Default: 0."""
     caption_separator: str = option(",", requires="shuffle_caption or caption_tag_dropout")

@@ -164,6 +164,7 @@ def captioning_of(config: ResolvedConfig) -> CaptionAugmentation:
         keep_tokens=config.keep_tokens,
         trigger=config.trigger,
         tag_dropout=config.caption_tag_dropout,
+        tag_dropout_mode=config.caption_tag_dropout_mode,
         wildcards=config.enable_wildcard,
         prefix=config.caption_prefix or "",
         suffix=config.caption_suffix or "",

@@ -228,6 +228,7 @@ def _refuse_unusable(config: TrainConfig, model_info: ModelInfo, method: str, bu
         "lr_scheduler wsd": config.lr_scheduler == "wsd",
         "aspect_ratio_bucketing": buckets is not None,
         "full_bf16": config.full_bf16,
+        "caption_tag_dropout": config.caption_tag_dropout > 0,
         "shuffle_caption or caption_tag_dropout": config.shuffle_caption or config.caption_tag_dropout > 0,
         "class_data": config.class_data is not None,
         "class images": config.class_data is not None or any("class_images" in own for own in config.source_settings),

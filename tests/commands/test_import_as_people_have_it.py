@@ -261,3 +261,24 @@ def test_the_weight_of_class_images_in_a_dataset_file_is_kept(tmp_path: Path, fo
         class_images = "class_images = true, loss_weight = 0.5"
         assert found["source_settings"] == ("", class_images, class_images)
         assert "prior_loss_weight" not in found
+
+
+def test_fractions_of_repeats_and_tag_dropout_of_onetrainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """0.5 and 2 repeats are 1 and 4 in half as many epochs."""
+    text = {"tag_dropout_enable": True, "tag_dropout_mode": "RANDOM WEIGHTED", "tag_dropout_probability": 0.3,
+            "tag_dropout_special_tags_mode": "NONE", "keep_tags_count": 2}  # fmt: skip
+    given = {
+        "training_method": "LORA", "base_model_name": "m", "epochs": 40,
+        "concepts": [
+            {"path": "few", "balancing": 2.0, "text": text}, {"path": "many", "balancing": 0.5, "text": text},
+        ],
+    }  # fmt: skip
+    found = imported(tmp_path, "config.json", json.dumps(given))
+    expected = {
+        "repeats": (4, 1), "num_train_epochs": 20, "caption_tag_dropout": 0.3, "caption_tag_dropout_mode": "rising",
+        "keep_tokens": 2,
+    }  # fmt: skip
+    assert {name: found.get(name) for name in expected} == expected
+    told = capsys.readouterr().out
+    assert "note: an epoch here has the visits of 2 of OneTrainer's" in told
+    assert "left" not in told.replace("0 left out", "")

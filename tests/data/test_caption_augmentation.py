@@ -125,3 +125,17 @@ def test_lines_of_a_text() -> None:
     assert first_caption([("txt", text)]).text == "first line second"
     assert first_caption([("txt", text)], lines="first") == ("first line", "txt", ())
     assert first_caption([("txt", text)], lines="chosen") == ("first line", "txt", ("second",))
+
+
+def test_tags_are_left_out_all_together_or_the_later_the_more_often() -> None:
+    """The modes of OneTrainer; the first tag is kept."""
+    tags = "kept, a, b, c, d"
+    whole = CaptionAugmentation(tag_dropout=0.4, tag_dropout_mode="all", keep_tokens=1)
+    forms = Counter(whole.caption([tags], key) for key in range(2000))
+    assert forms.keys() == {tags, "kept"}
+    assert forms["kept"] / 2000 == pytest.approx(0.4, abs=0.04)
+    rising = CaptionAugmentation(tag_dropout=0.8, tag_dropout_mode="rising", keep_tokens=1, shuffle=True)
+    seen = Counter(tag for key in range(2000) for tag in rising.caption([tags], key).split(", "))
+    for place, tag in enumerate("abcd", start=1):
+        assert 1 - seen[tag] / 2000 == pytest.approx(0.8 * place / 4, abs=0.04)
+    assert seen["kept"] == 2000

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Collection, Mapping
+from fractions import Fraction
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -166,16 +168,26 @@ def _concepts(imported: ImportedConfig, value: Any) -> None:
     concepts = [concept for concept in everything if _kind_of(concept) == "STANDARD"]
     if not concepts:
         return
-    repeats = [concept.get("balancing", 1.0) for concept in concepts]
-    strange = [times for times in repeats if times < 1 or times != int(times)]
-    if strange or any(concept.get("balancing_strategy", "REPEATS") != "REPEATS" for concept in concepts):
-        imported.skip("concepts.balancing", repeats, "whole numbers of repeats are taken")
-        repeats = [1] * len(concepts)
+    repeats = [Fraction(concept.get("balancing", concept.get("repeats", 1.0))) for concept in concepts]
+    if any(concept.get("balancing_strategy", "REPEATS") != "REPEATS" for concept in concepts):
+        imported.skip("concepts.balancing_strategy", "SAMPLES", "a number of repeats is taken, not of samples")
+        repeats = [Fraction(1)] * len(concepts)
+    epochs = lcm(*(times.limit_denominator(20).denominator for times in repeats))
+    if epochs > 1:  # of OneTrainer in one of ours, so that each concept comes a whole number of times
+        imported.notes.append(f"an epoch here has the visits of {epochs} of OneTrainer's")
+        _divide_epochs(imported, epochs)
     sources = [
-        ForeignSource(concept["path"], int(times), _settings_of(imported, concept))
+        ForeignSource(concept["path"], max(1, round(times * epochs)), _settings_of(imported, concept))
         for concept, times in zip(concepts, repeats, strict=True)
     ]
     take_sources(imported, sources, theirs="concepts.path")
+
+
+def _divide_epochs(imported: ImportedConfig, by: int) -> None:
+    length = imported.ours.get("num_train_epochs", DEFAULTS["epochs"])
+    if length % by:
+        imported.skip("epochs", length, f"{by} of them are one epoch here, of which there is a whole number")
+    imported.ours["num_train_epochs"] = max(1, round(length / by))
 
 
 def _kind_of(concept: Mapping[str, Any]) -> str:
@@ -204,6 +216,7 @@ def _settings_of(imported: ImportedConfig, concept: Mapping[str, Any]) -> dict[s
         settings |= {"shuffle_caption": True, "keep_tokens": int(text.get("keep_tags_count", 1))}
         if (delimiter := text.get("tag_delimiter", ",")) != ",":
             settings["caption_separator"] = delimiter
+    _take_tag_dropout(imported, settings, text, concept["path"])
     if (captions := text.pop("prompt_source", "sample")) in ("sample", "filename"):
         settings |= {"caption_source": "filename"} if captions == "filename" else {}
     else:
@@ -215,6 +228,20 @@ def _settings_of(imported: ImportedConfig, concept: Mapping[str, Any]) -> dict[s
     if concept.get("include_subdirectories") is False:
         imported.skip(f"{concept['path']}.include_subdirectories", False, "folders are read at any depth here")
     return settings
+
+
+_TAG_DROPOUT = {"FULL": "all", "RANDOM": "each", "RANDOM WEIGHTED": "rising"}
+
+
+def _take_tag_dropout(imported: ImportedConfig, settings: dict[str, Any], text: dict[str, Any], concept: str) -> None:
+    """Tags that are left out, but not lists of those that never are, or alone are."""
+    mode, share = text.pop("tag_dropout_mode", "FULL"), text.pop("tag_dropout_probability", 0.0)
+    if not text.pop("tag_dropout_enable", False) or not share:
+        return
+    if (special := text.get("tag_dropout_special_tags_mode", "NONE")) != "NONE":
+        imported.skip(f"{concept}.tag_dropout_special_tags_mode", special, "all tags are treated alike")
+    settings |= {"caption_tag_dropout": float(share), "caption_tag_dropout_mode": _TAG_DROPOUT.get(mode, "each")}
+    settings["keep_tokens"] = int(text.get("keep_tags_count", 1))
 
 
 def _concept_file(imported: ImportedConfig, value: Any) -> None:
@@ -342,5 +369,7 @@ def take(given: Mapping[str, Any]) -> ImportedConfig:
     _take_schedule(imported, given)
     _take_timesteps(imported, given)
     _take_losses(imported, given)
+    concepts = {name: given.pop(name, None) for name in ("concepts", "concept_file_name")}
     imported.take({name: value for name, value in given.items() if value != {}}, _RENAMED)
+    imported.take({name: value for name, value in concepts.items() if value}, _RENAMED)
     return imported
