@@ -11,6 +11,7 @@ from finetune.errors import UsageError
 CAPTIONING: Mapping[str, str] = {
     "trigger": "trigger",
     "caption_dropout": "dropout",
+    "caption_dropout_every_n_epochs": "dropout_every_n_epochs",
     "shuffle_caption": "shuffle",
     "keep_tokens": "keep_tokens",
     "caption_tag_dropout": "tag_dropout",

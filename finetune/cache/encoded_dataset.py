@@ -16,7 +16,7 @@ from finetune.cache.keys import caption_key
 from finetune.cache.lazy_encoder import LazyEncoder
 from finetune.cache.loss_masks import LossMasks
 from finetune.cache.store import Item, Store
-from finetune.data.caption_augmentation import CaptionAugmentation
+from finetune.data.caption_augmentation import CaptionAugmentation, RunProgress
 from finetune.data.image_dataset import ImageDataset
 from finetune.data.transforms import normalize
 from finetune.errors import DataError, UsageError
@@ -155,11 +155,17 @@ class EncodedDataset:
         """Visits of an epoch."""
         return self.pictures.epoch_visits
 
-    def caption(self, index: int, key: int) -> str:
+    def caption(self, index: int, key: int, progress: RunProgress | None = None) -> str:
         """The caption of the visit with this sample key."""
-        return self.pictures.captioning(index, self.captioning).caption(self.pictures.texts(index), key)
+        return self.pictures.captioning(index, self.captioning).caption(self.pictures.texts(index), key, progress)
 
-    def collate(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[LoadedImage]) -> Batch:
+    def collate(
+        self,
+        indices: Sequence[int],
+        keys: Tensor,
+        loaded: Sequence[LoadedImage],
+        progress: RunProgress | None = None,
+    ) -> Batch:
         """Loaded visits -> Batch on the CPU. Raises DataError when the pictures differ in size."""
         ids = tuple(self.ids[index] for index in indices)
         latent_params = _stack([image.latent_params for image in loaded], ids)
@@ -170,7 +176,7 @@ class EncodedDataset:
         unet_channels = None if shown is None else shown.channels(self.encoder, condition, keys)
         time_ids = torch.tensor([image.crop.time_ids(image.flip) for image in loaded])
         visits = zip(indices, keys.tolist(), strict=True)
-        captions = [self.caption(index, key) for index, key in visits]
+        captions = [self.caption(index, key, progress) for index, key in visits]
         cond = self.conditioner.kwargs(self.conditions.get(captions), time_ids)
         weight = torch.tensor([self.pictures.weights[index] for index in indices])
         is_class_image = tuple(index >= self.pictures.num_subject_images for index in indices)

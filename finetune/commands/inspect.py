@@ -10,6 +10,7 @@ from finetune.errors import UsageError
 if TYPE_CHECKING:
     from finetune.batch import Batch
     from finetune.cache.encoded_dataset import EncodedDataset
+    from finetune.data.caption_augmentation import RunProgress
     from finetune.training.trainer import Trainer
 
 
@@ -34,6 +35,7 @@ def run(options: Options) -> None:
     """
     import torch
 
+    from finetune.data.caption_augmentation import RunProgress
     from finetune.data.loader import training_steps
     from finetune.models.model_info import locate
     from finetune.results.contact_sheet import contact_sheet
@@ -58,11 +60,17 @@ def run(options: Options) -> None:
     ((chunk, steps),) = chunks.chunk_steps(range(options.step - 1, options.step), config.global_batch)
     _, encoded, trainer = assembled(config, model_info, chunks.at(chunk), device, steps=steps)
     (batches,) = training_steps(
-        encoded, batch_size=config.global_batch, steps=steps.stop, seed=config.seed, start=steps.start
+        encoded,
+        batch_size=config.global_batch,
+        steps=steps.stop,
+        seed=config.seed,
+        start=steps.start,
+        steps_before=options.step - 1 - steps.start,
     )
     losses = _losses(trainer, batches, folder, options.step, config.max_train_steps)
     timesteps = [int(t) for part in trainer.prepare(*batches).parts for t in part.drawn.t]
-    captions, pixels = _pixels(encoded, batches)
+    epoch = steps.start * config.global_batch // encoded.epoch_visits
+    captions, pixels = _pixels(encoded, batches, RunProgress(options.step - 1, epoch))
     tokens, limit = encoded.conditioner.token_counts(captions), encoded.conditioner.token_limit
     ids = [name for batch in batches for name in batch.ids]
     names = []
@@ -102,13 +110,15 @@ def _losses(trainer: "Trainer", batches: "tuple[Batch, ...]", folder: Path, step
     return losses.tolist()
 
 
-def _pixels(encoded: "EncodedDataset", batches: "tuple[Batch, ...]") -> "tuple[list[str], list]":
+def _pixels(
+    encoded: "EncodedDataset", batches: "tuple[Batch, ...]", progress: "RunProgress"
+) -> "tuple[list[str], list]":
     """Caption and pixels of each example, as the step had them."""
     captions, pixels = [], []
     places = {name: index for index, name in enumerate(encoded.ids)}
     for batch in batches:
         for name, key in zip(batch.ids, batch.keys.tolist(), strict=True):
             index = places[name]
-            captions.append(encoded.caption(index, key))
+            captions.append(encoded.caption(index, key, progress))
             pixels.append(encoded.visits.preview_pixels(index, key))
     return captions, pixels

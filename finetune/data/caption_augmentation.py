@@ -7,11 +7,22 @@ key of the visit.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from math import floor
+from typing import Literal, NamedTuple
 
 import torch
 
 from finetune import seeding
+
+
+class RunProgress(NamedTuple):
+    """How far a run is at a visit; some rules for captions change on the way."""
+
+    step: int
+    """Optimizer steps before."""
+    epoch: int
+    """Epochs before."""
+
 
 _WILDCARD = re.compile(r"\{([^}]+)\}")
 
@@ -22,6 +33,8 @@ class CaptionAugmentation:
 
     dropout: float = 0.0
     """Share of visits without words, in [0, 1)."""
+    dropout_every_n_epochs: int | None = None
+    """Every n-th epoch is without words; None: none is."""
     shuffle: bool = False
     """Tags, the parts between separators, come in another order at each visit."""
     keep_tokens: int | None = None
@@ -33,6 +46,10 @@ class CaptionAugmentation:
     tag_dropout_mode: Literal["each", "rising", "all"] = "each"
     """Which: each for itself; the later in the caption the more often; or all of them in this share of the visits, the
     modes RANDOM, RANDOM WEIGHTED and FULL of OneTrainer (`DropTags` of its library mgds)."""
+    warmup_steps: int = 0
+    """Steps in which the number of tags rises from `warmup_min` to all of them."""
+    warmup_min: int = 1
+    """Tags at the first step, beside those that are kept."""
     wildcards: bool = False
     """{a|b} stands for one of its parts at each visit; {{ and }} for braces."""
     prefix: str = ""
@@ -50,14 +67,27 @@ class CaptionAugmentation:
     @property
     def varies(self) -> bool:
         """Whether a caption has more forms than its own and the empty one."""
-        return self.shuffle or self.tag_dropout > 0 or self.wildcards
+        return self._moves_tags or self.wildcards
+
+    @property
+    def _moves_tags(self) -> bool:
+        return self.shuffle or self.tag_dropout > 0 or self.warmup_steps > 0
 
     def plain(self, caption: str) -> str:
         """The form of a caption in which nothing is drawn."""
         return self._joined(self._framed(caption))
 
-    def caption(self, captions: Sequence[str], key: int) -> str:
-        """One of the captions, each as likely, in the form of this visit; or the empty one."""
+    def caption(self, captions: Sequence[str], key: int, progress: RunProgress | None = None) -> str:
+        """One of the captions, each as likely, in the form of this visit; or the empty one.
+
+        Args:
+            captions: of the image.
+            key: of the visit.
+            progress: of the run at the visit; None: what changes on the way is over.
+        """
+        every = self.dropout_every_n_epochs
+        if every and progress and (progress.epoch + 1) % every == 0:
+            return ""
         keys = torch.tensor([key])
         if self.dropout and seeding.uniform(keys, "caption dropout").item() < self.dropout:
             return ""
@@ -66,15 +96,18 @@ class CaptionAugmentation:
         if not self.varies:
             return self.plain(caption)
         if self.trigger and caption.startswith(f"{self.trigger} "):
-            return f"{self.trigger} {self._visited(caption.removeprefix(f'{self.trigger} '), key)}"
-        return self._visited(caption, key)
+            return f"{self.trigger} {self._visited(caption.removeprefix(f'{self.trigger} '), key, progress)}"
+        return self._visited(caption, key, progress)
 
-    def _visited(self, caption: str, key: int) -> str:
+    def _visited(self, caption: str, key: int, progress: RunProgress | None) -> str:
         caption = self._framed(caption)
         if self.wildcards:
             caption = expanded(caption, key)
-        if self.shuffle or self.tag_dropout:
+        if self._moves_tags:
             first, moved, last = self._tags(caption)
+            if progress and progress.step < self.warmup_steps:
+                more = progress.step * (len(moved) - self.warmup_min) / self.warmup_steps
+                moved = moved[: floor(more) + self.warmup_min]
             if self.tag_dropout and self.tag_dropout_mode != "each":
                 moved = self._kept(moved, key)
             if self.shuffle:

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from finetune.batch import Batch, GlobalStep
+from finetune.data.caption_augmentation import RunProgress
 from finetune.data.sampler import Sampler, Visit
 from finetune.errors import UsageError
 from finetune.seeding import example_key
@@ -49,7 +50,9 @@ class Examples(Protocol):
         just before they are."""
         ...
 
-    def collate(self, indices: Sequence[int], keys: torch.Tensor, loaded: Sequence[Any]) -> Batch:
+    def collate(
+        self, indices: Sequence[int], keys: torch.Tensor, loaded: Sequence[Any], progress: RunProgress | None = None
+    ) -> Batch:
         """Loaded visits of one shape -> a Batch; runs in the training process."""
         ...
 
@@ -100,6 +103,7 @@ def training_steps(
     device: torch.device | str = "cpu",
     rank: int = 0,
     world_size: int = 1,
+    steps_before: int = 0,
 ) -> Iterator[tuple[Batch, ...]]:
     """The optimizer steps `start` to `steps` (not included), each of `batch_size` examples: a batch for each shape.
 
@@ -113,6 +117,7 @@ def training_steps(
         device: where the tensors go (the keys stay on the CPU).
         rank: of this process among those that train together; it gets its part of each step.
         world_size: how many there are.
+        steps_before: of the run, before step 0 of this source.
 
     Raises:
         UsageError: the source is empty, a size is below 1, or there are more processes than examples in a step.
@@ -144,7 +149,8 @@ def training_steps(
         for item in items:
             alike.setdefault(source.shapes[item[0]], []).append(item)
         groups = [zip(*some, strict=True) for some in alike.values()]
-        made = [source.collate(indices, torch.tensor(keys), loaded) for indices, keys, loaded in groups]
+        progress = RunProgress(step + steps_before, step * batch_size // sampler.epoch_visits)
+        made = [source.collate(indices, torch.tensor(keys), loaded, progress) for indices, keys, loaded in groups]
         yield tuple(replace(batch.to(device), global_step=global_step) for batch in made)
 
 

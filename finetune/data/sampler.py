@@ -61,11 +61,11 @@ class Sampler:
         self._repeats[self._class_examples] = 0
         self._examples = np.repeat(np.arange(len(shapes)), self._repeats)  # of the visits of an epoch, but class ones
         self._times = np.arange(len(self._examples)) - np.repeat(self._repeats.cumsum() - self._repeats, self._repeats)
-        self._size = len(self._examples) * (2 if class_examples else 1)
+        self.epoch_visits = len(self._examples) * (2 if class_examples else 1)
         self._turns: dict[int, np.ndarray] = {}
         self._shapes = np.unique(np.asarray(shapes), return_inverse=True)[1]
-        self._epochs = -(-batch_size // self._size)  # in a round, which is to be no shorter than a step
-        self._round = self._size * self._epochs  # visits in it
+        self._epochs = -(-batch_size // self.epoch_visits)  # in a round, which is to be no shorter than a step
+        self._round = self.epoch_visits * self._epochs  # visits in it
         self._kept: dict[int, np.ndarray] = {}
 
     def visits(self, step: int) -> list[Visit]:
@@ -80,19 +80,19 @@ class Sampler:
     def mean_weight(self, weights: Sequence[float]) -> float:
         """The mean over the visits of an epoch of what each example weighs."""
         total = sum(weights[example] for example in self._examples.tolist())
-        turns = self._size - len(self._examples)
+        turns = self.epoch_visits - len(self._examples)
         theirs = sum(weights[example] for example in self._class_examples.tolist())
-        return (total + (turns * theirs / len(self._class_examples) if turns else 0.0)) / self._size
+        return (total + (turns * theirs / len(self._class_examples) if turns else 0.0)) / self.epoch_visits
 
     def _visited(self, visits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The example of each visit, and how many times it was visited before."""
-        epochs, places = np.divmod(visits, self._size)
+        epochs, places = np.divmod(visits, self.epoch_visits)
         plain = places < len(self._examples)
         examples, numbers = np.empty_like(visits), np.empty_like(visits)
         examples[plain] = self._examples[places[plain]]
         numbers[plain] = epochs[plain] * self._repeats[examples[plain]] + self._times[places[plain]]
         if not plain.all():
-            turns = epochs[~plain] * (self._size - len(self._examples)) + places[~plain] - len(self._examples)
+            turns = epochs[~plain] * (self.epoch_visits - len(self._examples)) + places[~plain] - len(self._examples)
             rounds, at = np.divmod(turns, len(self._class_examples))
             order = {number: self._turn(number) for number in np.unique(rounds).tolist()}
             drawn = [order[number][place] for number, place in zip(rounds.tolist(), at.tolist(), strict=True)]
@@ -175,7 +175,7 @@ class Sampler:
         last few that would fill no step; and these, of the most frequent shapes, which the next round takes first.
         """
         epochs = range(number * self._epochs, (number + 1) * self._epochs)
-        order = np.concatenate([self._permutation(epoch) + epoch * self._size for epoch in epochs])
+        order = np.concatenate([self._permutation(epoch) + epoch * self.epoch_visits for epoch in epochs])
         later = (number + 1) * self._round % self.batch_size
         shapes = self._shapes_of(order)
         frequent = np.argsort(np.bincount(shapes)[shapes], kind="stable")[len(order) - later :]
@@ -183,7 +183,7 @@ class Sampler:
 
     def _permutation(self, epoch: int) -> np.ndarray:
         source = torch.Generator().manual_seed(fold(self.seed, "order", epoch) & 0xFFFFFFFF)
-        return torch.randperm(self._size, generator=source).numpy()
+        return torch.randperm(self.epoch_visits, generator=source).numpy()
 
 
 T = TypeVar("T")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.option_info import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, option
+from finetune.option_info import AT_LEAST_ONE, BELOW_ONE, NOT_NEGATIVE, STEPS_OR_SHARE, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,8 @@ class CaptionOptions:
     """Word put in front of every caption that does not have it, or in place of [trigger] in the caption."""
     caption_dropout: float | None = option(None, BELOW_ONE, requires="text", suggest_for=("caption_dropout_rate",))
     """Share of visits with an empty caption. Default: 0.05 if captions vary, else 0."""
+    caption_dropout_every_n_epochs: int | None = option(None, AT_LEAST_ONE, requires="text")
+    """Every n-th epoch is without captions."""
     caption_source: Literal["files", "filename", "prompt"] = option(
         "files", requires="text", suggest_for=("caption_strategy", "prompt_source"), decided_by="dataset"
     )
@@ -40,11 +42,19 @@ class CaptionOptions:
     )
     """each: tags are left out one by one. rising: the later a tag, the more often, up to that share for the last. all:
     that share of visits has none of them (OneTrainer)."""
-    keep_tokens: int | None = option(None, NOT_NEGATIVE, requires="shuffle_caption or caption_tag_dropout")
+    token_warmup_step: int | float | None = option(None, STEPS_OR_SHARE, requires="text")
+    """Steps in which the number of tags rises to all of them; below 1: a share of the run."""
+    token_warmup_min: int = option(1, NOT_NEGATIVE, requires="token_warmup_step")
+    """Number of tags at the first step, in addition to those that keep_tokens keeps."""
+    keep_tokens: int | None = option(
+        None, NOT_NEGATIVE, requires="shuffle_caption, caption_tag_dropout or token_warmup_step"
+    )
     """Number of tags at the start that stay in place and are never left out. Default: 0."""
-    caption_separator: str = option(",", requires="shuffle_caption or caption_tag_dropout")
+    caption_separator: str = option(",", requires="shuffle_caption, caption_tag_dropout or token_warmup_step")
     """What separates tags."""
-    keep_tokens_separator: str | None = option(None, requires="shuffle_caption or caption_tag_dropout")
+    keep_tokens_separator: str | None = option(
+        None, requires="shuffle_caption, caption_tag_dropout or token_warmup_step"
+    )
     """Mark in a caption before which tags stay in place, instead of keep_tokens, and behind a second one too: |||."""
     secondary_separator: str | None = option(None, requires="text")
     """Separates tags that stay together; becomes caption_separator in the end: ;;;."""

@@ -160,11 +160,14 @@ def captioning_of(config: ResolvedConfig) -> CaptionAugmentation:
     """How the options of a run make the caption of a visit."""
     return CaptionAugmentation(
         dropout=config.caption_dropout,
+        dropout_every_n_epochs=config.caption_dropout_every_n_epochs,
         shuffle=config.shuffle_caption,
         keep_tokens=config.keep_tokens,
         trigger=config.trigger,
         tag_dropout=config.caption_tag_dropout,
         tag_dropout_mode=config.caption_tag_dropout_mode,
+        warmup_steps=0 if config.token_warmup_step is None else int(config.token_warmup_step),
+        warmup_min=config.token_warmup_min,
         wildcards=config.enable_wildcard,
         prefix=config.caption_prefix or "",
         suffix=config.caption_suffix or "",

@@ -193,7 +193,13 @@ def _length(
         warmup = warmup_steps(steps, model_info.family, config.resolution or model_info.resolution)
     elif warmup >= steps:
         raise UsageError(f"lr_warmup_steps = {warmup}: the whole run has only {steps} steps; give a smaller one")
-    return {"num_train_epochs": epochs, "max_train_steps": steps, "lr_warmup_steps": warmup, "lr_decay_steps": decay}
+    return {
+        "num_train_epochs": epochs,
+        "max_train_steps": steps,
+        "lr_warmup_steps": warmup,
+        "lr_decay_steps": decay,
+        "token_warmup_step": _steps_of(config.token_warmup_step, steps),
+    }
 
 
 def _steps_of(given: float | None, total: int) -> int | None:
@@ -201,10 +207,10 @@ def _steps_of(given: float | None, total: int) -> int | None:
     return None if given is None else round(given * total) if given < 1 else int(given)
 
 
-def _refuse_unusable(config: TrainConfig, model_info: ModelInfo, method: str, buckets: Buckets | None) -> None:
-    """Raise UsageError for the first option that was given and can do nothing here."""
+def _conditions(config: TrainConfig, model_info: ModelInfo, method: str, buckets: Buckets | None) -> dict[str, Any]:
+    """What options require (`OptionInfo.requires`) -> whether it is so here."""
     finds_rate = config.optimizer.startswith("prodigy")
-    there = {
+    return {
         "text": model_info.family.latent,
         "a model that takes text": model_info.family.latent,
         "a checkpoint in one file": model_info.checkpoint is not None,
@@ -229,7 +235,10 @@ def _refuse_unusable(config: TrainConfig, model_info: ModelInfo, method: str, bu
         "aspect_ratio_bucketing": buckets is not None,
         "full_bf16": config.full_bf16,
         "caption_tag_dropout": config.caption_tag_dropout > 0,
-        "shuffle_caption or caption_tag_dropout": config.shuffle_caption or config.caption_tag_dropout > 0,
+        "token_warmup_step": bool(config.token_warmup_step),
+        "shuffle_caption, caption_tag_dropout or token_warmup_step": config.shuffle_caption
+        or config.caption_tag_dropout > 0
+        or bool(config.token_warmup_step),
         "class_data": config.class_data is not None,
         "class images": config.class_data is not None or any("class_images" in own for own in config.source_settings),
         "validation_data left out": config.validation_data is None,
@@ -244,6 +253,11 @@ def _refuse_unusable(config: TrainConfig, model_info: ModelInfo, method: str, bu
         "report_to": bool(config.report_to),
         "sample_every left out": config.sample_every is None,
     }
+
+
+def _refuse_unusable(config: TrainConfig, model_info: ModelInfo, method: str, buckets: Buckets | None) -> None:
+    """Raise UsageError for the first option that was given and can do nothing here."""
+    there = _conditions(config, model_info, method, buckets)
     why = {
         "text": f"with {model_info.name}: a pixel-space model takes no text",
         "method lora": "with method full; give --method lora",

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from finetune.data.caption_augmentation import RunProgress
 from finetune.results import metrics_log, trackers
 from finetune.results.progress import Progress, progress
 from finetune.run.context import Run
@@ -127,9 +128,11 @@ def record_fault(run: Run, fault: Fault) -> None:
     """Write a line: the step's loss and norm, and id, timestep, caption and loss of each of its examples."""
     (steps_of_chunk,) = run.chunks.chunk_steps(range(fault.step - 1, fault.step), run.config.global_batch)
     pictures = run.chunks.at(steps_of_chunk.chunk)
+    epoch = steps_of_chunk.own.start * run.config.global_batch // pictures.epoch_visits
+    progress = RunProgress(fault.step - 1, epoch)
     timesteps = run.trainer.objective.sample_timesteps(torch.tensor(fault.keys)).tolist()
     facts = []
     for name, key, t in zip(fault.ids, fault.keys, timesteps, strict=True):
-        caption = run.encoded.caption(pictures.ids.index(name), key)
+        caption = run.encoded.caption(pictures.ids.index(name), key, progress)
         facts.append({"id": name, "timestep": t, "caption": caption})
     metrics_log.append_fault(run.folder, fault, facts)

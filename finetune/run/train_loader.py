@@ -66,6 +66,7 @@ class TrainDataLoader:
         config, parallel = self._config, self._trainer.parallel
         chunk_steps = self._volumes.chunk_steps(range(start, config.max_train_steps), config.global_batch)
         opening: Future[ImageDataset] | None = None
+        step = start
         for steps_of_chunk, following in pairwise(chain(chunk_steps, [None])):
             assert steps_of_chunk is not None
             encoded = self._open_chunk(
@@ -81,11 +82,13 @@ class TrainDataLoader:
                 num_workers=config.dataloader_num_workers,
                 rank=parallel.rank,
                 world_size=parallel.world_size,
+                steps_before=step - steps_of_chunk.own.start,
             ):
                 if opening is None and following:  # after workers were forked: they are to inherit no lock of a thread
                     opening = self._opener.submit(self._volumes.at, following.chunk)
                 self._left -= 1
                 yield batches
+            step += len(steps_of_chunk.own)
 
     def release_frozen(self) -> None:
         """Send the frozen networks that no visit to come needs from the device."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetune import seeding
-from finetune.data.caption_augmentation import CaptionAugmentation, expanded
+from finetune.data.caption_augmentation import CaptionAugmentation, RunProgress, expanded
 from finetune.data.captions import first_caption
 
 CAPTIONS = [
@@ -139,3 +139,21 @@ def test_tags_are_left_out_all_together_or_the_later_the_more_often() -> None:
     for place, tag in enumerate("abcd", start=1):
         assert 1 - seen[tag] / 2000 == pytest.approx(0.8 * place / 4, abs=0.04)
     assert seen["kept"] == 2000
+
+
+def test_the_number_of_tags_rises_to_all_of_them_as_in_sd_scripts() -> None:
+    warming = CaptionAugmentation(warmup_steps=10, warmup_min=2, keep_tokens=1)
+    tags = "kept, a, b, c, d, e, f"
+    counts = [len(warming.caption([tags], 0, RunProgress(step, 0)).split(", ")) - 1 for step in range(12)]
+    assert counts == [2, 2, 2, 3, 3, 4, 4, 4, 5, 5, 6, 6]  # floor(step (6 - 2) / 10) + 2
+    assert warming.caption([tags], 0, RunProgress(0, 0)) == "kept, a, b"
+    assert warming.caption([tags], 0) == tags  # validation has them all
+    assert warming.varies
+
+
+def test_every_nth_epoch_is_without_captions() -> None:
+    every = CaptionAugmentation(dropout_every_n_epochs=3)
+    said = [every.caption(["a dog"], 0, RunProgress(0, epoch)) for epoch in range(7)]
+    assert said == ["a dog", "a dog", "", "a dog", "a dog", "", "a dog"]
+    assert every.caption(["a dog"], 0) == "a dog"
+    assert not every.varies

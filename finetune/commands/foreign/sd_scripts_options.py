@@ -155,11 +155,17 @@ def take_captions(imported: ImportedConfig, given: dict[str, Any]) -> None:
     imported.ours["shuffle_caption"] = bool(given.pop("shuffle_caption", False))
     if share := word_value(given.pop("caption_tag_dropout_rate", 0)):
         imported.set("caption_tag_dropout", share, "caption_tag_dropout_rate")
+    if warmup := word_value(given.pop("token_warmup_step", 0)):
+        imported.set("token_warmup_step", warmup, "token_warmup_step")
+        imported.set("token_warmup_min", given.pop("token_warmup_min", 1), "token_warmup_min")
+    given.pop("token_warmup_min", None)
     of_tags = {name: given.pop(name, None) for name in ("keep_tokens", "keep_tokens_separator", "caption_separator")}
-    if imported.ours["shuffle_caption"] or "caption_tag_dropout" in imported.ours:
+    if imported.ours["shuffle_caption"] or {"caption_tag_dropout", "token_warmup_step"} & imported.ours.keys():
         for name, value in of_tags.items():
             if value:
                 imported.set(name, value, name)
+    if every := word_value(given.pop("caption_dropout_every_n_epochs", 0)):
+        imported.set("caption_dropout_every_n_epochs", every, "caption_dropout_every_n_epochs")
     imported.ours["caption_lines"] = "first"
     if word_value(given.pop("enable_wildcard", False)):
         imported.ours |= {"caption_lines": "chosen", "enable_wildcard": True}
