@@ -27,7 +27,7 @@ def run(options: Options, config: TrainConfig) -> None:
     from finetune.models.loading import check_resolution, load_frozen
     from finetune.models.model_info import locate
     from finetune.run.build_dataset import open_pictures
-    from finetune.run.resolve_config import with_absolute_paths
+    from finetune.run.resolve_config import frozen_options, with_absolute_paths
     from finetune.run.summary import encodings
     from finetune.training.backend import gpu_algorithms
 
@@ -39,16 +39,7 @@ def run(options: Options, config: TrainConfig) -> None:
     model_info = locate(config.model)
     check_resolution(model_info, config.resolution or model_info.resolution)
     chunks = open_pictures(config, model_info, None)
-    frozen = load_frozen(
-        model_info,
-        max_token_length=config.max_token_length,
-        clip_skip=config.clip_skip,
-        tokenizer=config.tokenizer,
-        vae=config.vae,
-        vae_scale=config.vae_scale,
-        vae_shift=config.vae_shift,
-        vae_reflection_padding=config.vae_reflection_padding,
-    )
+    frozen = load_frozen(model_info, **frozen_options(config))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for number in range(len(chunks)):
         pictures = chunks.at(number)

@@ -113,6 +113,7 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
     from finetune.models.lora_tools import merge_files
     from finetune.models.model_info import locate
     from finetune.results.export import exported
+    from finetune.run.resolve_config import frozen_options
 
     folder = Path(options.model).expanduser()
     made = exported(folder) if config else None
@@ -134,6 +135,8 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
     for pixels in (resolution, options.width, options.height):
         if pixels is not None:
             check_resolution(model_info, pixels)
+    around = frozen_options(config) if config else {}
+    around["tokenizer"] = options.tokenizer or (around.get("tokenizer") if adapted else None)
     model = load_model(
         model_info,
         resolution=resolution,
@@ -141,13 +144,7 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
         prediction_type=config.prediction_type if config else None,
         zero_terminal_snr=config.zero_terminal_snr if config and adapted else None,
         flow_shift=config.flow_shift if config and adapted else None,
-        max_token_length=config.max_token_length if config else 77,
-        clip_skip=config.clip_skip if config else None,
-        tokenizer=options.tokenizer or (config.tokenizer if config and adapted else None),
-        vae=config.vae if config and adapted else None,
-        vae_scale=config.vae_scale if config and adapted else None,
-        vae_shift=config.vae_shift if config and adapted else None,
-        vae_reflection_padding=bool(config and adapted and config.vae_reflection_padding),
+        **{name: value for name, value in around.items() if adapted or name not in _IN_AN_EXPORT},
     )
     tokenizer = model.conditioner.tokenizer
     if tokenizer and model_info.family.tiny_vocabulary and (spelt := spelt_words(tokenizer, options.prompt)):
@@ -156,6 +153,10 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
     if adapted:
         load_lora(model.unet, folder)
     return model, resolution
+
+
+_IN_AN_EXPORT = ("vae", "vae_scale", "vae_shift", "vae_reflection_padding")
+"""Options of the VAE, which a model that was exported has already."""
 
 
 def _check_sizes(options: Options, *, latent: bool) -> None:

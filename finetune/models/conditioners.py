@@ -14,6 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from finetune.models.environment import numeric_environment
 from finetune.models.fixed_batch import FixedBatches, caption_batch_size
+from finetune.models.prompt_weights import token_weights, weighted_words
 from finetune.models.weights import fingerprint
 
 
@@ -105,12 +106,17 @@ def count_tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> list[int]:
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int) -> Tensor:
     """Prompts -> token ids (B, chunks, 77) int64, each chunk with start, end and padding."""
+    length = chunks * (tokenizer.model_max_length - 2) + 2
+    rows = tokenizer(list(prompts), truncation=True, max_length=length, verbose=False)["input_ids"]
+    return in_chunks(tokenizer, [ids[1:-1] for ids in rows], chunks)
+
+
+def in_chunks(tokenizer: CLIPTokenizer, rows: Sequence[Sequence[int]], chunks: int) -> Tensor:
+    """Token ids of the words of each prompt -> (B, chunks, 77) int64, each chunk with start, end and padding."""
     body = tokenizer.model_max_length - 2
-    rows = tokenizer(list(prompts), truncation=True, max_length=chunks * body + 2, verbose=False)
     start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     result = []
-    for ids in rows["input_ids"]:
-        words = ids[1:-1]
+    for words in rows:
         pieces = [words[i * body : (i + 1) * body] for i in range(chunks)]
         result.append([[start, *piece, end, *[pad] * (body - len(piece))] for piece in pieces])
     return torch.tensor(result)
@@ -143,6 +149,7 @@ class ClipConditioner:
         max_token_length: 77, or 150 / 225 to encode long captions in chunks of 75, each between its own start and
             end marks, and join them with one pair of marks around all (as sd-scripts does).
         clip_skip: hidden state to take, counted from the end (1 = the last), followed by the final layer norm.
+        weighted: hidden states are multiplied by the weights in prompts, see `parse_weights`.
     """
 
     def __init__(
@@ -151,8 +158,10 @@ class ClipConditioner:
         text_encoder: CLIPTextModel,
         max_token_length: int = 77,
         clip_skip: int | None = None,
+        weighted: bool = False,
     ):
         self.tokenizer = tokenizer
+        self.weighted = weighted
         self.text_encoder = text_encoder.requires_grad_(False).eval()
         self.chunks = chunks_of(max_token_length)
         self.fixed_batches = FixedBatches()
@@ -161,7 +170,7 @@ class ClipConditioner:
     @cached_property
     def fingerprint(self) -> str:
         how = _settings(self.tokenizer, self.text_encoder)
-        return fingerprint(self.text_encoder, how, self.chunks, self.clip_skip or 1)
+        return fingerprint(self.text_encoder, how, self.chunks, self.clip_skip or 1, *["weighted"] * self.weighted)
 
     @property
     def environment(self) -> str:
@@ -176,6 +185,8 @@ class ClipConditioner:
         return self
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        if self.weighted:
+            return [len(weighted_words(self.tokenizer, prompt)[0]) for prompt in prompts]
         return count_tokens(self.tokenizer, prompts)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
@@ -185,8 +196,14 @@ class ClipConditioner:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts -> {"encoder_hidden_states": (B, L, D)} with L = 77, or 75 x chunks + 2."""
-        (states,) = self.fixed_batches(self._states, self.tokenize(prompts), self.batch_size)
-        return {"encoder_hidden_states": states}
+        if not self.weighted:
+            (states,) = self.fixed_batches(self._states, self.tokenize(prompts), self.batch_size)
+            return {"encoder_hidden_states": states}
+        words, weights = zip(*(weighted_words(self.tokenizer, prompt) for prompt in prompts), strict=True)
+        tokens = in_chunks(self.tokenizer, words, self.chunks)
+        (states,) = self.fixed_batches(self._states, tokens, self.batch_size)
+        factors = token_weights(weights, self.chunks, self.tokenizer.model_max_length - 2)
+        return {"encoder_hidden_states": states * factors.unsqueeze(-1).to(states)}
 
     @property
     def batch_size(self) -> int:
@@ -222,6 +239,7 @@ class SdxlConditioner:
         max_token_length: as for `ClipConditioner`; the pooled embedding is that of the first chunk.
         clip_skip: hidden state to take, counted from the end, 1 = the last; default: 2. No norm follows it.
         zeros_for_empty: an empty negative prompt stands for zeros in pictures, as the model's pipeline has it.
+        weighted: as for `ClipConditioner`; the pooled embedding has no weights.
     """
 
     def __init__(
@@ -231,7 +249,9 @@ class SdxlConditioner:
         max_token_length: int = 77,
         clip_skip: int | None = None,
         zeros_for_empty: bool = True,
+        weighted: bool = False,
     ):
+        self.weighted = weighted
         self.tokenizer: CLIPTokenizer | None = tokenizers[0]
         self.tokenizers = tokenizers
         self.text_encoders = text_encoders
@@ -245,7 +265,8 @@ class SdxlConditioner:
     @cached_property
     def fingerprint(self) -> str:
         how = [_settings(*pair) for pair in zip(self.tokenizers, self.text_encoders, strict=True)]
-        return fingerprint(nn.ModuleList(self.text_encoders), how, self.chunks, self.clip_skip)
+        more = ["weighted"] * self.weighted
+        return fingerprint(nn.ModuleList(self.text_encoders), how, self.chunks, self.clip_skip, *more)
 
     @property
     def environment(self) -> str:
@@ -261,14 +282,23 @@ class SdxlConditioner:
         return self
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
+        if self.weighted:
+            return [len(weighted_words(self.tokenizers[0], prompt)[0]) for prompt in prompts]
         return count_tokens(self.tokenizers[0], prompts)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts -> {"encoder_hidden_states": (B, L, D1 + D2), "text_embeds": (B, P)}."""
-        tokens = torch.stack([tokenize(tokenizer, prompts, self.chunks) for tokenizer in self.tokenizers], dim=1)
+        if not self.weighted:
+            tokens = torch.stack([tokenize(tokenizer, prompts, self.chunks) for tokenizer in self.tokenizers], dim=1)
+            states, pooled = self.fixed_batches(self._states, tokens, self.batch_size)
+            return {"encoder_hidden_states": states, "text_embeds": pooled}
+        # Both tokenizers cut words alike, and differ in padding alone.
+        words, weights = zip(*(weighted_words(self.tokenizers[0], prompt) for prompt in prompts), strict=True)
+        tokens = torch.stack([in_chunks(tokenizer, words, self.chunks) for tokenizer in self.tokenizers], dim=1)
         states, pooled = self.fixed_batches(self._states, tokens, self.batch_size)
-        return {"encoder_hidden_states": states, "text_embeds": pooled}
+        factors = token_weights(weights, self.chunks, self.tokenizers[0].model_max_length - 2)
+        return {"encoder_hidden_states": states * factors.unsqueeze(-1).to(states), "text_embeds": pooled}
 
     @property
     def batch_size(self) -> int:

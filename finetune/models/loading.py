@@ -103,6 +103,7 @@ def load_model(
     vae_scale: Sequence[float] | None = None,
     vae_shift: Sequence[float] | None = None,
     vae_reflection_padding: bool = False,
+    weighted_captions: bool = False,
     seed: int = 0,
 ) -> DiffusionModel:
     """Load a model for training, on the CPU. VAE and text encoder are frozen, in eval mode and in fp32.
@@ -123,6 +124,7 @@ def load_model(
         vae: a diffusers folder, or a .safetensors file of a VAE, that takes the place of the model's own.
         vae_scale, vae_shift: see `finetune.models.vae_scale.rescale`.
         vae_reflection_padding: see `finetune.models.vae_scale.set_padding`; also where the VAE's config says it.
+        weighted_captions: see `finetune.models.prompt_weights.parse_weights`.
         seed: of a from-scratch UNet's initial weights.
 
     Raises:
@@ -168,6 +170,7 @@ def load_model(
         scale=vae_scale,
         shift=vae_shift,
         reflecting=vae_reflection_padding,
+        weighted=weighted_captions,
     )
 
     def make_pipeline(unet: UNet2DConditionModel) -> DiffusionPipeline:
@@ -222,13 +225,14 @@ def load_frozen(
     vae_scale: Sequence[float] | None = None,
     vae_shift: Sequence[float] | None = None,
     vae_reflection_padding: bool = False,
+    weighted_captions: bool = False,
 ) -> "Frozen":
     """What `load_model` puts around the UNet, without it. Raises as it does."""
     if not model_info.family.latent:
         return Frozen(PixelEncoder(), NoCondition())
     source = open_source(model_info, tokenizer)
     vae_options: dict[str, Any] = {"scale": vae_scale, "shift": vae_shift, "reflecting": vae_reflection_padding}
-    return _frozen(model_info, source, max_token_length, clip_skip, vae, **vae_options)
+    return _frozen(model_info, source, max_token_length, clip_skip, vae, **vae_options, weighted=weighted_captions)
 
 
 @dataclass
@@ -255,6 +259,7 @@ def _frozen(
     scale: Sequence[float] | None,
     shift: Sequence[float] | None,
     reflecting: bool,
+    weighted: bool,
 ) -> Frozen:
     try:
         with without_library_bars():
@@ -296,10 +301,11 @@ def _frozen(
             max_token_length,
             clip_skip,
             zeros,
+            weighted,
         )
         more = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
     else:
-        conditioner = ClipConditioner(text["tokenizer"], text["text_encoder"], max_token_length, clip_skip)
+        conditioner = ClipConditioner(text["tokenizer"], text["text_encoder"], max_token_length, clip_skip, weighted)
         more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return Frozen(
         VaeEncoder(vae),

@@ -58,6 +58,8 @@ class CaptionOptions:
     """Mark in a caption before which tags stay in place, instead of keep_tokens, and behind a second one too: |||."""
     secondary_separator: str | None = option(None, requires="text")
     """Separates tags that stay together; becomes caption_separator in the end: ;;;."""
+    weighted_captions: bool = option(False, requires="text")
+    """Give words in captions and prompts weights: (word:1.2), (word) for 1.1, [word] for less; brackets nest."""
     enable_wildcard: bool = option(False, requires="text", suggest_for=("wildcards",))
     """Take one part of {a|b|c} in a caption at each visit."""
     max_token_length: Literal[77, 150, 225] = option(77, requires="text")

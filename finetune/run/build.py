@@ -22,6 +22,7 @@ from finetune.models.lora import Adapter, add_lora
 from finetune.models.lora_layers import train_only
 from finetune.models.model_info import ModelInfo
 from finetune.optimizer_table import TUNED
+from finetune.run.resolve_config import frozen_options
 from finetune.seeding import example_key
 from finetune.text import pluralize
 from finetune.training.backend import DTYPES, compile_blocks
@@ -54,13 +55,7 @@ def load_base(config: ResolvedConfig, model_info: ModelInfo, dtype: torch.dtype)
         prediction_type=config.prediction_type,
         zero_terminal_snr=config.zero_terminal_snr,
         flow_shift=config.flow_shift,
-        max_token_length=config.max_token_length,
-        clip_skip=config.clip_skip,
-        tokenizer=config.tokenizer,
-        vae=config.vae,
-        vae_scale=config.vae_scale,
-        vae_shift=config.vae_shift,
-        vae_reflection_padding=config.vae_reflection_padding,
+        **frozen_options(config),
         seed=config.seed,
     )
     if config.method == "lora":

@@ -14,6 +14,7 @@ from finetune.errors import UsageError
 from finetune.models.loading import load_model
 from finetune.models.model_info import ModelInfo
 from finetune.results.sampling import draw_pictures, save_picture
+from finetune.run.resolve_config import frozen_options
 from finetune.text import pluralize
 from finetune.training.backend import DTYPES, resolve_precision
 
@@ -59,13 +60,7 @@ def draw_missing(config: TrainConfig, model_info: ModelInfo, device: torch.devic
         # What the base is, not what it is trained to become.
         prediction_type=config.prediction_type if _is_what_it_says(config, model_info) else None,
         flow_shift=config.flow_shift if config.prediction_type == "flow" else None,
-        max_token_length=config.max_token_length,
-        clip_skip=config.clip_skip,
-        tokenizer=config.tokenizer,
-        vae=config.vae,
-        vae_scale=config.vae_scale,
-        vae_shift=config.vae_shift,
-        vae_reflection_padding=config.vae_reflection_padding,
+        **frozen_options(config),
     ).to(device)
     names = (folder / f"drawn-{seed:05d}.png" for seed in range(2 * number))
     missing = [path for path in names if not path.exists()][: number - there]

@@ -20,6 +20,7 @@ from finetune.errors import UsageError
 from finetune.log_handlers import labelled
 from finetune.models.loading import load_model
 from finetune.models.model_info import ModelInfo
+from finetune.run.resolve_config import frozen_options
 from finetune.training.backend import DTYPES, resolve_precision
 from finetune.training.prediction_type import clear_prediction_type, prediction_errors
 
@@ -80,13 +81,7 @@ def _measured(
     model = load_model(
         model_info,
         dtype=half or torch.float32,
-        max_token_length=config.max_token_length,
-        clip_skip=config.clip_skip,
-        tokenizer=config.tokenizer,
-        vae=config.vae,
-        vae_scale=config.vae_scale,
-        vae_shift=config.vae_shift,
-        vae_reflection_padding=config.vae_reflection_padding,
+        **frozen_options(config),
     ).to(device)
     scheduler = model.scheduler
     assert isinstance(scheduler, DDPMScheduler)

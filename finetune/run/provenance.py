@@ -14,7 +14,10 @@ from finetune.models.environment import device_name
 from finetune.models.loading import DiffusionModel
 from finetune.models.weights import sampled_digest
 
-_FROZEN = {"vae": ("vae",), "text_encoder": ("tokenizer", "clip_skip", "max_token_length")}
+_FROZEN = {
+    "vae": ("vae", "vae_scale", "vae_shift", "vae_reflection_padding"),
+    "text_encoder": ("tokenizer", "clip_skip", "max_token_length", "weighted_captions"),
+}
 """Frozen part -> options that change its fingerprint."""
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 

@@ -71,6 +71,13 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     return replace(config, **paths)
 
 
+def frozen_options(config: TrainConfig) -> dict[str, Any]:
+    """What `load_model` and `load_frozen` take of a config for the VAE and the text encoders."""
+    names = ("max_token_length", "clip_skip", "tokenizer", "vae", "vae_scale", "vae_shift", "vae_reflection_padding",
+             "weighted_captions")  # fmt: skip
+    return {name: getattr(config, name) for name in names}
+
+
 def resolve_for(
     config: TrainConfig, model_info: ModelInfo, chunks: Chunks, device: torch.device, *, processes: int = 1
 ) -> ResolvedConfig:
