@@ -183,7 +183,7 @@ def test_a_dataset_file_of_sd_scripts(tmp_path: Path, capsys: pytest.CaptureFixt
             "train_unconditional.py --train_data_dir ./b --resolution 128 --ddpm_num_inference_steps 100",
             {"model": "ddpm", "resolution": 128, "num_inference_steps": 100, "method": None, "adam_beta1": 0.95},
         ),
-        ("train_dreambooth_lora_sdxl.py --use_dora", {"lora_type": "dora", "resolution": None, "learning_rate": 5e-4}),
+        ("train_dreambooth_lora_sdxl.py --use_dora", {"lora_type": "dora", "resolution": None, "learning_rate": 1e-4, "adam_weight_decay": 1e-4, "caption_source": "prompt"}),
     ],
 )  # fmt: skip
 def test_command_lines_of_diffusers_scripts(script: str, expected: dict[str, Any], tmp_path: Path) -> None:
