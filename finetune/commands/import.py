@@ -79,15 +79,14 @@ def _imported(path: Path, text: str) -> ImportedConfig:
             return take_dataset(tables)
         return sd_scripts.take(sd_scripts.flattened(tables), "", path.parent)
     line = read_command_line(path, text)
-    if line.script.startswith(("train_text_to_image", "train_dreambooth", "train_unconditional")):
+    if line.script in diffusers_scripts.SCRIPTS:
         launched = {name: line.launcher[name] for name in ("mixed_precision",) if name in line.launcher}
         imported = diffusers_scripts.take({**launched, **line.options}, line.script)
-    elif line.script.endswith(("train_network.py", "train_db.py", "fine_tune.py", "sdxl_train.py")):
+    elif line.script in sd_scripts.SCRIPTS:
         imported = sd_scripts.take(line.options, line.script, path.parent)
     else:
-        raise UsageError(
-            f"--file {path}: {line.script} is not a script of sd-scripts or diffusers that can be imported"
-        )
+        scripts = ", ".join((*sd_scripts.SCRIPTS, *diffusers_scripts.SCRIPTS))
+        raise UsageError(f"--file {path}: {line.script} cannot be imported; expected one of {scripts}")
     for name, variable in line.unknown.items():
         imported.skip(name, variable, "a variable that the file does not set; give the option itself")
     return imported

@@ -183,7 +183,8 @@ def test_a_dataset_file_of_sd_scripts(tmp_path: Path, capsys: pytest.CaptureFixt
             "train_unconditional.py --train_data_dir ./b --resolution 128 --ddpm_num_inference_steps 100",
             {"model": "ddpm", "resolution": 128, "num_inference_steps": 100, "method": None, "adam_beta1": 0.95},
         ),
-        ("train_dreambooth_lora_sdxl.py --use_dora", {"lora_type": "dora", "resolution": None, "learning_rate": 1e-4, "adam_weight_decay": 1e-4, "caption_source": "prompt"}),
+        ("train_dreambooth_lora_sdxl.py --use_dora", {"lora_type": "dora", "resolution": None, "learning_rate": 1e-4,
+         "adam_weight_decay": 1e-4, "caption_source": "prompt"}),
     ],
 )  # fmt: skip
 def test_command_lines_of_diffusers_scripts(script: str, expected: dict[str, Any], tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ def test_a_whole_config_of_onetrainer_for_a_full_fine_tune_can_be_trained_with(
         ("x.json", "{", "is not valid JSON"),
         ("x.toml", "= 1", "is not valid TOML"),
         ("x.sh", "echo hello", "no command line of a Python script"),
-        ("x.sh", "python flux_train.py --x", "flux_train.py is not a script of sd-scripts or diffusers"),
+        ("x.sh", "python flux_train.py --x", "flux_train.py cannot be imported; expected one of train_network.py"),
         ("x.sh", "python train_network.py --x 'a", "No closing quotation"),
     ],
 )

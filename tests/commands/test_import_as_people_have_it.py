@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from finetune.cli import main
 from finetune.options import ATTENTION_AND_FEED_FORWARD
 from tests.commands.test_import import imported
 
@@ -284,3 +285,38 @@ def test_fractions_of_repeats_and_tag_dropout_of_onetrainer(tmp_path: Path, caps
     told = capsys.readouterr().out
     assert "note: an epoch here has the visits of 2 of OneTrainer's" in told
     assert "left" not in told.replace("0 left out", "")
+
+
+def test_a_key_of_a_service_is_written_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = (
+        f"accelerate launch {LORA} --pretrained_model_name_or_path=m --wandb_api_key=secret --huggingface_token=secret"
+    )
+    imported(tmp_path, "train.sh", line)
+    assert "secret" not in capsys.readouterr().out + (tmp_path / "config.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.sh", "accelerate launch flux_train_network.py --network_dim=4", "flux_train_network.py cannot be"),
+        ("a.sh", "python train_dreambooth_lora_sd3.py --rank=4", "lora_sd3.py cannot be imported"),
+        ("a.sh", "python train_instruct_pix2pix.py --seed=1", "pix2pix.py cannot be imported; expected"),
+        ("a.json", json.dumps({"training_method": "LORA", "model_type": "FLUX_DEV_1"}), "model_type FLUX_DEV_1: "),
+        ("a.json", json.dumps({"training_method": "EMBEDDING", "base_model_name": "m"}), "method EMBEDDING: "),
+        ("a.json", json.dumps({"model_family": "flux"}), "model_family flux: Stable Diffusion 1, 2 and XL"),
+        ("a.yaml", "job: extension\nconfig: {process: [{type: sd_trainer, model: {arch: 'flux:x'}}]}", "arch flux: "),
+        ("a.yaml", "job: extension\nconfig: {process: [{type: sd_trainer, model: {is_v3: true}}]}", "model is_v3: "),
+        ("a.yaml", "job: extension\nconfig: {process: [{type: slider}]}", "process type slider: expected sd_trainer"),
+        ("a.yaml", "job: [", "is not valid YAML"),
+        ("a.yaml", "name: x", "no config of OneTrainer, kohya_ss, ai-toolkit, SimpleTuner, EveryDream2"),
+    ],
+)  # fmt: skip
+def test_what_trains_something_else_is_refused_in_one_line(
+    name: str, text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert main(["import", "--file", str(tmp_path / name), "--to", str(tmp_path / "config.toml")]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "config.toml").exists()

@@ -6,6 +6,12 @@ from typing import Any
 from finetune.commands.foreign.imported_config import ImportedConfig, Renamed, dropout, no_resume
 from finetune.config import accepted_names
 
+SCRIPTS = (
+    "train_text_to_image.py", "train_text_to_image_lora.py", "train_text_to_image_sdxl.py",
+    "train_text_to_image_lora_sdxl.py", "train_dreambooth.py", "train_dreambooth_lora.py",
+    "train_dreambooth_lora_sdxl.py", "train_unconditional.py",
+)  # fmt: skip
+"""Those that train what can be trained here; their siblings train other models."""
 _SHARED = {"lr_scheduler": "constant", "lr_warmup_steps": 500, "mixed_precision": "no", "caption_dropout": 0.0,
            "aspect_ratio_bucketing": False, "center_crop": False, "gradient_accumulation_steps": 1,
            "validation_fraction": 0.0}  # fmt: skip

@@ -11,6 +11,7 @@ from finetune.commands.foreign.imported_config import ImportedConfig, Renamed, d
 from finetune.commands.foreign.optimizer_arguments import take_arguments
 from finetune.commands.foreign.sd_scripts_network import TRANSFORMERS
 from finetune.commands.foreign.sources import ForeignSource, take_sources
+from finetune.errors import UsageError
 
 DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 3e-6, "epochs": 100, "batch_size": 1, "learning_rate_warmup_steps": 200, "resolution": "512",
@@ -45,7 +46,6 @@ _CHANGES_NOTHING: Mapping[str, Collection[Any]] = {
     "unmasked_weight": (0.1,), "embedding_weight_dtype": tuple(_DTYPES), "lora_weight_dtype": tuple(_DTYPES),
     "lora_decompose_norm_epsilon": (True,), "bundle_additional_embeddings": (True,), "weight_dtype": tuple(_DTYPES),
     "output_dtype": tuple(_DTYPES), "unet_weight_dtype": ("NONE", *_DTYPES), "vae_weight_dtype": ("NONE", *_DTYPES),
-    "output_model_format": ("SAFETENSORS", "KOHYA_LORA", "LEGACY_SAFETENSORS"),
     "attention_mechanism": ("XFORMERS", "SDP"),
     "train_unet": (True,), "enable_async_offloading": (True,), "enable_activation_offloading": (True,),
     "samples_to_tensorboard": (True,), "non_ema_sampling": (True,), "backup_before_save": (True,),
@@ -71,14 +71,21 @@ def _optimizer(imported: ImportedConfig, value: Any) -> None:
     take_arguments(imported, given, section="optimizer")
 
 
-def _method(imported: ImportedConfig, value: Any) -> None:
-    methods = {"LORA": "lora", "FINE_TUNE": "full"}
-    imported.set("method", methods.get(value, value), "training_method")
+_METHODS = {"LORA": "lora", "FINE_TUNE": "full"}
 
 
-def _model_type(imported: ImportedConfig, value: Any) -> None:
-    if value not in _MODELS:
-        imported.skip("model_type", value, "Stable Diffusion 1, 2 and XL can be trained here")
+def _refuse_others(given: Mapping[str, Any]) -> None:
+    """Raise UsageError for another kind of model or training than there is here."""
+    method, model = given.get("training_method", "FINE_TUNE"), given.get("model_type", "STABLE_DIFFUSION_15")
+    if method not in _METHODS:
+        raise UsageError(f"training_method {method}: expected {' or '.join(_METHODS)}")
+    if model not in _MODELS:
+        raise UsageError(f"model_type {model}: Stable Diffusion 1, 2 and XL can be trained here")
+
+
+def _format(imported: ImportedConfig, value: Any) -> None:
+    if value == "ORIGINAL_SINGLE_FILE":
+        imported.ours["export_formats"] = ("single-file",)
 
 
 def _chosen(name: str, theirs: str, table: Mapping[str, Any]) -> Any:
@@ -306,7 +313,8 @@ _RENAMED: Renamed = {
     "lora_rank": "rank", "lora_alpha": "lora_alpha",
     "dropout_probability": dropout, "offset_noise_weight": "noise_offset", "clip_grad_norm": "max_grad_norm",
     "lora_model_name": "init_lora", "workspace_dir": "output_dir",
-    "training_method": _method, "model_type": _model_type, "optimizer": _optimizer, "text_encoder": _text_encoder,
+    "training_method": _chosen("method", "training_method", _METHODS), "output_model_format": _format,
+    "optimizer": _optimizer, "text_encoder": _text_encoder,
     "text_encoder_2": _text_encoder, "unet": _unet, "vae": _vae,
     "loss_weight_fn": _loss_weight, "concepts": _concepts, "concept_file_name": _concept_file, "resolution": square,
     "aspect_ratio_bucketing": _buckets, "gradient_checkpointing": _checkpointing,
@@ -341,7 +349,12 @@ def _as_it_is_said_now(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def take(given: Mapping[str, Any]) -> ImportedConfig:
-    """The settings of a config or preset."""
+    """The settings of a config or preset.
+
+    Raises:
+        UsageError: another kind of model or training.
+    """
+    _refuse_others(given)
     imported = ImportedConfig("OneTrainer", defaults=_CHANGES_NOTHING)
     given = _as_it_is_said_now({**DEFAULTS, **given})
     imported.ours["validation_fraction"] = 0.0
@@ -369,6 +382,7 @@ def take(given: Mapping[str, Any]) -> ImportedConfig:
     _take_schedule(imported, given)
     _take_timesteps(imported, given)
     _take_losses(imported, given)
+    given.pop("model_type", None)
     concepts = {name: given.pop(name, None) for name in ("concepts", "concept_file_name")}
     imported.take({name: value for name, value in given.items() if value != {}}, _RENAMED)
     imported.take({name: value for name, value in concepts.items() if value}, _RENAMED)

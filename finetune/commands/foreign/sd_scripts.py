@@ -21,6 +21,8 @@ from finetune.commands.foreign.sd_scripts_options import (
 )
 from finetune.source_options import parse_settings, settings_text
 
+SCRIPTS = ("train_network.py", "sdxl_train_network.py", "train_db.py", "fine_tune.py", "sdxl_train.py")
+"""Those that train what can be trained here; their siblings train other models."""
 DEFAULTS: Mapping[str, Any] = {
     "train_batch_size": 1, "max_train_steps": 1600, "lr_warmup_steps": 0, "lr_scheduler": "constant",
     "caption_dropout": 0.0, "mixed_precision": "no", "rank": 4, "lora_alpha": 1.0,

@@ -42,7 +42,8 @@ WITHOUT_EFFECT = frozenset(
      "no_half_vae", "disable_mmap_load_safetensors", "persistent_data_loader_workers", "ddp_timeout",
      "ddp_gradient_as_bucket_view", "ddp_static_graph", "num_cpu_threads_per_process", "num_processes", "num_machines",
      "multi_gpu", "gpu_ids", "main_process_port", "model_list", "no_token_padding", "train_mode", "output_config",
-     "dataset_class", "huggingface_path_in_repo", "huggingface_repo_type")
+     "dataset_class", "huggingface_path_in_repo", "huggingface_repo_type",
+     "wandb_api_key", "huggingface_token", "use_safetensors", "text_encoder_batch_size", "cache_info", "async_upload")
 )  # fmt: skip
 """Options that change nothing of what is learned here: caches, attention, files, logs, and the text encoder's."""
 CHANGES_NOTHING: Mapping[str, Collection[Any]] = {
