@@ -23,6 +23,7 @@ from finetune.models.model_info import ModelInfo
 from finetune.models.source import open_source
 from finetune.optimizer_table import known_optimizer
 from finetune.run.build import adapt, captioning_of
+from finetune.source_options import parse_settings
 from finetune.text import pluralize
 from finetune.training.stochastic_rounding import PIECE
 
@@ -73,7 +74,7 @@ def kept_numbers(unet: Mapping[str, Any], side: int, *, latent: bool) -> float:
 
 def needed_bytes(config: ResolvedConfig, model_info: ModelInfo, device: torch.device) -> float:
     """What training takes where the UNet is: its weights, what learns, and a micro-batch on its way."""
-    latent, side, frozen = model_info.family.latent, config.resolution, 0
+    latent, side, frozen = model_info.family.latent, largest_resolution(config), 0
     if model_info.scratch:
         with torch.device("meta"):
             unet = scratch_unet(config.resolution)
@@ -87,6 +88,12 @@ def needed_bytes(config: ResolvedConfig, model_info: ModelInfo, device: torch.de
     activations = kept_numbers(shape, side, latent=latent) * config.train_batch_size
     needed = bytes_of(config, weights, activations)
     return _HEAP * (needed + 4 * frozen) + LIBRARIES if device.type == "cpu" else needed
+
+
+def largest_resolution(config: ResolvedConfig) -> int:
+    """The largest resolution of the run and its sources of images."""
+    sides = [parse_settings(text).get("resolution", 0) for text in config.source_settings]
+    return max([config.resolution, *sides])
 
 
 def bytes_of(config: ResolvedConfig, weights: int, activations: float) -> float:
@@ -137,7 +144,7 @@ def check_memory(
     less = takes_less(config, model_info, device, total)
     if needed <= 2 * total:
         return f"{line}, which may not suffice; {less}"
-    pictures = f"{config.train_batch_size} x {config.resolution} px"
+    pictures = f"{config.train_batch_size} x {largest_resolution(config)} px"
     raise UsageError(f"training {pictures} at once would take {line}; {less}")
 
 
@@ -148,7 +155,7 @@ def out_of_memory(config: ResolvedConfig, model_info: ModelInfo, device: torch.d
         config = replace(config, train_batch_size=1, gradient_accumulation_steps=passes)
     foretold = needed_bytes(config, model_info, device)
     less = takes_less(config, model_info, device, 0.9 * foretold)
-    pictures = f"{config.train_batch_size} x {config.resolution} px"
+    pictures = f"{config.train_batch_size} x {largest_resolution(config)} px"
     return f"out of memory, of which training {pictures} was thought to take about {foretold / 1e9:.1f} GB; {less}"
 
 

@@ -141,3 +141,13 @@ def test_of_full_fine_tuning_bf16_alone_takes_less_and_updates_in_the_backward_p
     assert takes_less(tiny, locate("tiny"), CPU, 1).startswith("--method lora would take about 0.8 GB, and a lower ")
     lora = resolved(model="tiny", data="x", train_batch_size=1, gradient_checkpointing=True)
     assert takes_less(lora, locate("tiny"), CPU, 1) == "a lower --resolution takes less"
+
+
+def test_the_largest_resolution_of_the_sources_decides() -> None:
+    options: dict[str, Any] = {"model": "tiny", "data": ("a", "b"), "resolution": 64}
+    sources = ("resolution = 128", "random_flip = true")
+    plain, found = resolved(**options), locate("tiny")
+    larger = resolved(**options, source_settings=sources)
+    needed = [needed_bytes(config, found, torch.device("cuda")) for config in (plain, larger)]
+    at_128 = needed_bytes(resolved(**options | {"resolution": 128}), found, torch.device("cuda"))
+    assert needed[1] == at_128 > needed[0]
