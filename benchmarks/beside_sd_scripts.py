@@ -60,8 +60,12 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "loss_type smooth_l1, snr": {"loss_type": "smooth_l1"},
     "masked loss": {"masked": True},
     "masked loss, huber": {"masked": True, "loss_type": "huber"},
+    "prior_loss_weight 0.5": {"prior_loss_weight": 0.5},
+    "prior_loss_weight 0.5, undivided": {"prior_loss_weight": 0.5, "undivided": True},
 }
 """Name -> options as sd-scripts names them.
+
+Half of the images are of the class. Ours divides the loss of a step by the mean weight; `undivided` does not.
 
 Its trainer computes the SNR before it rescales the schedule to zero terminal SNR; `rescaled_snr` computes it after.
 """
@@ -77,6 +81,11 @@ def taken(folder: Path, file: str, *names: str) -> dict[str, Any]:
     header = "from __future__ import annotations\n"
     exec(compile(header + "\n".join(map(ast.unparse, wanted)), file, "exec"), namespace)
     return namespace
+
+
+def weights(options: Mapping[str, Any]) -> Tensor:
+    """The weight of each of six images, of which the last three are of the class."""
+    return torch.tensor([1.0] * 3 + [options.get("prior_loss_weight", 1.0)] * 3)
 
 
 def theirs(folder: Path, options: Mapping[str, Any], x0: Tensor, noise: Tensor, t: Any, mask: Tensor) -> Any:
@@ -115,7 +124,7 @@ def theirs(folder: Path, options: Mapping[str, Any], x0: Tensor, noise: Tensor, 
             each = own["scale_v_prediction_loss_like_noise_prediction"](each, t, scheduler)
         if options.get("debiased_estimation_loss"):
             each = own["apply_debiased_estimation"](each, t, scheduler, v)
-        return each.mean()
+        return (each * weights(options)).mean()
 
     return loss
 
@@ -135,7 +144,9 @@ def ours(options: Mapping[str, Any], x0: Tensor, noise: Tensor, t: Tensor, mask:
         loss_function=LossFunction(options.get("loss_type", "l2"), huber_schedule=options.get("huber_schedule", "snr")),
     )
     noised = replace(objective.add_noise(x0, noise, t), mask=mask if options.get("masked") else None)
-    return lambda unet, cond: objective.loss(unet, noised, cond).mean()
+    weight = weights(options)
+    whole = len(weight) if options.get("undivided") else weight.sum()
+    return lambda unet, cond: (weight * objective.loss(unet, noised, cond)).sum() / whole
 
 
 def gradient(unet: Any, loss: Callable[..., Tensor], cond: Mapping[str, Tensor]) -> Tensor:
