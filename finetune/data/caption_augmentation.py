@@ -109,16 +109,16 @@ class CaptionAugmentation:
                 more = progress.step * (len(moved) - self.warmup_min) / self.warmup_steps
                 moved = moved[: floor(more) + self.warmup_min]
             if self.tag_dropout and self.tag_dropout_mode != "each":
-                moved = self._kept(moved, key)
+                moved = self._after_dropout(moved, key)
             if self.shuffle:
                 order = torch.randperm(len(moved), generator=seeding.generator(key, "caption order")).tolist()
                 moved = [moved[place] for place in order]
             if self.tag_dropout and self.tag_dropout_mode == "each":
-                moved = self._kept(moved, key)
+                moved = self._after_dropout(moved, key)
             caption = ", ".join([*first, *moved, *last])
         return self._joined(caption)
 
-    def _kept(self, tags: list[str], key: int) -> list[str]:
+    def _after_dropout(self, tags: list[str], key: int) -> list[str]:
         """The tags that a visit does not leave out."""
         generator = seeding.generator(key, "tag dropout")
         if self.tag_dropout_mode == "all":

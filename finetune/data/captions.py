@@ -238,8 +238,8 @@ def with_trigger(caption: str, trigger: str | None) -> str:
     if trigger:
         if TRIGGER in caption:
             return caption.replace(TRIGGER, trigger)
-        said = re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption)
-        return caption if said else f"{trigger} {caption}".strip()
+        mention = re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption)
+        return caption if mention else f"{trigger} {caption}".strip()
     if TRIGGER not in caption:
         return caption
     # In a list ("tall, [trigger], red" or "tall, [trigger]") the separator before it goes too.

@@ -298,10 +298,10 @@ def _frozen(
         conditioner = SdxlConditioner(
             (text["tokenizer"], text["tokenizer_2"]),
             (text["text_encoder"], text["text_encoder_2"]),
-            max_token_length,
-            clip_skip,
-            zeros,
-            weighted,
+            max_token_length=max_token_length,
+            clip_skip=clip_skip,
+            zeros_for_empty=zeros,
+            weighted=weighted,
         )
         more = {"force_zeros_for_empty_prompt": zeros, "add_watermarker": False}
     else:

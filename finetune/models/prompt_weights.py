@@ -12,7 +12,7 @@ _PART = re.compile(r"\\[()\[\]\\]|\\|\(|\[|:([+-]?(?:\d+\.?\d*|\.\d+))\)|\)|\]|[
 
 
 def parse_weights(prompt: str) -> list[tuple[str, float]]:
-    r"""The parts of a prompt and the weight of each, by the rules of A1111 and sd-scripts (`TokenizeStrategy`).
+    r"""The pieces of a prompt and the weight of each, by the rules of A1111 and sd-scripts (`TokenizeStrategy`).
 
     (a) weighs 1.1 times as much, (a:1.3) 1.3 times, [a] 1 / 1.1 times; these multiply where they nest. A bracket that
     is not closed lasts to the end, one that was not opened is text, and so is one behind a backslash.
@@ -39,15 +39,15 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
     for starts, factor in ((opened["("], MORE), (opened["["], LESS)):
         for start in starts:
             weigh(start, factor)
-    parts: list[tuple[str, float]] = []
+    pieces: list[tuple[str, float]] = []
     for text, weight in zip(texts, weights, strict=True):
         if not text:  # of a backslash alone
             continue
-        if parts and parts[-1][1] == weight:
-            parts[-1] = parts[-1][0] + text, weight
+        if pieces and pieces[-1][1] == weight:
+            pieces[-1] = pieces[-1][0] + text, weight
         else:
-            parts.append((text, weight))
-    return parts
+            pieces.append((text, weight))
+    return pieces
 
 
 def weighted_words(tokenizer: CLIPTokenizer, prompt: str) -> tuple[list[int], list[float]]:

@@ -68,8 +68,8 @@ def _take_optimizer(imported: ImportedConfig, given: dict[str, Any], place: Path
     rates = given.pop("lr", None), base.pop("lr", None)
     imported.set("learning_rate", next((rate for rate in rates if rate is not None), 1e-6), "lr")
     names = ("lr_scheduler", "lr_warmup_steps", "lr_decay_steps")
-    of_run, own = ({name: table.pop(name, None) for name in names} for table in (given, base))
-    _take_schedule(imported, {name: own[name] or of_run[name] for name in names})
+    of_run, of_optimizer = ({name: table.pop(name, None) for name in names} for table in (given, base))
+    _take_schedule(imported, {name: of_optimizer[name] or of_run[name] for name in names})
     take_arguments(imported, base, section="optimizer_config")
 
 

@@ -43,8 +43,8 @@ def take_arguments(imported: ImportedConfig, given: Mapping[str, Any], *, sectio
 
 
 def _numbers(value: Any) -> list[float]:
-    parts = value if isinstance(value, list | tuple) else str(value).strip("()[] ").split(",")
-    return [float(part) for part in parts]
+    numbers = value if isinstance(value, list | tuple) else str(value).strip("()[] ").split(",")
+    return [float(number) for number in numbers]
 
 
 def _text(value: Any) -> str:
