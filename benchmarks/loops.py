@@ -123,7 +123,9 @@ class RandomLatents:
     def load(self, index: int, key: int) -> Tensor:
         return self.stored + index
 
-    def collate(self, indices: Sequence[int], keys: Tensor, loaded: Sequence[Tensor]) -> ft.Batch:
+    def collate(
+        self, indices: Sequence[int], keys: Tensor, loaded: Sequence[Tensor], progress: object = None
+    ) -> ft.Batch:
         time_ids = torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]] * len(indices))
         ids, weight = tuple(self.ids[i] for i in indices), torch.ones(len(indices))
         return ft.Batch(
