@@ -320,3 +320,38 @@ def test_what_trains_something_else_is_refused_in_one_line(
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "config.toml").exists()
+
+
+NULLS = """
+job: extension
+config:
+  name: null
+  process:
+    - type: sd_trainer
+      trigger_word: null
+      network: {type: lora, linear: 8, linear_alpha: null, conv: null, lokr_factor: null, network_kwargs: null}
+      datasets:
+        - {folder_path: dog, num_repeats: null, resolution: 512, caption_ext: null, loss_multiplier: null}
+        - {folder_path: null}
+      train: {steps: 10, optimizer_params: null, lr_scheduler_params: null, ema_config: null, min_snr_gamma: null}
+      model: {name_or_path: m, vae_path: null}
+      save: null
+      sample: {samples: [{prompt: null}, {prompt: a dog}]}
+"""
+
+
+def test_entries_that_are_null_stand_for_the_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = imported(tmp_path, "job.yaml", NULLS)
+    expected = {"rank": 8, "lora_alpha": 1.0, "data": ("dog",), "sample_prompts": ("a dog",), "resolution": 512}
+    assert {name: found.get(name) for name in expected} == expected
+    assert "a dataset without a folder" in capsys.readouterr().out
+    (tmp_path / "config.toml").unlink()
+    found = imported(tmp_path, "config.json", json.dumps({"model_family": "sd1x", "lr_end": None, "learning_rate": ""}))
+    assert (found["learning_rate"], found["num_train_epochs"]) == (4e-7, 1)
+
+
+def test_data_backends_of_another_form_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "backend.json").write_text(json.dumps({"id": "dogs"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_family": "sd1x", "data_backend_config": "backend.json"}))
+    assert main(["import", "--file", str(tmp_path / "config.json"), "--to", str(tmp_path / "config.toml")]) == 2
+    assert "data_backend_config backend.json: expected a list of data backends" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from finetune.commands.foreign.imported_config import ImportedConfig, Renamed, word_value
+from finetune.commands.foreign.imported_config import ImportedConfig, Renamed, without_nulls, word_value
 from finetune.commands.foreign.optimizer_arguments import take_arguments
 from finetune.commands.foreign.sources import ForeignSource, take_sources
 from finetune.data.captions import TRIGGER, with_trigger
@@ -47,7 +47,7 @@ def take(given: Mapping[str, Any]) -> ImportedConfig:
     """
     ours = dict(DEFAULTS)
     imported = ImportedConfig("ai-toolkit", ours=ours, defaults=_CHANGES_NOTHING, without_effect=_WITHOUT_EFFECT)
-    config = given["config"]
+    config = without_nulls(given["config"])
     process, *more = config.get("process") or [{}]
     for other in more:
         imported.skip("process", other.get("type"), "a job of one process is taken")
@@ -156,6 +156,9 @@ def _sources_of(
     """The folders; one with several resolutions is trained at each of them."""
     sources = []
     for dataset in datasets:
+        if not (dataset.get("folder_path") or dataset.get("dataset_path")):
+            imported.skip("datasets.folder_path", None, "a dataset without a folder")
+            continue
         settings = _settings_of(imported, dataset, class_weight)
         sides = dataset.get("resolution", 512)
         # Their flipped images are added to the others; here half of the visits are mirrored.

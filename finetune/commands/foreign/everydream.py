@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.commands.foreign.imported_config import ImportedConfig, Renamed
+from finetune.commands.foreign.imported_config import ImportedConfig, Renamed, without_nulls
 from finetune.commands.foreign.optimizer_arguments import take_arguments
 from finetune.data.captions import CAPTION_SUFFIXES
 from finetune.data.listing import list_files
@@ -34,7 +34,7 @@ def take(given: Mapping[str, Any], place: Path = Path()) -> ImportedConfig:
         place: the folder that files which it names are relative to.
     """
     imported = ImportedConfig("EveryDream2", defaults=_CHANGES_NOTHING, without_effect=_WITHOUT_EFFECT)
-    given = {**DEFAULTS, **given}
+    given = {**DEFAULTS, **without_nulls(given)}
     imported.ours |= {
         "method": "full", "validation_fraction": 0.0, "mixed_precision": "no" if given.get("disable_amp") else "fp16",
         "bucket_upscale": True,

@@ -111,6 +111,13 @@ def word_value(word: Any) -> Any:
     return {"true": True, "false": False, "none": None}.get(word.lower(), word)
 
 
+def without_nulls(given: Any) -> Any:
+    """Tables without the entries that are null, which stand for the default, at any depth."""
+    if isinstance(given, Mapping):
+        return {name: without_nulls(value) for name, value in given.items() if value is not None}
+    return [without_nulls(item) for item in given if item is not None] if isinstance(given, list) else given
+
+
 def square(imported: ImportedConfig, value: Any) -> None:
     """ "512", 512, "512,512" or [512, 512] as the resolution; other shapes are left."""
     sides = value if isinstance(value, list) else str(value).replace("x", ",").split(",")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.commands.foreign.imported_config import ImportedConfig, Renamed, word_value
+from finetune.commands.foreign.imported_config import ImportedConfig, Renamed, without_nulls, word_value
 from finetune.commands.foreign.optimizer_arguments import take_arguments
 from finetune.commands.foreign.sd_scripts_network import take_lycoris
 from finetune.commands.foreign.sources import ForeignSource, take_sources
@@ -55,6 +55,7 @@ def take(given: Mapping[str, Any], place: Path = Path()) -> ImportedConfig:
     """
     imported = ImportedConfig("SimpleTuner", defaults=_CHANGES_NOTHING)
     given = {name.lstrip("-"): word_value(value) for name, value in given.items()}
+    given = {name: value for name, value in given.items() if value not in (None, "")}
     family = str(given.pop("model_family", None) or "sdxl")
     if family not in _FAMILIES:
         raise UsageError(f"model_family {family}: Stable Diffusion 1, 2 and XL (sd1x, sd2x, sdxl) can be trained here")
@@ -181,7 +182,9 @@ def _take_length(imported: ImportedConfig, given: dict[str, Any]) -> None:
 def _take_backends(imported: ImportedConfig, file: Any, shared: Mapping[str, Any], place: Path) -> None:
     """The folders of the data backends that hold images."""
     sources = []
-    backends = _read(imported, file, "data_backend_config", place) if isinstance(file, str) else file
+    backends = without_nulls(_read(imported, file, "data_backend_config", place) if isinstance(file, str) else file)
+    if not isinstance(backends or [], list) or not all(isinstance(backend, dict) for backend in backends or []):
+        raise UsageError(f"data_backend_config {file}: expected a list of data backends")
     for backend in backends or []:
         if backend.get("dataset_type", "image") != "image" or backend.get("disabled"):
             if backend.get("dataset_type") in ("conditioning", "video", "eval"):
