@@ -117,7 +117,20 @@ class ConcatDataset(ImageDataset):
             ("" if isinstance(source.pictures, ConcatDataset) else source.settings.name, source.pictures.notes())
             for source in self._sources
         ]
-        return [f"{name}: {line}" if name else line for name, lines in notes for line in lines]
+        of_sources = [f"{name}: {line}" if name else line for name, lines in notes for line in lines]
+        return [*of_sources, *self._same_images()]
+
+    def _same_images(self) -> list[str]:
+        """A line for each source that has the images of one before it; each is trained with its own settings."""
+        first: dict[frozenset[str], str] = {}
+        lines = []
+        for source in self._sources:
+            images = frozenset(source.pictures.contents)
+            if images and (other := first.setdefault(images, source.settings.name)) != source.settings.name:
+                lines.append(
+                    f"{source.settings.name} has the same images as {other}; each is trained as its source says"
+                )
+        return lines
 
     def _place(self, index: int) -> tuple[Source, int]:
         number = bisect_right(self._ends, index)

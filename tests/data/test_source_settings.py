@@ -104,3 +104,16 @@ def test_class_images_have_neither_the_prompt_nor_the_trigger_of_the_subject() -
     assert (subject.prompt, subject.trigger) == ("a photo of zwx dog", "zwx")
     assert (bare.prompt, bare.trigger) == (None, None)
     assert (named.prompt, named.trigger) == ("a dog", "old")
+
+
+def test_two_names_of_one_folder_are_each_used_as_given_and_said(
+    make_pictures: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_pictures(tmp_path / "discs", count=3)
+    (tmp_path / "link").symlink_to(folder)
+    sources = [SourceSettings(name=name, prompt=prompt) for name, prompt in (("discs", "a disc"), ("link", "a ring"))]
+    both = ConcatDataset(
+        [Source(each, ImageFolder(tmp_path / each.name, each.prompt, resolution=32)) for each in sources]
+    )
+    assert both.captions == ["a disc"] * 3 + ["a ring"] * 3
+    assert "link has the same images as discs; each is trained as its source says" in both.notes()
