@@ -150,8 +150,8 @@ def source_settings(config: TrainConfig, model_info: ModelInfo, own: str) -> Sou
     """Return the settings of a source from the options of the run and those of its own, TOML as in `parse_settings`."""
     given = parse_settings(own)
     loss_weight, class_images = given.pop("loss_weight", 1.0), given.pop("class_images", False)
-    if class_images:  # what the run says of its subject is not said of them
-        given = {"prompt": None, "trigger": None, **given}
+    if class_images:  # the trigger of the run is the subject's
+        given = {"trigger": None, **given}
     settings = default_settings(replace_options(config, **given), model_info)
     captioning = {field: given[option] for option, field in CAPTIONING.items() if option in given}
     return replace(settings, captioning=captioning, loss_weight=loss_weight, class_images=class_images)

@@ -97,12 +97,12 @@ def test_a_transform_or_its_arguments(make_pictures: Callable[..., Path], tmp_pa
     assert torch.equal(sample.crop(0).pixels(sample.open()), Preprocess(32)(arguments[0].image, 0)[0])
 
 
-def test_class_images_have_neither_the_prompt_nor_the_trigger_of_the_subject() -> None:
+def test_class_images_have_not_the_trigger_of_the_subject() -> None:
     texts = ("", "class_images = true", 'class_images = true, prompt = "a dog", trigger = "old"')
     config = TrainConfig(data=["a", "b", "c"], prompt="a photo of zwx dog", trigger="zwx", source_settings=texts)
     subject, bare, named = settings_by_source(config, locate("tiny"), 3)
     assert (subject.prompt, subject.trigger) == ("a photo of zwx dog", "zwx")
-    assert (bare.prompt, bare.trigger) == (None, None)
+    assert (bare.prompt, bare.trigger) == ("a photo of zwx dog", None)
     assert (named.prompt, named.trigger) == ("a dog", "old")
 
 
