@@ -1,8 +1,9 @@
 """encode: images through the encoder and captions through the conditioner, each content once."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ def encode(
     cache_dir: str | Path | None = None,
     precision: str = "fp32",
     any_environment: bool = False,
+    mask_options: Mapping[str, Any] | None = None,
     visited: Iterable[tuple[int, int | None]] | None = None,
     time_budget: float | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
@@ -59,6 +61,7 @@ def encode(
         precision: number format in which encodings are kept: "fp32", "fp16" or "bf16".
         any_environment: also use what other devices, numbers of threads or library versions have computed; the bits
             then depend on what the folder holds.
+        mask_options: arguments of `LossMasks`.
         visited: the visits to come, in order: number of the picture, and key or None, for any. None: any, to all.
         at_most: seconds that pictures may take, and captions. What would take longer is encoded when a visit comes to
             it, for which the encoder stays on its device. None: everything is encoded now.
@@ -108,6 +111,7 @@ def encode(
         captioning=captioning,
         made=made,
         store=store,
+        mask_options=mask_options or {},
         lazy_encoders=lazy_encoders,
     )
 

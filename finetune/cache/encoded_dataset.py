@@ -1,9 +1,10 @@
 """EncodedDataset: a dataset whose images and captions are encoded, and its collate function."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,13 +91,15 @@ class EncodedDataset:
     """How much of it was encoded for this, and how much was there."""
     store: Store
     """Of all that is kept."""
+    mask_options: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of `LossMasks`."""
     lazy_encoders: Sequence[LazyEncoder] = ()
     """What is encoded when a visit comes to it."""
 
     @cached_property
     def masks(self) -> LossMasks:
         """The loss masks of the pictures."""
-        return LossMasks(self.pictures)
+        return LossMasks(self.pictures, **self.mask_options)
 
     def __len__(self) -> int:
         return len(self.pictures)

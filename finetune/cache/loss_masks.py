@@ -20,10 +20,15 @@ class LossMasks:
 
     Args:
         pictures: whose masks they are.
+        unmasked_weight: least weight of an error, where a mask is black.
+        normalize: divide the weights of each mask by their mean, so that small areas count as much as large ones.
+
+    The last two are those of OneTrainer (`modules/util/loss/masked_loss.py`).
     """
 
-    def __init__(self, pictures: ImageDataset) -> None:
+    def __init__(self, pictures: ImageDataset, *, unmasked_weight: float = 0.0, normalize: bool = False) -> None:
         self._pictures = pictures
+        self._unmasked_weight, self._normalize = unmasked_weight, normalize
         self._at_hand: OrderedDict[tuple[int, Crop, bool], Tensor | None] = OrderedDict()
         self._bytes = 0
 
@@ -40,11 +45,16 @@ class LossMasks:
         name = (index, crop, flip)
         if name not in self._at_hand:
             mask = self._pictures.companion(index, "mask")
-            made = self._at_hand[name] = None if mask is None else weights(mask, crop, flip, size)
+            made = self._at_hand[name] = None if mask is None else self._made(weights(mask, crop, flip, size))
             self._bytes += _size(made)
             while self._bytes > MOST and len(self._at_hand) > 1:
                 self._bytes -= _size(self._at_hand.popitem(last=False)[1])
         return self._at_hand[name]
+
+    def _made(self, mask: Tensor) -> Tensor:
+        mask = mask.clamp(min=self._unmasked_weight)
+        mean = mask.mean().item()
+        return mask / mean if self._normalize and mean else mask
 
 
 def _size(mask: Tensor | None) -> int:

@@ -35,6 +35,10 @@ class DataOptions:
     masked_loss: bool | None = option(None, suggest_for=("alpha_mask",), decided_by="dataset")
     """Count the loss only where a mask is white: NAME.mask.png next to the image, or else its alpha channel. Default:
     use such files only. Inpainting models paint in the white area instead."""
+    unmasked_weight: float = option(0.0, BELOW_ONE, decided_by="dataset")
+    """Least weight of the loss, where a mask is black."""
+    normalize_masked_area_loss: bool = option(False, decided_by="dataset")
+    """Divide the loss by the mean of the mask, so that small areas count as much as large ones."""
     resolution: int | None = option(None, AT_LEAST_ONE, aliases=("image_size",), several=True)
     """Pixels per side. With buckets: no image has a larger area than this square. Several: each image is trained at
     each of them. Default: the model's resolution."""

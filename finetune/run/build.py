@@ -142,6 +142,7 @@ def encoded_for(
         cache_dir=config.cache_dir,
         precision=config.cache_precision,
         any_environment=config.cache_any_environment,
+        mask_options={"unmasked_weight": config.unmasked_weight, "normalize": config.normalize_masked_area_loss},
         visited=chain(
             ((index, None) for index in validated),
             _visits(config, pictures, steps, parallel, keyed=model.image_condition is not None),

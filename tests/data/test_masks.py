@@ -279,3 +279,31 @@ def test_companions_that_cannot_be_are_named(some: list[Any], message: str) -> N
     rows = [(image, "a", str(index), *([] if kinds is None else [kinds])) for index, kinds in enumerate(some)]
     with pytest.raises(DataError, match=message):
         UserDataset(rows)
+
+
+def test_what_is_black_counts_a_little_and_masks_count_alike(folder: Path) -> None:
+    """clamp(mask, unmasked_weight, 1), and divided by its mean, as OneTrainer has it."""
+    images = ImageFolder(folder, "a box", resolution=64)
+    model = load_model("tiny")
+    encoded = [
+        encode(images, model, cache_dir="none", mask_options=options)
+        for options in ({}, {"unmasked_weight": 0.25}, {"unmasked_weight": 0.25, "normalize": True})
+    ]
+    plain, clamped, normalized = (next(batches(each, batch_size=5, steps=1)).mask for each in encoded)
+    assert plain is not None
+    assert clamped is not None
+    assert normalized is not None
+    assert torch.equal(clamped, plain.clamp(min=0.25))
+    assert torch.allclose(normalized, clamped / clamped.mean(dim=(1, 2, 3), keepdim=True))
+    assert normalized.mean(dim=(1, 2, 3)).tolist() == pytest.approx([1.0] * 5)
+
+
+def test_a_run_counts_what_is_black_as_it_is_asked_to(folder: Path, tmp_path: Path) -> None:
+    losses = []
+    for name, options in {"plain": {}, "little": {"unmasked_weight": 0.5}}.items():
+        config = TrainConfig(
+            data=str(folder), prompt="a box", resolution=64, max_train_steps=1, rank=2, num_inference_steps=0,
+            train_batch_size=5, output_dir=str(tmp_path / name), **options,
+        )  # fmt: skip
+        losses.append(json.loads((fine_tune(config) / "metrics.jsonl").read_text())["loss"])
+    assert losses[1] > losses[0]

@@ -42,8 +42,7 @@ _CHANGES_NOTHING: Mapping[str, Collection[Any]] = {
     "ema_update_step_interval": (5,), "dataloader_threads": (1, 2), "train_device": ("cuda",), "temp_device": ("cpu",),
     "fallback_train_dtype": tuple(_DTYPES), "enable_autocast_cache": (True,), "mse_strength": (1,),
     "vb_loss_strength": (1,), "loss_scaler": ("NONE",), "learning_rate_scaler": ("NONE",), "timestep_shift": (1,),
-    "unmasked_probability": (0.1,),
-    "unmasked_weight": (0.1,), "embedding_weight_dtype": tuple(_DTYPES), "lora_weight_dtype": tuple(_DTYPES),
+    "embedding_weight_dtype": tuple(_DTYPES), "lora_weight_dtype": tuple(_DTYPES),
     "lora_decompose_norm_epsilon": (True,), "bundle_additional_embeddings": (True,), "weight_dtype": tuple(_DTYPES),
     "output_dtype": tuple(_DTYPES), "unet_weight_dtype": ("NONE", *_DTYPES), "vae_weight_dtype": ("NONE", *_DTYPES),
     "attention_mechanism": ("XFORMERS", "SDP"),
@@ -259,9 +258,19 @@ def _concept_file(imported: ImportedConfig, value: Any) -> None:
         imported.skip("concept_file_name", value, "no such file here; give --data")
 
 
-def _masked(imported: ImportedConfig, value: Any) -> None:
-    if not value:  # masks that lie there are heeded here
+def _take_masks(imported: ImportedConfig, given: dict[str, Any]) -> None:
+    """Masks, and how much counts outside of them."""
+    names = ("masked_training", "unmasked_weight", "unmasked_probability", "normalize_masked_area_loss")
+    masked, weight, share, normalized = (given.pop(name, None) for name in names)
+    if masked is False:  # masks that lie there are heeded here
         imported.ours["masked_loss"] = False
+    if not masked:
+        return
+    imported.set("unmasked_weight", 0.1 if weight is None else weight, "unmasked_weight")
+    if normalized:
+        imported.ours["normalize_masked_area_loss"] = True
+    if share is None or share:
+        imported.skip("unmasked_probability", 0.1 if share is None else share, "masks count at every visit here")
 
 
 def _warmup(imported: ImportedConfig, value: Any) -> None:
@@ -320,7 +329,7 @@ _RENAMED: Renamed = {
     "aspect_ratio_bucketing": _buckets, "gradient_checkpointing": _checkpointing,
     "train_dtype": _chosen("mixed_precision", "train_dtype", _DTYPES),
     "peft_type": _chosen("lora_type", "peft_type", _KINDS),
-    "masked_training": _masked, "learning_rate_warmup_steps": _warmup,
+    "learning_rate_warmup_steps": _warmup,
     "lora_decompose": lambda imported, value: imported.set("lora_type", "dora", "lora_decompose") if value else None,
     "ema": lambda imported, value: imported.set("use_ema", value != "OFF", "ema"),
     "rescale_noise_scheduler_to_zero_terminal_snr": _zero_snr,
@@ -382,6 +391,7 @@ def take(given: Mapping[str, Any]) -> ImportedConfig:
     _take_schedule(imported, given)
     _take_timesteps(imported, given)
     _take_losses(imported, given)
+    _take_masks(imported, given)
     given.pop("model_type", None)
     concepts = {name: given.pop(name, None) for name in ("concepts", "concept_file_name")}
     imported.take({name: value for name, value in given.items() if value != {}}, _RENAMED)
