@@ -348,6 +348,13 @@ def test_entries_that_are_null_stand_for_the_default(tmp_path: Path, capsys: pyt
     (tmp_path / "config.toml").unlink()
     found = imported(tmp_path, "config.json", json.dumps({"model_family": "sd1x", "lr_end": None, "learning_rate": ""}))
     assert (found["learning_rate"], found["num_train_epochs"]) == (4e-7, 1)
+    (tmp_path / "config.toml").unlink()
+    given = {"model_family": "sd1x", "instance_data_dir": "dogs", "caption_strategy": "textfile", "resolution": 512,
+             "validation_seed": 1, "peft_lora_target_modules": "to_q", "model_type": "lora"}  # fmt: skip
+    found = imported(tmp_path, "config.json", json.dumps(given))
+    expected = {"data": ("dogs",), "resolution": 512, "caption_lines": "chosen", "lora_target_modules": ("to_q",)}
+    assert {name: found.get(name) for name in expected} == expected
+    assert "without effect here: validation_seed" in capsys.readouterr().out
 
 
 def test_data_backends_of_another_form_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,22 +59,24 @@ def take(given: Mapping[str, Any], place: Path = Path()) -> ImportedConfig:
     family = str(given.pop("model_family", None) or "sdxl")
     if family not in _FAMILIES:
         raise UsageError(f"model_family {family}: Stable Diffusion 1, 2 and XL (sd1x, sd2x, sdxl) can be trained here")
-    given = {name: value for name, value in given.items() if name not in _WITHOUT_EFFECT}
-    given = {**DEFAULTS, **given}
+    folder, backends = (given.pop(name, None) for name in ("instance_data_dir", "data_backend_config"))
+    of_pictures = {name for name in given if name.startswith("validation_") and name not in _RENAMED}
+    imported.idle += [name for name in given if name in _WITHOUT_EFFECT | of_pictures]
+    given = {name: value for name, value in {**DEFAULTS, **given}.items() if name not in imported.idle}
     imported.ours |= {"validation_fraction": 0.0, "model": _FAMILIES[family]}
     _take_method(imported, given, place)
     _take_optimizer(imported, given)
     _take_schedule(imported, given)
     _take_objective(imported, given)
     _take_length(imported, given)
-    backends = given.pop("data_backend_config", None)
-    shared = {name: given.pop(name, None) for name in _OF_BACKENDS}
-    of_pictures = [name for name in given if name.startswith("validation_") and name not in _RENAMED]
-    imported.take({name: value for name, value in given.items() if name not in of_pictures}, _RENAMED)
+    shared = {name: given.pop(name) for name in _OF_BACKENDS if name in given}
+    imported.take(given, _RENAMED)
     if backends:
         _take_backends(imported, backends, shared, place)
-    elif folder := given.get("instance_data_dir"):
-        imported.set("data", [folder], "instance_data_dir")
+    elif folder:
+        take_sources(
+            imported, [ForeignSource(str(folder), 1, _settings_of(imported, shared))], theirs="instance_data_dir"
+        )
     return imported
 
 
@@ -93,6 +95,7 @@ def _take_method(imported: ImportedConfig, given: dict[str, Any], place: Path) -
         imported.skip("model_type", kind, "the kinds here: lora and full")
     if kind == "full":
         return
+    targets = [targets] if isinstance(targets, str) else targets
     imported.ours["lora_target_modules"] = tuple(targets or ("to_k", "to_q", "to_v", "to_out.0"))
     if lora_type == "standard":
         imported.set("rank", lora["lora_rank"], "lora_rank")
@@ -102,7 +105,9 @@ def _take_method(imported: ImportedConfig, given: dict[str, Any], place: Path) -
         if lora.get("use_dora"):
             imported.ours["lora_type"] = "dora"
     elif (settings := _read(imported, file or "config/lycoris_config.json", "lycoris_config", place)) is not None:
-        take_lycoris(imported, settings)
+        if not isinstance(settings, dict):
+            raise UsageError(f"lycoris_config {file}: expected a table of arguments")
+        take_lycoris(imported, without_nulls(settings))
 
 
 def _take_optimizer(imported: ImportedConfig, given: dict[str, Any]) -> None:
@@ -194,7 +199,7 @@ def _take_backends(imported: ImportedConfig, file: Any, shared: Mapping[str, Any
         if backend.get("type", "local") not in ("local", "huggingface", "parquet") or not data:
             imported.skip(f"{backend.get('id')}.type", backend.get("type"), "folders and datasets are trained on")
             continue
-        settings = _settings_of(imported, {**{n: v for n, v in shared.items() if v is not None}, **backend})
+        settings = _settings_of(imported, {**shared, **backend})
         sources.append(ForeignSource(str(data), 1 + int(backend.get("repeats") or 0), settings))
     take_sources(imported, sources, theirs="instance_data_dir")
 
@@ -318,7 +323,7 @@ _WITHOUT_EFFECT = frozenset(
      "tracker_project_name", "tracker_run_name", "push_checkpoints_to_hub", "logging_dir", "cache_dir",
      "cache_dir_text", "cache_dir_vae", "text_encoder_limit", "save_text_encoder", "attention_mechanism",
      "base_model_default_dtype", "write_batch_size", "read_batch_size", "image_processing_batch_size", "max_workers",
-     "aspect_bucket_worker_count", "instance_data_dir", "ema_device", "ema_cpu_only", "ema_validation",
+     "aspect_bucket_worker_count", "ema_device", "ema_cpu_only", "ema_validation",
      "ema_update_interval", "evaluation_type", "preserve_data_backend_cache", "skip_file_discovery",
      "metadata_update_interval", "compress_disk_cache", "vae_cache_ondemand", "keep_vae_loaded", "quantize_via",
      "offload_during_startup", "user_prompt_library", "model_card_private", "model_card_safe_for_work",
