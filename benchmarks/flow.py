@@ -8,16 +8,11 @@ Euler's method.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
-from tiny import command, load_pipeline, obedience, say
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from draw_world import describe, draw, invent
+from tiny import command, draw_scenes, load_pipeline, obedience, say
 
 PICTURES, STEPS = 960, 300
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -26,17 +21,6 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Euler, trailing timesteps": (EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
 }
 RUNS = {"flow": ("--prediction_type", "flow"), "noise": ()}
-
-
-def world(folder: Path) -> Path:
-    """Pictures of the world that tiny knows, with captions, drawn with a seed of their own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(PICTURES):
-        rng = np.random.default_rng([5, number])
-        scene = invent(rng)
-        draw(scene, 64).save(folder / f"{number:04d}.png")
-        (folder / f"{number:04d}.txt").write_text(describe(scene, rng))
-    return folder
 
 
 def tell(who: str, pipeline: Any) -> None:
@@ -54,7 +38,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark-flow"), help="folder for runs and pictures")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     options = parser.parse_args()
-    data = world(options.work.absolute() / "world")
+    data = draw_scenes(options.work.absolute() / "world", PICTURES, seed=5, digits=4)
     tell("tiny", load_pipeline())
     for name, more in RUNS.items():
         run = options.work.absolute() / f"{name}-{options.learning_rate:g}"

@@ -9,17 +9,13 @@ are still drawn right. Prints both numbers of each run, and their rank correlati
 
 import argparse
 import json
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tiny import DEMO, ROOT, command, load_pipeline, obedience, say
-
-sys.path.append(str(ROOT / "examples"))
-from draw_world import describe, draw, invent
+from tiny import DEMO, command, draw_scenes, load_pipeline, obedience, say
 
 import finetune as ft
 from finetune.evaluators.forgetting import MOST_PROMPTS, STATES, generic_prompts
@@ -84,24 +80,14 @@ def ranks(values: list[float]) -> np.ndarray:
     return np.argsort(np.argsort(values)).astype(float)
 
 
-def class_pictures(folder: Path) -> Path:
-    """Pictures of the old world, whose things and colours are not those that obedience is measured on."""
-    folder.mkdir(exist_ok=True)
-    for number in range(CLASS_PICTURES):
-        rng = np.random.default_rng([13, number])
-        scene = invent(rng)
-        draw(scene, 64).save(folder / f"{number:02}.png")
-        (folder / f"{number:02}.txt").write_text(describe(scene, rng))
-    return folder
-
-
 def compare_remedies(work: Path) -> None:
     """The same run with each remedy: how much is forgotten, and what is learned, by the loss on held-out pictures."""
     meter = Meter()
     for name, remedy in REMEDIES.items():
         options = {"method": "lora", "learning_rate": 2e-3, "max_train_steps": 160, **remedy}
         if remedy:
-            options["class_data"] = class_pictures(work / "class")
+            # Pictures of the old world, drawn with another seed than those that obedience is measured on.
+            options["class_data"] = draw_scenes(work / "class", CLASS_PICTURES, seed=13, digits=2)
         run = work / name.replace(" ", "-")
         if not (run / "result.json").exists():
             given = [f"--{option}={value}" for option, value in options.items()]

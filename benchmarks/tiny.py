@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))
 from draw_butterflies import Butterfly
 from draw_butterflies import describe as describe_butterfly
-from draw_world import GROUNDS, INKS, draw, held_out, invent, near, with_articles
+from draw_world import GROUNDS, INKS, describe, draw, held_out, invent, near, with_articles
 
 import finetune as ft
 from finetune import seeding
@@ -77,6 +77,17 @@ def paint(pipeline: Any, prompts: Sequence[str], steps: int = STEPS) -> list[Ima
         sources = [torch.Generator().manual_seed(start + row) for row in range(len(some))]
         pictures += pipeline(some, generator=sources, num_inference_steps=steps, guidance_scale=GUIDANCE).images
     return pictures
+
+
+def draw_scenes(folder: Path, count: int, *, seed: int, digits: int) -> Path:
+    """Pictures of the world that tiny knows, with captions, in files numbered with that many digits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        rng = np.random.default_rng([seed, number])
+        scene = invent(rng)
+        draw(scene, 64).save(folder / f"{number:0{digits}}.png")
+        (folder / f"{number:0{digits}}.txt").write_text(describe(scene, rng))
+    return folder
 
 
 @lru_cache(maxsize=2)
