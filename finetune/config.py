@@ -40,7 +40,6 @@ DERIVED = "derived"
 _FROZEN = "the text encoder stays frozen here"
 _ONCE = "every image and caption is encoded once anyway, and kept in --cache_dir"
 _ATTENTION = "torch's own fast attention is used anyway"
-_LATER = "it comes with a later version"
 ELSEWHERE = {
     **dict.fromkeys(
         ("train_text_encoder", "text_encoder_lr", "learning_rate_te", "stop_text_encoder_training"), _FROZEN

@@ -53,7 +53,6 @@ def take(given: Mapping[str, Any], place: Path = Path()) -> ImportedConfig:
     Raises:
         UsageError: another kind of model than Stable Diffusion.
     """
-    imported = ImportedConfig("SimpleTuner", defaults=_CHANGES_NOTHING)
     given = {name.lstrip("-"): word_value(value) for name, value in given.items()}
     given = {name: value for name, value in given.items() if value not in (None, "")}
     family = str(given.pop("model_family", None) or "sdxl")
@@ -61,8 +60,9 @@ def take(given: Mapping[str, Any], place: Path = Path()) -> ImportedConfig:
         raise UsageError(f"model_family {family}: Stable Diffusion 1, 2 and XL (sd1x, sd2x, sdxl) can be trained here")
     folder, backends = (given.pop(name, None) for name in ("instance_data_dir", "data_backend_config"))
     of_pictures = {name for name in given if name.startswith("validation_") and name not in _RENAMED}
-    imported.idle += [name for name in given if name in _WITHOUT_EFFECT | of_pictures]
-    given = {name: value for name, value in {**DEFAULTS, **given}.items() if name not in imported.idle}
+    without_effect = _WITHOUT_EFFECT | of_pictures
+    imported = ImportedConfig("SimpleTuner", defaults=_CHANGES_NOTHING, without_effect=without_effect)
+    given = {**DEFAULTS, **given}
     imported.ours |= {"validation_fraction": 0.0, "model": _FAMILIES[family]}
     _take_method(imported, given, place)
     _take_optimizer(imported, given)
