@@ -27,15 +27,17 @@ def run(options: Options) -> None:
     """Write the file and prove it. Raises UsageError and ModelError for what cannot be read, RunError for the proof."""
     to = new_file("--to", options.to)
     from finetune.models.lora import Adapter
-    from finetune.models.lora_tools import check_layers, open_lora, write_lora
+    from finetune.models.lora_tools import check_layers, layers_for, open_lora, write_lora
     from finetune.models.tensor_file import DTYPES
     from finetune.text import pluralize
 
     path = Path(options.file).expanduser()
     lora = open_lora(path, options.model)
     check_layers(path, lora, options.model)
-    write_lora(to, lora, options.format, DTYPES[options.precision], Adapter.read_metadata(path))
-    if options.format == "kohya" and lora.kind == "lora" and len(set(lora.alphas.values())) > 1:
-        print("note: its layers have different alphas, which diffusers reads wrongly; viewers do not")
+    names = layers_for(lora, options.model).kohya_names
+    write_lora(to, lora, options.format, DTYPES[options.precision], Adapter.read_metadata(path), names=names)
+    several = any(len(set(numbers.values())) > 1 for numbers in (lora.ranks(), lora.alphas))
+    if options.format == "kohya" and lora.kind == "lora" and several:
+        print("note: its layers have different ranks or alphas, which diffusers 0.32 reads wrongly")
     left = f"; {pluralize(lora.text_tensors, 'tensor')} for text encoders left out" if lora.text_tensors else ""
     print(f"{to}: {pluralize(len(lora.layers()), 'layer')} in {options.format}'s layout, read back and compared{left}")

@@ -41,6 +41,7 @@ def run(options: Options) -> None:
     to = new_file("--to", options.to)
     import torch
 
+    from finetune.models.lora_keys import layers_of
     from finetune.models.lora_tools import difference, write_lora
     from finetune.models.model_info import locate
     from finetune.models.source import open_source
@@ -62,6 +63,7 @@ def run(options: Options) -> None:
     family = places["--base"].family
     version = architecture(family.layout or family.name, "epsilon")[0]
     metadata = {"ss_base_model_version": version, "ss_output_name": to.stem, "modelspec.title": to.stem}
-    write_lora(to, made, "kohya", DTYPES[options.precision], metadata)
+    names = layers_of(open_source(places["--base"]).config("unet")).kohya_names
+    write_lora(to, made, "kohya", DTYPES[options.precision], metadata, names=names)
     more = f"; {pluralize(left, 'tensor')} that no LoRA can hold changed too" if left else ""
     print(f"{to}: {pluralize(len(made.alphas), 'layer')}, {energy:.2%} of the squares of the change, read back{more}")

@@ -31,15 +31,16 @@ def run(options: Options) -> None:
     check_target(options.rank, options.energy)
     to = new_file("--to", options.to)
     from finetune.models.lora import Adapter
-    from finetune.models.lora_tools import check_layers, open_lora, shapes_for, shortened, write_lora
+    from finetune.models.lora_tools import check_layers, layers_for, open_lora, shortened, write_lora
     from finetune.models.tensor_file import DTYPES
 
     path = Path(options.file).expanduser()
     lora = open_lora(path, options.model)
     check_layers(path, lora, options.model)
-    shapes = None if lora.kind == "lora" else shapes_for(lora, options.model)
-    made, energy = shortened(lora, shapes, options.rank, options.energy)
-    write_lora(to, made, "kohya", DTYPES[options.precision], Adapter.read_metadata(path))
+    layers = layers_for(lora, options.model)
+    made, energy = shortened(lora, None if lora.kind == "lora" else layers.shapes, options.rank, options.energy)
+    precision = DTYPES[options.precision]
+    write_lora(to, made, "kohya", precision, Adapter.read_metadata(path), names=layers.kohya_names)
     ranks = sorted(rank for rank in made.ranks().values() if rank)
     print(f"{to}: rank {ranks[0]} to {ranks[-1]}, {energy:.2%} of the squares of what it adds, read back and compared")
 

@@ -7,7 +7,9 @@ import gzip
 import importlib.util
 import json
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from transformers import CLIPTokenizer
@@ -74,12 +76,28 @@ def _from_vocabulary(path: Path) -> CLIPTokenizer:
         "bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END, "model_max_length": 77,
         "do_lower_case": True, "tokenizer_class": "CLIPTokenizer",
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        contents = {
-            "vocab.json": json.dumps({word: number for number, word in enumerate([*words, START, END])}),
-            "merges.txt": "#version: 0.2\n" + "\n".join(merges) + "\n",
-            "tokenizer_config.json": json.dumps(settings),
-        }
-        for name, text in contents.items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_files(folder, {word: number for number, word in enumerate([*words, START, END])}, merges)
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def write_vocabulary(tokenizer: Any, folder: Path) -> None:
+    """Write `vocab.json` and `merges.txt`, without which transformers 4 loads no CLIP tokenizer.
+
+    transformers 5 writes `tokenizer.json` alone.
+
+    Args:
+        tokenizer: as `clip_tokenizer` returns it.
+        folder: the tokenizer's folder.
+    """
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    pairs = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+    _write_files(folder, model["vocab"], pairs)
+
+
+def _write_files(folder: Path, vocabulary: Mapping[str, int], merges: Iterable[str]) -> None:
+    """Write the two files of a byte-pair vocabulary, as OpenAI published GPT-2's."""
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")

@@ -4,18 +4,17 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from finetune.errors import ModelError, UsageError
@@ -27,11 +26,20 @@ from finetune.models.adapter_types import (
     settings_of,
     without_alpha_for_whole_factors,
 )
-from finetune.models.lora_formats import PEFT_PREFIX, LoraFile, from_kohya, read_lora, write_kohya
+from finetune.models.lora_formats import (
+    METADATA_KEY,
+    PEFT_PREFIX,
+    LoraFile,
+    read_lora,
+    uniform,
+    write_kohya,
+    write_peft,
+    write_peft_tensors,
+)
 from finetune.models.lora_forward import lean
-from finetune.models.lora_keys import layer_names
+from finetune.models.lora_keys import BLOCKS, kohya_names, layer_names
 from finetune.models.lora_layers import layers_to_adapt
-from finetune.models.lora_math import rank_of
+from finetune.models.lora_math import MAGNITUDE, MAGNITUDE_OVER_BASE, rank_of, row_norms, update
 from finetune.options import ATTENTION_AND_FEED_FORWARD
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -40,6 +48,9 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 _SCALED = ("lora_B.weight", "hada_w2_b", "lokr_w1", "lokr_w1_b")
 """Of each kind, a factor of the update that can take up what another alpha would change."""
+
+_SETTINGS = ("peft_type", "r", "alpha", "rank_pattern", "alpha_pattern", "target_modules", "decompose_factor")
+"""What the file of a LoHa or LoKr needs of peft's settings; the others are not known to every version of peft."""
 
 _RELOADED = "reloaded"
 _SCHEDULER = "finetune."
@@ -166,19 +177,6 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def _with_ends_named(converted: Mapping[str, Any]) -> dict[str, Any]:
-    """What diffusers 0.35 makes of kohya's keys, with the first and last convolution under their names.
-
-    It takes the underscore of conv_in and conv_out for a dot, and so loads all layers but these.
-    """
-    renamed = {}
-    for key, value in converted.items():
-        for wrong, right in (("unet.conv.in.", "unet.conv_in."), ("unet.conv.out.", "unet.conv_out.")):
-            key = right + key.removeprefix(wrong) if key.startswith(wrong) else key
-        renamed[key] = value
-    return renamed
-
-
 @dataclass(frozen=True)
 class Adapter:
     """The adapter that `add_lora` put on a UNet: its tensors, its file, how to load it and how to prove it.
@@ -227,6 +225,21 @@ class Adapter:
         weights = get_peft_model_state_dict(self.unet, adapter_name=self.name)
         return {f"unet.{name}": tensor.to(dtype).contiguous() for name, tensor in weights.items()}
 
+    def kohya_state(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The adapter's tensors as its kohya file has them, by the keys of `state`.
+
+        A DoRA's norms are written so that ComfyUI and Forge come to the trained weights: they divide each row of the
+        sum by the norm of the base weight's row, where DoRA divides by that of the sum (Liu et al. 2024, eq. 5).
+        """
+        state = self.state()
+        for name, module in self._layers().items() if self.kind == "dora" else ():
+            weight = module.get_base_layer().weight.detach().float()
+            ratio = row_norms(weight) / row_norms(weight + module.get_delta_weight(self.name).detach())
+            key = f"{PEFT_PREFIX}{name}."
+            magnitude = state.pop(key + MAGNITUDE)
+            state[key + MAGNITUDE_OVER_BASE] = magnitude * ratio.to(magnitude).reshape(magnitude.shape)
+        return {name: tensor.to(dtype) for name, tensor in state.items()}
+
     def merge(self) -> None:
         """Add the update to the base's weights (Hu et al. 2021, eq. 3), and take the adapter off."""
         self.unet.fuse_lora()
@@ -237,7 +250,7 @@ class Adapter:
         """What a kohya file says of its run; not what follows from its tensors."""
         with safe_open(path, "pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-        prefixes = ("ss_network_", LORA_ADAPTER_METADATA_KEY)
+        prefixes = ("ss_network_", METADATA_KEY)
         return {name: text for name, text in metadata.items() if not name.startswith(prefixes) and "hash" not in name}
 
     @staticmethod
@@ -245,7 +258,7 @@ class Adapter:
         """What the file saved in `folder` says of its adapter. Raises ModelError when it is damaged."""
         try:
             with safe_open(folder / LORA_FILE, "pt") as file:
-                return json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+                return json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
         except SafetensorError as error:
             raise ModelError(f"{folder / LORA_FILE} cannot be loaded: {error}") from error
 
@@ -271,28 +284,28 @@ class Adapter:
     def save(
         self, folder: Path, scheduler_changes: Mapping[str, Any] | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
-        """Write the adapter's tensors, and beside them its config, so that alpha and rank survive exactly.
-
-        Its dropout is left out: a pipeline that loads the file would apply it while drawing (diffusers adds the
-        adapter in train mode).
+        """Write the adapter in peft's layout.
 
         `scheduler_changes` are kept there too, where they are not the base model's; diffusers passes them over.
-
-        One metadata entry only: safetensors writes several in random order, and files could not be compared.
         """
+        more = {f"{_SCHEDULER}{name}": value for name, value in (scheduler_changes or {}).items()}
+        if self.kind in ("lora", "dora"):
+            write_peft(folder / LORA_FILE, self.uniform(dtype), more)
+            return
         settings = self.unet.peft_config[self.name].to_dict()
-        if "lora_dropout" in settings:
-            settings["lora_dropout"] = 0.0
-        metadata = {f"unet.{n}": v for n, v in settings.items()}
-        metadata |= {f"{_SCHEDULER}{name}": value for name, value in (scheduler_changes or {}).items()}
-        text = json.dumps(metadata, sort_keys=True, default=sorted)
-        # `save_file` would make the file private to the user
-        (folder / LORA_FILE).write_bytes(save(self.state(dtype), {LORA_ADAPTER_METADATA_KEY: text}))
+        known = {name: settings[name] for name in _SETTINGS if name in settings}
+        write_peft_tensors(folder / LORA_FILE, self.state(dtype), known, more)
+
+    def uniform(self, dtype: torch.dtype = torch.float32) -> LoraFile:
+        """A LoRA or DoRA as its peft file has it, see `finetune.models.lora_formats.uniform`."""
+        lora = uniform(LoraFile(self.state(), self.alphas(), 0))
+        return replace(lora, tensors={name: tensor.to(dtype) for name, tensor in lora.tensors.items()})
 
     def save_kohya(self, path: Path, metadata: Mapping[str, str], state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the adapter's tensors, or an earlier `state` of them, in kohya's layout, with `metadata`."""
-        lora = LoraFile(dict(self.state() if state is None else state), self.alphas(), 0)
-        write_kohya(path, lora, metadata, self.unet.peft_config[self.name].r)
+        """Write the adapter, or an earlier `kohya_state` of it, in kohya's layout, with `metadata`."""
+        lora = LoraFile(dict(self.kohya_state() if state is None else state), self.alphas(), 0)
+        names = kohya_names(self.unet.config, lora.alphas)
+        write_kohya(path, lora, metadata, names, self.unet.peft_config[self.name].r)
 
     def init_from(self, path: Path) -> int:
         """Start from a LoRA file in either layout; what it adds to the base is the same, whatever its alpha.
@@ -304,7 +317,7 @@ class Adapter:
             UsageError: its layers or its rank are not this adapter's.
             ModelError: it is damaged, or no LoRA for this UNet.
         """
-        lora, state = read_lora(path, self._names()), self.state()
+        lora, state = self._with_own_norms(read_lora(path, self._names())), self.state()
         shapes = [{key: tuple(tensor.shape) for key, tensor in some.items()} for some in (lora.tensors, state)]
         if shapes[0] != shapes[1]:
             key = min(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))
@@ -323,16 +336,27 @@ class Adapter:
         set_peft_model_state_dict(self.unet, state, adapter_name=self.name)
         return lora.text_tensors
 
+    def _with_own_norms(self, lora: LoraFile) -> LoraFile:
+        """The DoRA of a file for ComfyUI and Forge with the norms that peft has; see `kohya_state`."""
+        tensors = dict(lora.tensors)
+        for name, factors in lora.layers().items():
+            if MAGNITUDE_OVER_BASE in factors and name in self._layers():
+                weight = self._layers()[name].get_base_layer().weight.detach().float()
+                merged = weight + update(factors, lora.alphas.get(name), weight.shape)
+                key = f"{PEFT_PREFIX}{name}."
+                magnitude = tensors.pop(key + MAGNITUDE_OVER_BASE)
+                ratio = (row_norms(merged) / row_norms(weight)).reshape(magnitude.shape)
+                tensors[key + MAGNITUDE] = magnitude * ratio
+        return replace(lora, tensors=tensors)
+
     def _names(self) -> dict[str, str]:
         weights = [name.replace(".base_layer.", ".") for name, _ in self.unet.named_parameters()]
         return layer_names(self.unet.config, weights)
 
     def read_kohya(self, path: Path, device: torch.device) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The tensors of a kohya file under this adapter's keys, and alpha of each layer. Raises ModelError."""
-        try:
-            return from_kohya(load_file(path, device=str(device)), self._names())
-        except SafetensorError as error:
-            raise ModelError(f"{path} cannot be loaded: {error}") from error
+        """The tensors of a kohya file by the keys of `kohya_state`, and alpha of each layer. Raises ModelError."""
+        lora = read_lora(path, self._names())
+        return {name: tensor.to(device) for name, tensor in lora.tensors.items()}, dict(lora.alphas)
 
     @contextmanager
     def rounded(self) -> Iterator[None]:
@@ -351,12 +375,17 @@ class Adapter:
         """Replace the UNet's adapter for a while by the one saved in `folder`."""
         return self._replaced(lambda: load_lora(self.unet, folder, _RELOADED))
 
+    def layers_outside_blocks(self) -> list[str]:
+        """The adapted layers that not every version of diffusers reads from a kohya file."""
+        return [name for name in self._layers() if not name.startswith(BLOCKS)]
+
     def replaced_by_kohya(self, path: Path) -> AbstractContextManager[None]:
         """Replace the UNet's adapter for a while by that of a kohya file, as diffusers reads it."""
 
         def load() -> None:
-            state, alphas, *_ = StableDiffusionLoraLoaderMixin.lora_state_dict(load_file(path))
-            state, alphas = (_with_ends_named(some or {}) for some in (state, alphas))
+            # the mixin of SDXL, which takes the UNet's config to read the LDM names of layers
+            read = StableDiffusionXLLoraLoaderMixin.lora_state_dict(load_file(path), unet_config=self.unet.config)
+            state, alphas, *_ = read
             self.unet.load_lora_adapter(state, prefix="unet", network_alphas=alphas, adapter_name=_RELOADED)
 
         return self._replaced(load)

@@ -22,9 +22,18 @@ from torch import Tensor
 from finetune.errors import ModelError
 from finetune.models.lora_dialects import normalized
 from finetune.models.lora_keys import family_layers
-from finetune.models.lora_math import MAGNITUDE, MAGNITUDE_OF_INPUTS, lacking, rank_of
+from finetune.models.lora_math import (
+    MAGNITUDE,
+    MAGNITUDE_OF_INPUTS,
+    MAGNITUDE_OVER_BASE,
+    MAGNITUDES,
+    lacking,
+    rank_of,
+)
 from finetune.models.tensor_file import data_digest, write_tensors
 
+METADATA_KEY = "lora_adapter_metadata"
+"""Entry of a peft file's metadata that holds its settings as JSON, since diffusers 0.35."""
 PEFT_PREFIX = "unet."
 KOHYA_PREFIX = "lora_unet_"
 _WIDTHS = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
@@ -35,22 +44,25 @@ _FACTORS = (
 )
 _STEMS = {"loha": "hada_", "lokr": "lokr_"}
 _SUFFIXES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", MAGNITUDE: "dora_scale"}
-_SUFFIXES |= {MAGNITUDE_OF_INPUTS: "dora_scale"} | dict(zip(_FACTORS, _FACTORS, strict=True))
+_SUFFIXES |= dict.fromkeys(MAGNITUDES, "dora_scale") | dict(zip(_FACTORS, _FACTORS, strict=True))
 """peft's name of a tensor -> kohya's."""
+_DORA_NORM = "finetune.dora_norm"
+"""Entry of a kohya file's metadata that is "base" where its DoRA is one for ComfyUI and Forge."""
 
 
-def to_kohya(state: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Tensor]:
+def to_kohya(state: Mapping[str, Tensor], alphas: Mapping[str, float], names: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors of a peft file under kohya's keys, with alpha beside them.
 
     Args:
         state: peft key -> tensor.
         alphas: layer -> alpha; its update is scaled by alpha / rank.
+        names: layer -> its name in the file, as `finetune.models.lora_keys.kohya_names` gives them.
     """
     converted: dict[str, Tensor] = {}
     for key, tensor in state.items():
         module, suffix = _parted(key.removeprefix(PEFT_PREFIX), _SUFFIXES)
-        name = KOHYA_PREFIX + module.replace(".", "_")
-        if suffix == MAGNITUDE:  # (out,) of a linear layer, (1, out, 1, 1) of a convolution
+        name = KOHYA_PREFIX + names[module].replace(".", "_")
+        if suffix in (MAGNITUDE, MAGNITUDE_OVER_BASE):  # (out,) of a linear layer, (1, out, 1, 1) of a convolution
             tensor = tensor.reshape(-1, *[1] * max(1, tensor.ndim - 1))
         converted[f"{name}.{_SUFFIXES[suffix]}"] = tensor
         converted[f"{name}.alpha"] = torch.tensor(float(alphas[module]))
@@ -69,12 +81,12 @@ def from_kohya(state: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[d
         ModelError: a key belongs to none of the layers, or is of another kind.
     """
     by_name = {KOHYA_PREFIX + name.replace(".", "_"): module for name, module in names.items()}
-    back = {theirs: ours for ours, theirs in _SUFFIXES.items() if ours != MAGNITUDE_OF_INPUTS}
+    back = {theirs: ours for ours, theirs in _SUFFIXES.items() if ours not in MAGNITUDES}
     tensors: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
     for key, tensor in state.items():
         name, _, suffix = key.partition(".")
-        if name not in by_name or suffix not in {*back, "alpha"}:
+        if name not in by_name or suffix not in {*back, "alpha", "dora_scale"}:
             raise ModelError(f"{key}: no LoRA tensor for this UNet")
         if suffix == "dora_scale" and tensor.shape[0] == 1 < tensor.numel():
             tensors[f"{PEFT_PREFIX}{by_name[name]}.{MAGNITUDE_OF_INPUTS}"] = tensor
@@ -124,7 +136,7 @@ class LoraFile:
     def kind(self) -> str:
         """What its tensors are: "lora", "dora", "loha" or "lokr"; a rank-stabilised LoRA is one with another alpha."""
         ends = {key.rpartition(".")[2] for key in self.tensors}
-        if {MAGNITUDE, MAGNITUDE_OF_INPUTS} & ends:
+        if ends.intersection(MAGNITUDES):
             return "dora"
         return next((kind for kind in ("loha", "lokr") if any(e.startswith(_STEMS[kind]) for e in ends)), "lora")
 
@@ -154,7 +166,8 @@ def read_lora(path: Path, names: Mapping[str, str] | None = None) -> LoraFile:
     try:
         with safe_open(path, "pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 # no dict
-            settings = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}")) or {}
+            metadata = file.metadata() or {}
+            settings = json.loads(metadata.get(METADATA_KEY, "{}")) or {}
     except SafetensorError as error:
         raise ModelError(f"{path} is not a safetensors file, or is damaged: {error}") from error
     except (OSError, ValueError) as error:
@@ -170,10 +183,12 @@ def read_lora(path: Path, names: Mapping[str, str] | None = None) -> LoraFile:
         other = next(key for key in ours if key not in kohya)
         raise ModelError(f"{path} mixes two layouts: {kohya[0]} and {other}")
     if kohya and names is None:
-        names = family_layers(_family(path, ours))[0]
+        names = family_layers(_family(path, ours)).names
     try:
         if kohya:
             tensors, alphas = from_kohya(ours, names or {})
+            if metadata.get(_DORA_NORM) == "base":
+                tensors = {key.replace(f".{MAGNITUDE}", f".{MAGNITUDE_OVER_BASE}"): t for key, t in tensors.items()}
             lora = LoraFile(tensors, alphas, text, "kohya")
         else:
             state = {f"{PEFT_PREFIX}{key.removeprefix(PEFT_PREFIX)}": tensor for key, tensor in ours.items()}
@@ -187,7 +202,9 @@ def read_lora(path: Path, names: Mapping[str, str] | None = None) -> LoraFile:
     except ModelError as error:
         family = told_family(ours)
         raise ModelError(f"{path}: {error}{f'; it was made for {family}' if family else ''}") from error
-    return lora if kohya else replace(lora, alphas=_told_alphas(settings or _settings_beside(path), layers))
+    if kohya:
+        return lora
+    return _without_padding(replace(lora, alphas=_told_alphas(settings or _settings_beside(path), layers)))
 
 
 def _settings_beside(path: Path) -> dict[str, Any]:
@@ -235,16 +252,19 @@ _LYCORIS = {"dora": "locon", "loha": "loha", "lokr": "lokr"}
 """What LyCORIS, the network module of sd-scripts that knows them, calls the kinds that sd-scripts itself has not."""
 
 
-def write_kohya(path: Path, lora: LoraFile, metadata: Mapping[str, str], rank: int | None = None) -> None:
+def write_kohya(
+    path: Path, lora: LoraFile, metadata: Mapping[str, str], names: Mapping[str, str], rank: int | None = None
+) -> None:
     """Write a file in kohya's layout.
 
     Args:
         path: the file.
         lora: what to write.
         metadata: metadata, beside what the tensors themselves say.
+        names: layer -> its name in the file, see `to_kohya`.
         rank: that was asked for; None: the most frequent.
     """
-    tensors = to_kohya(lora.tensors, lora.alphas)
+    tensors = to_kohya(lora.tensors, lora.alphas, names)
     digest, algorithm = data_digest(tensors), _LYCORIS.get(lora.kind)
     defaults = {
         "ss_network_module": "lycoris.kohya" if algorithm else "networks.lora",
@@ -254,17 +274,33 @@ def write_kohya(path: Path, lora: LoraFile, metadata: Mapping[str, str], rank: i
         "modelspec.hash_sha256": f"0x{digest}",
     }
     if algorithm:
-        arguments = {"algo": algorithm} | ({"dora_wd": True} if lora.kind == "dora" else {})
-        defaults["ss_network_args"] = json.dumps(arguments)
+        dora = {"dora_wd": True, "wd_on_output": not _has(lora, MAGNITUDE_OF_INPUTS)} if lora.kind == "dora" else {}
+        defaults["ss_network_args"] = json.dumps({"algo": algorithm} | dora)
+    if _has(lora, MAGNITUDE_OVER_BASE):
+        defaults[_DORA_NORM] = "base"
     write_tensors(path, tensors, dict(metadata) | defaults)
 
 
-def write_peft(path: Path, lora: LoraFile) -> None:
-    """Write a file in peft's layout, rank and alpha of each layer in its metadata. Raises ModelError for a LoKr."""
-    if any(key.endswith(MAGNITUDE_OF_INPUTS) for key in lora.tensors):
+def write_peft(path: Path, lora: LoraFile, more: Mapping[str, Any] | None = None) -> None:
+    """Write a file in peft's layout, with the few settings in its metadata that every version of peft knows.
+
+    A LoRA or DoRA is written as `uniform` makes it, so that it means the same to programs that read no metadata.
+
+    Args:
+        path: the file.
+        lora: what to write.
+        more: entries of the metadata beside the settings; diffusers reads only those that begin with "unet.".
+
+    Raises:
+        ModelError: a LoKr, or a DoRA with a norm for each input.
+    """
+    if _has(lora, MAGNITUDE_OVER_BASE):
+        raise ModelError("its DoRA is written for ComfyUI and Forge; give the file that the run wrote for diffusers")
+    if _has(lora, MAGNITUDE_OF_INPUTS):
         raise ModelError("its DoRA has a norm for each input, where peft's has one for each output; keep to kohya")
     if lora.kind == "lokr":
         raise ModelError("a LoKr does not say how its layers were factored, which peft needs to know; keep to kohya")
+    lora = lora if lora.kind == "loha" else uniform(lora)
     ranks, alphas = lora.ranks(), lora.alphas
     rank, alpha = _usual(ranks.values()), _usual(alphas.values())
     settings: dict[str, Any] = {
@@ -276,8 +312,56 @@ def write_peft(path: Path, lora: LoraFile) -> None:
         "target_modules": sorted(ranks),
     }
     settings |= {"use_dora": True} if lora.kind == "dora" else {}
-    metadata = {f"{PEFT_PREFIX}{name}": value for name, value in settings.items()}
-    write_tensors(path, lora.tensors, {"lora_adapter_metadata": json.dumps(metadata, sort_keys=True)})
+    write_peft_tensors(path, lora.tensors, settings, more or {})
+
+
+def write_peft_tensors(
+    path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], more: Mapping[str, Any]
+) -> None:
+    """Write a file in peft's layout with these settings of peft's, and more entries of its metadata."""
+    metadata = {f"{PEFT_PREFIX}{name}": value for name, value in settings.items()} | dict(more)
+    write_tensors(path, tensors, {METADATA_KEY: json.dumps(metadata, sort_keys=True, default=sorted)})
+
+
+def uniform(lora: LoraFile) -> LoraFile:
+    """A LoRA or DoRA with the same updates and one rank for all layers, which is alpha, too.
+
+    Alpha goes into B, and the factors of layers with a lower rank are filled up with zeros. diffusers reads the
+    settings of a peft file since 0.35. Before, it took the rank of the first layer for the alpha of all.
+    """
+    rank = max(rank for rank in lora.ranks().values() if rank)
+    tensors: dict[str, Tensor] = dict(lora.tensors)
+    for layer, factors in lora.layers().items():
+        a, b = (factors[f"lora_{factor}.weight"] for factor in "AB")
+        scale, missing = lora.alphas[layer] / a.shape[0], rank - a.shape[0]
+        if scale != 1:
+            b = (b.float() * scale).to(b.dtype)
+        if missing:
+            a = torch.cat([a, a.new_zeros(missing, *a.shape[1:])])
+            b = torch.cat([b, b.new_zeros(b.shape[0], missing, *b.shape[2:])], dim=1)
+        tensors |= {f"{PEFT_PREFIX}{layer}.lora_A.weight": a, f"{PEFT_PREFIX}{layer}.lora_B.weight": b}
+    return replace(lora, tensors=tensors, alphas=dict.fromkeys(lora.alphas, float(rank)))
+
+
+def _without_padding(lora: LoraFile) -> LoraFile:
+    """A LoRA without the zeros that `uniform` has filled up factors with, and alphas for the ranks that are left."""
+    tensors, alphas = dict(lora.tensors), dict(lora.alphas)
+    for layer, factors in lora.layers().items():
+        if "lora_A.weight" not in factors:
+            continue
+        a, b = factors["lora_A.weight"], factors["lora_B.weight"]
+        used = a.flatten(1).any(1) | b.transpose(0, 1).flatten(1).any(1)
+        rank = int(used.nonzero().max()) + 1 if used.any() else len(used)
+        if rank < len(used):
+            tensors[f"{PEFT_PREFIX}{layer}.lora_A.weight"] = a[:rank].contiguous()
+            tensors[f"{PEFT_PREFIX}{layer}.lora_B.weight"] = b[:, :rank].contiguous()
+            alphas[layer] = alphas.get(layer, float(len(used))) * rank / len(used)
+    return replace(lora, tensors=tensors, alphas=alphas)
+
+
+def _has(lora: LoraFile, name: str) -> bool:
+    """Whether a tensor of this name is in the file."""
+    return any(key.endswith(f".{name}") for key in lora.tensors)
 
 
 def _usual(numbers: Iterable[Any]) -> Any:

@@ -1,6 +1,7 @@
 """Names of UNet layers in LoRA files."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,32 +30,65 @@ UNETS: Mapping[str, Mapping[str, Any]] = {
 """Family -> its UNet's config, where it is not diffusers' default."""
 
 
+BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
+"""What the names of most layers begin with. diffusers before 0.42 reads no other layer from a kohya file of SDXL."""
+
+
+@dataclass(frozen=True)
+class UNetLayers:
+    """The layers of a UNet, and their names in LoRA files."""
+
+    shapes: Mapping[str, torch.Size]
+    """Layer -> shape of its weight."""
+    names: Mapping[str, str]
+    """See `layer_names`."""
+    kohya_names: Mapping[str, str]
+    """See `kohya_names`."""
+
+
 def layer_names(config: Mapping[str, Any], weights: Iterable[str]) -> dict[str, str]:
     """Every name by which a kohya file may call a layer, with dots -> the layer's name in diffusers.
-
-    sd-scripts calls the layers of SDXL as the LDM layout does, those of SD 1 and 2 as diffusers.
 
     Args:
         config: of the UNet.
         weights: its weights' names.
     """
     layers = [weight.removesuffix(_WEIGHT) for weight in weights if weight.endswith(_WEIGHT)]
-    names = {layer: layer for layer in layers}
-    if isinstance(config["layers_per_block"], int):
-        ldm = unet_keys(config, [layer + _WEIGHT for layer in layers])
-        names |= {ldm[layer + _WEIGHT].removeprefix(UNET).removesuffix(_WEIGHT): layer for layer in layers}
-    return names
+    return {layer: layer for layer in layers} | {name: layer for layer, name in _ldm_names(config, layers).items()}
 
 
-def family_layers(family: str) -> tuple[dict[str, str], dict[str, torch.Size]]:
-    """The names of the layers of "sd15", "sd21" or "sdxl", as `layer_names`, and the shape of each layer's weight."""
+def kohya_names(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str, str]:
+    """Layer -> its name in a kohya file, with dots.
+
+    sd-scripts calls the layers of SDXL as the LDM layout does, those of SD 1 and 2 as diffusers does.
+
+    Args:
+        config: of the UNet.
+        layers: names in diffusers.
+    """
+    xl = config.get("addition_embed_type") == "text_time"
+    return _ldm_names(config, layers) if xl else {layer: layer for layer in layers}
+
+
+def _ldm_names(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str, str]:
+    """Layer -> its name in a checkpoint in one file; empty for a UNet that has no such file."""
+    if not isinstance(config["layers_per_block"], int):
+        return {}
+    keys = unet_keys(config, [layer + _WEIGHT for layer in layers])
+    return {
+        ours.removesuffix(_WEIGHT): theirs.removeprefix(UNET).removesuffix(_WEIGHT) for ours, theirs in keys.items()
+    }
+
+
+def family_layers(family: str) -> UNetLayers:
+    """The layers of the UNet of "sd15", "sd21" or "sdxl"."""
     return layers_of(UNETS[family])
 
 
-def layers_of(config: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, torch.Size]]:
-    """Return the names of the layers of the UNet with this config."""
+def layers_of(config: Mapping[str, Any]) -> UNetLayers:
+    """The layers of the UNet with this config."""
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(dict(config))
     state: Mapping[str, torch.Tensor] = unet.state_dict()
     shapes = {name.removesuffix(_WEIGHT): tensor.shape for name, tensor in state.items() if name.endswith(_WEIGHT)}
-    return layer_names(dict(unet.config), state), shapes
+    return UNetLayers(shapes, layer_names(unet.config, state), kohya_names(unet.config, shapes))

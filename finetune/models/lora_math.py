@@ -15,10 +15,15 @@ MAGNITUDE = "lora_magnitude_vector"
 MAGNITUDE_OF_INPUTS = "lora_magnitude_of_inputs"
 """The same of LyCORIS' and A1111's DoRA: the norm of each column."""
 
+MAGNITUDE_OVER_BASE = "lora_magnitude_over_base"
+"""The same as ComfyUI and Forge apply it: each row of the sum is divided by the norm of the base weight's row."""
+
+MAGNITUDES = (MAGNITUDE, MAGNITUDE_OF_INPUTS, MAGNITUDE_OVER_BASE)
+
 
 def lacking(tensors: Mapping[str, Tensor]) -> str | None:
     """A tensor without which a layer's others are no update; None where they are whole."""
-    if {"lora_A.weight", "lora_B.weight", MAGNITUDE, MAGNITUDE_OF_INPUTS} & tensors.keys():
+    if {"lora_A.weight", "lora_B.weight", *MAGNITUDES} & tensors.keys():
         needed = ["lora_A.weight", "lora_B.weight"]
     elif any(name.startswith("hada_") for name in tensors):
         needed = [f"hada_{factor}" for factor in ("w1_a", "w1_b", "w2_a", "w2_b")]
@@ -68,14 +73,20 @@ def changed(weight: Tensor, tensors: Mapping[str, Tensor], alpha: float | None, 
     """
     base = weight.float()
     merged = base + update(tensors, alpha, weight.shape)
-    if MAGNITUDE in tensors:
-        norms = merged.flatten(1).norm(dim=1)
-        merged = merged * (tensors[MAGNITUDE].float().flatten() / norms).reshape(-1, *[1] * (weight.ndim - 1))
+    for name, divisor in ((MAGNITUDE, merged), (MAGNITUDE_OVER_BASE, base)):
+        if name in tensors:
+            scale = tensors[name].float().flatten() / row_norms(divisor)
+            merged = merged * scale.reshape(-1, *[1] * (weight.ndim - 1))
     if MAGNITUDE_OF_INPUTS in tensors:
         norms = merged.transpose(0, 1).flatten(1).norm(dim=1)
         scale = tensors[MAGNITUDE_OF_INPUTS].float().flatten() / norms
         merged = merged * scale.reshape(1, -1, *[1] * (weight.ndim - 2))
     return base + strength * (merged - base)
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """The norm of what each output is computed from, in fp32: (out,)."""
+    return weight.float().flatten(1).norm(dim=1)
 
 
 def factors(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from finetune.errors import ModelError, RunError, UsageError
-from finetune.models.lora_formats import LoraFile, read_lora, write_kohya, write_peft
-from finetune.models.lora_keys import UNETS, family_layers, layers_of
+from finetune.models.lora_formats import LoraFile, read_lora, uniform, write_kohya, write_peft
+from finetune.models.lora_keys import UNETS, UNetLayers, family_layers, layers_of
 from finetune.models.lora_math import changed, factors, update
 from finetune.models.model_info import locate
 from finetune.models.source import open_source
@@ -29,7 +29,7 @@ def open_lora(path: Path, model: str | None = None, *, option: str = "--file") -
     """
     if not path.is_file():
         raise UsageError(f"{option} {path}: no such file")
-    return read_lora(path, None if model is None else _layers_of(model)[0])
+    return read_lora(path, None if model is None else _layers_of(model).names)
 
 
 def check_layers(path: Path, lora: LoraFile, model: str | None) -> None:
@@ -38,7 +38,7 @@ def check_layers(path: Path, lora: LoraFile, model: str | None) -> None:
     Raises:
         ModelError: neither `model` nor the file tells which UNet, or a layer is none of it, or has another shape.
     """
-    shapes = shapes_for(lora, model)
+    shapes = layers_for(lora, model).shapes
     whose = f"--model {model}" if model is not None else lora.family
     for layer, tensors in lora.layers().items():
         if layer not in shapes:
@@ -52,16 +52,16 @@ def check_layers(path: Path, lora: LoraFile, model: str | None) -> None:
             raise ModelError(f"{path}: {layer} does not fit its shape {tuple(shapes[layer])} in {whose}{made}")
 
 
-def shapes_for(lora: LoraFile, model: str | None) -> Mapping[str, torch.Size]:
-    """Layer -> shape of its weight. Raises ModelError where neither `model` nor the file tells."""
+def layers_for(lora: LoraFile, model: str | None) -> UNetLayers:
+    """The layers of the UNet that a LoRA is for. Raises ModelError where neither `model` nor the file tells."""
     if model is not None:
-        return _layers_of(model)[1]
+        return _layers_of(model)
     if lora.family is None:
         raise ModelError("which model the LoRA was made for does not show in its tensors; give --model")
-    return family_layers(lora.family)[1]
+    return family_layers(lora.family)
 
 
-def _layers_of(model: str) -> tuple[dict[str, str], dict[str, torch.Size]]:
+def _layers_of(model: str) -> UNetLayers:
     if model in UNETS:
         return family_layers(model)  # which needs neither its files nor the hub
     model_info = locate(model)
@@ -70,22 +70,43 @@ def _layers_of(model: str) -> tuple[dict[str, str], dict[str, torch.Size]]:
     return layers_of(open_source(model_info).config("unet"))
 
 
-def write_lora(path: Path, lora: LoraFile, layout: Layout, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+def write_lora(
+    path: Path,
+    lora: LoraFile,
+    layout: Layout,
+    dtype: torch.dtype,
+    metadata: Mapping[str, str],
+    *,
+    names: Mapping[str, str],
+) -> None:
     """Write a LoRA, read it back and compare it to the bit.
+
+    Args:
+        path: the file.
+        lora: what to write.
+        layout: that of the file.
+        dtype: number format of its tensors.
+        metadata: of a kohya file, see `write_kohya`.
+        names: layer -> its name in a kohya file.
 
     Raises:
         RunError: what was read back is not what was to be written; the file is kept as `.rejected`.
         ModelError: as `write_peft`.
     """
+    lora = replace(lora, alphas={layer: lora.alphas.get(layer, float(r or 1)) for layer, r in lora.ranks().items()})
+    in_one_rank = layout == "peft" and lora.kind in ("lora", "dora")
+    if in_one_rank:
+        lora = uniform(lora)
+    alphas = lora.alphas
     tensors = {key: tensor.to(dtype).contiguous() for key, tensor in lora.tensors.items()}
-    alphas = {layer: lora.alphas.get(layer, float(rank or 1)) for layer, rank in lora.ranks().items()}
-    rounded = replace(lora, tensors=tensors, alphas=alphas)
+    rounded = replace(lora, tensors=tensors)
     if layout == "kohya":
-        write_kohya(path, rounded, metadata)
+        write_kohya(path, rounded, metadata, names)
     else:
         write_peft(path, rounded)
     try:
-        back = read_lora(path, {layer: layer for layer in alphas})
+        back = read_lora(path, {names[layer]: layer for layer in alphas})
+        back = uniform(back) if in_one_rank else back  # reading takes the zeros off that fill up a lower rank
         wrong = [key for key in tensors if key not in back.tensors or not torch.equal(back.tensors[key], tensors[key])]
         wrong += [f"{n}.alpha" for n, alpha in alphas.items() if _in_fp32(back.alphas[n]) != _in_fp32(alpha)]
         if wrong:

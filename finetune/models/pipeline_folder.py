@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from finetune.models.clip_tokenizer import write_vocabulary
 from finetune.models.ldm_file import classic_names
 from finetune.models.loading import DiffusionModel
 from finetune.models.tensor_file import write_tensors
@@ -36,11 +37,13 @@ def write_pipeline(model: DiffusionModel, folder: Path, dtype: torch.dtype = tor
         place = folder / part
         if part in model.component_dirs:
             _copy(model.component_dirs[part], place, dtype)
-            continue
-        written = in_dtype(module, dtype) if isinstance(module, nn.Module) else module
-        save_part(written, place)
-        if part.startswith("text_encoder"):
-            write_tensors(place / "model.safetensors", classic_names(written), _WRITTEN_BY_TRANSFORMERS)
+        else:
+            written = in_dtype(module, dtype) if isinstance(module, nn.Module) else module
+            save_part(written, place)
+            if part.startswith("text_encoder"):
+                write_tensors(place / "model.safetensors", classic_names(written), _WRITTEN_BY_TRANSFORMERS)
+        if part.startswith("tokenizer") and not (place / "vocab.json").exists():
+            write_vocabulary(module, place)
 
 
 def _copy(source: Path, place: Path, dtype: torch.dtype) -> None:

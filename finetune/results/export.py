@@ -133,7 +133,7 @@ def step_export(model: DiffusionModel, folder: Path, step: int, metadata: Mappin
     Called, at any later time and in any thread, it raises RunError where the file does not hold these very tensors.
     """
     adapter = Adapter.attached_to(model.unet)
-    state = {name: tensor.to("cpu", copy=True) for name, tensor in adapter.state().items()} if adapter else {}
+    state = {name: tensor.to("cpu", copy=True) for name, tensor in adapter.kohya_state().items()} if adapter else {}
 
     def write() -> None:
         if adapter is None:

@@ -48,7 +48,7 @@ def write_format(
     """
     dtype, adapter = DTYPES[precision], Adapter.attached_to(model.unet)
     if form == "kohya" and adapter:
-        adapter.save_kohya(to, metadata, adapter.state(dtype))
+        adapter.save_kohya(to, metadata, adapter.kohya_state(dtype))
         return verify_kohya(model, to, dtype)
     if form == "peft" and adapter:
         to.mkdir()

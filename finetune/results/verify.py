@@ -45,7 +45,8 @@ def verify_export(model: DiffusionModel, folder: Path) -> float:
 def verify_peft(model: DiffusionModel, folder: Path, dtype: torch.dtype = torch.float32) -> float:
     """Verify an adapter file of this dtype in peft's layout by loading it as a second adapter on the same base."""
     adapter = _adapter(model)
-    differing = _differing(rounded(adapter.state(), dtype), load_file(folder / LORA_FILE))
+    expected = adapter.uniform(dtype).tensors if adapter.kind in ("lora", "dora") else adapter.state(dtype)
+    differing = _differing(expected, load_file(folder / LORA_FILE))
     return _prove(model, folder, differing, lambda: adapter.replaced_by_file(folder), dtype)
 
 
@@ -53,12 +54,13 @@ def verify_kohya(model: DiffusionModel, path: Path, dtype: torch.dtype = torch.f
     """Verify an adapter file in kohya's layout.
 
     Every tensor and alpha is read back by the layout's definition, and compared to the bit. Then diffusers' own
-    converter loads the file, and the outputs are compared; for the kinds that it cannot load, what the file adds to
-    each weight by the definition of its kind is compared with what the trained adapter adds.
+    converter loads the file, and the outputs are compared; for kinds and layers that not every version of it can
+    load, what the file adds to each weight by the definition of its kind is compared with what the trained adapter
+    adds.
     """
     adapter = _adapter(model)
-    differing = differing_from_kohya(adapter, path, rounded(adapter.state(), dtype))
-    if adapter.kind != "lora":  # diffusers drops DoRA's norms, and refuses LoHa and LoKr
+    differing = differing_from_kohya(adapter, path, adapter.kohya_state(dtype))
+    if adapter.kind != "lora" or adapter.layers_outside_blocks():
         difference = float("inf") if differing else _distance_of_updates(adapter, path)
         _refuse(path, differing, difference, dtype)
         return difference

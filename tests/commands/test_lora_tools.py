@@ -13,7 +13,7 @@ from finetune.cli import main
 from finetune.models.adapter_types import Kind
 from finetune.models.loading import load_model
 from finetune.models.lora import Adapter, add_lora, trainable
-from finetune.models.lora_formats import LoraFile, read_lora
+from finetune.models.lora_formats import LoraFile, read_lora, write_kohya
 from finetune.models.lora_keys import layer_names
 from finetune.models.lora_math import update
 from finetune.models.lora_tools import shortened
@@ -45,6 +45,12 @@ def tiny_lora(path: Path, kind: Kind = "lora", rank: int = 4, seed: int = 1, alp
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=source)
     Adapter(unet).save_kohya(path, {"ss_steps": "10", "ss_tag_frequency": '{"dogs": {"dog": 3}}'})
     return answer(unet)
+
+
+def names_of_tiny() -> dict[str, str]:
+    """The names of the layers of `tiny`."""
+    unet = load_model("tiny").unet
+    return layer_names(unet.config, unet.state_dict())
 
 
 def lora(*words: str | Path) -> int:
@@ -96,23 +102,48 @@ def test_there_and_back_between_the_layouts(tmp_path: Path) -> None:
         lora("convert", "--file", tmp_path / "p.safetensors", "--to", tmp_path / "k.safetensors", "--model", "tiny")
         == 0
     )
-    before, after = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "k.safetensors")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    names = names_of_tiny()
+    before, after = (read_lora(tmp_path / f"{name}.safetensors", names) for name in "ak")
+    for layer, tensors in before.layers().items():
+        shape = torch.Size((tensors["lora_B.weight"].shape[0], tensors["lora_A.weight"][0].numel()))
+        updates = [update(file.layers()[layer], file.alphas[layer], shape) for file in (before, after)]
+        assert torch.allclose(*updates, rtol=1e-5, atol=1e-9)  # alpha is in B by then
 
 
-@pytest.mark.parametrize("kind", ["dora", "loha"])
-def test_other_kinds_are_converted_and_lokr_says_why_not(
-    kind: Kind, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    tiny_lora(tmp_path / "a.safetensors", kind)
+def test_a_loha_is_converted(tmp_path: Path) -> None:
+    tiny_lora(tmp_path / "a.safetensors", "loha")
     (tmp_path / "p").mkdir()
     to = tmp_path / "p/pytorch_lora_weights.safetensors"
     assert lora("convert", "--file", tmp_path / "a.safetensors", "--to", to, "--format", "peft", "--model", "tiny") == 0
-    lokr = tmp_path / "lokr.safetensors"
-    tiny_lora(lokr, "lokr")
-    assert lora("convert", "--file", lokr, "--to", tmp_path / "x", "--format", "peft", "--model", "tiny") == 1
-    assert "does not say how its layers were factored" in capsys.readouterr().err
+
+
+def test_a_dora_by_its_definition_is_converted(tmp_path: Path) -> None:
+    """As LyCORIS and OneTrainer write one with a norm for each output."""
+    trained = tiny_lora(tmp_path / "ours.safetensors", "dora")
+    unet = load_model("tiny").unet
+    add_lora(unet, rank=4, alpha=3, target_modules=TARGETS, kind="dora")
+    assert Adapter(unet).init_from(tmp_path / "ours.safetensors") == 0
+    lora_file = LoraFile(Adapter(unet).state(), Adapter(unet).alphas(), 0)
+    names = {layer: layer for layer in lora_file.alphas}
+    write_kohya(tmp_path / "a.safetensors", lora_file, {}, names)
+    to = tmp_path / "p.safetensors"
+    assert lora("convert", "--file", tmp_path / "a.safetensors", "--to", to, "--format", "peft", "--model", "tiny") == 0
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder())
+    pipeline.load_lora_weights(to)
+    assert torch.allclose(answer(pipeline.unet), trained, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [("lokr", "does not say how its layers were factored"), ("dora", "its DoRA is written for ComfyUI and Forge")],
+)
+def test_what_is_not_converted_says_why(
+    kind: Kind, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.safetensors"
+    tiny_lora(file, kind)
+    assert lora("convert", "--file", file, "--to", tmp_path / "x", "--format", "peft", "--model", "tiny") == 1
+    assert why in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
@@ -159,11 +190,11 @@ def test_resizing_keeps_what_matters_most(tmp_path: Path, capsys: pytest.Capture
     assert lora("resize", *words, "--to", tmp_path / "less.safetensors", "--rank", "3") == 0
     assert lora("resize", *words, "--to", tmp_path / "share.safetensors", "--energy", "0.8") == 0
     assert "100.00% of the squares" in capsys.readouterr().out
-    names = layer_names((unet := load_model("tiny").unet).config, unet.state_dict())
+    names = names_of_tiny()
     whole, less, share = (read_lora(tmp_path / f"{n}.safetensors", names) for n in ("whole", "less", "share"))
     assert set(less.ranks().values()) == {3}
     for layer, tensors in whole.layers().items():
-        shape = unet.get_parameter(f"{layer}.weight").shape
+        shape = torch.Size((tensors["lora_B.weight"].shape[0], *tensors["lora_A.weight"].shape[1:]))
         before = update(tensors, whole.alphas[layer], shape).flatten(1)
         u, s, v = torch.linalg.svd(before)
         best = u[:, :3] * s[:3] @ v[:3]

@@ -20,7 +20,7 @@ from finetune.models.lora_math import changed
 from finetune.recipe import fine_tune
 from finetune.results.export import export
 from finetune.results.verify import verify_kohya
-from tests.models.test_lora_formats import EVERYTHING, SHAPES, adapted, names_of
+from tests.models.test_lora_formats import EVERYTHING, SHAPES, adapted, in_kohyas_layout, names_of
 
 TARGETS = ("to_q", "to_out.0", "ff.net.2", "conv1", "proj_in")
 
@@ -61,7 +61,7 @@ def test_an_adapter_changes_nothing_until_it_has_learned(kind: Kind) -> None:
 def test_there_and_back_is_equal_to_the_bit(kind: Kind, shape: str) -> None:
     adapter = adapted(shape, EVERYTHING, kind)
     state, alphas = adapter.state(), adapter.alphas()
-    back, back_alphas = from_kohya(to_kohya(state, alphas), names_of(shape))
+    back, back_alphas = from_kohya(in_kohyas_layout(adapter), names_of(shape))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
     assert back_alphas == pytest.approx(alphas)
@@ -94,7 +94,7 @@ def test_the_proof_of_what_diffusers_cannot_load_finds_faults(kind: Kind, fault:
     if fault == "missing":
         del tensors[key]
     save_file(tensors, path)
-    with pytest.raises((RunError, ModelError), match=r"weights differ|no LoRA tensor"):
+    with pytest.raises((RunError, ModelError), match=r"weights differ|is missing"):
         verify_kohya(model, path)
 
 
@@ -109,6 +109,38 @@ def test_merged_by_the_definition_the_weights_answer_the_same(kind: Kind, tmp_pa
         weight = plain.get_parameter(f"{layer}.weight")
         weight.data = changed(weight, tensors, found.alphas[layer])
     assert torch.allclose(answer(plain), answer(model.unet), rtol=0, atol=2e-5)
+
+
+def test_comfyui_comes_to_the_weights_of_a_dora(tmp_path: Path) -> None:
+    """Its formula for a `dora_scale` with a number for each output: the sum, times the scale, by the base's norm."""
+    model = trained("dora")
+    path = tmp_path / "lora.safetensors"
+    Adapter(model.unet).save_kohya(path, {})
+    file, base = load_file(path), load_model("tiny").unet.state_dict()
+    Adapter(model.unet).merge()
+    layers = [key.removesuffix(".dora_scale") for key in file if key.endswith(".dora_scale")]
+    weights = {f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}": name for name in base}
+    for layer in layers:
+        weight = base[weights[layer]]
+        up, down, scale = (file[f"{layer}.{name}"] for name in ("lora_up.weight", "lora_down.weight", "dora_scale"))
+        assert scale.shape == (len(weight), *[1] * (weight.ndim - 1))
+        summed = weight + (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * file[f"{layer}.alpha"] / len(down)
+        norms = weight.flatten(1).norm(dim=1).reshape(scale.shape)
+        trained_weight = model.unet.state_dict()[weights[layer]]
+        assert torch.allclose(summed * scale / norms, trained_weight, rtol=1e-4, atol=1e-6)
+    assert len(layers) > 20
+    with safe_open(path, "pt") as opened:
+        assert '"wd_on_output": true' in opened.metadata()["ss_network_args"]
+
+
+def test_a_dora_for_comfyui_is_not_written_for_diffusers(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    adapter = Adapter(trained("dora").unet)
+    adapter.save_kohya(path, {})
+    unet = load_model("tiny").unet
+    found = read_lora(path, layer_names(unet.config, unet.state_dict()))
+    with pytest.raises(ModelError, match="written for ComfyUI and Forge; give the file that the run wrote for diffuse"):
+        write_peft(tmp_path / "other.safetensors", found)
 
 
 QUICK = [("lora", "kohya"), ("loha", "kohya"), ("dora", "peft")]
@@ -158,7 +190,7 @@ def test_norms_of_inputs_are_merged_by_column_and_kept_out_of_pefts_layout(tmp_p
     merged = changed(torch.zeros(2, 2), found.layers()["conv_in"], 1.0)
     assert torch.allclose(merged.norm(dim=0), scale.flatten())
     assert torch.allclose(merged[:, 0] / merged[0, 0], torch.tensor([1.0, 2.0]))
-    assert torch.equal(to_kohya(found.tensors, found.alphas)["lora_unet_conv_in.dora_scale"], scale)
+    assert torch.equal(to_kohya(found.tensors, found.alphas, names)["lora_unet_conv_in.dora_scale"], scale)
     with pytest.raises(ModelError, match="a norm for each input, where peft's has one for each output"):
         write_peft(tmp_path / "a.safetensors", found)
 

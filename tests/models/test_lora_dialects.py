@@ -18,7 +18,8 @@ from finetune.models.source import FolderSource
 from finetune.models.tiny import tiny_folder
 
 State = dict[str, Tensor]
-NAMES, SHAPES = layers_of(FolderSource(tiny_folder()).config("unet"))
+TINY = layers_of(FolderSource(tiny_folder()).config("unet"))
+NAMES, SHAPES = TINY.names, TINY.shapes
 LAYERS = [name for name in SHAPES if name.startswith("mid_block.attentions.0") and ".attn" in name]
 
 
@@ -49,7 +50,9 @@ def changed(state: State, change: Callable[[str], str]) -> State:
 
 
 def kohya(state: State) -> State:
-    return to_kohya({f"unet.{key}": tensor for key, tensor in state.items()}, dict.fromkeys(LAYERS, 2.0))
+    return to_kohya(
+        {f"unet.{key}": tensor for key, tensor in state.items()}, dict.fromkeys(LAYERS, 2.0), TINY.kohya_names
+    )
 
 
 def down_up(key: str) -> str:

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 
 from finetune.errors import ModelError
 from finetune.models.adapter_types import Kind
+from finetune.models.ldm_keys import UNET, unet_keys
 from finetune.models.lora import Adapter, add_lora
 from finetune.models.lora_formats import from_kohya, read_lora, to_kohya
-from finetune.models.lora_keys import family_layers, layer_names
+from finetune.models.lora_keys import family_layers, kohya_names, layer_names
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 EVERYTHING = (
@@ -52,27 +53,41 @@ def adapted(shape: str, targets: Iterable[str], kind: Kind = "lora") -> Adapter:
     return Adapter(unet)
 
 
-def names_of(shape: str) -> dict[str, str]:
+def plain(shape: str) -> UNet2DConditionModel:
     with torch.random.fork_rng(devices=[]):
-        unet = UNet2DConditionModel(**SHAPES[shape])
+        return UNet2DConditionModel(**SHAPES[shape])
+
+
+def names_of(shape: str) -> dict[str, str]:
+    unet = plain(shape)
     return layer_names(unet.config, unet.state_dict())
 
 
-def keys_that_comfyui_uses(keys: Iterable[str], weights: Iterable[str]) -> set[str]:
+def in_kohyas_layout(adapter: Adapter) -> dict[str, torch.Tensor]:
+    return to_kohya(adapter.state(), adapter.alphas(), kohya_names(adapter.unet.config, adapter.alphas()))
+
+
+def keys_that_comfyui_uses(keys: Iterable[str], unet: UNet2DConditionModel) -> set[str]:
     """The keys of a LoRA file that ComfyUI's map of a UNet finds, written down from its description.
 
     A diffusers name X of a weight is known as lora_unet_X and lycoris_X, dots as underscores, and as X and unet.X with
-    `.to_` written `.processor.to_` and `to_out.0` as `to_out`; behind it come `.alpha` and pairs of suffixes.
+    `.to_` written `.processor.to_` and `to_out.0` as `to_out`; behind it come `.alpha` and pairs of suffixes. Its name
+    X in a checkpoint in one file is known as lora_unet_X, too.
     """
+    weights = unet_keys(unet.config, unet.state_dict())
     pairs = (
         (".lora_up.weight", ".lora_down.weight"), ("_lora.up.weight", "_lora.down.weight"),
         (".lora_B.weight", ".lora_A.weight"), (".lora.up.weight", ".lora.down.weight"),
     )  # fmt: skip
     there, used = set(keys), set()
-    for weight in weights:
-        name = weight.removesuffix(".weight")
+    for weight, in_one_file in weights.items():
+        name, ldm = weight.removesuffix(".weight"), in_one_file.removeprefix(UNET).removesuffix(".weight")
         old = name.replace(".to_", ".processor.to_").replace("to_out.0", "to_out")
-        for known in (f"lora_unet_{name.replace('.', '_')}", f"lycoris_{name.replace('.', '_')}", old, f"unet.{old}"):
+        dotless = (
+            f"{prefix}_{n.replace('.', '_')}"
+            for prefix, n in (("lora_unet", name), ("lycoris", name), ("lora_unet", ldm))
+        )
+        for known in (*dotless, old, f"unet.{old}"):
             for pair in pairs:
                 if {known + suffix for suffix in pair} <= there:
                     used |= {known + suffix for suffix in (*pair, ".alpha", ".dora_scale")} & there
@@ -85,28 +100,23 @@ def keys_that_comfyui_uses(keys: Iterable[str], weights: Iterable[str]) -> set[s
 @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "convolutions too"])
 def test_comfyui_uses_every_tensor(shape: str, targets: tuple[str, ...]) -> None:
     adapter = adapted(shape, targets)
-    with torch.random.fork_rng(devices=[]):
-        weights = UNet2DConditionModel(**SHAPES[shape]).state_dict()
-    file = to_kohya(adapter.state(), adapter.alphas())
-    assert keys_that_comfyui_uses(file, weights) == file.keys()
-    assert not keys_that_comfyui_uses([key for key in adapter.state() if "attn" in key], weights)  # hence the file
+    file = in_kohyas_layout(adapter)
+    assert keys_that_comfyui_uses(file, plain(shape)) == file.keys()
+    assert not keys_that_comfyui_uses([key for key in adapter.state() if "attn" in key], plain(shape))  # hence the file
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["dora", "loha", "lokr"])
 def test_comfyui_uses_every_tensor_of_other_kinds(kind: Kind, shape: str) -> None:
-    adapter = adapted(shape, EVERYTHING, kind)
-    with torch.random.fork_rng(devices=[]):
-        weights = UNet2DConditionModel(**SHAPES[shape]).state_dict()
-    file = to_kohya(adapter.state(), adapter.alphas())
-    assert keys_that_comfyui_uses(file, weights) == file.keys()
+    file = in_kohyas_layout(adapted(shape, EVERYTHING, kind))
+    assert keys_that_comfyui_uses(file, plain(shape)) == file.keys()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_there_and_back_is_equal_to_the_bit(shape: str) -> None:
     adapter = adapted(shape, EVERYTHING)
     state = adapter.state()
-    back, alphas = from_kohya(to_kohya(state, adapter.alphas()), names_of(shape))
+    back, alphas = from_kohya(in_kohyas_layout(adapter), names_of(shape))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
     assert set(alphas.values()) == {3.0}
@@ -121,7 +131,7 @@ def test_keys_of_another_kind_are_named(key: str) -> None:
 
 def test_what_is_no_lora_is_not_renamed() -> None:
     with pytest.raises(ModelError, match=r"conv_in\.weight: not a tensor of a LoRA"):
-        to_kohya({"unet.conv_in.weight": torch.zeros(1)}, {"conv_in": 1})
+        to_kohya({"unet.conv_in.weight": torch.zeros(1)}, {"conv_in": 1}, {"conv_in": "conv_in"})
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -138,10 +148,13 @@ def test_the_names_that_sd_scripts_gives_the_layers_of_sdxl_are_read(shape: str)
 
 def test_the_layers_of_the_real_sizes_are_known_without_a_model() -> None:
     for family, width in (("sd15", 768), ("sd21", 1024), ("sdxl", 2048)):
-        names, shapes = family_layers(family)
-        layer = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
-        assert names["middle_block.1.transformer_blocks.0.attn2.to_k"] == layer
-        assert shapes[layer] == (1280, width)
+        layers = family_layers(family)
+        layer, ldm = (
+            f"{begin}.transformer_blocks.0.attn2.to_k" for begin in ("mid_block.attentions.0", "middle_block.1")
+        )
+        assert layers.names[ldm] == layers.names[layer] == layer
+        assert layers.shapes[layer] == (1280, width)
+        assert layers.kohya_names[layer] == (ldm if family == "sdxl" else layer)  # as sd-scripts writes them
 
 
 @pytest.mark.parametrize(

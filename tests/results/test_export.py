@@ -1,5 +1,7 @@
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,12 +151,49 @@ def test_the_proof_finds_a_fault_planted_in_a_pipeline(
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.unet.state_dict().items())
 
 
-def test_the_proof_finds_a_dropped_alpha(tmp_path: Path) -> None:
+def settings_of_export(folder: Path) -> dict[str, Any]:
+    with safe_open(folder / LORA, "pt") as file:
+        return json.loads(file.metadata()["lora_adapter_metadata"])
+
+
+def test_the_proof_finds_another_alpha(tmp_path: Path) -> None:
     model = trained()
     export(model, tmp_path)
-    save_file(load_file(tmp_path / LORA), tmp_path / LORA)
+    metadata = {"lora_adapter_metadata": json.dumps(settings_of_export(tmp_path) | {"unet.lora_alpha": 1})}
+    save_file(load_file(tmp_path / LORA), tmp_path / LORA, metadata)
     with pytest.raises(RunError, match="outputs differ"):
         verify_export(model, tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"kind": "rslora"}, {"kind": "dora"}, {"conv_rank": 2, "conv_alpha": 3}])
+def test_the_file_for_diffusers_means_the_same_without_its_metadata(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """diffusers 0.30 to 0.34 read none, and take the rank of the first layer for the alpha of all."""
+    model = load_model("tiny")
+    add_lora(model.unet, rank=4, alpha=3, target_modules=("to_q", "ff.net.2"), **arguments)
+    for parameter in trainable(model.unet):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    export(model, tmp_path)
+    save_file(load_file(tmp_path / LORA), tmp_path / LORA)
+    assert verify_export(model, tmp_path) < ROUNDING
+
+
+def test_the_file_for_diffusers_has_no_setting_that_a_version_of_peft_does_not_know(tmp_path: Path) -> None:
+    """peft 0.17 refuses a file that has `alora_invocation_tokens`, which 0.18 writes by itself."""
+    export(trained(), tmp_path)
+    known = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"}
+    assert {name.removeprefix("unet.") for name in settings_of_export(tmp_path)} == known
+
+
+def test_the_tokenizer_of_a_checkpoint_in_one_file_is_exported_for_transformers_4(tmp_path: Path) -> None:
+    base = write_single_file(tmp_path / "base.safetensors", "sdxl")
+    given = tiny_folder() / "tokenizer"
+    export(load_model(base, tokenizer=str(given)), tmp_path / "out")
+    for part in ("tokenizer", "tokenizer_2"):
+        written = tmp_path / "out" / part
+        vocabulary = json.loads((written / "vocab.json").read_text(encoding="utf-8"))
+        assert vocabulary == json.loads((given / "vocab.json").read_text(encoding="utf-8"))
+        lines = [(place / "merges.txt").read_text(encoding="utf-8").split("\n") for place in (written, given)]
+        assert [line for line in lines[0] if line[:1] != "#"] == [line for line in lines[1] if line[:1] != "#"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
