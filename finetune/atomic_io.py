@@ -8,15 +8,23 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from finetune.errors import UsageError
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file so that a reader, or a crash, never sees a part of it. Text is written as UTF-8."""
+    with writing(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file to write, and to read again, which takes its place whole when the block ends."""
     scratch = path.with_name(f".{path.name}.part")
-    scratch.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    with scratch.open("w+b") as file:
+        yield file
     flush_to_disk(scratch)
     os.replace(scratch, path)
     flush_to_disk(path.parent)

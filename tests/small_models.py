@@ -94,6 +94,6 @@ def small_pipeline(family: str, prediction_type: str = "epsilon", **unet: Any) -
 
 def write_single_file(path: Path, family: str, pipeline: Any = None, **more: torch.Tensor) -> Path:
     """The pipeline as a checkpoint in one file, with more tensors, such as marks, beside."""
-    tensors = checkpoint_tensors(pipeline or small_pipeline(family), family) | more
+    tensors = dict(checkpoint_tensors(pipeline or small_pipeline(family), family)) | more
     write_tensors(path, tensors, {})
     return path

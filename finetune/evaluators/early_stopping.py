@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from finetune.atomic_io import write_whole
 from finetune.evaluators.validation import Validation
@@ -99,13 +99,13 @@ def rises(losses: Mapping[int, torch.Tensor], best: int, *, planned: int) -> boo
     return all(chance_of_rise(losses[best], losses[step]) < _LEVEL / planned for step in last)
 
 
-def best_of_ended(folder: Path) -> dict[str, torch.Tensor] | None:
-    """The weights that an ended run has exported, where they are not those of its last step."""
+def best_of_ended(folder: Path) -> Path | None:
+    """The file of the weights that an ended run has exported, where they are not those of its last step."""
     path = folder / "result.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if result.get("trained") in (None, result.get("steps")):
         return None
-    return load_file(folder / BEST)
+    return folder / BEST
 
 
 def _step_of(path: Path) -> int | None:

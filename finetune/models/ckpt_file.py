@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import ModelError
-from finetune.models.weights import NUMBER_FORMATS
+from finetune.models.tensor_file import NUMBER_FORMATS
 
 _STATE = "state_dict"
 """Under which a training script's checkpoint has the weights, beside its step and the like."""

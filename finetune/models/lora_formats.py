@@ -30,7 +30,7 @@ from finetune.models.lora_math import (
     lacking,
     rank_of,
 )
-from finetune.models.tensor_file import data_digest, write_tensors
+from finetune.models.tensor_file import stream_tensors, write_tensors
 
 METADATA_KEY = "lora_adapter_metadata"
 """Entry of a peft file's metadata that holds its settings as JSON, since diffusers 0.35."""
@@ -265,20 +265,18 @@ def write_kohya(
         rank: that was asked for; None: the most frequent.
     """
     tensors = to_kohya(lora.tensors, lora.alphas, names)
-    digest, algorithm = data_digest(tensors), _LYCORIS.get(lora.kind)
+    algorithm = _LYCORIS.get(lora.kind)
     defaults = {
         "ss_network_module": "lycoris.kohya" if algorithm else "networks.lora",
         "ss_network_dim": str(rank or _usual(lora.ranks().values())),
         "ss_network_alpha": f"{_usual(lora.alphas.values()):g}",
-        "sshs_model_hash": digest,
-        "modelspec.hash_sha256": f"0x{digest}",
     }
     if algorithm:
         dora = {"dora_wd": True, "wd_on_output": not _has(lora, MAGNITUDE_OF_INPUTS)} if lora.kind == "dora" else {}
         defaults["ss_network_args"] = json.dumps({"algo": algorithm} | dora)
     if _has(lora, MAGNITUDE_OVER_BASE):
         defaults[_DORA_NORM] = "base"
-    write_tensors(path, tensors, dict(metadata) | defaults)
+    stream_tensors(path, tensors.items, dict(metadata) | defaults, digests=True)
 
 
 def write_peft(path: Path, lora: LoraFile, more: Mapping[str, Any] | None = None) -> None:

@@ -91,7 +91,9 @@ def inspect(path: Path, option: str = "--model") -> Checkpoint:
     if family == "sdxl" and f"{OPENCLIP_XL}text_projection" not in shapes:
         raise ModelError(f"{option} {path}: a checkpoint of XL without its second text encoder")
     said = _said_prediction(path)
-    prediction_type = said if said in ("v_prediction", "flow") else _prediction_type(path, family, header)
+    velocity = (family == "sdxl" and V_PREDICTION in shapes) or (family == "sd21" and not said and spread_of_v(path))
+    # a mark counts more than metadata, which merges of models inherit
+    prediction_type = "v_prediction" if velocity and said != "flow" else said or "epsilon"
     stated = said is not None or family != "sdxl" or V_PREDICTION in shapes
     configs = _configs(path, shapes, family, prediction_type, ZERO_TERMINAL_SNR in shapes)
     return Checkpoint(
@@ -127,12 +129,10 @@ def _said_prediction(path: Path) -> str | None:
     return names.get(metadata.get("modelspec.prediction_type", ""))
 
 
-def _prediction_type(path: Path, family: str, header: Mapping[str, Any]) -> str:
-    """As ComfyUI tells it: SDXL by a mark, SD 2 by the spread of one bias, SD 1 always predicts noise."""
-    velocity = family == "sdxl" and V_PREDICTION in header
-    if family == "sd21" and _VELOCITY_MARK in header:
-        velocity = _values(path, header[_VELOCITY_MARK]).std() > 0.09
-    return "v_prediction" if velocity else "epsilon"
+def spread_of_v(path: Path) -> bool:
+    """Whether one bias of a UNet of Stable Diffusion 2 spreads as that of its model of v, by which ComfyUI knows it."""
+    entry = read_header(path).get(_VELOCITY_MARK)
+    return entry is not None and bool(_values(path, entry).std() > 0.09)
 
 
 def _values(path: Path, entry: Mapping[str, Any]) -> np.ndarray[Any, Any]:

@@ -3,7 +3,7 @@
 # diffusers annotates its own methods narrower than what they take and give.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -128,12 +128,15 @@ class FileSource:
         shapes = self.checkpoint.shapes
         return sum(prod(shape) for name, shape in shapes.items() if name.startswith(begins[part]))
 
-    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+    def empty_unet(self) -> UNet2DConditionModel:
+        """The UNet without storage."""
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(dict(self.config("unet")))
-        keys = unet_keys(self.config("unet"), unet.state_dict())
-        assign(unet, dict(self._read(keys, lambda _, tensor: tensor.to(dtype))), self.place)
-        return unet.eval()
+            return UNet2DConditionModel.from_config(dict(self.config("unet"))).eval()
+
+    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+        unet = self.empty_unet()
+        assign(unet, {name: tensor.to(dtype) for name, tensor in self.weights("unet")}, self.place)
+        return unet
 
     def vae(self) -> AutoencoderKL:
         if VAE + "encoder.conv_in.weight" not in self.checkpoint.shapes:
@@ -142,43 +145,46 @@ class FileSource:
 
     def text_encoder(self, part: str) -> CLIPTextModel | CLIPTextModelWithProjection:
         config = CLIPTextConfig(**self.config(part))
+        state = {name: tensor.float() for name, tensor in self.weights(part)}
+        return strictly_loaded(_text_model(part), None, config=config, state_dict=state).float()
+
+    def weights(self, part: str) -> Iterator[tuple[str, Tensor]]:
+        """A part's weights by the keys of a diffusers folder, in the file's number format, read one by one."""
+        if part == "unet":
+            return self._read(unet_keys(self.config(part), self.empty_unet().state_dict()))
+        if part == "vae":
+            return _vae_weights(self.place, self.checkpoint.shapes, self.config(part), VAE)
         prefix = OPENCLIP_XL if part == "text_encoder_2" else CLIP[self.checkpoint.family]
         openclip = part == "text_encoder_2" or self.checkpoint.family == "sd21"
-        state = self._openclip(prefix, config) if openclip else self._clip(prefix)
-        return strictly_loaded(_text_model(part), None, config=config, state_dict=state).float()
+        return self._openclip(prefix, CLIPTextConfig(**self.config(part))) if openclip else self._clip(prefix)
 
     def tokenizer(self, part: str) -> CLIPTokenizer:
         openclip = part == "tokenizer_2" or self.checkpoint.family == "sd21"
         return clip_tokenizer(self._tokenizer, pad="!" if openclip else END)
 
-    def _clip(self, prefix: str) -> dict[str, Tensor]:
+    def _clip(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """transformers' own names lie behind the prefix. An old table of positions (0, 1, 2 ...) is no weight."""
         names = [name for name in self.checkpoint.shapes if name.startswith(prefix) and "position_ids" not in name]
-        keys = {name.removeprefix(prefix): name for name in names}
-        return dict(self._read(keys, lambda _, tensor: tensor.float()))
+        return self._read({name.removeprefix(prefix): name for name in names})
 
-    def _openclip(self, prefix: str, config: CLIPTextConfig) -> dict[str, Tensor]:
+    def _openclip(self, prefix: str, config: CLIPTextConfig) -> Iterator[tuple[str, Tensor]]:
         rows = list(openclip_keys(config.num_hidden_layers))
         thirds = {ours: third for ours, _, third in rows}
-
-        def convert(key: str, tensor: Tensor) -> Tensor:
-            third = thirds[key]
-            return (tensor if third is None else tensor.chunk(3)[third]).to(torch.float32, copy=True)
-
-        state = dict(self._read({ours: prefix + theirs for ours, theirs, _ in rows}, convert))
+        for ours, tensor in self._read({ours: prefix + theirs for ours, theirs, _ in rows}):
+            third = thirds[ours]
+            yield ours, tensor if third is None else tensor.chunk(3)[third].clone()
         projection = f"{prefix}text_projection"
         if projection in self.checkpoint.shapes:
-            keys = {"text_projection.weight": projection}
-            state |= dict(self._read(keys, lambda _, tensor: tensor.float().T.contiguous()))
-        return state
+            for ours, tensor in self._read({"text_projection.weight": projection}):
+                yield ours, tensor.T.contiguous()
 
-    def _read(self, keys: Mapping[str, str], convert: Callable[[str, Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _read(self, keys: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
         """Our key -> tensor. Raises ModelError for a key that the file has not."""
         missing = [theirs for theirs in keys.values() if theirs not in self.checkpoint.shapes]
         if missing:
             raise ModelError(f"--model {self.place}: {len(missing)} tensors are missing, such as {missing[0]}")
         for ours, (_, tensor) in zip(keys, read_tensors(self.place, keys.values()), strict=True):
-            yield ours, convert(ours, tensor)
+            yield ours, tensor
 
 
 def strictly_loaded(kind: Any, folder: Path | None, **options: Any) -> Any:
@@ -205,19 +211,26 @@ def vae_from(folder: Path) -> AutoencoderKL:
 
 
 def _vae_of_file(path: Path, shapes: Shapes, config: Mapping[str, Any], prefix: str) -> AutoencoderKL:
-    """A VAE in fp32 from tensors of the LDM layout, whose attention may have its newer names."""
+    """A VAE in fp32 from tensors of the LDM layout."""
+    vae = _empty_vae(config)
+    assign(vae, {name: tensor.float() for name, tensor in _vae_weights(path, shapes, config, prefix)}, path)
+    return vae
+
+
+def _empty_vae(config: Mapping[str, Any]) -> AutoencoderKL:
     with torch.device("meta"):
-        vae = AutoencoderKL.from_config(dict(config))
-    keys = {ours: prefix + theirs.removeprefix(VAE) for ours, theirs in vae_keys(config, vae.state_dict()).items()}
+        return AutoencoderKL.from_config(dict(config))
+
+
+def _vae_weights(path: Path, shapes: Shapes, config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """A VAE's weights from tensors of the LDM layout, whose attention may have its newer names."""
+    layout = vae_keys(config, _empty_vae(config).state_dict())
+    keys = {ours: prefix + theirs.removeprefix(VAE) for ours, theirs in layout.items()}
     keys = {ours: theirs if theirs in shapes else newer_vae_key(theirs) for ours, theirs in keys.items()}
     if missing := [theirs for theirs in keys.values() if theirs not in shapes]:
         raise ModelError(f"{path}: {len(missing)} tensors of the VAE are missing, such as {missing[0]}")
-    state: dict[str, Tensor] = {}
     for ours, (_, tensor) in zip(keys, read_tensors(path, keys.values()), strict=True):
-        tensor = tensor.float()
-        state[ours] = tensor[:, :, 0, 0] if is_vae_attention(ours) and tensor.ndim == 4 else tensor
-    assign(vae, state, path)
-    return vae
+        yield ours, tensor[:, :, 0, 0] if is_vae_attention(ours) and tensor.ndim == 4 else tensor
 
 
 def vae_from_file(path: Path, family: str) -> AutoencoderKL:

@@ -15,24 +15,9 @@ from torch import Tensor, nn
 from finetune.atomic_io import as_readable_as
 from finetune.errors import ModelError
 from finetune.models.single_file import read_header
+from finetune.models.tensor_file import NUMBER_FORMATS
 
 STEM = "diffusion_pytorch_model"
-
-NUMBER_FORMATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""A safetensors header's word -> the number format. torch has the others in part, and models use none of them."""
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -1,18 +1,22 @@
 """Export formats: LoRA files, a pipeline, a checkpoint in one file, a UNet; each is verified after it is written."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from finetune.atomic_io import flush_to_disk, flush_tree, move_over, remove, write_whole
 from finetune.errors import ModelError, RunError, UsageError
-from finetune.models.ldm_file import checkpoint_tensors, marks, rest_of, yaml_beside
+from finetune.models.ldm_file import checkpoint_tensors, rest_of
 from finetune.models.loading import DiffusionModel
 from finetune.models.lora import Adapter
 from finetune.models.pipeline_folder import write_pipeline
+from finetune.models.prediction_marks import marks, set_by_hand, yaml_beside
 from finetune.models.single_file import Checkpoint
-from finetune.models.tensor_file import DTYPES, write_tensors
+from finetune.models.tensor_file import DTYPES, stream_tensors
 from finetune.models.weights import in_dtype, read_tensors, save_part
 from finetune.results.lora_metadata import architecture
 from finetune.results.verify import verify_kohya, verify_peft, verify_pipeline, verify_single_file, verify_unet
@@ -35,7 +39,7 @@ def write_format(
         to: a file (kohya, single-file) or a folder that is not there yet.
         form: see `finetune.commands.export`.
         precision: number format of what is written.
-        metadata: metadata for a LoRA file.
+        metadata: metadata for a LoRA file; a checkpoint in one file takes the resolution from it.
         base: for a checkpoint in one file: where to take from what a diffusers folder has no place for.
 
     Returns:
@@ -63,17 +67,32 @@ def write_format(
     if form == "unet":
         save_part(in_dtype(model.unet, dtype), to)
         return verify_unet(model, to, dtype)
+    _write_single_file(model, to, dtype, metadata, base)
+    return verify_single_file(model, to, dtype)
+
+
+def _write_single_file(
+    model: DiffusionModel, to: Path, dtype: torch.dtype, metadata: Mapping[str, str], base: Checkpoint | None
+) -> None:
+    """Write a checkpoint in one file, a tensor at a time, and the YAML file beside it where it needs one."""
     family = model.family.layout
     if family is None:
-        raise UsageError(f"--format {form}: {model.family.description} has no such form; choose diffusers or unet")
-    settings = _settings(model, family)
-    tensors = {name: tensor.to(dtype) for name, tensor in checkpoint_tensors(model.pipeline(), family).items()}
-    rest = {} if base is None else dict(read_tensors(base.path, rest_of(base, tensors, family)))
-    facts = _checkpoint_facts(model, family, to.stem)
-    write_tensors(to, tensors | rest | marks(model.scheduler.config, family), facts)
-    if settings:
+        raise UsageError(f"--format single-file: {model.family.description} has no such form; choose diffusers or unet")
+    pipeline = model.pipeline()
+    shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint_tensors(pipeline, family)}
+    rest = [] if base is None else rest_of(base, shapes, family)
+
+    def items() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in checkpoint_tensors(pipeline, family):
+            if name not in rest:
+                yield name, tensor.to(dtype)
+        if base is not None:
+            yield from read_tensors(base.path, rest)
+        yield from marks(model.scheduler.config, family).items()
+
+    stream_tensors(to, items, _checkpoint_facts(model, family, to.stem, metadata), digests=True)
+    if settings := _settings(model, family):
         write_whole(to.with_suffix(".yaml"), settings)
-    return verify_single_file(model, to, dtype)
 
 
 def has_yaml(model: DiffusionModel) -> bool:
@@ -85,10 +104,13 @@ def _settings(model: DiffusionModel, family: str) -> str | None:
     return yaml_beside(model.scheduler.config, family, image_condition=model.family.image_condition)
 
 
-def _checkpoint_facts(model: DiffusionModel, family: str, title: str) -> dict[str, str]:
+def _checkpoint_facts(model: DiffusionModel, family: str, title: str, metadata: Mapping[str, str]) -> dict[str, str]:
     """Entries of the Stability AI Model Metadata Standard 1.0.1."""
     prediction_type = model.prediction_type
+    pipeline: Any = model.pipeline()
+    side = pipeline.vae_scale_factor * model.unet.config["sample_size"]
     return {
+        "modelspec.resolution": metadata.get("modelspec.resolution", f"{side}x{side}"),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture(family, prediction_type)[1],
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
@@ -130,3 +152,5 @@ def write_verified(
     finally:
         remove(scratch)
     _log.info(f"{to}: loaded back and compared (largest difference {difference:.0e})")
+    for line in set_by_hand(to, model.prediction_type) if form == "single-file" else ():
+        _log.warning(line)

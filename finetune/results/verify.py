@@ -1,6 +1,6 @@
 """Verification of exports: load through diffusers and compare with the model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from finetune import seeding
 from finetune.batch import map_tensors
 from finetune.errors import RunError
+from finetune.models.ldm_file import classic_names
+from finetune.models.ldm_keys import unet_keys
 from finetune.models.loading import DiffusionModel, without_library_bars
 from finetune.models.lora import LORA_FILE, Adapter
 from finetune.models.lora_formats import LoraFile
 from finetune.models.lora_math import update
-from finetune.models.single_file import inspect
+from finetune.models.single_file import Checkpoint, inspect
 from finetune.models.source import FileSource
 from finetune.models.weights import rounded
 
@@ -108,22 +110,51 @@ def verify_unet(model: DiffusionModel, folder: Path, dtype: torch.dtype | None =
 
 
 def verify_single_file(model: DiffusionModel, path: Path, dtype: torch.dtype) -> float:
-    """Verify a single-file checkpoint: read as any such file is, and its keys by diffusers' own converter.
+    """Verify a checkpoint in one file: read as any such file is, and its UNet's keys by diffusers' own converter.
 
-    VAE and text encoders are compared to the bit as well.
+    Every weight, rounded to `dtype`, is compared to the bit, a tensor at a time. The output is compared with that of a
+    UNet which is built as the file says, with the model's own weights: for a second set there may be no memory.
     """
-    source = FileSource(inspect(path), None)
-    theirs = convert_ldm_unet_checkpoint(load_file(path), {"class_embed_type": None, **model.unet.config})
-    differing = _differing(rounded(model.unet.state_dict(), dtype), theirs)
-    del theirs
-    components: dict[str, nn.Module] = {"vae": source.vae()}
-    with without_library_bars():
-        components |= {
-            part: source.text_encoder(part) for part in model.family.components if part.startswith("text_encoder")
-        }
-    if differing := differing + _differing_around(model, components, dtype):
+    checkpoint = inspect(path)
+    if checkpoint.prediction_type != model.prediction_type:
+        found = f"it is read as one that predicts {checkpoint.prediction_type}, not {model.prediction_type}"
+        raise RunError(f"the export in {path} does not load back to the trained model: {found}")
+    source = FileSource(checkpoint, None)
+    pipeline: Any = model.pipeline()
+    differing = _keys_that_diffusers_reads_otherwise(model.unet, checkpoint)
+    for part in ("unet", "vae", *(name for name in model.family.components if name.startswith("text_encoder"))):
+        module = getattr(pipeline, part)
+        state = classic_names(module) if part.startswith("text_encoder") else module.state_dict()
+        wrong = _differing_in_file(state, source.weights(part), dtype)
+        differing += wrong if part == "unet" else [f"{part}.{name}" for name in wrong]
+    if differing:
         _refuse(path, differing, 0.0, dtype)
-    return _prove_unet(model, path, source.unet(dtype), dtype)
+    rebuilt = source.empty_unet()
+    rebuilt.load_state_dict(model.unet.state_dict(), assign=True)
+    return _compare_answers(model, path, rebuilt, model.unet.dtype)
+
+
+def _keys_that_diffusers_reads_otherwise(unet: Any, checkpoint: Checkpoint) -> list[str]:
+    """The UNet's weights that diffusers' converter does not find under the file's key for them."""
+    file = {name: torch.empty(shape, device="meta") for name, shape in checkpoint.shapes.items()}
+    names = {id(tensor): name for name, tensor in file.items()}
+    converted = convert_ldm_unet_checkpoint(dict(file), {"class_embed_type": None, **unet.config})
+    theirs = {name: names.get(id(tensor)) for name, tensor in converted.items()}
+    ours = unet_keys(unet.config, unet.state_dict())
+    return sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+
+
+def _differing_in_file(
+    state: Mapping[str, Tensor], written: Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> list[str]:
+    """The names that only one has, or whose values are not ours rounded to `dtype`, or not finite."""
+    wrong, missing = [], set(state)
+    for name, tensor in written:
+        missing.discard(name)
+        ours = state[name].to(dtype) if name in state else None
+        if ours is None or not torch.equal(ours, tensor.to(ours.device)) or not tensor.isfinite().all():
+            wrong.append(name)
+    return sorted([*wrong, *missing])
 
 
 def _differing_around(model: DiffusionModel, components: Mapping[str, nn.Module], dtype: torch.dtype) -> list[str]:
@@ -180,6 +211,12 @@ def _prove_unet(model: DiffusionModel, place: Path, reloaded: Any, dtype: torch.
     if differing:
         _refuse(place, differing, float("inf"), dtype)
     reloaded.load_state_dict(expected, assign=True)
+    return _compare_answers(model, place, reloaded, dtype)
+
+
+def _compare_answers(model: DiffusionModel, place: Path, reloaded: Any, dtype: torch.dtype) -> float:
+    """Compare the model's output with that of another UNet in its place, which may share its weights."""
+    live = model.unet.eval()
     trained = _answer(model)
     nn.Module.to(reloaded, live.device, live.dtype)  # diffusers' own `to` warns of a dtype
     model.unet = reloaded.eval()

@@ -16,7 +16,8 @@ from finetune.models.image_condition import image_condition_of
 from finetune.models.loading import DiffusionModel
 from finetune.models.lora import Adapter
 from finetune.models.model_info import locate
-from finetune.models.single_file import inspect
+from finetune.models.single_file import inspect, read_header
+from finetune.models.weights import read_tensors
 from finetune.results import hub
 from finetune.results.export import EXPORTS, export, kohya_file
 from finetune.results.export_formats import write_verified
@@ -54,17 +55,17 @@ def load_trained(
         existing = ", ".join(map(str, there)) or "none"
         raise UsageError(f"--run {folder}: no checkpoint{'' if step is None else f' {step}'}; there are: {existing}")
     best = best_of_ended(folder) if newest and ema else None
-    state = checkpoint.load(there[step]) if best is None else {"ema": best}
+    weights = best or checkpoint.weights_file(there[step], ema=ema)
     model = load_base(config, locate(config.model), torch.float32)
-    weights = state["ema"] if ema and state["ema"] else state["weights"]
     learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
-    if weights.keys() != learned.keys():
+    if read_header(weights).keys() != learned.keys():
         raise RunError(f"{there[step]} holds other parameters than its config.toml says")
     with torch.no_grad():
-        for name, parameter in learned.items():
-            parameter.copy_(weights[name])
+        for name, tensor in read_tensors(weights):
+            learned[name].copy_(tensor)
     recorded = kohya_file(folder, None if step == config.max_train_steps or best is not None else step)
-    return model, Adapter.read_metadata(recorded) if recorded.is_file() else {}
+    metadata = Adapter.read_metadata(recorded) if recorded.is_file() else {}
+    return model, {"modelspec.resolution": f"{config.resolution}x{config.resolution}"} | metadata
 
 
 def left_out(config: ResolvedConfig, to: Path) -> list[str]:

@@ -72,13 +72,14 @@ def how_to_load(run: Run) -> dict[str, str]:
     instructions = {"diffusers": what.load.format(folder)}
     if run.model.family.layout is None:  # which no other program knows
         return instructions
-    if what.adapter:
-        instructions["ComfyUI"] = f"copy {kohya_file(folder)} to models/loras, and load it with the node Load LoRA"
-        instructions["A1111, Forge"] = f"copy it to models/Lora; in the prompt: <lora:{folder.resolve().name}:1>"
-    else:
-        to = f"--format single-file --to {shlex.quote(folder.resolve().name)}.safetensors --precision fp16"
-        instructions["ComfyUI, A1111, Forge"] = f"finetune-unet export --run {shlex.quote(str(folder))} {to}"
-    return instructions
+    to = f"--format single-file --to {shlex.quote(folder.resolve().name)}.safetensors --precision fp16"
+    whole = f"finetune-unet export --run {shlex.quote(str(folder))} {to}"
+    if not what.adapter:
+        return instructions | {"ComfyUI, A1111, Forge": whole}
+    dora = run.config.lora_type == "dora"  # A1111 divides by the norms of columns, which no DoRA of ours has
+    instructions["ComfyUI"] = f"copy {kohya_file(folder)} to models/loras, and load it with the node Load LoRA"
+    copy = f"copy it to models/Lora; in the prompt: <lora:{folder.resolve().name}:1>"
+    return instructions | ({"Forge": copy, "A1111": whole} if dora else {"A1111, Forge": copy})
 
 
 SHOWN = 20

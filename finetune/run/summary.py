@@ -15,8 +15,9 @@ from finetune.log_handlers import labelled
 from finetune.models.adapter_types import NAMES
 from finetune.models.conditioners import spelt_words
 from finetune.models.families import defaults
-from finetune.models.lora import trainable
+from finetune.models.lora import LORA_FILE, Adapter, trainable
 from finetune.options.objective import ObjectiveOptions
+from finetune.results.export import kohya_file
 from finetune.run.context import Run
 from finetune.text import join_limited, pluralize, pluralize_float
 from finetune.training.backend import is_compiled
@@ -35,6 +36,7 @@ def print_summary(run: Run) -> None:
         *_about_memory(run),
         *_about_sizes(run.grids.plan),
         *_about_options(run),
+        *_about_adapter(run),
     ]:
         _log.warning(line)
 
@@ -216,6 +218,19 @@ def _about_options(run: Run) -> list[str]:
     if config.learning_rate >= 100 * usual:
         lines.append(f"learning_rate {config.learning_rate:g} is {config.learning_rate / usual:.0f} times the default")
     return lines
+
+
+def _about_adapter(run: Run) -> list[str]:
+    """Adapted layers that some programs do not read, as tests/clients has measured it."""
+    adapter = Adapter.attached_to(run.model.unet)
+    outside = adapter.layers_outside_blocks() if adapter else []
+    if not outside:
+        return []
+    file, layers = kohya_file(run.folder).name, pluralize(len(outside), "adapted layer")
+    return [
+        f"{layers} outside of the UNet's blocks ({join_limited(outside)}): diffusers before 0.40 does not load them "
+        f"from {file}; it loads {LORA_FILE}. ComfyUI, A1111 and Forge load {file}"
+    ]
 
 
 def _about_sizes(samples: SamplePlan) -> list[str]:

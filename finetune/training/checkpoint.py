@@ -206,6 +206,17 @@ def load(folder: Path) -> dict[str, Any]:
         raise RunError(f"{folder} is not a readable checkpoint: {error}") from error
 
 
+def weights_file(folder: Path, *, ema: bool) -> Path:
+    """The file of a checkpoint's trained weights, or of the averaged ones, if asked for and there.
+
+    Raises:
+        RunError: a file of the checkpoint is missing or damaged.
+    """
+    verify(folder)
+    averaged = folder / _FILES["ema"]
+    return averaged if ema and averaged.is_file() else folder / _FILES["weights"]
+
+
 def through_files(state: Mapping[str, Any]) -> dict[str, Any]:
     """An optimizer's state as a checkpoint would return it.
 

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from finetune.errors import ModelError, UsageError
 from finetune.models.loading import load_model
+from finetune.models.tensor_file import NUMBER_FORMATS
 from finetune.models.tiny import tiny_folder
-from finetune.models.weights import NUMBER_FORMATS, read_tensors
+from finetune.models.weights import read_tensors
 from tests.tiny_copy import copy_tiny
 
 

@@ -82,7 +82,7 @@ def test_the_keys_are_those_that_diffusers_own_converter_reads(files: dict[str, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_file_to_model_to_file_is_equal_to_the_bit(files: dict[str, Path], family: str) -> None:
-    again = checkpoint_tensors(load_model(files[family], tokenizer=TOKENIZER).pipeline(), family)
+    again = dict(checkpoint_tensors(load_model(files[family], tokenizer=TOKENIZER).pipeline(), family))
     before = load_file(files[family])
     assert equal(again, before)
     blocks = {

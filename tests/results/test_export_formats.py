@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -15,14 +14,15 @@ from torch import Tensor
 
 from finetune.cli import main
 from finetune.config import TrainConfig, replace
-from finetune.errors import ModelError, UsageError
+from finetune.errors import ModelError, RunError, UsageError
 from finetune.models.loading import load_model
 from finetune.models.lora import add_lora, trainable
 from finetune.models.single_file import inspect
 from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
 from finetune.results.export import kohya_file
-from finetune.results.export_formats import write_format, write_verified
+from finetune.results.export_formats import write_format
+from finetune.results.verify import verify_single_file
 from finetune.training import checkpoint
 from tests.small_models import small_pipeline, write_single_file
 
@@ -197,20 +197,6 @@ def test_a_base_of_another_kind_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "a.safetensors").exists()
 
 
-def test_an_xl_that_predicts_velocity_is_marked_for_both_viewers(tmp_path: Path) -> None:
-    mark = torch.empty(0)
-    base = write_single_file(tmp_path / "base.safetensors", "sdxl", v_pred=mark, ztsnr=mark)
-    write_format(
-        load_model(base, tokenizer=TOKENIZER),
-        tmp_path / "again.safetensors",
-        "single-file",
-        precision="fp32",
-        metadata={},
-    )
-    assert {"v_pred", "ztsnr"} <= load_file(tmp_path / "again.safetensors").keys()
-    assert inspect(tmp_path / "again.safetensors").prediction_type == "v_prediction"
-
-
 def test_a_run_writes_the_forms_it_was_asked_for(pictures: Path, tmp_path: Path) -> None:
     config = TrainConfig(
         data=str(pictures), output_dir=str(tmp_path / "dog"), max_train_steps=1, num_inference_steps=0, rank=2,
@@ -262,22 +248,54 @@ def test_a_form_that_there_is_not_is_refused_before_training(pictures: Path, tmp
         fine_tune(config)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_stable_diffusion_1_that_predicts_velocity_has_a_file_beside_it_that_says_so(
-    tmp_path: Path, prediction_type: str
-) -> None:
-    base = write_single_file(tmp_path / "base.safetensors", "sd15")
-    model = load_model(base, tokenizer=TOKENIZER, prediction_type=prediction_type)
+def test_the_proof_finds_a_file_that_is_taken_for_another_kind(tmp_path: Path) -> None:
+    base = write_single_file(tmp_path / "base.safetensors", "sd21")
+    model = load_model(base, tokenizer=TOKENIZER, prediction_type="v_prediction")
+    to = tmp_path / "dog.safetensors"
+    write_format(model, to, "single-file", precision="fp32", metadata={})
+    save_file(load_file(to), to)
+    with pytest.raises(RunError, match="it is read as one that predicts epsilon, not v_prediction"):
+        verify_single_file(model, to, torch.float32)
+
+
+def test_a_checkpoint_in_one_file_has_what_the_standard_requires(tmp_path: Path) -> None:
+    base = write_single_file(tmp_path / "base.safetensors", "sdxl")
+    model = load_model(base, tokenizer=TOKENIZER, prediction_type="epsilon")
     write_format(model, tmp_path / "dog.safetensors", "single-file", precision="fp32", metadata={})
-    velocity = prediction_type == "v_prediction"
-    assert (tmp_path / "dog.yaml").exists() == velocity
-    if velocity:
-        settings = yaml.safe_load((tmp_path / "dog.yaml").read_text())["model"]["params"]
-        assert settings["parameterization"] == "v"
-        assert settings["unet_config"]["params"]["context_dim"] == 768
-        with pytest.raises(UsageError, match=r"dog\.yaml exists already"):
-            write_verified(model, tmp_path / "dog.ckpt", "single-file", precision="fp32", metadata={})
-        assert not (tmp_path / "dog.ckpt").exists()
+    with safe_open(tmp_path / "dog.safetensors", "pt") as file:
+        metadata = file.metadata()
+    required = ("sai_model_spec", "architecture", "implementation", "title", "resolution", "hash_sha256")
+    assert {f"modelspec.{name}" for name in required} <= metadata.keys()
+    assert metadata["modelspec.resolution"] == "1024x1024"
+    assert metadata["modelspec.hash_sha256"] == f"0x{metadata['sshs_model_hash']}"
+    trained = {"modelspec.resolution": "768x768"}
+    write_format(model, tmp_path / "cat.safetensors", "single-file", precision="fp32", metadata=trained)
+    with safe_open(tmp_path / "cat.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.resolution"] == "768x768"
+
+
+@pytest.mark.parametrize("fault", ["value", "not finite", "missing in the VAE"])
+def test_the_proof_of_one_file_finds_a_fault_in_any_part(fault: str, tmp_path: Path) -> None:
+    base = write_single_file(tmp_path / "base.safetensors", "sdxl")
+    model = load_model(base, tokenizer=TOKENIZER, prediction_type="epsilon")
+    to = tmp_path / "dog.safetensors"
+    write_format(model, to, "single-file", precision="fp16", metadata={})
+    tensors = load_file(to)
+    key = {
+        "value": "conditioner.embedders.1.model.transformer.resblocks.1.attn.in_proj_weight",
+        "not finite": "model.diffusion_model.out.2.weight",
+        "missing in the VAE": "first_stage_model.decoder.conv_in.weight",
+    }[fault]
+    if fault == "value":
+        tensors[key][70, 3] += 1
+    elif fault == "not finite":
+        tensors[key] = torch.full_like(tensors[key], torch.inf)
+        model.unet.conv_out.weight.data.fill_(1e6)
+    else:
+        del tensors[key]
+    save_file(tensors, to)
+    with pytest.raises((RunError, ModelError), match=r"k_proj|q_proj|conv_out|VAE are missing"):
+        verify_single_file(model, to, torch.float16)
 
 
 def test_a_full_run_has_no_lora_and_exports_its_pipeline(
