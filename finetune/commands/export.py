@@ -34,6 +34,9 @@ class Options:
     """For single-file: a checkpoint in one file, from which tensors are copied that a diffusers folder does not have
     (tables of the schedule, the original EMA weights, the last block of Stable Diffusion 2's text encoder)."""
 
+    allow_changed: tuple[Literal["model"], ...] = ()
+    """model: export even if the base model, its VAE or its text encoder have changed since the run."""
+
 
 def run(options: Options) -> None:
     """Write the export, prove it, and print its path.
@@ -56,7 +59,7 @@ def run(options: Options) -> None:
     from finetune.run.exports import left_out, load_trained
 
     base = None if options.base is None else inspect(Path(options.base).expanduser(), "--base")
-    model, metadata = load_trained(config, folder, options.step, ema=options.ema)
+    model, metadata = load_trained(config, folder, options.step, ema=options.ema, allow_changed=options.allow_changed)
     write_verified(model, to, options.format, precision=options.precision, metadata=metadata, base=base)
     if options.format == "single-file" and base is None and (left := left_out(config, to)):
         print(f"dropped: {pluralize(len(left), 'tensor')} of {config.model}: {join_limited(left)}; --base copies them")

@@ -44,7 +44,7 @@ def run(options: Options) -> None:
     rows: dict[str, Any] = {
         "file": f"{path} ({path.stat().st_size / 1e6:.1f} MB)",
         "layout": lora.layout,
-        "kind": lora.kind,
+        "kind": lora.kind + (" with the norms of a DoRA" if lora.has_norms and lora.kind != "dora" else ""),
         "made for": lora.family or "unknown",
         "rank": _counts(lora.ranks().values()),
         "alpha": _counts(lora.alphas.get(layer, "= rank") for layer in layers),

@@ -318,6 +318,8 @@ class Adapter:
             ModelError: it is damaged, or no LoRA for this UNet.
         """
         lora, state = self._with_own_norms(read_lora(path, self._names())), self.state()
+        if lora.has_norms and lora.kind != "dora":
+            raise UsageError(f"init_lora {path}: a {lora.kind} with the norms of a DoRA, which is not trained here")
         shapes = [{key: tuple(tensor.shape) for key, tensor in some.items()} for some in (lora.tensors, state)]
         if shapes[0] != shapes[1]:
             key = min(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))

@@ -136,9 +136,13 @@ class LoraFile:
     def kind(self) -> str:
         """What its tensors are: "lora", "dora", "loha" or "lokr"; a rank-stabilised LoRA is one with another alpha."""
         ends = {key.rpartition(".")[2] for key in self.tensors}
-        if ends.intersection(MAGNITUDES):
-            return "dora"
-        return next((kind for kind in ("loha", "lokr") if any(e.startswith(_STEMS[kind]) for e in ends)), "lora")
+        factored = (kind for kind in ("loha", "lokr") if any(end.startswith(_STEMS[kind]) for end in ends))
+        return next(factored, "dora" if self.has_norms else "lora")
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether it has the norms of a DoRA, which LyCORIS trains of a LoHa or LoKr, too."""
+        return any(key.endswith(MAGNITUDES) for key in self.tensors)
 
     def ranks(self) -> dict[str, int | None]:
         """Layer -> rank."""
@@ -272,7 +276,7 @@ def write_kohya(
         "ss_network_alpha": f"{_usual(lora.alphas.values()):g}",
     }
     if algorithm:
-        dora = {"dora_wd": True, "wd_on_output": not _has(lora, MAGNITUDE_OF_INPUTS)} if lora.kind == "dora" else {}
+        dora = {"dora_wd": True, "wd_on_output": not _has(lora, MAGNITUDE_OF_INPUTS)} if lora.has_norms else {}
         defaults["ss_network_args"] = json.dumps({"algo": algorithm} | dora)
     if _has(lora, MAGNITUDE_OVER_BASE):
         defaults[_DORA_NORM] = "base"
@@ -290,7 +294,7 @@ def write_peft(path: Path, lora: LoraFile, more: Mapping[str, Any] | None = None
         more: entries of the metadata beside the settings; diffusers reads only those that begin with "unet.".
 
     Raises:
-        ModelError: a LoKr, or a DoRA with a norm for each input.
+        ModelError: a LoKr, a LoHa with norms, or a DoRA for other programs.
     """
     if _has(lora, MAGNITUDE_OVER_BASE):
         raise ModelError("its DoRA is written for ComfyUI and Forge; give the file that the run wrote for diffusers")
@@ -298,6 +302,8 @@ def write_peft(path: Path, lora: LoraFile, more: Mapping[str, Any] | None = None
         raise ModelError("its DoRA has a norm for each input, where peft's has one for each output; keep to kohya")
     if lora.kind == "lokr":
         raise ModelError("a LoKr does not say how its layers were factored, which peft needs to know; keep to kohya")
+    if lora.kind == "loha" and lora.has_norms:
+        raise ModelError("it is a LoHa with the norms of a DoRA, which peft has not; keep to kohya")
     lora = lora if lora.kind == "loha" else uniform(lora)
     ranks, alphas = lora.ranks(), lora.alphas
     rank, alpha = _usual(ranks.values()), _usual(alphas.values())

@@ -23,12 +23,12 @@ MAGNITUDES = (MAGNITUDE, MAGNITUDE_OF_INPUTS, MAGNITUDE_OVER_BASE)
 
 def lacking(tensors: Mapping[str, Tensor]) -> str | None:
     """A tensor without which a layer's others are no update; None where they are whole."""
-    if {"lora_A.weight", "lora_B.weight", *MAGNITUDES} & tensors.keys():
-        needed = ["lora_A.weight", "lora_B.weight"]
-    elif any(name.startswith("hada_") for name in tensors):
+    if any(name.startswith("hada_") for name in tensors):
         needed = [f"hada_{factor}" for factor in ("w1_a", "w1_b", "w2_a", "w2_b")]
-    else:
+    elif any(name.startswith("lokr_") for name in tensors):
         needed = [name for i in "12" if f"lokr_w{i}" not in tensors for name in (f"lokr_w{i}_a", f"lokr_w{i}_b")]
+    else:
+        needed = ["lora_A.weight", "lora_B.weight"]
     return next((name for name in needed if name not in tensors), None)
 
 

@@ -182,7 +182,7 @@ def shortened(
     Raises:
         ModelError: a DoRA, whose norms no plain LoRA has.
     """
-    if lora.kind == "dora":
+    if lora.has_norms:
         raise ModelError("a DoRA's norms do not fit into a LoRA of another rank; merge it, and extract a LoRA")
     made: dict[str, dict[str, Tensor]] = {}
     energy_kept, energy_total = 0.0, 0.0

@@ -18,7 +18,7 @@ from finetune.models.clip_tokenizer import END, clip_tokenizer
 from finetune.models.ldm_keys import UNET, VAE, is_vae_attention, newer_vae_key, openclip_keys, unet_keys, vae_keys
 from finetune.models.model_info import ModelInfo, read_json
 from finetune.models.single_file import CLIP, OPENCLIP_XL, Checkpoint, Shapes, read_header, vae_config
-from finetune.models.weights import assign, count_numbers, read_tensors, read_weights, weight_files
+from finetune.models.weights import assign, count_numbers, read_weights, tensor_reader, weight_files
 
 
 class ModelSource(Protocol):
@@ -173,6 +173,7 @@ class FileSource:
         for ours, tensor in self._read({ours: prefix + theirs for ours, theirs, _ in rows}):
             third = thirds[ours]
             yield ours, tensor if third is None else tensor.chunk(3)[third].clone()
+            del tensor  # before the next one is read
         projection = f"{prefix}text_projection"
         if projection in self.checkpoint.shapes:
             for ours, tensor in self._read({"text_projection.weight": projection}):
@@ -183,8 +184,9 @@ class FileSource:
         missing = [theirs for theirs in keys.values() if theirs not in self.checkpoint.shapes]
         if missing:
             raise ModelError(f"--model {self.place}: {len(missing)} tensors are missing, such as {missing[0]}")
-        for ours, (_, tensor) in zip(keys, read_tensors(self.place, keys.values()), strict=True):
-            yield ours, tensor
+        with tensor_reader(self.place) as read:
+            for ours, theirs in keys.items():
+                yield ours, read(theirs)
 
 
 def strictly_loaded(kind: Any, folder: Path | None, **options: Any) -> Any:
@@ -229,8 +231,10 @@ def _vae_weights(path: Path, shapes: Shapes, config: Mapping[str, Any], prefix: 
     keys = {ours: theirs if theirs in shapes else newer_vae_key(theirs) for ours, theirs in keys.items()}
     if missing := [theirs for theirs in keys.values() if theirs not in shapes]:
         raise ModelError(f"{path}: {len(missing)} tensors of the VAE are missing, such as {missing[0]}")
-    for ours, (_, tensor) in zip(keys, read_tensors(path, keys.values()), strict=True):
-        yield ours, tensor[:, :, 0, 0] if is_vae_attention(ours) and tensor.ndim == 4 else tensor
+    with tensor_reader(path) as read:
+        for ours, theirs in keys.items():
+            convolution = is_vae_attention(ours) and len(shapes[theirs]) == 4
+            yield ours, read(theirs)[:, :, 0, 0] if convolution else read(theirs)
 
 
 def vae_from_file(path: Path, family: str) -> AutoencoderKL:

@@ -74,6 +74,7 @@ def stream_tensors(path: Path, items: Items, metadata: Mapping[str, str], *, dig
         for name, tensor in items():
             file.seek(start + offsets[name])
             _write_numbers(file, tensor)
+            del tensor  # before the next one is made
         if digests:
             digest = _digest(file, start)
             file.seek(8)

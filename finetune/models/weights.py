@@ -3,7 +3,8 @@
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,15 @@ def count_numbers(folder: Path) -> int:
 
 
 def read_tensors(path: Path, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of these names, or all in the order of the header, one by one, each in memory of its own.
+    """The tensors of these names, or all in the order of the header, one by one; see `tensor_reader`."""
+    with tensor_reader(path) as read:
+        for name in read_header(path) if names is None else names:
+            yield name, read(name)
+
+
+@contextmanager
+def tensor_reader(path: Path) -> Iterator[Callable[[str], Tensor]]:
+    """Open a file whose tensors are read by name, each into memory of its own, which is free when nobody holds it.
 
     Read and not mapped: the pages of a mapping are held as long as it is open, and count as the process's memory.
 
@@ -65,7 +74,8 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> Iterator[tup
             header = read_header(path)
         with path.open("rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
-            for name in header if names is None else names:
+
+            def read(name: str) -> Tensor:
                 entry = header[name]
                 begin, end = entry["data_offsets"]
                 content = torch.empty(end - begin, dtype=torch.uint8)
@@ -75,7 +85,9 @@ def read_tensors(path: Path, names: Iterable[str] | None = None) -> Iterator[tup
                 if (dtype := NUMBER_FORMATS.get(entry["dtype"])) is None:
                     raise ModelError(f"{path}: {name} is {entry['dtype']}; expected one of {', '.join(NUMBER_FORMATS)}")
                 numbers = content.view(dtype) if len(content) else torch.empty(0, dtype=dtype)
-                yield name, numbers.view(entry["shape"])
+                return numbers.view(entry["shape"])
+
+            yield read
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is damaged: {error}") from error
 
@@ -96,12 +108,15 @@ def fingerprint(module: nn.Module, *settings: object) -> str:
     return digest.hexdigest()[:32]
 
 
-def sampled_digest(weights: Mapping[str, Tensor]) -> str:
-    """A digest of up to 4096 numbers of each tensor, evenly spread: tells another model in a moment."""
+def sampled_digest(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """A digest of up to 4096 numbers of each tensor, evenly spread: tells another model in a moment.
+
+    `dtype`: that of the weights after rounding them to it.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
-        some = tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)].cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() // 4096)].to("cpu", dtype).contiguous()
+        digest.update(f"{name} {some.dtype} {tuple(tensor.shape)}".encode())
         digest.update(some.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 

@@ -58,6 +58,11 @@ class LoraFacts:
     data: str
     """What the pictures lie in, without the folders above it."""
     captions: Sequence[str]
+    sizes: Sequence[tuple[int, int]] = ()
+    """(height, width) of each image that is trained on."""
+    repeats: int = 1
+    """How often an image comes in an epoch."""
+    clip_skip: int | None = None
     model_hash: str | None = None
     """Of a base model in one file, see `short_hash`."""
     thumbnail: Image.Image | None = None
@@ -82,6 +87,9 @@ class LoraFacts:
             "ss_lr_scheduler": self.lr_scheduler,
             "ss_seed": str(self.seed),
             "ss_resolution": f"({self.resolution}, {self.resolution})",
+            "ss_clip_skip": str(self.clip_skip),
+            "ss_dataset_dirs": json.dumps({self.data: {"n_repeats": self.repeats, "img_count": len(self.captions)}}),
+            "ss_bucket_info": json.dumps({"buckets": self._buckets()}),
             "ss_tag_frequency": json.dumps({self.data: self._tags()}, ensure_ascii=False),
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": f"{kind}/lora",
@@ -96,6 +104,11 @@ class LoraFacts:
             "modelspec.thumbnail": self.thumbnail and _data_url(self.thumbnail),
         }
         return facts | {name: text for name, text in metadata.items() if text}
+
+    def _buckets(self) -> dict[str, dict[str, object]]:
+        """How many images have each size, as sd-scripts counts them: from the smallest size on."""
+        counts = sorted(Counter((width, height) for height, width in self.sizes).items())
+        return {str(place): {"resolution": size, "count": count} for place, (size, count) in enumerate(counts)}
 
     def _tags(self) -> dict[str, int]:
         """How often each part of the captions between commas comes; of equal ones, that which came first."""

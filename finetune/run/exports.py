@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from finetune.run.build import load_base
 from finetune.run.context import Run
 from finetune.run.html_report import how_to_load, lora_facts, report
 from finetune.run.ledger import write_ledger
+from finetune.run.provenance import check_model, model_provenance, recorded_dtype
 from finetune.run.run_dir import finish
 from finetune.training import checkpoint
 
@@ -35,7 +37,12 @@ _log = logging.getLogger(__name__)
 
 
 def load_trained(
-    config: ResolvedConfig, folder: Path, step: int | None = None, *, ema: bool = True
+    config: ResolvedConfig,
+    folder: Path,
+    step: int | None = None,
+    *,
+    ema: bool = True,
+    allow_changed: Collection[str] = (),
 ) -> tuple[DiffusionModel, dict[str, str]]:
     """The model with the weights of a checkpoint, in fp32, and what the run's own LoRA file says of itself.
 
@@ -44,9 +51,10 @@ def load_trained(
         folder: of the run.
         step: of the checkpoint; None: the newest, or what the run has exported, where that is an earlier step.
         ema: take the averaged weights, where there are any.
+        allow_changed: "model": the base model may be another than the run was trained from.
 
     Raises:
-        UsageError: there is no such checkpoint.
+        UsageError: there is no such checkpoint, or the base model, its VAE or its text encoder have changed.
         RunError: it holds something else than the config says.
     """
     there = dict(checkpoint.checkpoints(folder))
@@ -57,6 +65,9 @@ def load_trained(
     best = best_of_ended(folder) if newest and ema else None
     weights = best or checkpoint.weights_file(there[step], ema=ema)
     model = load_base(config, locate(config.model), torch.float32)
+    started = checkpoint.record(there[step])["about"]
+    now = model_provenance(model, recorded_dtype(started))
+    check_model(started, now, [*config.allow_changed, *allow_changed])
     learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
     if read_header(weights).keys() != learned.keys():
         raise RunError(f"{there[step]} holds other parameters than its config.toml says")

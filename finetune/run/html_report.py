@@ -43,6 +43,7 @@ def report(run: Run, *, ended: bool = False) -> Path:
 def lora_facts(run: Run, *, final: bool = False) -> dict[str, str]:
     """What a LoRA file says of the run so far, or in the end."""
     config, step, base = run.config, run.trainer.steps_done, Path(run.config.model)
+    pictures, sizes = run.pictures, run.pictures.sizes()
     facts = LoraFacts(
         model=base.name if base.is_absolute() else config.model,
         model_hash=short_hash(base) if base.is_file() else None,
@@ -57,7 +58,10 @@ def lora_facts(run: Run, *, final: bool = False) -> dict[str, str]:
         seed=config.seed,
         trigger=config.trigger,
         data=name_of(config.data),
-        captions=run.pictures.trained_captions,
+        captions=pictures.trained_captions,
+        sizes=[sizes[index] for index in pictures.trained],
+        repeats=max(run.encoded.repeats, default=1),
+        clip_skip=config.clip_skip,
         thumbnail=run.grids.first_picture(step) if final else None,
     )
     title = run.folder.resolve().name

@@ -31,18 +31,51 @@ def run_provenance(model: DiffusionModel, data: str, device: torch.device, proce
         device: on which it learns.
         processes: that train together.
     """
-    unet: nn.Module = model.unet
-    weights = dict(unet.named_parameters())
-    frozen = {name: weight for name, weight in weights.items() if not weight.requires_grad}  # what a LoRA is put on
     return {
         "data": data,
-        "base_model": {"dtype": str(next(unet.parameters()).dtype), "digest": sampled_digest(frozen or weights)},
-        "frozen": {"vae": model.encoder.fingerprint, "text_encoder": model.conditioner.fingerprint},
+        **model_provenance(model),
         "processes": processes,
         "threads": torch.get_num_threads(),
         "version": own_version(),
         "machine": {"device": device_name(device)} | {library: version(library) for library in _LIBRARIES},
     }
+
+
+def model_provenance(model: DiffusionModel, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """What an untrained model is made of, with the base weights of its UNet rounded to `dtype`, fit for JSON."""
+    unet: nn.Module = model.unet
+    weights = dict(unet.named_parameters())
+    frozen = {name: weight for name, weight in weights.items() if not weight.requires_grad}  # what a LoRA is put on
+    return {
+        "base_model": {
+            "dtype": str(dtype or next(unet.parameters()).dtype),
+            "digest": sampled_digest(frozen or weights, dtype),
+        },
+        "frozen": {"vae": model.encoder.fingerprint, "text_encoder": model.conditioner.fingerprint},
+    }
+
+
+def check_model(then: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str]) -> None:
+    """Compare the `model_provenance` of a checkpoint with that of a model.
+
+    Raises:
+        UsageError: the base model or a frozen part of it is another.
+    """
+    base, ours = then.get("base_model", now["base_model"]), now["base_model"]
+    if base != ours and base["dtype"] == ours["dtype"] and "model" not in allowed:
+        raise UsageError("model: its weights differ from those that the checkpoint started from; --allow_changed model")
+    frozen = then.get("frozen", now["frozen"])
+    for part, options in _FROZEN.items():
+        if frozen[part] != now["frozen"][part] and not {"model", *options} & set(allowed):
+            raise UsageError(
+                f"{part}: its weights differ from those that the checkpoint started from; --allow_changed model"
+            )
+
+
+def recorded_dtype(provenance: Mapping[str, Any]) -> torch.dtype:
+    """The number format of the base weights that a checkpoint started from; fp32 where an older version wrote it."""
+    name = provenance.get("base_model", {}).get("dtype", "torch.float32")
+    return getattr(torch, name.removeprefix("torch."))
 
 
 def check_provenance(then: Mapping[str, Any], now: Mapping[str, Any], allowed: Collection[str]) -> str:
@@ -56,15 +89,7 @@ def check_provenance(then: Mapping[str, Any], now: Mapping[str, Any], allowed: C
     Raises:
         UsageError: the base model, a frozen part of it or the pictures are others.
     """
-    base, ours = then.get("base_model", now["base_model"]), now["base_model"]
-    if base != ours and base["dtype"] == ours["dtype"] and "model" not in allowed:
-        raise UsageError("model: its weights differ from those that the checkpoint started from; --allow_changed model")
-    frozen = then.get("frozen", now["frozen"])
-    for part, options in _FROZEN.items():
-        if frozen[part] != now["frozen"][part] and not {"model", *options} & set(allowed):
-            raise UsageError(
-                f"{part}: its weights differ from those that the checkpoint started from; --allow_changed model"
-            )
+    check_model(then, now, allowed)
     if then.get("data", now["data"]) != now["data"] and "data" not in allowed:
         raise UsageError("data: the images differ from those that the checkpoint was trained on; --allow_changed data")
     machine = then.get("machine", now["machine"])

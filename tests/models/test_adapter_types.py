@@ -1,5 +1,6 @@
 """Every kind of adapter: there and back between the layouts, proved, trained, drawn with, gone on from."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,12 @@ from finetune.models.lora import Adapter, add_lora, load_lora, trainable
 from finetune.models.lora_formats import LoraFile, from_kohya, read_lora, to_kohya, write_peft
 from finetune.models.lora_keys import layer_names
 from finetune.models.lora_math import changed
+from finetune.models.tiny import tiny_folder
 from finetune.recipe import fine_tune
 from finetune.results.export import export
 from finetune.results.verify import verify_kohya
 from tests.models.test_lora_formats import EVERYTHING, SHAPES, adapted, in_kohyas_layout, names_of
+from tests.small_models import write_single_file
 
 TARGETS = ("to_q", "to_out.0", "ff.net.2", "conv1", "proj_in")
 
@@ -173,6 +176,34 @@ def test_a_run_of_another_kind_trains_and_draws(
     assert ("finetune.load_lora(pipeline.unet" in metadata) == (kind == "lokr")
     sample.run(sample.Options(model=str(out), prompt=("a red disc",), num_inference_steps=2))
     assert (out / "samples/a-red-disc-0.png").is_file()
+
+
+def test_a_dora_has_a_file_for_each_program(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A1111 divides by the norms of columns, which no DoRA of peft has, so a checkpoint is merged for it."""
+    base = write_single_file(tmp_path / "base.safetensors", "sd15")
+    fine_tune(
+        TrainConfig(
+            model=str(base), tokenizer=str(tiny_folder() / "tokenizer"), data=str(pictures), resolution=64, rank=2,
+            output_dir=str(tmp_path / "dog"), max_train_steps=1, num_inference_steps=0, lora_type="dora",
+            lora_target_modules=["to_q"],
+        )
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert re.search(r"^diffusers +pipeline\.load_lora_weights", said, re.M)
+    assert re.search(r"^ComfyUI +copy .*dog\.safetensors to models/loras", said, re.M)
+    assert re.search(r"^Forge +copy it to models/Lora", said, re.M)
+    assert re.search(r"^A1111 +finetune-unet export --run .* --format single-file", said, re.M)
+
+
+def test_layers_that_not_every_program_loads_are_named_before_training(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = {"data": str(pictures), "max_train_steps": 1, "num_inference_steps": 0}
+    fine_tune(TrainConfig(output_dir=str(tmp_path / "dog"), lora_target_modules=["to_q", "conv_in"], **shared))
+    said = "1 adapted layer outside of the UNet's blocks (conv_in): diffusers before 0.40 does not load them from dog."
+    assert said in capsys.readouterr().out
+    fine_tune(TrainConfig(output_dir=str(tmp_path / "cat"), lora_target_modules=["to_q"], **shared))
+    assert "outside of the UNet's blocks" not in capsys.readouterr().out
 
 
 def test_a_dropout_that_a_kind_has_not_is_refused(pictures: Path, tmp_path: Path) -> None:

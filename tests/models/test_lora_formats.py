@@ -8,12 +8,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
-from finetune.errors import ModelError
+from finetune.errors import ModelError, UsageError
 from finetune.models.adapter_types import Kind
 from finetune.models.ldm_keys import UNET, unet_keys
 from finetune.models.lora import Adapter, add_lora
-from finetune.models.lora_formats import from_kohya, read_lora, to_kohya
+from finetune.models.lora_formats import from_kohya, read_lora, to_kohya, write_peft
 from finetune.models.lora_keys import family_layers, kohya_names, layer_names
+from finetune.models.lora_math import changed
+from finetune.models.lora_tools import shortened
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 EVERYTHING = (
@@ -180,3 +182,26 @@ def test_alpha_of_a_layer_is_read_as_peft_reads_it(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(metadata)})
     found = read_lora(tmp_path / "a.safetensors", {})
     assert found.alphas == {"a.x": 4.0, "b.x": 16.0, "b.y": 12.0}  # times the root of rank 4
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_norms_of_a_loha_or_lokr_are_merged(kind: Kind, tmp_path: Path) -> None:
+    """LyCORIS' `dora_wd` with a norm for each output: the rows of the sum get the norms."""
+    adapter = adapted("sd15", ("to_q",), kind)
+    file, names = in_kohyas_layout(adapter), names_of("sd15")
+    layers = {key.partition(".")[0] for key in file}
+    norms = {f"{layer}.dora_scale": torch.full((32, 1), 2.0) for layer in layers if "_down_blocks_0_" in layer}
+    save_file(file | norms, tmp_path / "a.safetensors")
+    found = read_lora(tmp_path / "a.safetensors", names)
+    assert (found.kind, found.has_norms) == (kind, True)
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    merged = changed(weight, found.layers()[layer], found.alphas[layer])
+    summed = weight + adapter.updates()[layer]
+    assert torch.allclose(merged, 2 * summed / summed.norm(dim=1, keepdim=True), atol=1e-6)
+    with pytest.raises(ModelError, match=r"with the norms of a DoRA|how its layers were factored"):
+        write_peft(tmp_path / "p.safetensors", found)
+    with pytest.raises(ModelError, match="a DoRA's norms do not fit into a LoRA of another rank"):
+        shortened(found, None, 1, 1.0)
+    with pytest.raises(UsageError, match=f"a {kind} with the norms of a DoRA, which is not trained here"):
+        adapter.init_from(tmp_path / "a.safetensors")

@@ -25,6 +25,7 @@ from finetune.results.export_formats import write_format
 from finetune.results.verify import verify_single_file
 from finetune.training import checkpoint
 from tests.small_models import small_pipeline, write_single_file
+from tests.tiny_copy import copy_tiny
 
 TOKENIZER = str(tiny_folder() / "tokenizer")
 
@@ -240,6 +241,25 @@ def test_a_run_writes_one_file_and_what_is_missing_when_it_is_asked_again(
     assert (run / "exports/unet/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == kept
     again = fine_tune(replace(config, overwrite_output_dir=True, export_formats=[], seed=1))
     assert not list((again / "exports").glob("*"))
+
+
+@pytest.mark.parametrize(("part", "key"), [("vae", "vae"), ("text_encoder", "text_encoder"), ("unet", "model")])
+def test_an_export_on_a_base_that_has_changed_is_refused(
+    part: str, key: str, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    copy_tiny(base)
+    config = TrainConfig(
+        model=str(base), data=str(pictures), output_dir=str(tmp_path / "run"), max_train_steps=1,
+        num_inference_steps=0, mixed_precision="bf16",
+    )  # fmt: skip
+    run = fine_tune(config)
+    assert export(run, "diffusers", tmp_path / "same") == 0
+    (weights,) = (base / part).glob("*.safetensors")
+    save_file({name: 1.01 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    assert export(run, "diffusers", tmp_path / "other") == 2
+    assert f"{key}: its weights differ from those that the checkpoint started from" in capsys.readouterr().err
+    assert export(run, "diffusers", tmp_path / "other", "--allow_changed", "model") == 0
 
 
 def test_a_form_that_there_is_not_is_refused_before_training(pictures: Path, tmp_path: Path) -> None:

@@ -144,6 +144,18 @@ def test_a_file_says_what_viewers_show(model: DiffusionModel, tmp_path: Path) ->
     }
 
 
+def test_a_file_says_how_its_images_were_shown() -> None:
+    """As sd-scripts: width before height, and "None" for no clip skip."""
+    assert FACTS.metadata("x", 1)["ss_clip_skip"] == "None"
+    shown = {"sizes": [(64, 96), (64, 64), (64, 96)], "repeats": 3, "clip_skip": 2}
+    metadata = LoraFacts(**{**vars(FACTS), **shown}).metadata("x", 1)
+    assert metadata["ss_clip_skip"] == "2"
+    assert json.loads(metadata["ss_dataset_dirs"]) == {"dogs": {"n_repeats": 3, "img_count": len(FACTS.captions)}}
+    assert json.loads(metadata["ss_bucket_info"]) == {
+        "buckets": {"0": {"resolution": [64, 64], "count": 1}, "1": {"resolution": [96, 64], "count": 2}}
+    }
+
+
 def test_a_file_shows_what_it_draws_and_which_file_it_learned_on(tmp_path: Path) -> None:
     base = tmp_path / "base.safetensors"
     base.write_bytes(bytes(2**20) + b"x" * 2**16 + b"beyond")
@@ -186,6 +198,8 @@ def test_a_run_leaves_a_file_at_each_checkpoint_and_its_pictures_are_those_of_sa
     ]
     written = metadata(out / "out-000004.safetensors")
     assert (written["ss_steps"], written["ss_output_name"], written["ss_network_alpha"]) == ("4", "out-000004", "3")
+    buckets = json.loads(written["ss_bucket_info"])["buckets"].values()
+    assert sum(bucket["count"] for bucket in buckets) == int(written["ss_num_train_images"])
     sample.run(sample.Options(model=str(out), prompt=("a red disc",), num_inference_steps=3))
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder())
     pipeline.load_lora_weights(out / "out.safetensors")
