@@ -34,6 +34,8 @@ class Options:
     """For single-file: a checkpoint in one file, from which tensors are copied that a diffusers folder does not have
     (tables of the schedule, the original EMA weights, the last block of Stable Diffusion 2's text encoder)."""
 
+    variant: Literal["fp16"] | None = None
+    """For diffusers with --precision fp16: name the files for `from_pretrained(folder, variant="fp16")`."""
     allow_changed: tuple[Literal["model"], ...] = ()
     """model: export even if the base model, its VAE or its text encoder have changed since the run."""
 
@@ -53,6 +55,8 @@ def run(options: Options) -> None:
         raise UsageError(f"--format {options.format}: this run trained every weight, and has no LoRA")
     if options.base is not None and options.format != "single-file":
         raise UsageError("--base goes with --format single-file")
+    if options.variant is not None and (options.format, options.precision) != ("diffusers", options.variant):
+        raise UsageError(f"--variant {options.variant} goes with --format diffusers --precision {options.variant}")
     to = new_file("--to", options.to)
     from finetune.models.single_file import inspect
     from finetune.results.export_formats import write_verified
@@ -60,6 +64,8 @@ def run(options: Options) -> None:
 
     base = None if options.base is None else inspect(Path(options.base).expanduser(), "--base")
     model, metadata = load_trained(config, folder, options.step, ema=options.ema, allow_changed=options.allow_changed)
-    write_verified(model, to, options.format, precision=options.precision, metadata=metadata, base=base)
+    write_verified(
+        model, to, options.format, precision=options.precision, metadata=metadata, base=base, variant=options.variant
+    )
     if options.format == "single-file" and base is None and (left := left_out(config, to)):
         print(f"dropped: {pluralize(len(left), 'tensor')} of {config.model}: {join_limited(left)}; --base copies them")

@@ -131,9 +131,12 @@ def in_dtype(module: Any, dtype: torch.dtype) -> Any:
     return module if dtype == torch.float32 else nn.Module.to(copy.deepcopy(module), dtype)
 
 
-def save_part(part: Any, place: Path) -> None:
-    """Write a part of a pipeline to a folder as its library does, readable for whoever may read its config."""
-    part.save_pretrained(place)
+def save_part(part: Any, place: Path, variant: str | None = None) -> None:
+    """Write a part of a pipeline to a folder as its library does, readable for whoever may read its config.
+
+    `variant`: what stands in the names of files of weights, such as "fp16".
+    """
+    part.save_pretrained(place, **({"variant": variant} if variant and isinstance(part, nn.Module) else {}))
     for path in place.glob("*.safetensors"):
         as_readable_as(path, place / "config.json")
 

@@ -31,6 +31,7 @@ def write_format(
     precision: Literal["fp32", "fp16", "bf16"],
     metadata: Mapping[str, str],
     base: Checkpoint | None = None,
+    variant: str | None = None,
 ) -> float:
     """Write the model in one form, load it back and compare.
 
@@ -41,6 +42,7 @@ def write_format(
         precision: number format of what is written.
         metadata: metadata for a LoRA file; a checkpoint in one file takes the resolution from it.
         base: for a checkpoint in one file: where to take from what a diffusers folder has no place for.
+        variant: for a diffusers folder, see `write_pipeline`.
 
     Returns:
         The largest difference of the UNet's outputs, relative to the largest output.
@@ -62,8 +64,8 @@ def write_format(
         adapter.merge()
     if form == "diffusers":
         to.mkdir()
-        write_pipeline(model, to, dtype)
-        return verify_pipeline(model, to, dtype)
+        write_pipeline(model, to, dtype, variant)
+        return verify_pipeline(model, to, dtype, variant)
     if form == "unet":
         save_part(in_dtype(model.unet, dtype), to)
         return verify_unet(model, to, dtype)
@@ -126,6 +128,7 @@ def write_verified(
     precision: Literal["fp32", "fp16", "bf16"],
     metadata: dict[str, str],
     base: Checkpoint | None = None,
+    variant: str | None = None,
 ) -> None:
     """Write the model in one form, prove it, and only then put it where it belongs.
 
@@ -139,7 +142,7 @@ def write_verified(
     remove(scratch)
     scratch.mkdir()
     try:
-        difference = write_format(model, scratch / to.name, form, precision=precision, metadata=metadata, base=base)
+        difference = write_format(model, scratch / to.name, form, precision, metadata, base=base, variant=variant)
     except (RunError, ModelError):
         if (scratch / to.name).exists():
             move_over(scratch / to.name, to.with_name(f"{to.name}.rejected"))

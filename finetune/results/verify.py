@@ -89,11 +89,13 @@ def _distance_of_updates(adapter: Adapter, path: Path) -> float:
     return (torch.stack(differences).max() / torch.stack([delta.abs().max() for delta in ours.values()]).max()).item()
 
 
-def verify_pipeline(model: DiffusionModel, folder: Path, dtype: torch.dtype | None = None) -> float:
+def verify_pipeline(
+    model: DiffusionModel, folder: Path, dtype: torch.dtype | None = None, variant: str | None = None
+) -> float:
     """Verify a pipeline folder written in this dtype (None: the UNet's own); frozen parts must be equal to the bit."""
     formats = _as_in_file({"unet": dtype or model.unet.dtype, "default": torch.float32})
     with without_library_bars():
-        reloaded: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **formats)
+        reloaded: Any = DiffusionPipeline.from_pretrained(folder, local_files_only=True, variant=variant, **formats)
     components = {
         name: part for name, part in reloaded.components.items() if isinstance(part, nn.Module) and name != "unet"
     }

@@ -262,6 +262,13 @@ def test_an_export_on_a_base_that_has_changed_is_refused(
     assert export(run, "diffusers", tmp_path / "other", "--allow_changed", "model") == 0
 
 
+def test_a_variant_of_another_form_is_refused(
+    lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(lora_run, "diffusers", tmp_path / "x", "--variant", "fp16") == 2
+    assert "--variant fp16 goes with --format diffusers --precision fp16" in capsys.readouterr().err
+
+
 def test_a_form_that_there_is_not_is_refused_before_training(pictures: Path, tmp_path: Path) -> None:
     config = TrainConfig(data=str(pictures), output_dir=str(tmp_path / "run"), export_formats=["single-file"])
     with pytest.raises(UsageError, match=r"export_formats single-file: an embedded Stable Diffusion .* has no such"):
