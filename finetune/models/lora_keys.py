@@ -66,8 +66,9 @@ def kohya_names(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str, s
         config: of the UNet.
         layers: names in diffusers.
     """
+    layers = list(layers)
     xl = config.get("addition_embed_type") == "text_time"
-    return _ldm_names(config, layers) if xl else {layer: layer for layer in layers}
+    return {layer: layer for layer in layers} | (_ldm_names(config, layers) if xl else {})
 
 
 def _ldm_names(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str, str]:
