@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from finetune.models.environment import numeric_environment
 from finetune.models.fixed_batch import FixedBatches, caption_batch_size
-from finetune.models.prompt_weights import token_weights, weighted_words
+from finetune.models.prompt_weights import times_weights, weighted_words
 from finetune.models.weights import fingerprint
 
 
@@ -99,16 +99,20 @@ def _settings(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel | CLIPTextMo
     return [sorted(tokenizer.get_vocab().items()), marks, how]
 
 
-def count_tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> list[int]:
-    """Tokens of each prompt without start and end marks, before any cutting."""
-    return [len(ids) - 2 for ids in tokenizer(list(prompts), verbose=False)["input_ids"]]
+def count_tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str], *, weighted: bool = False) -> list[int]:
+    """Tokens of each prompt without start and end marks, before any cutting; see `token_ids`."""
+    return [len(ids) for ids in token_ids(tokenizer, prompts, weighted=weighted)[0]]
 
 
-def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str], chunks: int) -> Tensor:
-    """Prompts -> token ids (B, chunks, 77) int64, each chunk with start, end and padding."""
-    length = chunks * (tokenizer.model_max_length - 2) + 2
-    rows = tokenizer(list(prompts), truncation=True, max_length=length, verbose=False)["input_ids"]
-    return in_chunks(tokenizer, [ids[1:-1] for ids in rows], chunks)
+def token_ids(tokenizer: CLIPTokenizer, prompts: Sequence[str], *, weighted: bool) -> tuple[list[list[int]], list[Any]]:
+    """Token ids of each prompt without start and end marks, before any cutting, and the weight of each.
+
+    `weighted`: parentheses are weights, as `weighted_words` reads them; else there are no weights: [].
+    """
+    if weighted:
+        ids, weights = zip(*(weighted_words(tokenizer, prompt) for prompt in prompts), strict=True)
+        return list(ids), list(weights)
+    return [ids[1:-1] for ids in tokenizer(list(prompts), verbose=False)["input_ids"]], []
 
 
 def in_chunks(tokenizer: CLIPTokenizer, rows: Sequence[Sequence[int]], chunks: int) -> Tensor:
@@ -185,25 +189,20 @@ class ClipConditioner:
         return self
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
-        if self.weighted:
-            return [len(weighted_words(self.tokenizer, prompt)[0]) for prompt in prompts]
-        return count_tokens(self.tokenizer, prompts)
+        return count_tokens(self.tokenizer, prompts, weighted=self.weighted)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> token ids (B, chunks, 77) int64."""
-        return tokenize(self.tokenizer, prompts, self.chunks)
+        ids, _ = token_ids(self.tokenizer, prompts, weighted=self.weighted)
+        return in_chunks(self.tokenizer, ids, self.chunks)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts -> {"encoder_hidden_states": (B, L, D)} with L = 77, or 75 x chunks + 2."""
-        if not self.weighted:
-            (states,) = self.fixed_batches(self._states, self.tokenize(prompts), self.batch_size)
-            return {"encoder_hidden_states": states}
-        words, weights = zip(*(weighted_words(self.tokenizer, prompt) for prompt in prompts), strict=True)
-        tokens = in_chunks(self.tokenizer, words, self.chunks)
+        ids, weights = token_ids(self.tokenizer, prompts, weighted=self.weighted)
+        tokens = in_chunks(self.tokenizer, ids, self.chunks)
         (states,) = self.fixed_batches(self._states, tokens, self.batch_size)
-        factors = token_weights(weights, self.chunks, self.tokenizer.model_max_length - 2)
-        return {"encoder_hidden_states": states * factors.unsqueeze(-1).to(states)}
+        return {"encoder_hidden_states": times_weights(states, weights)}
 
     @property
     def batch_size(self) -> int:
@@ -282,23 +281,16 @@ class SdxlConditioner:
         return self
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
-        if self.weighted:
-            return [len(weighted_words(self.tokenizers[0], prompt)[0]) for prompt in prompts]
-        return count_tokens(self.tokenizers[0], prompts)
+        return count_tokens(self.tokenizers[0], prompts, weighted=self.weighted)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts -> {"encoder_hidden_states": (B, L, D1 + D2), "text_embeds": (B, P)}."""
-        if not self.weighted:
-            tokens = torch.stack([tokenize(tokenizer, prompts, self.chunks) for tokenizer in self.tokenizers], dim=1)
-            states, pooled = self.fixed_batches(self._states, tokens, self.batch_size)
-            return {"encoder_hidden_states": states, "text_embeds": pooled}
         # Both tokenizers cut words alike, and differ in padding alone.
-        words, weights = zip(*(weighted_words(self.tokenizers[0], prompt) for prompt in prompts), strict=True)
-        tokens = torch.stack([in_chunks(tokenizer, words, self.chunks) for tokenizer in self.tokenizers], dim=1)
+        ids, weights = token_ids(self.tokenizers[0], prompts, weighted=self.weighted)
+        tokens = torch.stack([in_chunks(tokenizer, ids, self.chunks) for tokenizer in self.tokenizers], dim=1)
         states, pooled = self.fixed_batches(self._states, tokens, self.batch_size)
-        factors = token_weights(weights, self.chunks, self.tokenizers[0].model_max_length - 2)
-        return {"encoder_hidden_states": states * factors.unsqueeze(-1).to(states), "text_embeds": pooled}
+        return {"encoder_hidden_states": times_weights(states, weights), "text_embeds": pooled}
 
     @property
     def batch_size(self) -> int:

@@ -60,8 +60,15 @@ def weighted_words(tokenizer: CLIPTokenizer, prompt: str) -> tuple[list[int], li
     return ids, weights
 
 
-def token_weights(weights: Sequence[Sequence[float]], chunks: int, body: int) -> Tensor:
-    """Weights of the words of each prompt -> (B, chunks x body + 2), 1 for marks and padding; what is beyond is cut."""
-    length = chunks * body
+def times_weights(states: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
+    """Hidden states, each multiplied by the weight of its word.
+
+    Args:
+        states: (B, L, D), with a mark before the words and one behind.
+        weights: of the words of each prompt; what is beyond L is cut. []: of none.
+    """
+    if not weights:
+        return states
+    length = states.shape[1] - 2
     rows = [[1.0, *row[:length], *[1.0] * (length - len(row[:length])), 1.0] for row in weights]
-    return torch.tensor(rows)
+    return states * torch.tensor(rows).unsqueeze(-1).to(states)
