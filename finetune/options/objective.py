@@ -58,9 +58,15 @@ class ObjectiveOptions:
     """Threshold of huber and smooth_l1 at the noisy end."""
     noise_offset: float = option(0.0, NOT_NEGATIVE)
     """Strength of a per-channel constant added to the noise; 0.05 to 0.1 helps with very dark and bright images."""
+    noise_offset_random_strength: bool = option(False, requires="noise_offset")
+    """Draw the strength of `noise_offset` for each visit, from 0 to it."""
     multires_noise_iterations: int = option(0, NOT_NEGATIVE)
     """Number of coarser noises that are added to the noise (pyramid noise); 6 to 10 is usual."""
     multires_noise_discount: float = option(0.3, BELOW_ONE, requires="multires_noise_iterations")
     """Factor by which each coarser noise is weaker than the one before it."""
     input_perturbation: float = option(0.0, NOT_NEGATIVE, aliases=("ip_noise_gamma",))
     """Strength of extra noise in the UNet's input (Ning et al. 2023); 0.1 is usual."""
+    input_perturbation_random_strength: bool = option(
+        False, requires="input_perturbation", aliases=("ip_noise_gamma_random_strength",)
+    )
+    """Draw the strength of `input_perturbation` for each visit, from 0 to it."""

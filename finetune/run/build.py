@@ -266,9 +266,11 @@ def build_objective(config: ResolvedConfig, model: DiffusionModel) -> DiffusionO
     samplers: dict[str, Any] = {
         "noise_sampler": NoiseSampler(
             offset=config.noise_offset,
+            offset_random_strength=config.noise_offset_random_strength,
             multires_iterations=config.multires_noise_iterations,
             multires_discount=config.multires_noise_discount,
             input_perturbation=config.input_perturbation,
+            input_perturbation_random_strength=config.input_perturbation_random_strength,
         ),
         "timestep_sampler": TimestepSampler(
             config.timestep_sampling,

@@ -16,6 +16,8 @@ class NoiseSampler:
     offset: float = 0.0
     """Strength of a constant per channel that is added to the noise (Guttenberg 2023, "Diffusion with Offset
     Noise")."""
+    offset_random_strength: bool = False
+    """Draw the offset's strength for each visit, uniformly from 0 to `offset`."""
     multires_iterations: int = 0
     """Number of coarser noises that are added; 0: none. See `pyramid_noise`."""
     multires_discount: float = 0.3
@@ -23,12 +25,15 @@ class NoiseSampler:
     input_perturbation: float = 0.0
     """Strength of extra noise in x_t but not in the target (Ning et al. 2023, "Input Perturbation Reduces Exposure Bias
     in Diffusion Models", alg. 1)."""
+    input_perturbation_random_strength: bool = False
+    """Draw its strength for each visit, uniformly from 0 to `input_perturbation`."""
 
     def sample(self, keys: Tensor, shape: torch.Size) -> Tensor:
         """Return the noise, fp32 on the CPU: keys (B,), shape (C, H, W) -> (B, C, H, W)."""
         noise = seeding.normal(keys, "noise", shape)
         if self.offset:
-            noise += self.offset * seeding.normal(keys, "noise offset", (shape[0], 1, 1))
+            strength = _strength(keys, "noise offset strength", self.offset, random=self.offset_random_strength)
+            noise += strength * seeding.normal(keys, "noise offset", (shape[0], 1, 1))
         if self.multires_iterations:
             sources = [seeding.generator(key, "multires noise") for key in keys.tolist()]
             pyramids = [
@@ -51,7 +56,14 @@ class NoiseSampler:
         """Return the noise (B, C, H, W) that x_t holds, where it is not the target's; None: it is."""
         if not self.input_perturbation:
             return None
-        return noise + self.input_perturbation * seeding.normal(keys, "input perturbation", noise.shape[1:])
+        random, purpose = self.input_perturbation_random_strength, "input perturbation strength"
+        strength = _strength(keys, purpose, self.input_perturbation, random=random)
+        return noise + strength * seeding.normal(keys, "input perturbation", noise.shape[1:])
+
+
+def _strength(keys: Tensor, purpose: str, most: float, *, random: bool) -> float | Tensor:
+    """What noise is multiplied by: `most`, or a number of each key from 0 to it, (B, 1, 1, 1)."""
+    return most * seeding.uniform(keys, purpose).float().reshape(-1, 1, 1, 1) if random else most
 
 
 def pyramid_noise(noise: Tensor, source: torch.Generator, *, iterations: int, discount: float) -> Tensor:

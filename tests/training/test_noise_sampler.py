@@ -48,3 +48,26 @@ def test_offset_and_perturbation_are_drawn_apart_from_the_noise() -> None:
     perturbed = NoiseSampler(input_perturbation=0.1).perturb(plain, keys)
     assert perturbed is not None
     assert (perturbed - plain).std().item() == pytest.approx(0.1, rel=0.05)
+
+
+def test_random_strengths_are_uniform_up_to_the_given_one_and_a_function_of_the_key() -> None:
+    """sd-scripts: `torch.rand(1) * noise_offset`; it draws one for a batch, we one for each visit."""
+    keys = torch.arange(400)
+    plain = NoiseSampler().sample(keys, SHAPE)
+    fixed, drawn = (NoiseSampler(offset=0.2, offset_random_strength=random) for random in (False, True))
+    strengths = ((drawn.sample(keys, SHAPE) - plain) / (fixed.sample(keys, SHAPE) - plain)).mean(dim=(2, 3))
+    assert (strengths.amax(1) - strengths.amin(1)).max() < 1e-3  # one for all channels
+    assert strengths.min() >= -1e-3
+    assert strengths.max() <= 1 + 1e-3
+    assert strengths.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert torch.equal(drawn.sample(keys[7:9], SHAPE), drawn.sample(keys, SHAPE)[7:9])
+
+    fixed, drawn = (
+        NoiseSampler(input_perturbation=0.2, input_perturbation_random_strength=random) for random in (False, True)
+    )
+    always, sometimes = (sampler.perturb(plain, keys) for sampler in (fixed, drawn))
+    assert always is not None
+    assert sometimes is not None
+    shares = (sometimes - plain).std(dim=(1, 2, 3)) / (always - plain).std(dim=(1, 2, 3))
+    assert shares.max() <= 1 + 1e-3
+    assert shares.mean().item() == pytest.approx(0.5, abs=0.05)

@@ -187,8 +187,13 @@ def take_objective(imported: ImportedConfig, given: dict[str, Any]) -> None:
     if given.get("loss_type", "l2") not in ("huber", "smooth_l1"):
         for name in ("huber_schedule", "huber_c"):
             given.pop(name, None)
-    if not word_value(given.get("multires_noise_iterations") or 0):
-        given.pop("multires_noise_discount", None)
+    for name, needed in (
+        ("multires_noise_discount", "multires_noise_iterations"),
+        ("noise_offset_random_strength", "noise_offset"),
+        ("ip_noise_gamma_random_strength", "ip_noise_gamma"),
+    ):
+        if not word_value(given.get(needed) or 0):
+            given.pop(name, None)
 
 
 def _switch(name: str) -> Any:
@@ -232,6 +237,8 @@ RENAMED: Renamed = {
     "multires_noise_iterations": "multires_noise_iterations",
     "multires_noise_discount": "multires_noise_discount",
     "min_snr_gamma": "snr_gamma", "noise_offset": "noise_offset", "ip_noise_gamma": "input_perturbation",
+    "noise_offset_random_strength": "noise_offset_random_strength",
+    "ip_noise_gamma_random_strength": "input_perturbation_random_strength",
     "max_grad_norm": "max_grad_norm", "clip_skip": _clip_skip, "alpha_mask": "masked_loss", "flip_aug": "random_flip",
     "caption_dropout_rate": "caption_dropout", "max_data_loader_n_workers": "dataloader_num_workers",
     "save_every_n_steps": "checkpointing_steps", "save_every_n_epochs": "save_model_epochs",
