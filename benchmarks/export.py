@@ -1,4 +1,4 @@
-"""How much memory the export of a checkpoint in one file takes beside the model, and how long it takes. Linux only.
+"""Memory that the export of a checkpoint in one file takes in addition to the model, and its time. Linux only.
 
     python benchmarks/export.py MODEL                    # a diffusers folder or a checkpoint in one file
     python benchmarks/export.py MODEL --precision fp16
@@ -21,10 +21,10 @@ from finetune.models.tensor_file import DTYPES
 from finetune.results.export_formats import write_format
 
 
-def peak_beside(work: Callable[[], object]) -> int:
-    """Bytes of memory that `work` takes at most, beside what the process has before."""
+def additional_peak(work: Callable[[], object]) -> int:
+    """Bytes of memory that `work` takes at most, in addition to what the process has before."""
     before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     work()
     return _status("VmHWM") - before
 
@@ -53,12 +53,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         to = Path(scratch) / "model.safetensors"
         begin = time.perf_counter()
-        peak = peak_beside(lambda: write_format(model, to, "single-file", options.precision, {}))
+        peak = additional_peak(lambda: write_format(model, to, "single-file", options.precision, {}))
         result = {
             "model_gb": sum(sizes) / 1e9,
             "file_gb": to.stat().st_size / 1e9,
             "largest_tensor_mb": max(sizes) / 1e6,
-            "beside_the_model_mb": peak / 1e6,
+            "additional_mb": peak / 1e6,
             "of_the_largest_tensor": peak / max(sizes),
             "seconds": time.perf_counter() - begin,
         }

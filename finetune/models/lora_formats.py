@@ -291,7 +291,7 @@ def write_peft(path: Path, lora: LoraFile, more: Mapping[str, Any] | None = None
     Args:
         path: the file.
         lora: what to write.
-        more: entries of the metadata beside the settings; diffusers reads only those that begin with "unet.".
+        more: entries of the metadata in addition to the settings; diffusers reads only those that begin with "unet.".
 
     Raises:
         ModelError: a LoKr, a LoHa with norms, or a DoRA for other programs.

@@ -1,4 +1,4 @@
-"""How a checkpoint in one file tells programs what its UNet predicts: marks in the file, and a YAML file beside it."""
+"""How a checkpoint in one file tells programs what its UNet predicts: marks in the file, and a YAML file next to it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,7 +98,7 @@ _SD2 = {
 
 
 def yaml_beside(scheduler: Mapping[str, Any], family: str, *, image_condition: str | None = None) -> str | None:
-    """What A1111 and Forge need beside a checkpoint where nothing in the file tells them what it predicts.
+    """The YAML file that A1111 and Forge need where nothing in a checkpoint says what it predicts.
 
     Of Stable Diffusion 2, A1111 runs the UNet to find out, and Forge takes each for a model of noise.
     """
@@ -120,15 +120,15 @@ def assumed_predictions(path: Path) -> dict[str, str]:
     checkpoint = inspect(path)
     marked = "v_prediction" if V_PREDICTION in checkpoint.shapes else "epsilon"
     yaml = path.with_suffix(".yaml")
-    beside = "v_prediction" if yaml.is_file() and 'parameterization: "v"' in yaml.read_text(encoding="utf-8") else None
+    by_yaml = "v_prediction" if yaml.is_file() and 'parameterization: "v"' in yaml.read_text(encoding="utf-8") else None
     comfyui = "epsilon"
     if checkpoint.family == "sdxl":
         comfyui = marked
     elif checkpoint.family == "sd21" and checkpoint.configs["unet"]["in_channels"] == 4 and spread_of_v(path):
         comfyui = "v_prediction"
-    webui = beside or (marked if checkpoint.family == "sdxl" else "epsilon")
+    webui = by_yaml or (marked if checkpoint.family == "sdxl" else "epsilon")
     return {"ComfyUI": comfyui, "Forge": webui} | (
-        {} if checkpoint.family == "sd21" and not beside else {"A1111": webui}
+        {} if checkpoint.family == "sd21" and not by_yaml else {"A1111": webui}
     )
 
 

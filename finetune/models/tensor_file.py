@@ -49,7 +49,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def stream_tensors(path: Path, items: Items, metadata: Mapping[str, str], *, digests: bool = False) -> None:
-    """Write a file as `write_tensors` does, holding one tensor at a time beside those that are in memory already.
+    """Write a file as `write_tensors` does, with one tensor at a time in addition to those that are in memory already.
 
     Args:
         path: the file.

@@ -76,7 +76,7 @@ def write_format(
 def _write_single_file(
     model: DiffusionModel, to: Path, dtype: torch.dtype, metadata: Mapping[str, str], base: Checkpoint | None
 ) -> None:
-    """Write a checkpoint in one file, a tensor at a time, and the YAML file beside it where it needs one."""
+    """Write a checkpoint in one file, a tensor at a time, and its YAML file where it needs one."""
     family = model.family.layout
     if family is None:
         raise UsageError(f"--format single-file: {model.family.description} has no such form; choose diffusers or unet")

@@ -1,6 +1,6 @@
 """Which version of diffusers reads which of our files, how it was measured, and the table of it in the documentation.
 
-    python -m tests.clients.matrix FOLDER            # what each version reads, beside what is recorded
+    python -m tests.clients.matrix FOLDER            # print what differs from what is recorded
     python -m tests.clients.matrix FOLDER --record   # record it in results.json, and write the documentation's table
 
 FOLDER is where the versions are installed, see `tests/clients/environments.py`.
