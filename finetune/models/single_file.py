@@ -125,8 +125,8 @@ def _said_prediction(path: Path) -> str | None:
         metadata = json.loads(file.read(length)).get("__metadata__") or {}
     if metadata.get("ss_v_parameterization") == "True":
         return "v_prediction"
-    names = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "flow": "flow"}
-    return names.get(metadata.get("modelspec.prediction_type", ""))
+    said = metadata.get("modelspec.prediction_type", "")
+    return {"v": "v_prediction"}.get(said, said if said in ("epsilon", "v_prediction", "sample", "flow") else None)
 
 
 def spread_of_v(path: Path) -> bool:

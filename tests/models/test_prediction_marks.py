@@ -64,6 +64,11 @@ SAID = {
     ("sd21", "v_prediction"): ["ComfyUI takes {} for a model that predicts epsilon, not v_prediction: add the node "
                                "ModelSamplingDiscrete with v_prediction"],
     ("sdxl", "v_prediction"): [],
+    ("sd15", "sample"): [
+        "ComfyUI takes {} for a model that predicts epsilon, not sample: add the node ModelSamplingDiscrete with x0",
+        "Forge takes {} for a model that predicts epsilon, not sample: it has no setting for that",
+        "A1111 takes {} for a model that predicts epsilon, not sample: it has no setting for that",
+    ],
     ("sdxl", "flow"): [
         "ComfyUI takes {} for a model that predicts epsilon, not flow: add the node ModelSamplingSD3",
         "Forge takes {} for a model that predicts epsilon, not flow: it has no setting for that",
