@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import finetune as ft
 from finetune.data.prefetch import ahead
+from finetune.data.sampler import Turns
 from finetune.models.encoders import VaeEncoder
 from finetune.models.lora_keys import UNETS
 from finetune.options import ATTENTION_AND_FEED_FORWARD
@@ -113,7 +114,7 @@ class RandomLatents:
         self.shapes: Sequence[int] = [0] * len(self.ids)
         self.repeats: Sequence[int] = [1] * len(self.ids)
         self.weights: Sequence[float] = [1.0] * len(self.ids)
-        self.class_examples: Sequence[int] = ()
+        self.turns: Sequence[Turns] = ()
         self.visits = self
         self.stored = torch.randn(8, side // 8, side // 8)
 

@@ -39,8 +39,9 @@ OF_A_SOURCE = (
     "background",
 )
 """Options of a run that a source may have otherwise."""
-OWN = {"loss_weight": float, "class_images": bool}
-"""What else a source may have: how much its images count in the loss, and whether they show the subject's class."""
+OWN = {"loss_weight": float, "samples": int, "class_images": bool}
+"""What else a source may have: how much its images count in the loss, how many of them an epoch visits, in turns, and
+whether they show the subject's class."""
 
 
 def parse_settings(text: str) -> dict[str, Any]:
@@ -64,8 +65,8 @@ def _checked(name: str, value: Any) -> Any:
             value = fitted(OWN[name], value)
         except ValueError as error:
             raise UsageError(f"source_settings {name} = {value!r}: {error}") from error
-        if name == "loss_weight" and not value > 0:
-            raise UsageError(f"source_settings loss_weight = {value}: expected above 0")
+        if name != "class_images" and not value > 0:
+            raise UsageError(f"source_settings {name} = {value}: expected above 0")
         return value
     if name not in OF_A_SOURCE:
         raise UsageError(f"source_settings {name}: not an option of a source{suggest(name, (*OF_A_SOURCE, *OWN))}")

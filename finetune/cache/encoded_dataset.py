@@ -19,6 +19,7 @@ from finetune.cache.loss_masks import LossMasks
 from finetune.cache.store import Item, Store
 from finetune.data.caption_augmentation import CaptionAugmentation, RunProgress
 from finetune.data.image_dataset import ImageDataset
+from finetune.data.sampler import Turns
 from finetune.data.transforms import normalize
 from finetune.errors import DataError, UsageError
 from finetune.models.conditioners import Conditioner
@@ -144,9 +145,9 @@ class EncodedDataset:
         return self.pictures.repeats
 
     @property
-    def class_examples(self) -> Sequence[int]:
-        """Indices of the class pictures, which together are visited as often as all others together."""
-        return self.pictures.class_pictures
+    def turns(self) -> Sequence[Turns]:
+        """Groups of pictures that take turns, whatever their repeats, each with its visits in an epoch."""
+        return self.pictures.turns
 
     @property
     def weights(self) -> Sequence[float]:
@@ -193,7 +194,7 @@ class EncodedDataset:
             ids=ids,
             weight=weight,
             is_class_image=is_class_image,
-            mask=self.masks.get(indices, loaded, size) if masked else None,
+            mask=self.masks.get(indices, keys, loaded, size) if masked else None,
             unet_channels=unet_channels,
         )
 

@@ -15,6 +15,7 @@ from finetune.data.data_source import called
 from finetune.data.image_checks import ImageInfo, RejectedImage
 from finetune.data.image_dataset import Example, ImageDataset, Ledger
 from finetune.data.image_sample import ImageSample
+from finetune.data.sampler import Turns
 from finetune.data.source_settings import SourceSettings
 
 
@@ -60,6 +61,9 @@ class ConcatDataset(ImageDataset):
             for source in sources
             if source.settings.repeats and not source.settings.class_images
         )
+        self.sampled = [
+            turns for source, end in zip(sources, self._ends, strict=True) for turns in _sampled(source, end)
+        ]
         self.weights = [
             source.settings.loss_weight * weight for source in sources for weight in source.pictures.weights
         ]
@@ -135,6 +139,14 @@ class ConcatDataset(ImageDataset):
     def _place(self, index: int) -> tuple[Source, int]:
         number = bisect_right(self._ends, index)
         return self._sources[number], index - (self._ends[number - 1] if number else 0)
+
+
+def _sampled(source: Source, end: int) -> list[Turns]:
+    """The groups of a source's pictures that take turns, by their numbers among those of all; `end` is its last's."""
+    first = end - len(source.pictures)
+    if source.settings.samples is not None:
+        return [Turns(range(first, end), source.settings.samples)]
+    return [Turns([first + index for index in some], visits) for some, visits in source.pictures.sampled]
 
 
 def names_of(sources: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from finetune.data.image_index import ImageIndex
 from finetune.data.image_sample import ImageSample
 from finetune.data.images import PictureFile, open_alpha, open_image
 from finetune.data.masks import open_mask
+from finetune.data.sampler import Turns
 from finetune.data.transforms import WHITE, Preprocess
 from finetune.deprecation import Renamed
 from finetune.errors import DataError
@@ -84,6 +85,8 @@ class ImageDataset(Dataset[Example], ABC):
     """Numbers of pictures that are never trained on, but validated on."""
     masked: bool = False
     """Whether some may have a mask."""
+    sampled: Sequence[Turns] = ()
+    """Sources of which an epoch visits a number of pictures, in turns, whatever their repeats."""
     passed_over: Sequence[str] = ()
     """What lies there and looks like captions, but is not read."""
 
@@ -209,9 +212,24 @@ class ImageDataset(Dataset[Example], ABC):
         return [index for index in range(self.num_subject_images, len(self)) if self.repeats[index]]
 
     @property
+    def turns(self) -> list[Turns]:
+        """The groups of pictures that take turns: `sampled`, and class pictures, with as many visits as all others."""
+        groups = [Turns([index for index in some if self.repeats[index]], visits) for some, visits in self.sampled]
+        groups = [group for group in groups if group.examples]
+        if self.class_pictures:
+            groups.append(Turns(self.class_pictures, self._subject_visits(groups)))
+        return groups
+
+    @property
     def epoch_visits(self) -> int:
         """Visits of an epoch."""
-        return 2 * sum(self.repeats[: self.num_subject_images]) if self.class_pictures else sum(self.repeats)
+        sampled = [group for group in self.turns if group.examples[0] < self.num_subject_images]
+        return self._subject_visits(sampled) * (2 if self.class_pictures else 1)
+
+    def _subject_visits(self, sampled: Sequence[Turns]) -> int:
+        """Visits of an epoch but for those of class pictures."""
+        repeated = sum(self.repeats[: self.num_subject_images])
+        return repeated + sum(visits - sum(self.repeats[index] for index in some) for some, visits in sampled)
 
     @property
     def trained_captions(self) -> list[str]:

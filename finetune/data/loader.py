@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from finetune.batch import Batch, GlobalStep
 from finetune.data.caption_augmentation import RunProgress
-from finetune.data.sampler import Sampler, Visit
+from finetune.data.sampler import Sampler, Turns, Visit
 from finetune.errors import UsageError
 from finetune.seeding import example_key
 
@@ -33,8 +33,8 @@ class Examples(Protocol):
         ...
 
     @property
-    def class_examples(self) -> Sequence[int]:
-        """Indices of the class pictures, which together are visited as often as all others together."""
+    def turns(self) -> Sequence[Turns]:
+        """Groups of examples that take turns, whatever their repeats, each with its visits in an epoch."""
         ...
 
     @property
@@ -129,7 +129,7 @@ def training_steps(
         batch_size=batch_size,
         seed=seed,
         repeats=source.repeats,
-        class_examples=source.class_examples,
+        turns=source.turns,
     )
     weight = batch_size * sampler.mean_weight(source.weights)
     shared = world_size > 1 or len(set(source.weights)) > 1

@@ -20,6 +20,15 @@ class Visit(NamedTuple):
     """How many times it has been visited before."""
 
 
+class Turns(NamedTuple):
+    """Examples that take turns: each epoch visits the next few of them."""
+
+    examples: Sequence[int]
+    """Their indices."""
+    visits: int
+    """How many visits they get together in an epoch."""
+
+
 def steps_per_epoch(visits: int, batch_size: int) -> Fraction:
     """Optimizer steps for the visits of an epoch: no whole number where a step runs into the next one."""
     return Fraction(visits, batch_size)
@@ -33,15 +42,15 @@ class Sampler:
     these goes into the first step of the next epoch. So no step is short, and none teaches few examples at the full
     rate. With one shape for all, this comes to one permutation after the other, cut into steps.
 
-    Class pictures (`class_examples`) get as many visits in an epoch as all others together, however many there are:
-    they take turns, in one permutation of them after the other, across epochs.
+    The examples of each of `turns` get a number of visits in an epoch, however many there are: in one permutation of
+    them after the other, across epochs. So are class pictures visited, and sources with a number of samples.
 
     Args:
         shapes: of each example, a number; what has the same one can be computed together.
         batch_size: examples per optimizer step.
         seed: of the permutations.
         repeats: how many times each example comes in an epoch, 0: never; none: once.
-        class_examples: examples that take turns; their repeats are not used.
+        turns: groups of examples that take turns; their repeats are not used.
     """
 
     def __init__(
@@ -51,18 +60,19 @@ class Sampler:
         batch_size: int,
         seed: int,
         repeats: Sequence[int] = (),
-        class_examples: Sequence[int] = (),
+        turns: Sequence[Turns] = (),
     ) -> None:
         self.batch_size, self.seed = batch_size, seed
         self._shape_of = shapes
         self._repeats = np.array(repeats or [1] * len(shapes))
         self._trained = np.count_nonzero(self._repeats)
-        self._class_examples = np.asarray(class_examples, int)
-        self._repeats[self._class_examples] = 0
-        self._examples = np.repeat(np.arange(len(shapes)), self._repeats)  # of the visits of an epoch, but class ones
+        self._turns = [(np.asarray(examples, int), visits) for examples, visits in turns]
+        for examples, _ in self._turns:
+            self._repeats[examples] = 0
+        self._examples = np.repeat(np.arange(len(shapes)), self._repeats)  # of an epoch's visits, without turns
         self._times = np.arange(len(self._examples)) - np.repeat(self._repeats.cumsum() - self._repeats, self._repeats)
-        self.epoch_visits = len(self._examples) * (2 if class_examples else 1)
-        self._turns: dict[int, np.ndarray] = {}
+        self.epoch_visits = len(self._examples) + sum(visits for _, visits in self._turns)
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
         self._shapes = np.unique(np.asarray(shapes), return_inverse=True)[1]
         self._epochs = -(-batch_size // self.epoch_visits)  # in a round, which is to be no shorter than a step
         self._round = self.epoch_visits * self._epochs  # visits in it
@@ -80,9 +90,9 @@ class Sampler:
     def mean_weight(self, weights: Sequence[float]) -> float:
         """The mean over the visits of an epoch of what each example weighs."""
         total = sum(weights[example] for example in self._examples.tolist())
-        turns = self.epoch_visits - len(self._examples)
-        theirs = sum(weights[example] for example in self._class_examples.tolist())
-        return (total + (turns * theirs / len(self._class_examples) if turns else 0.0)) / self.epoch_visits
+        for examples, visits in self._turns:
+            total += visits * sum(weights[example] for example in examples.tolist()) / len(examples)
+        return total / self.epoch_visits
 
     def _visited(self, visits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The example of each visit, and how many times it was visited before."""
@@ -91,21 +101,27 @@ class Sampler:
         examples, numbers = np.empty_like(visits), np.empty_like(visits)
         examples[plain] = self._examples[places[plain]]
         numbers[plain] = epochs[plain] * self._repeats[examples[plain]] + self._times[places[plain]]
-        if not plain.all():
-            turns = epochs[~plain] * (self.epoch_visits - len(self._examples)) + places[~plain] - len(self._examples)
-            rounds, at = np.divmod(turns, len(self._class_examples))
-            order = {number: self._turn(number) for number in np.unique(rounds).tolist()}
-            drawn = [order[number][place] for number, place in zip(rounds.tolist(), at.tolist(), strict=True)]
-            examples[~plain], numbers[~plain] = drawn, rounds
+        begin = len(self._examples)
+        for group, (members, per_epoch) in enumerate(self._turns):
+            here = (begin <= places) & (places < begin + per_epoch)
+            rounds, at = np.divmod(epochs[here] * per_epoch + places[here] - begin, len(members))
+            order = {number: self._turn(group, number) for number in np.unique(rounds).tolist()}
+            examples[here] = [order[number][place] for number, place in zip(rounds.tolist(), at.tolist(), strict=True)]
+            numbers[here] = rounds
+            begin += per_epoch
         return examples, numbers
 
-    def _turn(self, number: int) -> np.ndarray:
-        """The class examples in the order in which they come for the `number`th time."""
-        if number not in self._turns:
-            source = torch.Generator().manual_seed(fold(self.seed, "class order", number) & 0xFFFFFFFF)
-            order = torch.randperm(len(self._class_examples), generator=source).numpy()
-            self._turns = dict(list(self._turns.items())[-1:]) | {number: self._class_examples[order]}
-        return self._turns[number]
+    def _turn(self, group: int, number: int) -> np.ndarray:
+        """The examples of a group of `turns` in the order in which they come for the `number`th time."""
+        if (group, number) not in self._orders:
+            after = len(self._turns) - 1 - group  # the last group is that of class pictures, where there are any
+            seed = fold(self.seed, "class order", number, *([after] if after else []))
+            source = torch.Generator().manual_seed(seed & 0xFFFFFFFF)
+            members = self._turns[group][0]
+            order = members[torch.randperm(len(members), generator=source).numpy()]
+            others = {key: kept for key, kept in self._orders.items() if key[0] != group or key[1] == number - 1}
+            self._orders = others | {(group, number): order}
+        return self._orders[group, number]
 
     def _shapes_of(self, visits: np.ndarray) -> np.ndarray:
         return self._shapes[self._visited(visits)[0]]

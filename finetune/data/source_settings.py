@@ -36,6 +36,8 @@ class SourceSettings:
     """Which masks say where an error counts."""
     repeats: int = 1
     """How many times each of the source's own repeats comes in an epoch; 0: the pictures are held out."""
+    samples: int | None = None
+    """How many of the pictures an epoch visits, in turns; None: all, as often as they are repeated."""
     loss_weight: float = 1.0
     """How much each picture counts in the loss of a step, relative to the others."""
     class_images: bool = False

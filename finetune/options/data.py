@@ -37,6 +37,8 @@ class DataOptions:
     use such files only. Inpainting models paint in the white area instead."""
     unmasked_weight: float = option(0.0, BELOW_ONE, decided_by="dataset")
     """Least weight of the loss, where a mask is black."""
+    unmasked_probability: float = option(0.0, BELOW_ONE, decided_by="dataset")
+    """Share of the visits at which the whole image counts, whatever its mask."""
     normalize_masked_area_loss: bool = option(False, decided_by="dataset")
     """Divide the loss by the mean of the mask, so that small areas count as much as large ones."""
     resolution: int | None = option(None, AT_LEAST_ONE, aliases=("image_size",), several=True)

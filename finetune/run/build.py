@@ -142,7 +142,11 @@ def encoded_for(
         cache_dir=config.cache_dir,
         precision=config.cache_precision,
         any_environment=config.cache_any_environment,
-        mask_options={"unmasked_weight": config.unmasked_weight, "normalize": config.normalize_masked_area_loss},
+        mask_options={
+            "unmasked_weight": config.unmasked_weight,
+            "unmasked_probability": config.unmasked_probability,
+            "normalize": config.normalize_masked_area_loss,
+        },
         visited=chain(
             ((index, None) for index in validated),
             _visits(config, pictures, steps, parallel, keyed=model.image_condition is not None),
@@ -192,7 +196,7 @@ def sampler(config: ResolvedConfig, pictures: ImageDataset) -> Sampler:
         batch_size=config.global_batch,
         seed=config.seed,
         repeats=pictures.repeats,
-        class_examples=pictures.class_pictures,
+        turns=pictures.turns,
     )
 
 

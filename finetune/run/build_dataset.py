@@ -37,9 +37,11 @@ from finetune.models.loading import check_resolution
 from finetune.models.model_info import ModelInfo
 from finetune.options import option_info
 from finetune.seeding import fold
-from finetune.source_options import CAPTIONING, parse_settings
+from finetune.source_options import CAPTIONING, OWN, parse_settings
 from finetune.text import join_limited, pluralize
 
+_OF_ONE = {"repeats": 1, "samples": None, "loss_weight": 1.0, "captioning": {}}
+"""Settings that do nothing for a source that is alone."""
 _MASKS: dict[bool | None, Literal["files", "files and alpha", "none"]] = {
     None: "files",
     True: "files and alpha",
@@ -71,6 +73,9 @@ def open_pictures(config: TrainConfig, model_info: ModelInfo, dataset: MapDatase
     chunks_by_source = _assigned(config, sources, folder, memory)
     chunk = partial(_chunk, partial(_open_source, config, memory, folder), settings, chunks_by_source)
     pictures = chunk(0)
+    sampled = [each.name for each in settings if each.samples is not None]
+    if sampled and len(chunks_by_source[0].parts) > 1:
+        raise UsageError(f"source_settings samples ({sampled[0]}) counts all images of a source: give --volume_size 0")
     class_sources = [each.name for each in settings if each.class_images]
     if class_sources and (config.class_data or len(class_sources) == len(settings)):
         other = "class_data" if config.class_data else "no source of the subject"
@@ -140,21 +145,26 @@ def settings_by_source(config: TrainConfig, model_info: ModelInfo, count: int) -
         if len(given) != count:
             raise UsageError(f"{option}: {pluralize(len(given), noun)} for {count} --data")
     names = names_of(config.data) or ["data"]
-    return [
+    settings = [
         replace(source_settings(config, model_info, text), name=name, repeats=times)
         for name, times, text in zip(names, repeats, own, strict=True)
     ]
+    for each in settings:
+        if each.samples is not None and (each.repeats > 1 or each.class_images):
+            other = "class_images, which are as many as the subject's" if each.class_images else "repeats"
+            raise UsageError(f"source_settings samples = {each.samples} ({each.name}) with {other}: give one of them")
+    return settings
 
 
 def source_settings(config: TrainConfig, model_info: ModelInfo, own: str) -> SourceSettings:
     """Return the settings of a source from the options of the run and those of its own, TOML as in `parse_settings`."""
     given = parse_settings(own)
-    loss_weight, class_images = given.pop("loss_weight", 1.0), given.pop("class_images", False)
-    if class_images:  # the trigger of the run is the subject's
+    own_settings = {name: given.pop(name) for name in OWN if name in given}
+    if own_settings.get("class_images"):  # the trigger of the run is the subject's
         given = {"trigger": None, **given}
     settings = default_settings(replace_options(config, **given), model_info)
     captioning = {field: given[option] for option, field in CAPTIONING.items() if option in given}
-    return replace(settings, captioning=captioning, loss_weight=loss_weight, class_images=class_images)
+    return replace(settings, captioning=captioning, **own_settings)
 
 
 def _chunk(
@@ -164,7 +174,7 @@ def _chunk(
     number: int,
 ) -> ImageDataset:
     """One chunk of all sources, as one dataset; a source that is alone and has no weights keeps its ids."""
-    if len(settings) == 1 and settings[0] == replace(settings[0], repeats=1, loss_weight=1.0, captioning={}):
+    if len(settings) == 1 and settings[0] == replace(settings[0], **_OF_ONE):
         return open_source(settings[0], chunks_by_source[0], number)
     pairs = sorted(zip(settings, chunks_by_source, strict=True), key=lambda pair: pair[0].class_images)
     return ConcatDataset(
@@ -378,4 +388,5 @@ def digest(pictures: ImageDataset) -> str:
     fields = (*pictures.ids, *captions, *pictures.contents, *pictures.repeats, *pictures.companion_digests())
     if pictures.class_pictures:  # version 0.1.0 visited them in another order
         fields += ("in turn",)
+    fields += tuple(f"{len(some)} in turn, {visits}" for some, visits in pictures.sampled)
     return f"{fold(*fields):016x}"

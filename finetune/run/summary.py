@@ -160,6 +160,7 @@ def _repeats(encoded: EncodedDataset) -> str:
     """How many come more than once in an epoch."""
     counts = sorted(Counter(encoded.repeats).items())
     repeated = [f"{count} repeated {times} times" for times, count in counts if times > 1]
+    repeated += [f"{len(some)} taking turns in {visits} visits" for some, visits in encoded.pictures.sampled]
     return f" ({', '.join(repeated)} per epoch)" if repeated else ""
 
 

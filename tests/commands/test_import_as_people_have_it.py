@@ -8,6 +8,7 @@ import pytest
 
 from finetune.cli import main
 from finetune.options import ATTENTION_AND_FEED_FORWARD
+from finetune.source_options import parse_settings
 from tests.commands.test_import import imported
 
 LORA = "train_network.py --network_module=networks.lora --network_dim=8 --train_data_dir=img"
@@ -289,6 +290,17 @@ def test_fractions_of_repeats_and_tag_dropout_of_onetrainer(tmp_path: Path, caps
     told = capsys.readouterr().out
     assert "note: an epoch here has the visits of 2 of OneTrainer's" in told
     assert "left" not in told.replace("0 left out", "")
+
+
+def test_samples_of_a_concept_of_onetrainer_are_visited_in_turns(tmp_path: Path) -> None:
+    concepts = [
+        {"path": "few", "balancing": 0.5},
+        {"path": "many", "balancing": 30, "balancing_strategy": "SAMPLES"},
+    ]
+    given = {"training_method": "LORA", "base_model_name": "m", "epochs": 40, "concepts": concepts}
+    found = imported(tmp_path, "config.json", json.dumps(given))
+    assert (found.get("repeats", (1, 1)), found["num_train_epochs"]) == ((1, 1), 20)
+    assert [parse_settings(text).get("samples") for text in found["source_settings"]] == [None, 60]
 
 
 def test_a_key_of_a_service_is_written_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -298,6 +298,22 @@ def test_what_is_black_counts_a_little_and_masks_count_alike(folder: Path) -> No
     assert normalized.mean(dim=(1, 2, 3)).tolist() == pytest.approx([1.0] * 5)
 
 
+def test_at_a_share_of_the_visits_the_whole_image_counts(folder: Path) -> None:
+    images, model = ImageFolder(folder, "a box", resolution=64), load_model("tiny")
+    plain, some = (
+        encode(images, model, cache_dir="none", mask_options=options) for options in ({}, {"unmasked_probability": 0.3})
+    )
+    whole = 0
+    for before, after in zip(*(batches(each, batch_size=5, steps=40) for each in (plain, some)), strict=True):
+        assert before.mask is not None
+        for row in range(5):
+            mask = torch.ones_like(before.mask[row]) if after.mask is None else after.mask[row]
+            changed = not torch.equal(mask, before.mask[row])
+            whole += changed
+            assert not changed or bool((mask == 1).all())
+    assert 0.2 < whole / 200 < 0.4
+
+
 def test_a_run_counts_what_is_black_as_it_is_asked_to(folder: Path, tmp_path: Path) -> None:
     losses = []
     for name, options in {"plain": {}, "little": {"unmasked_weight": 0.5}}.items():

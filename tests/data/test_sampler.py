@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.sampler import Sampler, Visit, steps_per_epoch
+from finetune.data.sampler import Sampler, Turns, Visit, steps_per_epoch
 from finetune.errors import UsageError
 
 SHAPES = st.lists(st.integers(0, 6), min_size=1, max_size=40)
@@ -116,3 +116,20 @@ def test_processes_share_a_step_evenly_and_leave_nothing_out(
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     together = [shapes[visit.example] for visit in visits]
     assert len(list(groupby(together))) == len(set(together))  # what has one shape stands together
+
+
+@given(batch_size=st.integers(1, 9), seed=st.integers(0, 3))
+def test_each_group_gets_its_visits_and_its_examples_take_turns(batch_size: int, seed: int) -> None:
+    groups = [Turns([2, 3, 4, 5, 6], 2), Turns([7, 8, 9], 4)]
+    sampler = Sampler([0] * 10, batch_size=batch_size, seed=seed, repeats=[3, 1, *[1] * 8], turns=groups)
+    assert sampler.epoch_visits == 10
+    visits = [visit for step in range(60 // batch_size) for visit in sampler.visits(step)]
+    for epoch in range(len(visits) // 10):
+        of_epoch = Counter(visit.example for visit in visits[epoch * 10 : epoch * 10 + 10])
+        assert (of_epoch[0], of_epoch[1]) == (3, 1)
+        assert [sum(of_epoch[example] for example in group.examples) for group in groups] == [2, 4]
+    for examples, _ in groups:  # nobody comes again before all others have come
+        of_group = [visit for visit in visits if visit.example in examples]
+        assert max(visit.number for visit in of_group) - min(Counter(v.example for v in of_group).values()) <= 1
+        assert len(set(of_group)) == len(of_group)
+    assert sampler.mean_weight([1.0, 2.0, *[0.5] * 5, *[3.0] * 3]) == (3 + 2 + 2 * 0.5 + 4 * 3) / 10

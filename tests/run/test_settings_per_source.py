@@ -13,9 +13,10 @@ from finetune.cli import parse_train
 from finetune.commands.foreign.sd_scripts_dataset import take_dataset
 from finetune.config import TrainConfig
 from finetune.data.caption_augmentation import CaptionAugmentation
+from finetune.data.sampler import Turns
 from finetune.errors import UsageError
 from finetune.models.model_info import locate
-from finetune.run.build_dataset import open_pictures
+from finetune.run.build_dataset import digest, open_pictures
 from finetune.source_options import parse_settings, settings_text
 
 
@@ -189,3 +190,24 @@ def test_a_run_trains_each_source_as_it_says_and_resumes(folders: tuple[Path, ..
     plain = ft.fine_tune(ft.TrainConfig(**options | {"source_settings": ()}, output_dir=str(tmp_path / "plain")))
     assert (plain / "metrics.jsonl").read_text() != lines[0]
     assert torch.tensor(losses).isfinite().all()
+
+
+def test_a_number_of_samples_takes_the_place_of_repeats(folders: tuple[Path, ...]) -> None:
+    dog, cat, thing = map(str, folders)
+    own = ("", "samples = 1", "class_images = true")
+    pictures = opened(data=(dog, cat, thing), prompt="a photo", source_settings=own)
+    assert pictures.turns == [Turns([2, 3], 1), Turns([4, 5], 3)]
+    assert pictures.epoch_visits == 6
+    (alone,) = opened(data=(cat,), prompt="a photo", source_settings=("samples = 7",)).turns
+    assert alone == Turns([0, 1], 7)
+    for repeats, settings, other in (
+        ((2,), "samples = 7", "repeats"),
+        ((1,), own[2] + ", samples = 7", "class_images"),
+    ):
+        with pytest.raises(UsageError, match=rf"samples = 7 \(dog\) with {other}"):
+            opened(data=(dog,), prompt="a", repeats=repeats, source_settings=(settings,))
+    with pytest.raises(UsageError, match="samples = 0: expected above 0"):
+        opened(data=(dog,), prompt="a", source_settings=("samples = 0",))
+    assert digest(opened(data=(dog,), prompt="a", source_settings=("samples = 7",))) != digest(
+        opened(data=(dog,), prompt="a", source_settings=("samples = 8",))
+    )

@@ -174,17 +174,20 @@ def _concepts(imported: ImportedConfig, value: Any) -> None:
     concepts = [concept for concept in everything if _kind_of(concept) == "STANDARD"]
     if not concepts:
         return
-    repeats = [Fraction(concept.get("balancing", concept.get("repeats", 1.0))) for concept in concepts]
-    if any(concept.get("balancing_strategy", "REPEATS") != "REPEATS" for concept in concepts):
-        imported.skip("concepts.balancing_strategy", "SAMPLES", "a number of repeats is taken, not of samples")
-        repeats = [Fraction(1)] * len(concepts)
+    balance = [Fraction(concept.get("balancing", concept.get("repeats", 1.0))) for concept in concepts]
+    sampled = [concept.get("balancing_strategy", "REPEATS") == "SAMPLES" for concept in concepts]
+    repeats = [Fraction(1) if in_turns else times for times, in_turns in zip(balance, sampled, strict=True)]
     epochs = lcm(*(times.limit_denominator(20).denominator for times in repeats))
     if epochs > 1:  # of OneTrainer in one of ours, so that each concept comes a whole number of times
         imported.notes.append(f"an epoch here has the visits of {epochs} of OneTrainer's")
         _divide_epochs(imported, epochs)
     sources = [
-        ForeignSource(concept["path"], max(1, round(times * epochs)), _settings_of(imported, concept))
-        for concept, times in zip(concepts, repeats, strict=True)
+        ForeignSource(
+            concept["path"],
+            1 if in_turns else max(1, round(times * epochs)),
+            _settings_of(imported, concept) | ({"samples": max(1, round(times * epochs))} if in_turns else {}),
+        )
+        for concept, times, in_turns in zip(concepts, balance, sampled, strict=True)
     ]
     take_sources(imported, sources, theirs="concepts.path")
 
@@ -269,8 +272,7 @@ def _take_masks(imported: ImportedConfig, given: dict[str, Any]) -> None:
     imported.set("unmasked_weight", 0.1 if weight is None else weight, "unmasked_weight")
     if normalized:
         imported.ours["normalize_masked_area_loss"] = True
-    if share is None or share:
-        imported.skip("unmasked_probability", 0.1 if share is None else share, "masks count at every visit here")
+    imported.set("unmasked_probability", 0.1 if share is None else share, "unmasked_probability")
 
 
 def _warmup(imported: ImportedConfig, value: Any) -> None:
