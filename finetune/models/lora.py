@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -40,6 +40,7 @@ from finetune.models.lora_forward import lean
 from finetune.models.lora_keys import BLOCKS, kohya_names, layer_names
 from finetune.models.lora_layers import layers_to_adapt
 from finetune.models.lora_math import MAGNITUDE, MAGNITUDE_OVER_BASE, rank_of, row_norms, update
+from finetune.models.pissa import START, activate, start_at_principal_part, start_of, with_start
 from finetune.options import ATTENTION_AND_FEED_FORWARD
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -72,6 +73,7 @@ def add_lora(
     rank_dropout: float = 0.0,
     module_dropout: float = 0.0,
     lokr_factor: int | None = None,
+    init: Literal["gaussian", "pissa"] = "gaussian",
 ) -> None:
     """Freeze `unet` and add an adapter whose weights, in fp32, are all that learns.
 
@@ -93,6 +95,8 @@ def add_lora(
         rank_dropout, module_dropout: in [0, 1), share of the ranks and of the layers that a step leaves out.
         lokr_factor: size of the smaller factor of a LoKr, as far as it divides the layer; default: near the square root
             of the layer's size.
+        init: "gaussian": A is drawn and B zero, of a LoRA. "pissa": at the principal part of the weights, which a
+            second, frozen adapter takes away, see `finetune.models.pissa`; not for the other kinds, nor with dropout.
 
     Raises:
         UsageError: a pixel-space UNet, `target_modules` names no layer, or one that takes no adapter, or a rank that
@@ -100,6 +104,8 @@ def add_lora(
     """
     if not isinstance(unet, UNet2DConditionModel):
         raise UsageError("LoRA needs the UNet of a latent model; train every weight of a pixel-space UNet instead")
+    if init == "pissa" and (kind not in ("lora", "rslora") or dropout or rank_dropout or module_dropout):
+        raise UsageError("init_lora_weights pissa is for lora_type lora and rslora without dropout")
     target_modules, layers = layers_to_adapt(unet, target_modules, residual_blocks=conv_rank is not None)
     kernels = {name for name, layer in layers.items() if conv_rank and _has_kernel(layer)}
     for option, number, some in (
@@ -127,6 +133,8 @@ def add_lora(
         torch.default_generator.manual_seed(seed)
         try:
             unet.add_adapter(config)
+            if init == "pissa":
+                start_at_principal_part(unet, "default")
         except ValueError as error:
             raise UsageError(
                 f"lora_target_modules {', '.join(target_modules)}: {str(error).splitlines()[0]}"
@@ -136,7 +144,7 @@ def add_lora(
         add_dropout(unet, "default", ranks=rank_dropout, modules=module_dropout)
     else:
         lean(unet, "default")
-    for parameter in trainable(unet):
+    for parameter in (*trainable(unet), *start_of(unet).values()):
         parameter.data = parameter.data.float()
 
 
@@ -206,7 +214,7 @@ class Adapter:
     def alphas(self) -> dict[str, float]:
         """Layer -> alpha as kohya's layout counts it: the update is scaled by alpha / rank."""
         alphas = {name: m.alpha if hasattr(m, "alpha") else m.lora_alpha for name, m in self._layers().items()}
-        return {name: float(alpha[self.name]) for name, alpha in alphas.items()}
+        return {name: float(alpha[self.name]) * len(self._names_active()) for name, alpha in alphas.items()}
 
     def scales(self) -> list[float]:
         """What each layer's update is multiplied by, in the order of `alphas`."""
@@ -214,7 +222,14 @@ class Adapter:
 
     def updates(self) -> dict[str, Tensor]:
         """Layer -> what the adapter adds to its weight, as peft computes it; DoRA's norms left aside."""
-        return {name: module.get_delta_weight(self.name).detach() for name, module in self._layers().items()}
+        return {
+            layer: sum((module.get_delta_weight(name).detach() for name in self._names_active()), torch.zeros(()))
+            for layer, module in self._layers().items()
+        }
+
+    def _names_active(self) -> list[str]:
+        """The names of the adapter and its start, where it has one: in a file they are one, of twice the rank."""
+        return [self.name, START] if START in self.unet.peft_config else [self.name]
 
     def _layers(self) -> dict[str, Any]:
         """The layers that are adapted."""
@@ -222,7 +237,7 @@ class Adapter:
 
     def state(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The adapter's tensors as its file has them: peft's keys under `unet.`."""
-        weights = get_peft_model_state_dict(self.unet, adapter_name=self.name)
+        weights = with_start(self.unet, get_peft_model_state_dict(self.unet, adapter_name=self.name))
         return {f"unet.{name}": tensor.to(dtype).contiguous() for name, tensor in weights.items()}
 
     def kohya_state(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -305,7 +320,7 @@ class Adapter:
         """Write the adapter, or an earlier `kohya_state` of it, in kohya's layout, with `metadata`."""
         lora = LoraFile(dict(self.kohya_state() if state is None else state), self.alphas(), 0)
         names = kohya_names(self.unet.config, lora.alphas)
-        write_kohya(path, lora, metadata, names, self.unet.peft_config[self.name].r)
+        write_kohya(path, lora, metadata, names, self.unet.peft_config[self.name].r * len(self._names_active()))
 
     def init_from(self, path: Path) -> int:
         """Start from a LoRA file in either layout; what it adds to the base is the same, whatever its alpha.
@@ -363,7 +378,8 @@ class Adapter:
     @contextmanager
     def rounded(self) -> Iterator[None]:
         """Cast the trained adapter to the base's dtype for a while, as diffusers does with a loaded one."""
-        learned = {parameter: parameter.data for parameter in trainable(self.unet)}
+        parameters = (*trainable(self.unet), *start_of(self.unet).values())
+        learned = {parameter: parameter.data for parameter in parameters}
         dtype = self.unet.dtype  # diffusers looks through the whole module for it
         try:
             for parameter, data in learned.items():
@@ -404,4 +420,4 @@ class Adapter:
             finally:
                 if _RELOADED in self.unet.peft_config:
                     self.unet.delete_adapters(_RELOADED)
-                self.unet.set_adapters(self.name)
+                activate(self.unet, self.name)

@@ -10,6 +10,11 @@ from finetune.option_info import AT_LEAST_ONE, BELOW_ONE, POSITIVE, option
 class AdapterOptions:
     """Adapter: LoRA and its relatives."""
 
+    init_lora_weights: Literal["gaussian", "pissa"] = option(
+        "gaussian", requires="lora_type lora or rslora", suggest_for=("lora_initialisation_style",)
+    )
+    """gaussian: the adapter starts at zero. pissa: at the largest singular values of the weights, which the base loses
+    (Meng et al. 2024); the exported file has twice the rank."""
     lora_type: Literal["lora", "rslora", "dora", "loha", "lokr"] = option(
         "lora", requires="method lora", suggest_for=("algo", "peft_type", "use_dora", "use_rslora", "network_module")
     )

@@ -21,6 +21,7 @@ from finetune.models.loading import DiffusionModel, load_model
 from finetune.models.lora import Adapter, add_lora
 from finetune.models.lora_layers import train_only
 from finetune.models.model_info import ModelInfo
+from finetune.models.pissa import start_of
 from finetune.optimizer_table import TUNED
 from finetune.run.resolve_config import frozen_options
 from finetune.seeding import example_key
@@ -81,6 +82,7 @@ def adapt(config: ResolvedConfig, unet: UNet2DConditionModel | UNet2DModel) -> N
         rank_dropout=config.rank_dropout,
         module_dropout=config.module_dropout,
         lokr_factor=config.lokr_factor,
+        init=config.init_lora_weights,
     )
 
 
@@ -115,7 +117,7 @@ def assembled(
         on_progress=on_progress,
     )
     trainer = _trainer(config, model, parallel)
-    parallel.broadcast(list(trainer.parameters.values()))
+    parallel.broadcast([*trainer.parameters.values(), *trainer.fixed.values()])
     return model, encoded, trainer
 
 
@@ -244,7 +246,7 @@ def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) 
         learning_rate=_schedule(config),
         micro_batch_size=config.train_batch_size,
         max_grad_norm=config.max_grad_norm,
-        precision=DTYPES[config.mixed_precision],
+        precision=None if config.init_lora_weights == "pissa" else DTYPES[config.mixed_precision],
         masters=masters,
         in_backward=bool(config.fused_backward_pass),
         max_bad_steps=config.max_bad_steps,
@@ -254,6 +256,7 @@ def _trainer(config: ResolvedConfig, model: DiffusionModel, parallel: Parallel) 
         cuda_graphs=config.cuda_graphs,
         prior=_prior(config, model),
         constrain=_max_norm(config, model),
+        fixed=start_of(model.unet),
     )
 
 

@@ -17,6 +17,7 @@ from finetune.models.image_condition import image_condition_of
 from finetune.models.loading import DiffusionModel
 from finetune.models.lora import Adapter
 from finetune.models.model_info import locate
+from finetune.models.pissa import start_of
 from finetune.models.single_file import inspect, read_header
 from finetune.models.weights import read_tensors
 from finetune.results import hub
@@ -69,11 +70,14 @@ def load_trained(
     now = model_provenance(model, recorded_dtype(started))
     check_model(started, now, [*config.allow_changed, *allow_changed])
     learned = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
-    if read_header(weights).keys() != learned.keys():
+    start = start_of(model.unet)
+    if read_header(weights).keys() - start.keys() != learned.keys():
         raise RunError(f"{there[step]} holds other parameters than its config.toml says")
     with torch.no_grad():
-        for name, tensor in read_tensors(weights):
+        for name, tensor in read_tensors(weights, learned):
             learned[name].copy_(tensor)
+        for name, tensor in read_tensors(checkpoint.weights_file(there[step], ema=False), start):
+            start[name].copy_(tensor)
     recorded = kohya_file(folder, None if step == config.max_train_steps or best is not None else step)
     metadata = Adapter.read_metadata(recorded) if recorded.is_file() else {}
     return model, {"modelspec.resolution": f"{config.resolution}x{config.resolution}"} | metadata

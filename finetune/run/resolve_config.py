@@ -164,7 +164,10 @@ def _may_average(optimizer: str) -> bool:
 
 def _precision(config: TrainConfig, device: torch.device, *, small: bool) -> str:
     if not config.full_bf16:
-        return resolve_precision(config.mixed_precision, device, small=small)
+        precision = resolve_precision(config.mixed_precision, device, small=small)
+        if precision == "fp16" and config.init_lora_weights == "pissa":  # its two large parts have to cancel out
+            raise UsageError("init_lora_weights pissa with mixed_precision fp16: choose bf16 or no")
+        return precision
     if config.mixed_precision not in ("auto", "bf16"):
         raise UsageError(f"full_bf16 with mixed_precision = {config.mixed_precision}: choose bf16 or auto")
     if device.type == "cuda" and resolve_precision("auto", device, small=small) != "bf16":
@@ -275,6 +278,10 @@ def _refuse_unusable(config: TrainConfig, model_info: ModelInfo, method: str, bu
         raise UsageError(
             f"masked_loss cannot be used with {model_info.name}: masks say where it paints, and all errors count"
         )
+    if config.init_lora_weights == "pissa":
+        for name in ("init_lora", "scale_weight_norms", "lora_dropout", "rank_dropout", "module_dropout"):
+            if getattr(config, name):
+                raise UsageError(f"{name} cannot be used with init_lora_weights pissa")
     if "single-file" in config.export_formats:
         _check_single_file(model_info)
     default_values = as_dict(TrainConfig())  # `dataclasses.replace` gives all options

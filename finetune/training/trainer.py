@@ -66,6 +66,7 @@ class Trainer(Generic[AnyObjective]):
             objective's `loss` must not read a value then.
         prior: what class pictures teach, in place of their noise (see `finetune/training/prior_prediction.py`); the
             objective is a `NoisePrediction` then.
+        fixed: name -> frozen tensor that a checkpoint holds too, as another machine would compute other bits.
         constrain: called with the parameters after each update, which it may change in place.
 
     Raises:
@@ -92,6 +93,7 @@ class Trainer(Generic[AnyObjective]):
         cuda_graphs: bool = False,
         prior: Prior | None = None,
         constrain: Callable[[Mapping[str, Tensor]], None] | None = None,
+        fixed: Mapping[str, Tensor] | None = None,
     ):
         self.unet = unet
         self.masters = MasterWeights(unet, precision) if masters else StochasticRounding(unet)
@@ -103,6 +105,7 @@ class Trainer(Generic[AnyObjective]):
         self._sample = renamed_in(objective, old="draw", new="sample")
         self.prior = prior
         self.constrain = constrain
+        self.fixed = dict(fixed or {})
         self.optimizer = optimizer
         self.averages = switch_mode(optimizer, "train")
         """The optimizer averages the weights itself (schedule-free), and evaluations see its average."""
@@ -408,6 +411,10 @@ class Trainer(Generic[AnyObjective]):
         self.masters.write_back()
         self.ema, self.averages, self.steps_done = None, False, step
 
+    def _kept(self) -> dict[str, Tensor]:
+        """The tensors of the network that a checkpoint holds."""
+        return {**self.parameters, **self.fixed}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs beside its config: weights, optimizer, EMA, scaler, steps done.
 
@@ -415,7 +422,7 @@ class Trainer(Generic[AnyObjective]):
         """
         self.raise_if_diverged()
         return {
-            "weights": {name: parameter.detach() for name, parameter in self.parameters.items()},
+            "weights": {name: tensor.detach() for name, tensor in self._kept().items()},
             "optimizer": optimizer_state(self.optimizer, self.masters.held),
             "ema": {} if self.ema is None else self.ema.shadow,
             "scaler": self.scaler.state_dict(),
@@ -437,10 +444,11 @@ class Trainer(Generic[AnyObjective]):
         """
         self._before = None
         shapes = {name: weight.shape for name, weight in state["weights"].items()}
-        if shapes != {name: parameter.shape for name, parameter in self.parameters.items()}:
+        own = self._kept()
+        if shapes != {name: tensor.shape for name, tensor in own.items()}:
             raise RunError("the checkpoint holds other parameters than this run trains (model, method or rank differ)")
-        for name, parameter in self.parameters.items():
-            parameter.copy_(state["weights"][name])
+        for name, tensor in own.items():
+            tensor.copy_(state["weights"][name])
         self.masters.write_back()
         kept_options = () if self.learning_rate is not None else ("lr",)
         load_optimizer(self.optimizer, state["optimizer"], self.masters.held, self.parameters, kept_options)

@@ -296,6 +296,13 @@ def _text_encoder(imported: ImportedConfig, on: Any) -> None:
         imported.notes.append("SimpleTuner trained the text encoder too; here it stays frozen")
 
 
+def _lora_init(imported: ImportedConfig, value: Any) -> None:
+    if value == "pissa":
+        imported.set("init_lora_weights", "pissa", "lora_init_type")
+    elif value not in (None, True, "default", "gaussian"):
+        imported.skip("lora_init_type", value, "an adapter starts at zero here, or with pissa")
+
+
 def _of_the_hub(imported: ImportedConfig, value: Any) -> None:
     if imported.ours.get("push_to_hub") and value:
         imported.set("hub_model_id", value, "hub_model_id")
@@ -314,6 +321,7 @@ _RENAMED: Renamed = {
     "snr_gamma": "snr_gamma", "prediction_type": "prediction_type", "loss_type": "loss_type",
     "rescale_betas_zero_snr": _if_on("zero_terminal_snr", True, "rescale_betas_zero_snr"),
     "input_perturbation": "input_perturbation", "use_ema": "use_ema", "init_lora": "init_lora",
+    "lora_init_type": _lora_init,
     "push_to_hub": "push_to_hub", "hub_model_id": _of_the_hub, "report_to": _trackers,
     "base_model_precision": _base_precision, "train_text_encoder": _text_encoder,
 }  # fmt: skip
@@ -329,7 +337,7 @@ _WITHOUT_EFFECT = frozenset(
      "offload_during_startup", "user_prompt_library", "model_card_private", "model_card_safe_for_work",
      "model_card_note", "num_eval_images", "eval_steps_interval", "disable_tf32", "webhook_config",
      "webhook_reporting_interval", "i_know_what_i_am_doing", "num_processes", "pretrained_transformer_subfolder",
-     "pretrained_unet_subfolder", "lora_init_type", "dynamo_backend")
+     "pretrained_unet_subfolder", "dynamo_backend")
 )  # fmt: skip
 """Options that change nothing of what is learned here: caches, workers, cards, and parts of other models."""
 _CHANGES_NOTHING: Mapping[str, Collection[Any]] = {
