@@ -1,7 +1,6 @@
 """finetune-unet ui: a page that starts, watches and compares runs in a browser."""
 
 import importlib.util
-import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +28,10 @@ def run(options: Options) -> None:
     """Serve until Ctrl-C.
 
     Raises:
-        UsageError: a folder is not there, the port is in use, or gradio is not installed.
+        UsageError: a folder is not there, the port is in use, or a package is not installed.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise UsageError("ui needs a package: pip install 'finetune-unet[ui]'")
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it would ask the network
+    if missing := [name for name in ("starlette", "uvicorn", "jinja2") if importlib.util.find_spec(name) is None]:
+        raise UsageError(f"ui needs {', '.join(missing)}: pip install 'finetune-unet[ui]'")
     from finetune.page.allowed_paths import AllowedPaths
 
     places = AllowedPaths([Path(folder) for folder in options.data], Path(options.work))

@@ -19,8 +19,8 @@ from finetune.data.image_dataset import ImageFileDataset
 from finetune.data.image_folder import FolderPart, ImageFolder
 from finetune.data.image_index import FileStamp, ImageIndex
 from finetune.data.images import PictureFile, Row
-from finetune.data.listing import PICTURE_SUFFIXES, ending, list_files
-from finetune.data.shards import SUFFIX, TarShards, find_shards
+from finetune.data.listing import PICTURE_SUFFIXES, SHARD_SUFFIX, ending, list_files
+from finetune.data.shards import TarShards, find_shards
 from finetune.data.transforms import Preprocess, PreprocessOptions, preprocess_of
 from finetune.errors import DataError, UsageError, first_line
 from finetune.seeding import wide_fold
@@ -306,7 +306,7 @@ def _holds_tables(path: Path, files: Sequence[str]) -> bool:
         if path.suffix.lower() in _TABLE_SUFFIXES:
             return True
         raise UsageError(
-            f"--data {path}: not a folder; expected folders and {' '.join((SUFFIX, *_TABLE_SUFFIXES))} files"
+            f"--data {path}: not a folder; expected folders and {' '.join((SHARD_SUFFIX, *_TABLE_SUFFIXES))} files"
         )
     if _was_saved(path):
         return True

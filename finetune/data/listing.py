@@ -10,6 +10,9 @@ from finetune.errors import DataError
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 """Endings (in any case) of the files that are read as pictures."""
 
+SHARD_SUFFIX = ".tar"
+"""Ending of the shards of WebDataset."""
+
 _FOREIGN_SUFFIXES = (".heic", ".heif", ".jxl")
 """Pictures that Pillow cannot read by itself: found all the same, so that they are named as unreadable."""
 

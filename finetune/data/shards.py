@@ -11,12 +11,10 @@ from finetune.data.data_source import folder_of, is_pattern
 from finetune.data.image_dataset import ImageFileDataset, Ledger
 from finetune.data.image_index import ImageIndex
 from finetune.data.images import Member, PictureFile
-from finetune.data.listing import is_picture
+from finetune.data.listing import SHARD_SUFFIX, is_picture
 from finetune.data.shard_index import TEXT_SUFFIXES, Place, ShardIndex, ShardPicture, index_of, pictures_of
 from finetune.data.transforms import Preprocess, PreprocessOptions, preprocess_of
 from finetune.errors import DataError, UsageError
-
-SUFFIX = ".tar"
 
 
 class TarShards(ImageFileDataset):
@@ -138,9 +136,9 @@ def find_shards(source: str, path: Path, files: Sequence[str]) -> tuple[list[Pat
         UsageError: nothing fits the pattern.
     """
     if path.is_file():
-        return ([path], path.parent) if path.suffix.lower() == SUFFIX else None
+        return ([path], path.parent) if path.suffix.lower() == SHARD_SUFFIX else None
     if path.is_dir():
-        shards = [path / file for file in files if file.lower().endswith(SUFFIX)]
+        shards = [path / file for file in files if file.lower().endswith(SHARD_SUFFIX)]
         return (shards, path) if shards and not any(map(is_picture, files)) else None
     if not is_pattern(source):
         return None

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.atomic_io import is_inside
-from finetune.data.listing import is_picture
-from finetune.data.shards import SUFFIX
+from finetune.data.listing import SHARD_SUFFIX, is_picture
 from finetune.errors import UsageError
 
 _DEPTH, _MOST = 3, 200
@@ -38,7 +37,7 @@ class AllowedPaths:
                     entries = sorted(folder.iterdir())
                 except OSError:
                     continue
-                if any(is_picture(entry.name) or entry.suffix.lower() == SUFFIX for entry in entries):
+                if any(is_picture(entry.name) or entry.suffix.lower() == SHARD_SUFFIX for entry in entries):
                     folders.append(folder)
                 below += [e for e in entries if e.is_dir() and not e.name.startswith(".") and self._is_open(e)]
             level = below[:_MOST]

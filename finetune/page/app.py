@@ -3,222 +3,297 @@
 It runs finetune-unet as a person would, and reads run folders; it keeps nothing that a run needs.
 """
 
+import asyncio
+import base64
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
-import gradio as gr
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
 
 from finetune.atomic_io import is_inside
 from finetune.errors import UsageError
 from finetune.models.families import FAMILIES
-from finetune.page import views
 from finetune.page.allowed_paths import AllowedPaths
 from finetune.page.form import form_of
-from finetune.page.processes import Queue, command_line, run_command
+from finetune.page.processes import command_line, run_command
+from finetune.page.queue import Job, Queue
+from finetune.page.run_view import RunView, thumbnail
 from finetune.results.event_reader import RunEvents
-from finetune.results.report_sections import of_copies
 
-_TICK = 1.0
-"""Seconds between two looks at the runs."""
+_POLL_SECONDS = 0.5
+_LARGEST_FORM = 65536
+"""Bytes of a form; what is larger is refused."""
+_THUMBNAIL = 320
+"""Pixels of a run's picture on the home page."""
+_MODELS = ("sd15", "sd21", "sdxl", "ddpm", "tiny")
+"""The families that are shown as cards; any other is typed."""
+_REPORT_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+)
+"""A report has its scripts and styles inside, so it gets an origin of its own, from which nothing here can be asked."""
 
 
 class Page:
-    """What the buttons do, over the folders that are open to the page."""
+    """The handlers, over the folders that are open to the page."""
 
     def __init__(self, places: AllowedPaths) -> None:
         self.places = places
         self.queue = Queue(places.work)
         self._followers: dict[str, RunEvents] = {}
         self._lock = threading.Lock()
+        self._templates = Environment(
+            loader=PackageLoader("finetune.page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        )
 
-    def follower(self, name: str | None) -> RunEvents | None:
-        """The run of this name, read up to now; None where there is none."""
-        if not name or name not in self.places.run_names():
-            return None
+    def events(self, name: str) -> RunEvents:
+        """The run of this name, read up to now. Raises HTTPException where there is none."""
+        if name not in self.places.run_names():
+            raise HTTPException(404, f"no run {name}")
         with self._lock:
-            follower = self._followers.setdefault(name, RunEvents(self.places.runs / name))
-            follower.read()
-        return follower
+            events = self._followers.setdefault(name, RunEvents(self.places.runs / name))
+            events.read()
+        return events
 
-    def preview(self, *filled: Any) -> str:
-        """A contact sheet of the pictures, and what is to be noticed about them."""
+    def view(self, name: str) -> RunView:
+        return RunView(self.events(name))
+
+    def render(self, template: str, **values: Any) -> str:
+        return self._templates.get_template(template).render(**values)
+
+    def answer(self, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
+        return HTMLResponse(self.render(template, **values), status)
+
+    # Home and queue
+
+    def home(self, request: Request) -> Response:
+        return self.answer("home.html", live=self._home_live())
+
+    def _home_live(self) -> str:
+        views = [self.view(name) for name in self.places.run_names()]
+        return self.render("home_live.html", runs=views, jobs=self.queue.jobs(), edit_of=_edit_of)
+
+    def _home_version(self) -> object:
+        versions = [(name, self.events(name).version) for name in self.places.run_names()]
+        return versions, self.queue.jobs()
+
+    def home_events(self, request: Request) -> Response:
+        return _stream(self._home_version, lambda: {"live": self._home_live()})
+
+    def remove_job(self, request: Request) -> Response:
+        self.queue.remove(request.path_params["job"])
+        return RedirectResponse("/", 303)
+
+    # A run
+
+    def run(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        view, others = self.view(name), [other for other in self.places.run_names() if other != name]
+        return self.answer("run.html", run=view, others=others, parts=self._run_parts(view))
+
+    def _run_parts(self, view: RunView) -> dict[str, str]:
+        return {"live": self.render("run_live.html", run=view), "samples": self.render("samples.html", run=view)}
+
+    def run_events(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        self.events(name)
+        shown = {"pictures": -1}
+
+        def parts() -> dict[str, str]:
+            view = self.view(name)
+            parts = {"live": self.render("run_live.html", run=view)}
+            if len(view.samples) != shown["pictures"]:  # not at each step: the slider may be in use
+                shown["pictures"] = len(view.samples)
+                parts["samples"] = self.render("samples.html", run=view)
+            return parts
+
+        return _stream(lambda: self.events(name).version, parts)
+
+    def stop(self, request: Request) -> Response:
+        events = self.events(request.path_params["name"])
+        events.stop()
+        return RedirectResponse(f"/runs/{events.folder.name}", 303)
+
+    def resume(self, request: Request) -> Response:
+        folder = self.events(request.path_params["name"]).folder
+        self.queue.add(["--resume_from_checkpoint", "latest", "--output_dir", str(folder)])
+        return RedirectResponse("/", 303)
+
+    def sample(self, request: Request) -> Response:
+        """A grid of samples, whole or as a thumbnail."""
+        path = self._file(request, [sample.path for sample in self.view(request.path_params["name"]).samples])
+        if "small" not in request.query_params:
+            return FileResponse(path)
+        return Response(thumbnail(path, path.stat().st_mtime, _THUMBNAIL), media_type="image/jpeg")
+
+    def download(self, request: Request) -> Response:
+        path = self._file(request, [file.path for file in self.view(request.path_params["name"]).files])
+        return FileResponse(path, filename=path.name)
+
+    def _file(self, request: Request, offered: list[str]) -> Path:
+        """A file of a run, one of those that the page offers. Raises HTTPException for any other."""
+        name, path = request.path_params["name"], request.path_params["path"]
+        if path not in offered:
+            raise HTTPException(404, f"{name} has no file {path}")
+        return self.places.runs / name / path
+
+    def report(self, request: Request) -> Response:
+        path = self.events(request.path_params["name"]).folder / "report.html"
+        if not path.is_file() or not is_inside(path, self.places.runs):
+            raise HTTPException(404, "this run has no report yet; it is written at its end")
+        return FileResponse(path, headers={"content-security-policy": _REPORT_POLICY})
+
+    def compare(self, request: Request) -> Response:
+        names = request.query_params.getlist("run")[:2]
+        views = [self.view(name) for name in names]
+        last = max((float(view.events.loss.last_step or 0) for view in views), default=0.0)
+        return self.answer("compare.html", runs=views, names=self.places.run_names(), chosen=names, last=last or None)
+
+    # A new run
+
+    def new(self, request: Request) -> Response:
+        return self._form_page(dict(request.query_params))
+
+    def _form_page(self, filled: Mapping[str, str], error: str = "") -> Response:
+        return self.answer(
+            "new.html",
+            status=400 if error else 200,
+            error=error,
+            filled=filled,
+            folders=self.places.picture_folders(),
+            models=[FAMILIES[name] for name in _MODELS],
+            names=list(FAMILIES),
+        )
+
+    def start(self, filled: Mapping[str, str]) -> Response:
+        try:
+            self.queue.add(form_of(filled).words(self.places))
+        except UsageError as error:
+            return self._form_page(filled, str(error))
+        return RedirectResponse("/", 303)
+
+    def look(self, filled: Mapping[str, str]) -> Response:
+        """A contact sheet of the images, and what is to be noticed about them."""
         words = form_of(filled).words(self.places)
         with tempfile.TemporaryDirectory() as scratch:
             sheet = Path(scratch) / "sheet.png"
             answer = run_command(["preview", *words, "--output", str(sheet)], self.places.work)
-            picture = views.of_picture(sheet, "the images as training sees them") if answer.ok else ""
-        return picture + views.of_text(answer.text.replace(f"{sheet}: ", ""))
+            picture = _embedded(sheet) if answer.ok else ""
+        text = answer.text.replace(f"{sheet}: ", "")
+        return self.answer("answer.html", text=text, pictures=[picture] * answer.ok, failed=not answer.ok)
 
-    def plan(self, *filled: Any) -> str:
-        """What the run would do and take."""
-        return views.of_text(run_command(["plan", *form_of(filled).words(self.places)], self.places.work).text)
+    def plan(self, filled: Mapping[str, str]) -> Response:
+        answer = run_command(["plan", *form_of(filled).words(self.places)], self.places.work)
+        return self.answer("answer.html", text=answer.text, pictures=[], failed=not answer.ok)
 
-    def command(self, *filled: Any) -> str:
-        return command_line(form_of(filled).words(self.places))
-
-    def start(self, *filled: Any) -> str:
-        """Put the run into the queue."""
-        self.queue.add(form_of(filled).words(self.places))
-        return views.of_text("Queued. See the Watch tab.")
-
-    def stop(self, name: str | None) -> str:
-        self.places.run(name)
-        run = self.follower(name)
-        assert run is not None
-        run.stop()
-        return views.of_text(f"{name}: it is stopping, and ends with a checkpoint after this step.")
-
-    def resume(self, name: str | None) -> str:
-        run = self.places.run(name)
-        self.queue.add(["--resume_from_checkpoint", "latest", "--output_dir", str(run)])
-        return views.of_text(f"{name}: it is in the queue, and goes on from its last checkpoint.")
-
-    def draw(self, name: str | None, prompt: str, seed: float, steps: float) -> str:
-        run = self.places.run(name)
-        with tempfile.TemporaryDirectory() as scratch:
-            options = {"prompt": prompt, "seed": str(int(seed)), "num_inference_steps": str(int(steps))}
-            words = [f"--{option}={value}" for option, value in options.items() if value]
-            answer = run_command(["sample", "--model", str(run), *words, "--output", scratch], self.places.work)
-            drawn = sorted(Path(scratch).glob("*.png"))
-            return views.of_picture(drawn[0], prompt) if answer.ok and drawn else views.of_text(answer.text)
-
-    def picture(self, name: str | None, number: float) -> str:
-        """The grid of this number, from the first."""
-        run = self.follower(name)
-        steps = sorted(run.pictures) if run else []
-        if run is None or not steps:
-            return ""
-        step = steps[min(int(number), len(steps) - 1)]
-        below = f"Step {step}: {of_copies(run.copies[step])}" if step in run.copies else f"Step {step}"
-        path = run.folder / run.pictures[step]
-        if not is_inside(path, run.folder):
-            return ""
-        return views.of_picture(path, f"{name}: images at step {step}", below)
-
-    def tick(self, name: str | None, other: str | None, state: dict[str, Any]) -> list[Any]:
-        """What has changed since this page was told last: both runs, pictures, the queue, names of runs."""
-        runs = {which: self.follower(called) for which, called in (("first", name), ("second", other))}
-        now: dict[str, Any] = {which: (run and (run.folder.name, run.version)) for which, run in runs.items()}
-        now |= {"queue": self.queue.entries(), "names": self.places.run_names()}
-        now["grids"] = [(run.folder.name, len(run.pictures)) if run else None for run in runs.values()]
-        new = {part for part in now if now[part] != state.get(part, ())}
-        grids = len(runs["first"].pictures) if runs["first"] else 0
-        first, second = (views.of_run(runs[which]) if which in new else gr.skip() for which in runs)
-        pictures = [self.picture(called, grids) for called in (name, other)] if "grids" in new else [gr.skip()] * 2
-        last = max(grids - 1, 0)
-        slider = gr.Slider(maximum=max(last, 1), value=last) if "grids" in new else gr.skip()
-        names = now["names"]
-        begun = [new_one for new_one in names if new_one not in state.get("names", names)]  # since the last look
-        chosen = next(iter(begun), name if name in names else next(iter(names), None))
-        choice = gr.Dropdown(choices=names, value=chosen) if "names" in new else gr.skip()
-        comparison = gr.Dropdown(choices=["", *names]) if "names" in new else gr.skip()
-        queue = views.of_queue(*now["queue"]) if "queue" in new else gr.skip()
-        return [first, second if other else "", *pictures, slider, choice, comparison, queue, now]
-
-
-def show_errors(do: Callable[..., str]) -> Callable[..., str]:
-    """Wrap `do` so that its usage errors are shown on the page."""
-
-    def doing(*values: Any) -> str:
+    def command(self, filled: Mapping[str, str]) -> Response:
+        """What a person would type; empty while the form is incomplete."""
         try:
-            return do(*values)
-        except UsageError as error:
-            return views.of_text(str(error))
-
-    return doing
-
-
-def build(page: Page) -> gr.Blocks:
-    """The page's layout, and which button does what."""
-    with gr.Blocks(title="finetune-unet") as blocks:
-        gr.Markdown("# finetune-unet")
-        with gr.Tab("Start"):
-            _start_tab(page, blocks)
-        with gr.Tab("Watch"):
-            name = _watch_tab(page)
-        with gr.Tab("Generate"):
-            prompt = gr.Textbox(label="Prompt")
-            with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0)
-                steps = gr.Number(20, label="Sampler steps", precision=0)
-            draw = gr.Button("Generate with the run of the Watch tab", variant="primary")
-            drawn = gr.HTML()
-            draw.click(show_errors(page.draw), [name, prompt, seed, steps], drawn)
-    return blocks
-
-
-def _start_tab(page: Page, blocks: gr.Blocks) -> None:
-    with gr.Row():
-        data = gr.Dropdown(
-            page.places.picture_folders(), label="Pictures", allow_custom_value=True, info="a folder or file"
-        )
-        model = gr.Dropdown(list(FAMILIES), value="tiny", label="Model", allow_custom_value=True)
-        method = gr.Dropdown([("default of the model", ""), "lora", "full"], value="", label="Method")
-    with gr.Row():
-        prompt = gr.Textbox(label="Prompt", info="for images without a caption")
-        trigger = gr.Textbox(label="Trigger word")
-        steps = gr.Number(0, label="Steps", precision=0, minimum=0, info="0: chosen by the number of images")
-    with gr.Row():
-        early = gr.Checkbox(label="Stop early when the validation loss rises")
-        more = gr.Textbox(label="More options", info="numbers, switches and choices, such as --rank 8")
-    filled = [data, model, method, prompt, trigger, steps, early, more]
-    with gr.Row():
-        preview, plan = gr.Button("Preview images"), gr.Button("Plan")
-        start = gr.Button("Start", variant="primary")
-    command = gr.Textbox(label="The same command for a terminal", interactive=False, buttons=["copy"], lines=2)
-    answer = gr.HTML()
-    preview.click(show_errors(page.preview), filled, answer)
-    plan.click(show_errors(page.plan), filled, answer)
-    start.click(show_errors(page.start), filled, answer)
-    update_command = _or_nothing(page.command)
-    blocks.load(update_command, filled, command, show_progress="hidden")
-    for field in filled:
-        field.change(update_command, filled, command, show_progress="hidden")
-
-
-def _or_nothing(do: Callable[..., str]) -> Callable[..., str]:
-    """Wrap `do` so that it returns "" while the form is incomplete."""
-
-    def doing(*values: Any) -> str:
-        try:
-            return do(*values)
+            return HTMLResponse(self.render("command.html", command=command_line(form_of(filled).words(self.places))))
         except UsageError:
-            return ""
+            return HTMLResponse("")
 
-    return doing
+    # Drawing
+
+    def draw_form(self, request: Request) -> Response:
+        names = [name for name in self.places.run_names() if (self.places.runs / name / "result.json").is_file()]
+        return self.answer("draw.html", names=names, chosen=request.query_params.get("run", ""))
+
+    def draw(self, filled: Mapping[str, str]) -> Response:
+        run = self.places.run(filled.get("run"))
+        options = ("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "num_images")
+        words = [f"--{name}={filled[name]}" for name in options if filled.get(name)]
+        with tempfile.TemporaryDirectory() as scratch:
+            answer = run_command(["sample", "--model", str(run), *words, "--output", scratch], self.places.work)
+            drawn = [_embedded(path) for path in sorted(Path(scratch).glob("*.png"))] if answer.ok else []
+        text = filled.get("prompt", "") if drawn else answer.text
+        return self.answer("answer.html", text=text, pictures=drawn, failed=not drawn)
 
 
-def _watch_tab(page: Page) -> gr.Dropdown:
-    names = page.places.run_names()
-    with gr.Row():
-        name = gr.Dropdown(names, value=next(iter(names), None), label="Run")
-        other = gr.Dropdown(["", *names], value="", label="Compare with")
-    with gr.Row():
-        stopping, resuming = gr.Button("Save a checkpoint and stop"), gr.Button("Resume")
-    answer = gr.HTML()
-    with gr.Row():
-        with gr.Column(min_width=300):
-            first = gr.HTML()
-        with gr.Column(min_width=300, visible=False) as comparison:
-            second = gr.HTML()
-    slider = gr.Slider(0, 1, value=0, step=1, label="Sample grid, from first to last")
-    with gr.Row():
-        with gr.Column(min_width=300):
-            grid = gr.HTML()
-        with gr.Column(min_width=300, visible=False) as pictures_beside:
-            grid_beside = gr.HTML()
-    gr.Markdown("## Queue")
-    queue = gr.HTML()
-    state = gr.State({})
-    outputs = [first, second, grid, grid_beside, slider, name, other, queue, state]
-    timer = gr.Timer(_TICK)
-    timer.tick(page.tick, [name, other, state], outputs, show_progress="hidden")
-    slider.input(page.picture, [name, slider], grid, show_progress="hidden")
-    slider.input(page.picture, [other, slider], grid_beside, show_progress="hidden")
-    other.change(lambda called: 2 * [gr.Column(visible=bool(called))], other, [comparison, pictures_beside])
-    stopping.click(show_errors(page.stop), name, answer)
-    resuming.click(show_errors(page.resume), name, answer)
-    return name
+def _edit_of(job: Job) -> str:
+    """The address of a form filled in with what a job's command says, as far as the form has fields for it."""
+    values = dict(zip(job.words, [*job.words[1:], ""], strict=True))
+    names = {"--data": "data", "--model": "model", "--method": "method", "--prompt": "prompt", "--trigger": "trigger",
+             "--max_train_steps": "steps"}  # fmt: skip
+    return "/new?" + urlencode({ours: values[option] for option, ours in names.items() if option in values})
+
+
+def _embedded(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _stream(version: Callable[[], object], parts: Callable[[], Mapping[str, str]]) -> StreamingResponse:
+    """Server-sent events: each of `parts` by its name, at once and whenever `version` changes."""
+
+    async def events() -> AsyncIterator[str]:
+        last: object = None
+        while True:
+            now = await run_in_threadpool(version)
+            if now != last:
+                last = now
+                for name, html in (await run_in_threadpool(parts)).items():
+                    lines = "".join(f"data: {line}\n" for line in html.splitlines())
+                    yield f"event: {name}\n{lines}\n"
+            await asyncio.sleep(_POLL_SECONDS)
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+
+def _posted(do: Callable[[Mapping[str, str]], Response]) -> Callable[[Request], Awaitable[Response]]:
+    """An endpoint that calls `do` with the fields of a form. Raises HTTPException for one that is too large."""
+
+    async def endpoint(request: Request) -> Response:
+        body = b""
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > _LARGEST_FORM:
+                raise HTTPException(413, f"a form of more than {_LARGEST_FORM} bytes")
+        fields = dict(parse_qsl(body.decode("utf-8", errors="replace")))
+        return await run_in_threadpool(do, fields)
+
+    return endpoint
+
+
+def build(page: Page) -> Starlette:
+    """The page as an ASGI application, without its `Guard`."""
+
+    async def refused(request: Request, error: Exception) -> Response:
+        status = error.status_code if isinstance(error, HTTPException) else 400
+        text = error.detail if isinstance(error, HTTPException) else str(error)
+        if request.headers.get("hx-request"):  # htmx shows nothing of an answer with another status
+            return page.answer("answer.html", text=text, pictures=[], failed=True)
+        return page.answer("error.html", status=status, text=text)
+
+    static = StaticFiles(directory=str(Path(__file__).parent / "static"))
+    routes = [
+        Route("/", page.home),
+        Route("/events", page.home_events),
+        Route("/queue/{job}/remove", page.remove_job, methods=["POST"]),
+        Route("/runs/{name}", page.run),
+        Route("/runs/{name}/events", page.run_events),
+        Route("/runs/{name}/stop", page.stop, methods=["POST"]),
+        Route("/runs/{name}/resume", page.resume, methods=["POST"]),
+        Route("/runs/{name}/report", page.report),
+        Route("/runs/{name}/samples/{path:path}", page.sample),
+        Route("/runs/{name}/files/{path:path}", page.download),
+        Route("/compare", page.compare),
+        Route("/new", page.new),
+        Route("/new/start", _posted(page.start), methods=["POST"]),
+        Route("/new/look", _posted(page.look), methods=["POST"]),
+        Route("/new/plan", _posted(page.plan), methods=["POST"]),
+        Route("/new/command", _posted(page.command), methods=["POST"]),
+        Route("/draw", page.draw_form),
+        Route("/draw", _posted(page.draw), methods=["POST"]),
+        Mount("/static", static),
+    ]
+    return Starlette(routes=routes, exception_handlers={UsageError: refused, HTTPException: refused})

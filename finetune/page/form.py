@@ -5,7 +5,7 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -29,7 +29,7 @@ class Form:
     """A training run as it was filled in; what is empty is left to the command."""
 
     data: str
-    model: str = "tiny"
+    model: str = ""
     method: str = ""
     prompt: str = ""
     trigger: str = ""
@@ -42,9 +42,10 @@ class Form:
         """The options of the command. Raises UsageError for a folder that is not open to the page, or an option that
         could name one.
         """
+        data = str(places.pictures(self.data))
         given = {
             "model": _model(self.model.strip(), places),
-            "data": str(places.pictures(self.data)),
+            "data": data,
             "method": self.method,
             "prompt": self.prompt.strip(),
             "trigger": self.trigger.strip(),
@@ -55,10 +56,13 @@ class Form:
         return words + ["--early_stop"] * self.early_stop + _more(self.more)
 
 
-def form_of(filled: Sequence[Any]) -> Form:
-    """The fields of the page, in their order, as a `Form`."""
-    names = [field.name for field in dataclasses.fields(Form)]
-    return Form(**dict(zip(names, filled, strict=True)))
+def form_of(filled: Mapping[str, str]) -> Form:
+    """The fields of the page by their names, as a `Form`. Raises UsageError for a number of steps that is none."""
+    steps = filled.get("steps", "").strip()
+    if steps and not steps.isdigit():
+        raise UsageError(f"steps {steps!r}: expected a whole number")
+    texts = {name: filled.get(name, "") for name in ("data", "model", "method", "prompt", "trigger", "more")}
+    return Form(**texts, steps=int(steps) if steps else None, early_stop="early_stop" in filled)
 
 
 def _option(name: str, value: str) -> list[str]:
@@ -67,6 +71,8 @@ def _option(name: str, value: str) -> list[str]:
 
 def _model(given: str, places: AllowedPaths) -> str:
     """A short name, a hub id, or a folder or file that lies where pictures or runs may."""
+    if not given:
+        raise UsageError("model: choose one")
     if given in FAMILIES:
         return given
     path = (places.work / Path(given).expanduser()).resolve()

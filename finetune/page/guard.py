@@ -1,7 +1,6 @@
 """Access to the page: a browser that has the token, and that does not embed the page elsewhere."""
 
 import ipaddress
-import re
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -14,15 +13,14 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_CLOSED = re.compile(
-    r"/(upload|upload_progress|file=|file/|proxy=|stream/|component_server|process_recording|deep_link)"
-)
-"""Routes of gradio that store or read files, or ask the network; the page uses none of them."""
-
 _HEADERS = {
     "x-frame-options": "DENY",
-    "content-security-policy": "frame-ancestors 'none'",
-    "referrer-policy": "no-referrer",
+    "content-security-policy": (
+        "default-src 'none'; img-src 'self' data:; style-src 'self'; script-src 'self'; connect-src 'self'; "
+        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    # not no-referrer, with which browsers send the forms of the page with the Origin "null"
+    "referrer-policy": "same-origin",
     "x-content-type-options": "nosniff",
 }
 
@@ -49,7 +47,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        refused = self._refused(scope["path"], headers)
+        refused = self._refused(headers)
         given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("token", [""])[0]
         if refused is None and scope["type"] == "http" and self._is_token(given):
             await _answer(send, 303, "", {"location": scope["path"], "set-cookie": self._cookie(headers["host"])})
@@ -60,7 +58,7 @@ class Guard:
         else:
             await self._app(scope, receive, _with_headers(send))
 
-    def _refused(self, path: str, headers: dict[str, str]) -> str | None:
+    def _refused(self, headers: dict[str, str]) -> str | None:
         """Why a request is not for the page, whoever sends it; None: it may be."""
         host = headers.get("host", "")
         if not self._is_ours(host):
@@ -70,7 +68,7 @@ class Guard:
             return f"origin {origin!r} is another page"
         if headers.get("sec-fetch-site") in ("cross-site", "same-site") and headers.get("sec-fetch-mode") != "navigate":
             return "another page asks"
-        return f"{path} is closed" if _CLOSED.search(path) else None
+        return None
 
     def _is_ours(self, host: str) -> bool:
         """Whether a Host header names this machine: by a name of it, or by an address, which nobody can redirect."""
@@ -108,7 +106,8 @@ def _cookies(headers: dict[str, str]) -> dict[str, str]:
 def _with_headers(send: Send) -> Send:
     async def sending(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            added = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
+            own = {name for name, _ in message.get("headers", [])}
+            added = [(name.encode(), value.encode()) for name, value in _HEADERS.items() if name.encode() not in own]
             message["headers"] = [*message.get("headers", []), *added]
         await send(message)
 

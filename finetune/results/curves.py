@@ -25,6 +25,7 @@ def curve(
     faint: Sequence[Point] = (),
     band: Sequence[tuple[float, float, float]] = (),
     level: float | None = None,
+    steps: tuple[float, float] | None = None,
 ) -> str:
     """A line over steps.
 
@@ -34,12 +35,13 @@ def curve(
         faint: another line, behind it.
         band: (step, low, high) of an area behind it.
         level: a value that gets a dashed line across.
+        steps: the first and the last step of the axis. Default: those of the lines.
     """
-    steps = [step for step, _ in (*line, *faint)]
+    first, last = steps or (min(at := [step for step, _ in (*line, *faint)]), max(at))
     values = [value for _, value in line] + [value for _, low, high in band for value in (low, high)]
     values += [] if level is None else [level]
     values += sorted(value for _, value in faint)[: max(1, 98 * len(faint) // 100)]  # spikes would flatten the rest
-    low, high, first, last = min(values), max(values), min(steps), max(steps)
+    low, high = min(values), max(values)
 
     def place(step: float, value: float) -> str:
         x = _LEFT + (WIDTH - _LEFT - _RIGHT) * (step - first) / ((last - first) or 1)

@@ -1,6 +1,7 @@
-"""What the page's buttons do, through the functions that they call and the real commands."""
+"""The page over HTTP, with the real commands behind it."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,12 +9,11 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from starlette.testclient import TestClient
 
 from finetune.errors import UsageError
-from finetune.page import views
 from finetune.page.allowed_paths import AllowedPaths
-from finetune.page.app import Page, build, show_errors
-from finetune.page.processes import failure, last_error_line
+from finetune.page.app import Page, build
 from finetune.page.serving import serve
 from finetune.training.checkpoint import checkpoints
 
@@ -26,8 +26,13 @@ def page(tmp_path: Path, make_pictures: Callable[..., Path]) -> Iterator[Page]:
     page = Page(AllowedPaths([tmp_path], tmp_path))
     yield page
     for name in page.places.run_names():  # a test that failed leaves a run, which outlives it as it should
-        if process := page.follower(name).process():
+        if process := page.events(name).process():
             process.kill()
+
+
+@pytest.fixture
+def client(page: Page) -> TestClient:
+    return TestClient(build(page))
 
 
 def until(holds: Callable[[], Any], seconds: float = 120) -> None:
@@ -37,104 +42,126 @@ def until(holds: Callable[[], Any], seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
-def form(page: Page, steps: int = 2, more: str = "") -> tuple[Any, ...]:
+def form(page: Page, steps: int = 2, more: str = "", **fields: str) -> dict[str, str]:
     more = f"--train_batch_size 1 --rank 2 --num_inference_steps 1 --forgetting_prompts 0 {more}"
-    return str(page.places.work / "pics"), "tiny", "", "a cat", "", steps, False, more
+    given = {"data": str(page.places.work / "pics"), "model": "tiny", "prompt": "a cat", "steps": str(steps)}
+    return given | {"more": more} | fields
 
 
-def test_a_run_is_started_watched_stopped_and_resumed(page: Page) -> None:
-    assert page.tick(None, None, {})[-1]["names"] == []
-    page.start(*form(page, steps=5000))
-    until(lambda: (run := page.follower("pics-tiny")) and run.step)
-    shown = page.tick("pics-tiny", None, {})[0]
-    assert "training" in shown
-    assert "of 5000" in shown
-    assert "--max_train_steps 5000" in page.tick("pics-tiny", None, {})[7]
-    page.stop("pics-tiny")
-    until(lambda: page.follower("pics-tiny").state == "stopped" and page.queue.entries()[0] is None)
-    done = page.follower("pics-tiny").step["step"]
-    with pytest.raises(UsageError, match="pics-tiny: it is not running"):
-        page.stop("pics-tiny")
-    page.resume("pics-tiny")
-    until(lambda: page.follower("pics-tiny").step.get("step", 0) > done)
-    page.stop("pics-tiny")
-    until(lambda: page.follower("pics-tiny").state == "stopped")
-    assert page.follower("pics-tiny").begun["step"] == done
-    assert "data:image/jpeg" in page.picture("pics-tiny", 9)
+def begun(page: Page) -> bool:
+    return "pics-tiny" in page.places.run_names() and bool(page.events("pics-tiny").step)
+
+
+def written_run(page: Page, *events: dict[str, Any]) -> Path:
+    run = page.places.runs / "nasty"
+    (run / "samples").mkdir(parents=True)
+    begin = {"event": "begin", "pid": 1, "started": 0, "host": "", "step": 0, "total": 3}
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (begin, *events)))
+    return run
+
+
+def test_a_run_is_started_watched_stopped_resumed_and_downloaded(page: Page, client: TestClient) -> None:
+    assert "There are no runs yet" in client.get("/").text
+    home = client.post("/new/start", data=form(page, steps=5000))
+    assert "Running: pics, tiny" in home.text
+    assert "--max_train_steps 5000" in home.text
+    until(lambda: begun(page))
+    assert "of 5000" in client.get("/runs/pics-tiny").text
+    assert "of 5000" in client.get("/").text
+    for _ in range(3):  # a second signal would end the run without a checkpoint
+        shown = client.post("/runs/pics-tiny/stop").text
+        assert "Stopping after this step" in shown
+    until(lambda: page.events("pics-tiny").state == "stopped" and not page.queue.jobs())
+    assert checkpoints(page.places.runs / "pics-tiny")
+    done = page.events("pics-tiny").step["step"]
+    stopped = client.post("/runs/pics-tiny/stop")
+    assert (stopped.status_code, "pics-tiny: it is not running" in stopped.text) == (400, True)
+    assert "Resume" in client.get("/runs/pics-tiny").text
+    client.post("/runs/pics-tiny/resume")
+    until(lambda: page.events("pics-tiny").step.get("step", 0) > done)
+    assert page.events("pics-tiny").begun["step"] == done
+    client.post("/runs/pics-tiny/stop")
+    until(lambda: page.events("pics-tiny").state == "stopped")
+    sample = re.search(r'src="(/runs/pics-tiny/samples/[^"]*)"', client.get("/runs/pics-tiny").text)
+    assert sample is not None
+    assert client.get(sample[1]).content[:4] == b"\x89PNG"
+    assert client.get(f"{sample[1]}?small").content[:2] == b"\xff\xd8"
+
+
+def test_what_fails_is_said_and_those_behind_it_go_on(page: Page, client: TestClient) -> None:
+    client.post("/new/start", data=form(page, more="--lr_warmup_steps 9"))
+    client.post("/new/start", data=form(page))
+    until(lambda: begun(page) and page.events("pics-tiny").state == "done" and len(page.queue.jobs()) == 1)
+    (failed,) = page.queue.jobs()
+    home = client.get("/").text
+    assert "lr_warmup_steps = 9" in failed.error
+    assert "lr_warmup_steps = 9" in home
+    edit = re.search(r'href="(/new\?[^"]*)"', home)
+    assert edit is not None
+    assert 'value="a cat"' in client.get(edit[1].replace("&amp;", "&")).text
+    assert "Failed" not in client.post(f"/queue/{failed.id}/remove").text
+    shown = client.get("/runs/pics-tiny").text
+    files = re.findall(r'href="(/runs/pics-tiny/files/[^"]*)"', shown)
+    assert files == [f"/runs/pics-tiny/files/{name}.safetensors" for name in ("pics-tiny", "pytorch_lora_weights")]
+    assert "ComfyUI: models/loras/" in shown
+    got = client.get(files[0])
+    assert got.content == (page.places.runs / "pics-tiny/pics-tiny.safetensors").read_bytes()
+    assert "sandbox" in client.get("/runs/pics-tiny/report").headers["content-security-policy"]
+    drawing = {"run": "pics-tiny", "prompt": "a cat", "num_inference_steps": "1", "num_images": "2"}
+    assert client.post("/draw", data=drawing).text.count("data:image/png") == 2
 
 
 @pytest.mark.slow
-def test_what_fails_is_told_and_those_behind_it_go_on(page: Page) -> None:
-    page.start(*form(page, more="--lr_warmup_steps 9"))
-    page.start(*form(page))
-    until(lambda: page.queue.entries()[2])
-    assert "lr_warmup_steps = 9" in page.queue.entries()[2]
-    until(lambda: (run := page.follower("pics-tiny")) and run.state == "done")
-    plan = page.plan(*form(page))
+def test_images_and_plan_before_a_run(page: Page, client: TestClient) -> None:
+    looked = client.post("/new/look", data=form(page)).text
+    assert "3 of 3 images" in looked
+    assert looked.count("data:image/png") == 1
+    plan = client.post("/new/plan", data=form(page)).text
     assert "2 of 1, learning rate 0.002" in plan
-    assert "as fast as" in plan or "no run like this one" in plan
-    assert page.command(*form(page)).startswith("finetune-unet --model tiny --data")
-    assert "3 of 3 images" in page.preview(*form(page))
+    assert "finetune-unet --model tiny --data" in client.post("/new/command", data=form(page)).text
 
 
-def test_what_is_wrong_stands_on_the_page(page: Page) -> None:
-    assert "expected what lies in" in show_errors(page.plan)("/etc", "tiny", "", "", "", 0, False, "")
-    assert "no run in" in show_errors(page.draw)("../x", "", 0, 1)
-    assert page.tick("gone", "gone too", {"names": ["gone"]})[0] == views.of_run(None)
+def test_what_is_wrong_stands_on_the_page_with_what_was_filled_in(page: Page, client: TestClient) -> None:
+    for fields, message in (
+        ({"data": "/etc"}, "expected what lies in"),
+        ({"model": ""}, "model: choose one"),
+        ({"steps": "many"}, "expected a whole number"),
+        ({"more": "--output_dir /etc"}, "is for the command line"),
+    ):
+        answer = client.post("/new/start", data=form(page) | fields)
+        assert answer.status_code == 400
+        assert message in answer.text
+        assert 'value="a cat"' in answer.text
+        assert client.post("/new/command", data=form(page) | fields).text == ""
+    assert not page.queue.jobs()
+    assert "no run in" in client.post("/draw", data={"run": "../x"}).text
+    shown = client.post("/new/plan", data={"data": "/etc", "model": "tiny"}, headers={"hx-request": "true"})
+    assert (shown.status_code, "expected what lies in" in shown.text) == (200, True)
 
 
-def test_nothing_that_is_shown_is_taken_for_markup(page: Page) -> None:
-    run = page.places.runs / "nasty"
-    (run / "samples").mkdir(parents=True)
-    line = f'{{"event": "said", "text": "{NASTY}"}}\n{{"event": "end", "state": "failed", "text": "{NASTY}"}}\n'
-    begin = '{"event": "begin", "pid": 1, "started": 0, "host": "", "step": 0, "total": 3}\n'
-    (run / "events.jsonl").write_text(begin + line)
-    for shown in (views.of_run(page.follower("nasty")), views.of_queue(NASTY, [NASTY], NASTY), views.of_text(NASTY)):
-        assert "<script" not in shown
-        assert "&lt;script" in shown
+@pytest.mark.parametrize("path", ["/runs/gone", "/runs/%2E%2E", "/runs/gone/events", "/runs/gone/report", "/elsewhere"])
+def test_what_is_not_there_is_said(client: TestClient, path: str) -> None:
+    assert client.get(path).status_code == 404
 
 
-def test_a_complaint_is_the_last_line_that_says_something() -> None:
-    assert last_error_line("\x1b[A 50%|##\r 99%|###\nfinetune-unet: no luck\n\n") == "finetune-unet: no luck"
-    assert last_error_line("") == "it ended without a word"
+def test_a_form_that_is_too_large_is_refused(client: TestClient) -> None:
+    assert client.post("/new/start", data={"more": "x" * 100_000}).status_code == 413
 
 
-def test_the_layout_can_be_built_and_a_port_in_use_is_told(page: Page) -> None:
-    import socket
-
-    blocks = build(page)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(UsageError, match=rf"--port {port} at 127.0.0.1: .*; give another"):
-            serve(blocks, host="127.0.0.1", port=port, token="secret")
-
-
-def test_stop_pressed_twice_sends_one_signal(page: Page) -> None:
-    """A second one would end the run without a checkpoint."""
-    page.start(*form(page, steps=5000))
-    until(lambda: (run := page.follower("pics-tiny")) and run.step)
-    for _ in range(3):
-        assert "it is stopping" in page.stop("pics-tiny")
-    assert "stopping" in page.tick("pics-tiny", None, {})[0]
-    until(lambda: page.follower("pics-tiny").state == "stopped" and page.queue.entries()[0] is None)
-    assert page.queue.entries()[2] == ""
-    assert checkpoints(page.places.runs / "pics-tiny")
+def test_nothing_that_is_shown_is_taken_for_markup(page: Page, client: TestClient) -> None:
+    written_run(
+        page, {"event": "said", "text": NASTY}, {"event": "end", "state": "failed", "text": NASTY},
+    )  # fmt: skip
+    shown = client.get("/runs/nasty").text + client.post("/new/start", data=form(page, data=NASTY, prompt=NASTY)).text
+    assert "<script>" not in shown
+    assert shown.count("&lt;script&gt;") >= 4
 
 
-def test_an_interrupt_without_a_checkpoint_is_a_failure() -> None:
-    assert failure(0, "") == ""
-    assert failure(130, "finetune-unet: stopped at step 3 of 9: out/checkpoint-3 is kept\n") == ""
-    assert failure(130, "finetune-unet: interrupted\n") == "finetune-unet: interrupted"
-    assert failure(1, " 50%|##\rfinetune-unet: no luck\n") == "finetune-unet: no luck"
-
-
-def test_events_of_another_hand_are_neither_markup_nor_a_way_out(page: Page, tmp_path: Path) -> None:
-    run = page.places.runs / "nasty"
-    (run / "samples").mkdir(parents=True)
-    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
-    (run / "samples/step-7.png").symlink_to(tmp_path / "secret.png")
-    events: list[dict[str, Any]] = [
-        {"event": "begin", "pid": 1, "started": 0, "host": "", "step": 0, "total": 3},
+def test_events_of_another_hand_are_neither_markup_nor_a_way_out(
+    page: Page, client: TestClient, tmp_path: Path
+) -> None:
+    run = written_run(
+        page,
         {"event": "validation", "step": "<script>1</script>", "loss": 1, "change": [1, 1, 1]},
         {"event": "validation", "step": 1, "loss": 1, "change": ["<script>", 1, 1]},
         {"event": "copies", "step": 7, "copies": "<script>2</script>", "pictures": 3},
@@ -143,18 +170,72 @@ def test_events_of_another_hand_are_neither_markup_nor_a_way_out(page: Page, tmp
         {"event": "picture", "step": 6, "path": str(tmp_path / "secret.png")},
         {"event": "picture", "step": 7, "path": "samples/step-7.png"},
         {"event": "validation"},
-    ]
-    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    follower = page.follower("nasty")
-    assert (follower.validations, follower.copies, follower.pictures) == ({}, {}, {7: "samples/step-7.png"})
-    assert "script" not in views.of_run(follower)
-    assert page.picture("nasty", 0) == ""
+    )
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (run / "samples/step-7.png").symlink_to(tmp_path / "secret.png")
+    (run / "stolen.safetensors").symlink_to(tmp_path / "secret.png")
+    (run / "report.html").symlink_to(tmp_path / "secret.png")
+    events = page.events("nasty")
+    assert (events.validations, events.copies, events.pictures) == ({}, {}, {7: "samples/step-7.png"})
+    shown = client.get("/runs/nasty").text
+    assert "<script>" not in shown
+    assert "stolen" not in shown
+    for path in ("samples/samples/step-7.png", "files/stolen.safetensors", "files/config.toml", "report",
+                 "files/..%2F..%2Fsecret.png", "samples/%2E%2E/%2E%2E/secret.png"):  # fmt: skip
+        assert client.get(f"/runs/nasty/{path}").status_code == 404
 
 
-def test_a_link_among_the_pictures_leads_nowhere(page: Page, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_link_among_the_pictures_leads_nowhere(
+    page: Page, client: TestClient, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     secret = tmp_path_factory.mktemp("secret") / "a.png"
     Image.new("RGB", (64, 64)).save(secret)
     (page.places.work / "pics/leak.png").symlink_to(secret)
-    shown = page.preview(*form(page))
+    shown = client.post("/new/look", data=form(page)).text
     assert "1 link out of the folder" in shown
     assert "data:image" not in shown
+
+
+def test_two_runs_are_compared_on_one_axis(page: Page, client: TestClient) -> None:
+    for name, steps in (("short", 60), ("long", 120)):
+        (page.places.runs / name / "samples").mkdir(parents=True)
+        events = [{"event": "begin", "pid": 1, "started": 0, "host": "", "step": 0, "total": steps}]
+        events += [{"event": "step", "step": step, "loss": 1 / step} for step in range(1, steps + 1)]
+        lines = "".join(json.dumps(event) + "\n" for event in events)
+        (page.places.runs / name / "events.jsonl").write_text(lines)
+    shown = client.get("/compare", params={"run": ["short", "long"]}).text
+    assert re.findall(r'text-anchor="(?:start|end)">(\d+)</text></svg>', shown) == ["120", "120"]
+    first = page.view("short").charts(120.0)[0].svg
+    assert max(float(x) for x in re.findall(r"([\d.]+),[\d.]+", first)) < 400  # 60 of 120 steps: half of the width
+
+
+@pytest.mark.parametrize(
+    ("events", "verdict"),
+    [
+        ([("validation", 5, 0.8, [-0.2, -0.3, -0.1])], "Learning: the validation loss has fallen by 20.0%."),
+        (
+            [("validation", 5, 0.7, [-0.3, -0.4, -0.2]), ("validation", 9, 0.8, [-0.2, -0.3, -0.1])],
+            "Learning: the validation loss has fallen by 20.0%; it was lowest at step 5.",
+        ),
+        ([("validation", 5, 1.2, [0.2, 0.1, 0.3])], "Overfitting: the validation loss is 20.0% above"),
+        ([("validation", 5, 1.0, [0.0, -0.1, 0.1])], "The validation loss has not clearly changed yet."),
+        ([("forgetting", 0, 0.0, None), ("forgetting", 9, 0.57, None)], "Forgetting: 57% of the effect of unrelated"),
+    ],
+)
+def test_a_run_is_described_in_words(page: Page, events: list[Any], verdict: str) -> None:
+    lines = [
+        {"event": kind, "step": step} | ({"loss": x, "change": change} if change else {"forgetting": x})
+        for kind, step, x, change in events
+    ]
+    written_run(page, *lines)
+    (found,) = page.view("nasty").verdicts
+    assert found.startswith(verdict)
+
+
+def test_a_port_in_use_is_named(page: Page) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=rf"--port {port} at 127.0.0.1: .*; give another"):
+            serve(build(page), host="127.0.0.1", port=port, token="secret")

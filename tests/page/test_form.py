@@ -22,9 +22,9 @@ def places(tmp_path: Path, make_pictures: Callable[..., Path]) -> AllowedPaths:
 def test_it_is_what_the_command_line_understands(places: AllowedPaths, tmp_path: Path) -> None:
     cats = str(tmp_path / "open/a/cats")
     more = "--rank 8 --no_random_flip --learning-rate=1e-3"
-    words = Form(cats, method="lora", prompt="--odd, 'cat'", trigger="sks", steps=5, early_stop=True, more=more).words(
-        places
-    )
+    words = Form(
+        cats, "tiny", method="lora", prompt="--odd, 'cat'", trigger="sks", steps=5, early_stop=True, more=more
+    ).words(places)
     config = parse_train(words)
     assert (config.data, config.prompt, config.trigger, config.rank) == ((cats,), "--odd, 'cat'", "sks", 8)
     assert (config.max_train_steps, config.learning_rate, config.early_stop) == (5, 1e-3, True)
@@ -71,7 +71,7 @@ def test_options_that_could_name_a_path_are_for_the_command_line(
     places: AllowedPaths, tmp_path: Path, more: str, why: str
 ) -> None:
     with pytest.raises(UsageError, match=why):
-        Form(str(tmp_path / "open/a"), more=more).words(places)
+        Form(str(tmp_path / "open/a"), "tiny", more=more).words(places)
 
 
 def test_a_model_is_one_that_is_known_or_lies_in_the_open(places: AllowedPaths, tmp_path: Path) -> None:
