@@ -214,22 +214,24 @@ class ImageDataset(Dataset[Example], ABC):
     @property
     def turns(self) -> list[Turns]:
         """The groups of pictures that take turns: `sampled`, and class pictures, with as many visits as all others."""
-        groups = [Turns([index for index in some if self.repeats[index]], visits) for some, visits in self.sampled]
-        groups = [group for group in groups if group.examples]
-        if self.class_pictures:
-            groups.append(Turns(self.class_pictures, self._subject_visits(groups)))
-        return groups
+        class_pictures = [Turns(self.class_pictures, self._subject_visits())] if self.class_pictures else []
+        return [*self._sampled_turns(), *class_pictures]
 
     @property
     def epoch_visits(self) -> int:
         """Visits of an epoch."""
-        sampled = [group for group in self.turns if group.examples[0] < self.num_subject_images]
-        return self._subject_visits(sampled) * (2 if self.class_pictures else 1)
+        return self._subject_visits() * (2 if self.class_pictures else 1)
 
-    def _subject_visits(self, sampled: Sequence[Turns]) -> int:
+    def _sampled_turns(self) -> list[Turns]:
+        """The groups of `sampled`, without the pictures that are held out or excluded."""
+        groups = [Turns([index for index in some if self.repeats[index]], visits) for some, visits in self.sampled]
+        return [group for group in groups if group.examples]
+
+    def _subject_visits(self) -> int:
         """Visits of an epoch but for those of class pictures."""
         repeated = sum(self.repeats[: self.num_subject_images])
-        return repeated + sum(visits - sum(self.repeats[index] for index in some) for some, visits in sampled)
+        in_turns = sum(visits - sum(self.repeats[index] for index in some) for some, visits in self._sampled_turns())
+        return repeated + in_turns
 
     @property
     def trained_captions(self) -> list[str]:

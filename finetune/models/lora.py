@@ -227,6 +227,11 @@ class Adapter:
             for layer, module in self._layers().items()
         }
 
+    def largest_update(self) -> Tensor:
+        """The largest number that the adapter, or its start, adds to a weight."""
+        updates = [module.get_delta_weight(name) for module in self._layers().values() for name in self._names_active()]
+        return torch.stack([update.detach().abs().max() for update in updates]).max()
+
     def _names_active(self) -> list[str]:
         """The names of the adapter and its start, where it has one: in a file they are one, of twice the rank."""
         return [self.name, START] if START in self.unet.peft_config else [self.name]

@@ -9,6 +9,7 @@ import torch
 from peft import get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 START = "start"
 """Name of the frozen adapter that takes the start away."""
@@ -42,12 +43,16 @@ def start_at_principal_part(unet: Any, name: str) -> None:
 
 
 def _principal_part(weight: Tensor, *, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-    """A (rank, in) and B (out, rank), fp32: scale B A is the best approximation of the weight that has this rank."""
+    """A (rank, in) and B (out, rank), fp32: scale B A is the best approximation of the weight that has this rank.
+
+    Where the weight has a lower rank, as one of few outputs, the rest is zero.
+    """
     matrix = weight.float().flatten(1)
     found = torch.svd_lowrank(matrix, q=min(rank + _OVERSAMPLING, *matrix.shape), niter=_POWER_ITERATIONS)
     u, s, v = (part[..., :rank] for part in found)
     root = (s / scale).sqrt()
-    return (v * root).T.contiguous(), (u * root).contiguous()
+    missing = rank - len(s)
+    return pad((v * root).T, (0, 0, 0, missing)), pad(u * root, (0, missing))
 
 
 def activate(unet: Any, name: str) -> None:

@@ -222,10 +222,9 @@ class Page:
 
 def _edit_of(job: Job) -> str:
     """The address of a form filled in with what a job's command says, as far as the form has fields for it."""
-    values = dict(zip(job.words, [*job.words[1:], ""], strict=True))
     names = {"--data": "data", "--model": "model", "--method": "method", "--prompt": "prompt", "--trigger": "trigger",
              "--max_train_steps": "steps"}  # fmt: skip
-    return "/new?" + urlencode({ours: values[option] for option, ours in names.items() if option in values})
+    return "/new?" + urlencode({ours: job.values[option] for option, ours in names.items() if option in job.values})
 
 
 def _embedded(path: Path) -> str:

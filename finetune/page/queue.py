@@ -41,10 +41,14 @@ class Job:
         return command_line(self.words)
 
     @property
+    def values(self) -> dict[str, str]:
+        """Option, with its dashes -> the word after it."""
+        return dict(zip(self.words, self.words[1:], strict=False))
+
+    @property
     def title(self) -> str:
         """The folders that it is about, and its model."""
-        values = dict(zip(self.words, self.words[1:], strict=False))
-        named = [values[option] for option in ("--data", "--output_dir", "--model") if option in values]
+        named = [self.values[option] for option in ("--data", "--output_dir", "--model") if option in self.values]
         return ", ".join(Path(name).name for name in named)
 
     def process(self) -> psutil.Process | None:

@@ -76,8 +76,9 @@ def load_trained(
     with torch.no_grad():
         for name, tensor in read_tensors(weights, learned):
             learned[name].copy_(tensor)
-        for name, tensor in read_tensors(checkpoint.weights_file(there[step], ema=False), start):
-            start[name].copy_(tensor)
+        if start:
+            for name, tensor in read_tensors(checkpoint.weights_file(there[step], ema=False), start):
+                start[name].copy_(tensor)
     recorded = kohya_file(folder, None if step == config.max_train_steps or best is not None else step)
     metadata = Adapter.read_metadata(recorded) if recorded.is_file() else {}
     return model, {"modelspec.resolution": f"{config.resolution}x{config.resolution}"} | metadata

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 import finetune as ft
 from finetune.config import load_resolved
@@ -18,18 +17,13 @@ from finetune.models.pissa import start_of
 from finetune.results.export import export
 from finetune.run.exports import load_trained
 from finetune.training.prior_prediction import untrained
+from tests.models.test_adapter_types import answer
 from tests.small_trainer import small_trainer
 
 
 @pytest.fixture(autouse=True)
 def global_generator_untouched() -> None:
     """Loading an adapter through diffusers or peft draws from the global generator."""
-
-
-def answer(unet: nn.Module) -> Tensor:
-    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        return unet.eval()(x, 500, encoder_hidden_states=torch.ones(1, 77, 96)).sample
 
 
 def trained() -> DiffusionModel:
@@ -59,6 +53,17 @@ def test_it_starts_at_the_largest_singular_values_and_changes_nothing(kind: Any)
         assert torch.equal(module.get_delta_weight("start"), -part)
     assert not any(parameter.requires_grad for parameter in start_of(model.unet).values())
     assert len(trainable(model.unet)) == 2 * len(layers)
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_a_run_with_the_default_layers_and_rank(pictures: Path, tmp_path: Path, mixed_precision: Any) -> None:
+    """Among them is one of four outputs, whose rank is below the adapter's."""
+    config = ft.TrainConfig(
+        data=str(pictures), output_dir=str(tmp_path / "run"), max_train_steps=2, train_batch_size=1,
+        num_inference_steps=0, init_lora_weights="pissa", mixed_precision=mixed_precision,
+    )  # fmt: skip
+    exported = load_file(ft.fine_tune(config) / LORA_FILE)
+    assert exported["unet.conv_out.lora_A.weight"].shape[0] == 32
 
 
 def test_without_the_adapter_the_base_answers() -> None:
