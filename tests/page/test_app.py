@@ -1,12 +1,16 @@
 """The page over HTTP, with the real commands behind it."""
 
 import json
+import platform
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
@@ -52,10 +56,10 @@ def begun(page: Page) -> bool:
     return "pics-tiny" in page.places.run_names() and bool(page.events("pics-tiny").step)
 
 
-def written_run(page: Page, *events: dict[str, Any]) -> Path:
+def written_run(page: Page, *events: dict[str, Any], pid: int = 1, started: float = 0, host: str = "") -> Path:
     run = page.places.runs / "nasty"
     (run / "samples").mkdir(parents=True)
-    begin = {"event": "begin", "pid": 1, "started": 0, "host": "", "step": 0, "total": 3}
+    begin = {"event": "begin", "pid": pid, "started": started, "host": host, "step": 0, "total": 3}
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (begin, *events)))
     return run
 
@@ -63,14 +67,12 @@ def written_run(page: Page, *events: dict[str, Any]) -> Path:
 def test_a_run_is_started_watched_stopped_resumed_and_downloaded(page: Page, client: TestClient) -> None:
     assert "There are no runs yet" in client.get("/").text
     home = client.post("/new/start", data=form(page, steps=5000))
-    assert "Running: pics, tiny" in home.text
+    assert ": pics, tiny" in home.text
     assert "--max_train_steps 5000" in home.text
     until(lambda: begun(page))
     assert "of 5000" in client.get("/runs/pics-tiny").text
     assert "of 5000" in client.get("/").text
-    for _ in range(3):  # a second signal would end the run without a checkpoint
-        shown = client.post("/runs/pics-tiny/stop").text
-        assert "Stopping after this step" in shown
+    client.post("/runs/pics-tiny/stop")
     until(lambda: page.events("pics-tiny").state == "stopped" and not page.queue.jobs())
     assert checkpoints(page.places.runs / "pics-tiny")
     done = page.events("pics-tiny").step["step"]
@@ -86,6 +88,22 @@ def test_a_run_is_started_watched_stopped_resumed_and_downloaded(page: Page, cli
     assert sample is not None
     assert client.get(sample[1]).content[:4] == b"\x89PNG"
     assert client.get(f"{sample[1]}?small").content[:2] == b"\xff\xd8"
+
+
+def test_stop_pressed_again_sends_no_second_signal(page: Page, client: TestClient) -> None:
+    """It would end the run without a checkpoint."""
+    code = "import signal, time\nsignal.signal(signal.SIGINT, lambda *_: print('asked', flush=True))\n"
+    code += "print('ready', flush=True)\nwhile True: time.sleep(0.05)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        written_run(page, pid=process.pid, started=psutil.Process(process.pid).create_time(), host=platform.node())
+        for _ in range(3):
+            assert "Stopping after this step" in client.post("/runs/nasty/stop").text
+        assert process.stdout.readline() == "asked\n"
+        time.sleep(0.3)
+        process.kill()
+        assert process.stdout.read() == ""
 
 
 def test_what_fails_is_said_and_those_behind_it_go_on(page: Page, client: TestClient) -> None:
