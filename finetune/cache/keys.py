@@ -1,6 +1,7 @@
 """Cache keys: identify an encoding by its content, so that another image, crop or VAE has another key."""
 
-from finetune.data.transforms import PREPROCESSING, WHITE, Crop
+from finetune.data.images import WHITE
+from finetune.data.transforms import PREPROCESSING, Crop
 from finetune.seeding import wide_fold
 
 

@@ -190,8 +190,7 @@ def _begin(options: Options, model: "DiffusionModel", resolution: int) -> "tuple
     from torchvision.transforms.v2.functional import to_pil_image
 
     from finetune.data.buckets import Buckets
-    from finetune.data.images import open_image
-    from finetune.data.masks import open_mask
+    from finetune.data.images import open_image, open_mask
     from finetune.data.transforms import Preprocess
     from finetune.models.families import bucket_sides
     from finetune.models.image_condition import ConditionImages

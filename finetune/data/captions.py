@@ -1,6 +1,5 @@
 """Captions: where each comes from, and the trigger word."""
 
-import codecs
 import csv
 import io
 import json
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from finetune.data.caption_files import CAPTION_SUFFIXES, CaptionFiles, read_caption
 from finetune.data.listing import composed
 from finetune.errors import DataError
 from finetune.text import pluralize
@@ -20,7 +20,6 @@ TRIGGER = "[trigger]"
 COLUMN = "text"
 """Of a metadata file, that holds the captions unless another one is named."""
 
-CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _OTHER_NAMES = {"caption", "captions", "prompt", "prompts", "description", "txt"}
 
@@ -122,22 +121,13 @@ def find_captions(
     """
     if source != "files":
         return _captions_without_files(files, pictures, prompt, subjects or {}, source)
-    sidecars: dict[str, dict[str, str]] = {}
-    doubled: list[str] = []
-    for file in files:
-        stem, suffix = os.path.splitext(file)
-        if suffix.lower() in CAPTION_SUFFIXES:
-            files_by_suffix = sidecars.setdefault(stem, {})
-            doubled += [file] if suffix.lower() in files_by_suffix else []  # cat.TXT beside cat.txt
-            files_by_suffix.setdefault(suffix.lower(), file)
+    sidecars = CaptionFiles(files)
     unread: list[str] = []
     metadata = read_metadata(folder, files, pictures, column, unread) if metadata is None else metadata
-    by_composed = {composed(stem): files_by_suffix for stem, files_by_suffix in sidecars.items() if not stem.isascii()}
 
     captions, empty, unreadable, stems = list[Caption](), dict[str, None](), dict[str, str](), set[str]()
     for picture in pictures:
-        stem = os.path.splitext(picture)[0]
-        files_by_suffix = sidecars.get(stem) or (by_composed.get(composed(stem), {}) if by_composed else {})
+        files_by_suffix = sidecars.of(picture)
         stems.update(os.path.splitext(file)[0] for file in files_by_suffix.values())
         texts = _read_sidecars(folder, picture, files_by_suffix, unreadable) if files_by_suffix else {}
         empty |= {files_by_suffix[suffix]: None for suffix, text in texts.items() if not text.strip()}
@@ -149,11 +139,10 @@ def find_captions(
             ("folder", (subjects or {}).get(picture)),
         )
         captions.append(first_caption(candidates, lines=lines))
-    orphans = [
-        file for stem, files_by_suffix in sidecars.items() if stem not in stems for file in files_by_suffix.values()
-    ]
-    read = sum(map(len, sidecars.values())) - len(orphans) + sum(map(is_metadata, files))
-    orphans += doubled
+    by_stem = sidecars.by_stem
+    orphans = [file for stem, some in by_stem.items() if stem not in stems for file in some.values()]
+    read = sum(map(len, by_stem.values())) - len(orphans) + sum(map(is_metadata, files))
+    orphans += sidecars.doubled
     unread += _unread_beside(files, pictures, orphans)
     return CaptionResult(
         captions=captions, orphans=orphans, empty=list(empty), unreadable=unreadable, files=read, passed_over=unread
@@ -223,7 +212,7 @@ def _read_sidecars(
     for suffix in CAPTION_SUFFIXES:
         try:
             if suffix in sidecars:
-                texts[suffix] = _decoded(f"{folder}/{sidecars[suffix]}")
+                texts[suffix] = read_caption(f"{folder}/{sidecars[suffix]}")
         except UnicodeDecodeError as error:
             name = os.path.basename(sidecars[suffix])
             unreadable[picture] = f"{name} is not UTF-8 at byte {error.start}; save it as UTF-8"
@@ -253,24 +242,9 @@ def placed_trigger(caption: str) -> str | None:
     return placed if placed != caption else None
 
 
-def _decoded(path: str | Path) -> str:
-    """The text of a file: UTF-8, or UTF-16 with or without a byte order mark. Raises UnicodeDecodeError."""
-    try:
-        with open(path, "rb", buffering=0) as file:  # small files by the million
-            content = file.read()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return content.decode("utf-16")
-    for encoding, high in (("utf-16-le", content[1::2]), ("utf-16-be", content[::2])):
-        if 2 * high.count(0) > len(high):  # as in no text of UTF-8: UTF-16 without a mark
-            return content.decode(encoding)
-    return content.decode("utf-8-sig")
-
-
 def _read_text(path: Path) -> str:
     try:
-        return _decoded(path)
+        return read_caption(path)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from finetune.data.captions import COLUMN, read_metadata
-from finetune.data.companions import companion_kind, without_suffix
+from finetune.data.companions import companion_kind, pictures_among, without_suffix
 from finetune.data.image_dataset import ImageDataset
-from finetune.data.image_folder import FolderPart, pictures_among, repeats_of
+from finetune.data.image_folder import FolderPart, repeats_of
 from finetune.seeding import fold, wide_fold
 
 VOLUME = 8192

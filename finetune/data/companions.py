@@ -9,9 +9,8 @@ from typing import NamedTuple, TypeVar
 
 from finetune.data.image_checks import stamped
 from finetune.data.image_index import FileStamp, ImageIndex
-from finetune.data.images import PictureFile, digest_of, open_image, read_file
-from finetune.data.listing import composed
-from finetune.data.masks import open_mask
+from finetune.data.images import PictureFile, digest_of, open_image, open_mask, read_file
+from finetune.data.listing import composed, is_picture
 from finetune.errors import DataError
 
 SUFFIXES: Mapping[str, tuple[str, ...]] = {"mask": (".mask.png", "-masklabel.png")}
@@ -27,6 +26,11 @@ def companion_kind(name: str) -> str | None:
     if not lower.endswith(_ALL_SUFFIXES) or _SUFFIX.search(name) is None:
         return None
     return next(kind for kind, suffixes in SUFFIXES.items() if lower.endswith(suffixes))
+
+
+def pictures_among(files: Iterable[str]) -> list[str]:
+    """Return the files that are pictures to train on."""
+    return [file for file in files if is_picture(file) and companion_kind(file) is None]
 
 
 def without_suffix(companion: str) -> str:

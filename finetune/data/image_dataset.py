@@ -15,10 +15,9 @@ from finetune.data.companions import CompanionInfo, checked_companions, has_aspe
 from finetune.data.image_checks import ImageInfo, RejectedImage, check_images
 from finetune.data.image_index import ImageIndex
 from finetune.data.image_sample import ImageSample
-from finetune.data.images import PictureFile, open_alpha, open_image
-from finetune.data.masks import open_mask
+from finetune.data.images import WHITE, PictureFile, open_alpha, open_image, open_mask
 from finetune.data.sampler import Turns
-from finetune.data.transforms import WHITE, Preprocess
+from finetune.data.transforms import Preprocess
 from finetune.deprecation import Renamed
 from finetune.errors import DataError
 from finetune.text import join_limited, pluralize

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Unpack
 
+from finetune.data.caption_files import CAPTION_SUFFIXES
 from finetune.data.captions import (
-    CAPTION_SUFFIXES,
     COLUMN,
     CaptionSource,
     Lines,
@@ -16,7 +16,7 @@ from finetune.data.captions import (
     find_captions,
     is_metadata,
 )
-from finetune.data.companions import companion_kind, companions_of
+from finetune.data.companions import companions_of, pictures_among
 from finetune.data.image_dataset import ImageFileDataset, Ledger
 from finetune.data.image_index import ImageIndex
 from finetune.data.images import PictureFile
@@ -187,11 +187,6 @@ def _project(root: Path, names: Sequence[str]) -> str:
     if "train" in first and held_out and first <= {"train", *held_out}:
         return f"{root} has its own split: give --data {root / 'train'} --validation_data {root / min(held_out)}"
     return ""
-
-
-def pictures_among(files: Sequence[str]) -> list[str]:
-    """Return the files that are pictures to train on."""
-    return [file for file in files if is_picture(file) and companion_kind(file) is None]
 
 
 def repeats_of(pictures: Sequence[str]) -> list[int]:

@@ -15,10 +15,11 @@ from typing import IO, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from finetune.data.transforms import WHITE
 from finetune.errors import DataError
 
 _log = logging.getLogger(__name__)
+
+WHITE = "white"
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 """What a file may hold, whatever its name. Not all that Pillow knows: it hands EPS, for one, to Ghostscript to run."""
@@ -136,6 +137,13 @@ def open_alpha(source: PictureFile) -> Image.Image | None:
             return upright.convert("RGBA").getchannel("A") if upright.has_transparency_data else None
     except READ_ERRORS as error:
         raise DataError(f"{source}: {reason_of(error)}") from error
+
+
+def open_mask(file: PictureFile, digest: str | None = None) -> Image.Image:
+    """A loss mask: 8 bit grey, black where it is transparent. Raises DataError for what is no picture, or not of these
+    bytes.
+    """
+    return open_image(file, digest=digest, background="black").convert("L")
 
 
 def _decode(content: bytes, background: str) -> Image.Image:

@@ -4,13 +4,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.data.images import PictureFile, open_image
 from finetune.data.transforms import Crop
-
-
-def open_mask(file: PictureFile, digest: str | None = None) -> Image.Image:
-    """8 bit grey, black where it is transparent. Raises DataError for what is no picture, or not of these bytes."""
-    return open_image(file, digest=digest, background="black").convert("L")
 
 
 def weights(mask: Image.Image, crop: Crop, flip: bool, size: tuple[int, int]) -> Tensor:

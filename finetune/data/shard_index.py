@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from finetune.data.captions import CAPTION_SUFFIXES, Texts
+from finetune.data.caption_files import CAPTION_SUFFIXES
+from finetune.data.captions import Texts
 from finetune.data.companions import companion_kind, companions_of
 from finetune.data.image_index import FileStamp, ImageIndex
 from finetune.data.listing import is_picture

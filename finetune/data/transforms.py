@@ -9,11 +9,10 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from finetune.data.buckets import Buckets
+from finetune.data.images import WHITE
 from finetune.deprecation import Renamed
 from finetune.errors import UsageError
 from finetune.seeding import uniform
-
-WHITE = "white"
 
 PREPROCESSING = 1
 """Raised when the same picture and `Crop` come to other pixels: what was encoded before is then encoded again."""

@@ -3,37 +3,32 @@
 It runs finetune-unet as a person would, and reads run folders; it keeps nothing that a run needs.
 """
 
-import asyncio
 import base64
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import urlencode
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from finetune.atomic_io import is_inside
-from finetune.errors import UsageError
+from finetune.errors import FinetuneError, UsageError
 from finetune.models.families import FAMILIES
 from finetune.page.allowed_paths import AllowedPaths
 from finetune.page.form import form_of
+from finetune.page.image_pages import ImagePages
 from finetune.page.processes import command_line, run_command
 from finetune.page.queue import Job, Queue
+from finetune.page.responses import Templates, posted, stream
 from finetune.page.run_view import RunView, thumbnail
 from finetune.results.event_reader import RunEvents
 
-_POLL_SECONDS = 0.5
-_LARGEST_FORM = 65536
-"""Bytes of a form; what is larger is refused."""
 _THUMBNAIL = 320
 """Pixels of a run's picture on the home page."""
 _MODELS = ("sd15", "sd21", "sdxl", "ddpm", "tiny")
@@ -52,9 +47,9 @@ class Page:
         self.queue = Queue(places.work)
         self._followers: dict[str, RunEvents] = {}
         self._lock = threading.Lock()
-        self._templates = Environment(
-            loader=PackageLoader("finetune.page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-        )
+        self._templates = Templates()
+        self.render, self.answer = self._templates.render, self._templates.answer
+        self.images = ImagePages(places, self._templates)
 
     def events(self, name: str) -> RunEvents:
         """The run of this name, read up to now. Raises HTTPException where there is none."""
@@ -67,12 +62,6 @@ class Page:
 
     def view(self, name: str) -> RunView:
         return RunView(self.events(name))
-
-    def render(self, template: str, **values: Any) -> str:
-        return self._templates.get_template(template).render(**values)
-
-    def answer(self, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
-        return HTMLResponse(self.render(template, **values), status)
 
     # Home and queue
 
@@ -88,7 +77,7 @@ class Page:
         return versions, self.queue.jobs()
 
     def home_events(self, request: Request) -> Response:
-        return _stream(self._home_version, lambda: {"live": self._home_live()})
+        return stream(self._home_version, lambda: {"live": self._home_live()})
 
     def remove_job(self, request: Request) -> Response:
         self.queue.remove(request.path_params["job"])
@@ -117,7 +106,7 @@ class Page:
                 parts["samples"] = self.render("samples.html", run=view)
             return parts
 
-        return _stream(lambda: self.events(name).version, parts)
+        return stream(lambda: self.events(name).version, parts)
 
     def stop(self, request: Request) -> Response:
         events = self.events(request.path_params["name"])
@@ -231,44 +220,14 @@ def _embedded(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def _stream(version: Callable[[], object], parts: Callable[[], Mapping[str, str]]) -> StreamingResponse:
-    """Server-sent events: each of `parts` by its name, at once and whenever `version` changes."""
-
-    async def events() -> AsyncIterator[str]:
-        last: object = None
-        while True:
-            now = await run_in_threadpool(version)
-            if now != last:
-                last = now
-                for name, html in (await run_in_threadpool(parts)).items():
-                    lines = "".join(f"data: {line}\n" for line in html.splitlines())
-                    yield f"event: {name}\n{lines}\n"
-            await asyncio.sleep(_POLL_SECONDS)
-
-    return StreamingResponse(events(), media_type="text/event-stream", headers={"cache-control": "no-store"})
-
-
-def _posted(do: Callable[[Mapping[str, str]], Response]) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint that calls `do` with the fields of a form. Raises HTTPException for one that is too large."""
-
-    async def endpoint(request: Request) -> Response:
-        body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > _LARGEST_FORM:
-                raise HTTPException(413, f"a form of more than {_LARGEST_FORM} bytes")
-        fields = dict(parse_qsl(body.decode("utf-8", errors="replace")))
-        return await run_in_threadpool(do, fields)
-
-    return endpoint
-
-
 def build(page: Page) -> Starlette:
     """The page as an ASGI application, without its `Guard`."""
 
     async def refused(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 400
         text = error.detail if isinstance(error, HTTPException) else str(error)
+        if request.headers.get("accept") == "application/json":
+            return JSONResponse({"error": text}, status)
         if request.headers.get("hx-request"):  # htmx shows nothing of an answer with another status
             return page.answer("answer.html", text=text, pictures=[], failed=True)
         return page.answer("error.html", status=status, text=text)
@@ -287,12 +246,13 @@ def build(page: Page) -> Starlette:
         Route("/runs/{name}/files/{path:path}", page.download),
         Route("/compare", page.compare),
         Route("/new", page.new),
-        Route("/new/start", _posted(page.start), methods=["POST"]),
-        Route("/new/look", _posted(page.look), methods=["POST"]),
-        Route("/new/plan", _posted(page.plan), methods=["POST"]),
-        Route("/new/command", _posted(page.command), methods=["POST"]),
+        Route("/new/start", posted(page.start), methods=["POST"]),
+        Route("/new/look", posted(page.look), methods=["POST"]),
+        Route("/new/plan", posted(page.plan), methods=["POST"]),
+        Route("/new/command", posted(page.command), methods=["POST"]),
         Route("/draw", page.draw_form),
-        Route("/draw", _posted(page.draw), methods=["POST"]),
+        Route("/draw", posted(page.draw), methods=["POST"]),
+        *page.images.routes(),
         Mount("/static", static),
     ]
-    return Starlette(routes=routes, exception_handlers={UsageError: refused, HTTPException: refused})
+    return Starlette(routes=routes, exception_handlers={FinetuneError: refused, HTTPException: refused})

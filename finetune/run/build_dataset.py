@@ -12,6 +12,7 @@ from finetune.config import TrainConfig
 from finetune.config import replace as replace_options
 from finetune.data.buckets import Buckets
 from finetune.data.chunks import Chunks, SourceChunks, SourceInfo, merge_sources, num_chunks_for, split_into_chunks
+from finetune.data.companions import pictures_among
 from finetune.data.concat import ConcatDataset, Source, names_of
 from finetune.data.datasets import (
     holds_rows,
@@ -23,7 +24,6 @@ from finetune.data.datasets import (
     shards_of,
 )
 from finetune.data.image_dataset import ImageDataset
-from finetune.data.image_folder import pictures_among
 from finetune.data.image_index import ImageIndex
 from finetune.data.listing import links_out
 from finetune.data.shard_index import index_of

@@ -17,7 +17,8 @@ from finetune.data.chunks import (
     num_chunks_for,
     split_into_chunks,
 )
-from finetune.data.image_folder import FolderPart, ImageFolder, pictures_among
+from finetune.data.companions import pictures_among
+from finetune.data.image_folder import FolderPart, ImageFolder
 from finetune.data.listing import is_picture
 from finetune.data.sampler import Sampler
 from finetune.errors import DataError

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.commands.foreign.imported_config import ImportedConfig, Renamed, without_nulls
 from finetune.commands.foreign.optimizer_arguments import take_arguments
-from finetune.data.captions import CAPTION_SUFFIXES
+from finetune.data.caption_files import CAPTION_SUFFIXES
 from finetune.data.listing import list_files
 from finetune.errors import UsageError
 
