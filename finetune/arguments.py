@@ -13,9 +13,9 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from finetune.config import alternatives, fitted, readable, suggest
+from finetune.config import fitted, readable, suggest
 from finetune.errors import UsageError
-from finetune.option_info import info_of_field
+from finetune.option_info import alternatives, info_of_field
 from finetune.options import meanings
 
 PROGRAM = "finetune-unet"

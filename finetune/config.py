@@ -21,6 +21,7 @@ from typing import Any, Literal
 import tomli_w
 
 from finetune.errors import UsageError
+from finetune.option_info import alternatives
 from finetune.options import ATTENTION_AND_FEED_FORWARD, SECTIONS, option_info, option_types
 from finetune.options.adapter import AdapterOptions
 from finetune.options.captions import CaptionOptions
@@ -248,11 +249,6 @@ def _text(value: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError("expected text in UTF-8; a file or folder of another name must be renamed") from error
     return value
-
-
-def alternatives(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of `A | B`; the hint itself otherwise."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
 def readable(hint: Any) -> str:

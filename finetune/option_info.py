@@ -1,6 +1,8 @@
 """What is known about an option in addition to its type, its default and its meaning. Free of torch."""
 
 import dataclasses
+import types
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -58,3 +60,8 @@ def option(default: Any, range: Range | None = None, **info: Any) -> Any:
 def info_of_field(field: dataclasses.Field[Any]) -> OptionInfo:
     """Return what is known about one option of a section or of a command."""
     return field.metadata.get("info", OptionInfo())
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of `A | B`; the hint itself otherwise."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)

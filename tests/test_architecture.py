@@ -17,7 +17,7 @@ FILES = sorted(
 )
 
 LAYERS = [
-    {"__main__"},
+    {"__main__", "command_server"},
     {"cli"},
     {"commands"},
     {"page"},

@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -21,12 +21,15 @@ from finetune.atomic_io import is_inside
 from finetune.errors import FinetuneError, UsageError
 from finetune.models.families import FAMILIES
 from finetune.page.allowed_paths import AllowedPaths
-from finetune.page.form import form_of
+from finetune.page.form import filled_by, form_words
 from finetune.page.image_pages import ImagePages
+from finetune.page.option_fields import PREFIX, option_fields
+from finetune.page.plan_rows import memory_share, plan_rows
 from finetune.page.processes import command_line, run_command
 from finetune.page.queue import Job, Queue
 from finetune.page.responses import Templates, posted, stream
 from finetune.page.run_view import RunView, thumbnail
+from finetune.page.worker import Worker
 from finetune.results.event_reader import RunEvents
 
 _THUMBNAIL = 320
@@ -44,7 +47,7 @@ class Page:
 
     def __init__(self, places: AllowedPaths) -> None:
         self.places = places
-        self.queue = Queue(places.work)
+        self.queue, self.worker = Queue(places.work), Worker(places.work)
         self._followers: dict[str, RunEvents] = {}
         self._lock = threading.Lock()
         self._templates = Templates()
@@ -151,6 +154,7 @@ class Page:
     # A new run
 
     def new(self, request: Request) -> Response:
+        threading.Thread(target=self.worker.warm_up, daemon=True).start()
         return self._form_page(dict(request.query_params))
 
     def _form_page(self, filled: Mapping[str, str], error: str = "") -> Response:
@@ -162,35 +166,49 @@ class Page:
             folders=self.places.picture_folders(),
             models=[FAMILIES[name] for name in _MODELS],
             names=list(FAMILIES),
+            sections=option_fields(),
+            changed=sum(bool(value) for name, value in filled.items() if name.startswith(PREFIX)),
         )
 
     def start(self, filled: Mapping[str, str]) -> Response:
         try:
-            self.queue.add(form_of(filled).words(self.places))
+            self.queue.add(form_words(filled, self.places))
         except UsageError as error:
             return self._form_page(filled, str(error))
         return RedirectResponse("/", 303)
 
     def look(self, filled: Mapping[str, str]) -> Response:
         """A contact sheet of the images, and what is to be noticed about them."""
-        words = form_of(filled).words(self.places)
+        words = form_words(filled, self.places)
         with tempfile.TemporaryDirectory() as scratch:
             sheet = Path(scratch) / "sheet.png"
-            answer = run_command(["preview", *words, "--output", str(sheet)], self.places.work)
+            answer = self.worker.run(["preview", *words, "--output", str(sheet)])
             picture = _embedded(sheet) if answer.ok else ""
         text = answer.text.replace(f"{sheet}: ", "")
         return self.answer("answer.html", text=text, pictures=[picture] * answer.ok, failed=not answer.ok)
 
     def plan(self, filled: Mapping[str, str]) -> Response:
-        answer = run_command(["plan", *form_of(filled).words(self.places)], self.places.work)
-        return self.answer("answer.html", text=answer.text, pictures=[], failed=not answer.ok)
-
-    def command(self, filled: Mapping[str, str]) -> Response:
-        """What a person would type; empty while the form is incomplete."""
+        """What the form, as it is now, would train: in a second, so without a measured speed."""
         try:
-            return HTMLResponse(self.render("command.html", command=command_line(form_of(filled).words(self.places))))
-        except UsageError:
-            return HTMLResponse("")
+            words = form_words(filled, self.places)
+        except UsageError as error:
+            return self.answer("plan.html", rows=[], memory=None, error=str(error), complete=False, command="")
+        answer = self.worker.run(["plan", "--timed_steps", "0", *words])
+        rows = plan_rows(answer.text) if answer.ok else []
+        error = "" if answer.ok else answer.text
+        return self.answer(
+            "plan.html",
+            rows=rows,
+            memory=memory_share(dict(rows).get("Memory", "")),
+            error=error,
+            complete=True,
+            command=command_line(words),
+        )
+
+    def trial(self, filled: Mapping[str, str]) -> Response:
+        answer = run_command(["plan", *form_words(filled, self.places)], self.places.work)
+        time = dict(plan_rows(answer.text)).get("Time", "") if answer.ok else answer.text
+        return self.answer("answer.html", text=time, pictures=[], failed=not answer.ok)
 
     # Drawing
 
@@ -211,9 +229,7 @@ class Page:
 
 def _edit_of(job: Job) -> str:
     """The address of a form filled in with what a job's command says, as far as the form has fields for it."""
-    names = {"--data": "data", "--model": "model", "--method": "method", "--prompt": "prompt", "--trigger": "trigger",
-             "--max_train_steps": "steps"}  # fmt: skip
-    return "/new?" + urlencode({ours: job.values[option] for option, ours in names.items() if option in job.values})
+    return "/new?" + urlencode(filled_by(job.words))
 
 
 def _embedded(path: Path) -> str:
@@ -249,7 +265,7 @@ def build(page: Page) -> Starlette:
         Route("/new/start", posted(page.start), methods=["POST"]),
         Route("/new/look", posted(page.look), methods=["POST"]),
         Route("/new/plan", posted(page.plan), methods=["POST"]),
-        Route("/new/command", posted(page.command), methods=["POST"]),
+        Route("/new/trial", posted(page.trial), methods=["POST"]),
         Route("/draw", page.draw_form),
         Route("/draw", posted(page.draw), methods=["POST"]),
         *page.images.routes(),

@@ -3,18 +3,24 @@
 import dataclasses
 import re
 import shlex
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
 
 from finetune.errors import UsageError
+from finetune.evaluators.sample_prompts import is_prompt_file
 from finetune.models.families import FAMILIES
 from finetune.options import SECTIONS, option_info, option_types
 from finetune.page.allowed_paths import AllowedPaths
+from finetune.page.option_fields import (
+    FOLDERS,
+    PREFIX,
+    PROMPTS,
+    choices,
+    option_fields,
+    takes_text,
+    words_of_fields,
+)
 
 _OPEN = {
     field.name for heading, section in SECTIONS.items() for field in dataclasses.fields(section) if heading != "output"
@@ -24,45 +30,58 @@ _OPEN = {
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-@dataclass(frozen=True)
-class Form:
-    """A training run as it was filled in; what is empty is left to the command."""
+def form_words(filled: Mapping[str, str], places: AllowedPaths) -> list[str]:
+    """The options of the command that a form stands for.
 
-    data: str
-    model: str = ""
-    method: str = ""
-    prompt: str = ""
-    trigger: str = ""
-    steps: int | None = None
-    early_stop: bool = False
-    more: str = ""
-    """Other options as they are typed on the command line."""
+    Args:
+        filled: the fields by their names; what is empty is left to the command.
+        places: folders that are open to the page.
 
-    def words(self, places: AllowedPaths) -> list[str]:
-        """The options of the command. Raises UsageError for a folder that is not open to the page, or an option that
-        could name one.
-        """
-        data = str(places.pictures(self.data))
-        given = {
-            "model": _model(self.model.strip(), places),
-            "data": data,
-            "method": self.method,
-            "prompt": self.prompt.strip(),
-            "trigger": self.trigger.strip(),
-            "max_train_steps": str(int(self.steps)) if self.steps else "",
-        }
-        words = [word for name, value in given.items() if value for word in _option(name, value)]
-        words.append("--no_follow_links")  # which could lead out of what is open
-        return words + ["--early_stop"] * self.early_stop + _more(self.more)
-
-
-def form_of(filled: Mapping[str, str]) -> Form:
-    """The fields of the page by their names, as a `Form`. Raises UsageError for a number of steps that is none."""
+    Raises:
+        UsageError: a folder is not open to the page, an option could name one, or a number is none.
+    """
     steps = filled.get("steps", "").strip()
-    if steps and not steps.isdigit():
+    if steps and not (steps.isascii() and steps.isdigit()):
         raise UsageError(f"steps {steps!r}: expected a whole number")
-    texts = {name: filled.get(name, "") for name in ("data", "model", "method", "prompt", "trigger", "more")}
-    return Form(**texts, steps=int(steps) if steps else None, early_stop="early_stop" in filled)
+    texts = {name: filled.get(name, "").strip() for name in ("method", "prompt", "trigger")}
+    data = str(places.pictures(filled.get("data", "").strip()))
+    given = {"model": _model(filled.get("model", "").strip(), places), "data": data, **texts, "max_train_steps": steps}
+    words = [word for name, value in given.items() if value for word in _option(name, value)]
+    words += ["--no_follow_links"]  # which could lead out of what is open
+    words += ["--early_stop"] * ("early_stop" in filled)
+    for name, option in words_of_fields(filled).items():
+        if name in FOLDERS:
+            option = _option(name, str(places.pictures(option[0].partition("=")[2])))
+        elif name == PROMPTS and (files := [line for line in option[1:] if is_prompt_file(str(places.work / line))]):
+            raise UsageError(f"{name} {files[0]!r} is a file, and is for the command line")
+        words += option
+    return words + _more(filled.get("more", ""))
+
+
+def filled_by(words: Sequence[str]) -> dict[str, str]:
+    """The fields of a form that stand for these words, as far as it has fields for them; the others are in `more`."""
+    names = {"data": "data", "model": "model", "method": "method", "prompt": "prompt", "trigger": "trigger",
+             "max_train_steps": "steps"}  # fmt: skip
+    fields = {name: field for section in option_fields().values() for name, field in section.items()}
+    filled, more = dict[str, str](), list[str]()
+    at = 0
+    while at < len(words):
+        flag, equals, value = words[at].removeprefix("--").partition("=")
+        values = [value] if equals else list(takewhile(lambda word: not word.startswith("--"), words[at + 1 :]))
+        end = at + 1 + (0 if equals else len(values))
+        positive = flag.removeprefix("no_")
+        if flag in names and values:
+            filled[names[flag]] = values[0]
+        elif flag == "early_stop":
+            filled["early_stop"] = "on"
+        elif positive in fields and fields[positive].kind == "switch" and not values:
+            filled[PREFIX + positive] = "yes" if flag == positive else "no"
+        elif flag in fields and values:
+            filled[PREFIX + flag] = ("\n" if fields[flag].kind == "lines" else " ").join(values)
+        elif flag != "no_follow_links":
+            more += words[at:end]
+        at = end
+    return filled | ({"more": shlex.join(more)} if more else {})
 
 
 def _option(name: str, value: str) -> list[str]:
@@ -103,7 +122,7 @@ def _more(text: str) -> list[str]:
             raise UsageError(f"more options: no option {word}")
         if name not in _OPEN:
             raise UsageError(f"more options: {word} is for the command line")
-        if _takes_text(kinds[name]) and not set(_values(words[place:])) <= _choices(kinds[name]):
+        if takes_text(kinds[name]) and not set(_values(words[place:])) <= set(choices(kinds[name])):
             raise UsageError(f"more options: {word} takes text, and is for the command line")
     return words
 
@@ -113,17 +132,3 @@ def _values(words: Sequence[str]) -> list[str]:
     _, equals, value = words[0].partition("=")
     following = takewhile(lambda word: not word.startswith("--"), words[1:])
     return [value, *following] if equals else list(following)
-
-
-def _takes_text(hint: Any) -> bool:
-    return any(kind is str or typing.get_origin(kind) is tuple for kind in _alternatives(hint))
-
-
-def _choices(hint: Any) -> set[str]:
-    """The values that an option's type names."""
-    named = [kind for kind in _alternatives(hint) if typing.get_origin(kind) is Literal]
-    return {str(choice) for kind in named for choice in typing.get_args(kind)}
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)

@@ -129,14 +129,25 @@ def test_what_fails_is_said_and_those_behind_it_go_on(page: Page, client: TestCl
     assert client.post("/draw", data=drawing).text.count("data:image/png") == 2
 
 
-@pytest.mark.slow
 def test_images_and_plan_before_a_run(page: Page, client: TestClient) -> None:
+    """All by one process that stays."""
     looked = client.post("/new/look", data=form(page)).text
     assert "3 of 3 images" in looked
     assert looked.count("data:image/png") == 1
+    first = page.worker.process_id
     plan = client.post("/new/plan", data=form(page)).text
-    assert "2 of 1, learning rate 0.002" in plan
-    assert "finetune-unet --model tiny --data" in client.post("/new/command", data=form(page)).text
+    assert "2 of batch size 1, learning rate 0.002" in plan
+    assert "finetune-unet --model tiny --data" in plan
+    assert re.search(r'<meter value="[\d.]+" max="[\d.]+"', plan)
+    wrong = client.post("/new/plan", data=form(page, more="--lr_warmup_steps 9")).text
+    assert "lr_warmup_steps = 9" in wrong
+    assert "expected what lies in" in client.post("/new/plan", data=form(page, data="")).text
+    assert page.worker.process_id == first
+
+
+@pytest.mark.slow
+def test_the_time_of_a_run_by_two_steps(page: Page, client: TestClient) -> None:
+    assert "at the speed of 2 steps tried here" in client.post("/new/trial", data=form(page, steps=5)).text
 
 
 def test_what_is_wrong_stands_on_the_page_with_what_was_filled_in(page: Page, client: TestClient) -> None:
@@ -150,7 +161,7 @@ def test_what_is_wrong_stands_on_the_page_with_what_was_filled_in(page: Page, cl
         assert answer.status_code == 400
         assert message in answer.text
         assert 'value="a cat"' in answer.text
-        assert client.post("/new/command", data=form(page) | fields).text == ""
+        assert message in client.post("/new/plan", data=form(page) | fields).text
     assert not page.queue.jobs()
     assert "no run in" in client.post("/draw", data={"run": "../x"}).text
     shown = client.post("/new/plan", data={"data": "/etc", "model": "tiny"}, headers={"hx-request": "true"})

@@ -5,8 +5,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.config import ELSEWHERE, TrainConfig, alternatives
+from finetune.config import ELSEWHERE, TrainConfig
 from finetune.errors import UsageError
+from finetune.option_info import alternatives
 from finetune.options import option_types
 
 Renamed = Mapping[str, str | Callable[["ImportedConfig", Any], None]]

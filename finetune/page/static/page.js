@@ -1,6 +1,21 @@
 // What htmx has no attribute for: the slider over samples, and the radio button beside a typed model.
 "use strict";
 
+// Show the options whose name or meaning has every word; sections without one are hidden.
+function findOptions(text) {
+  const words = text.toLowerCase().replaceAll("_", " ").split(/\s+/).filter(Boolean);
+  document.querySelectorAll(".options .section").forEach((section) => {
+    let any = false;
+    section.querySelectorAll(".option").forEach((option) => {
+      const said = option.textContent.toLowerCase().replaceAll("_", " ");
+      option.hidden = !words.every((word) => said.includes(word));
+      any ||= !option.hidden;
+    });
+    section.hidden = !any;
+    section.open = words.length > 0 && any;
+  });
+}
+
 document.addEventListener("input", (event) => {
   const slider = event.target.closest(".samples input[type=range]");
   if (slider) {
@@ -10,6 +25,8 @@ document.addEventListener("input", (event) => {
     box.querySelector("img").alt = `Samples: ${sample.textContent}`;
     box.querySelector("output").textContent = sample.textContent;
   }
+  const search = event.target.closest("[data-find-option]");
+  if (search) findOptions(search.value);
   const other = event.target.closest("[data-other-name]");
   if (other) {
     const radio = document.querySelector("[data-other]");
