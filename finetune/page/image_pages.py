@@ -1,5 +1,7 @@
 """The pages of images: folders, the wall of a folder, and its captions, edited in place."""
 
+import base64
+import binascii
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,6 +18,7 @@ from finetune.models.families import bucket_sides
 from finetune.page.allowed_paths import AllowedPaths
 from finetune.page.caption_edits import ConflictError, TagAction
 from finetune.page.image_set import ImageSet, Show, ShownImage, image_size, thumbnail
+from finetune.page.mask_edits import delete_mask, write_mask
 from finetune.page.responses import Templates, posted
 
 _THUMBNAIL = 320
@@ -27,6 +30,8 @@ _OPEN_FOLDERS = 8
 """Folders whose list of images is kept in memory."""
 _RESOLUTIONS = (512, 768, 1024)
 _VAE_FACTOR = 8
+_LARGEST_MASK = 16 * 2**20
+"""Bytes of a form with a mask."""
 _A_YEAR = "private, max-age=31536000, immutable"
 
 
@@ -49,6 +54,7 @@ class ImagePages:
             Route("/images/caption", posted(self.write_caption), methods=["POST"]),
             Route("/images/tags", posted(self.edit_tags), methods=["POST"]),
             Route("/images/undo", posted(self.undo), methods=["POST"]),
+            Route("/images/mask", posted(self.write_mask, largest=_LARGEST_MASK), methods=["POST"]),
             Route("/images/leave-out", posted(self.leave_out), methods=["POST"]),
             Route("/images/put-back", posted(self.put_back), methods=["POST"]),
         ]
@@ -163,6 +169,19 @@ class ImagePages:
         changed = images.edits.undo()
         images.read()
         return JSONResponse({"changed": changed})
+
+    def write_mask(self, fields: Mapping[str, str]) -> Response:
+        """Write the mask of an image, a PNG in base64, or delete it where there is none."""
+        images, name = self._images(fields), fields.get("name", "")
+        if given := fields.get("png", ""):
+            try:
+                png = base64.b64decode(given, validate=True)
+            except binascii.Error as error:
+                raise UsageError(f"mask of {name}: not base64") from error
+            write_mask(images, name, png)
+        else:
+            delete_mask(images, name)
+        return JSONResponse({"tile": _tile(images, images.image(name))})
 
     def leave_out(self, fields: Mapping[str, str]) -> Response:
         self._images(fields).leave_out(fields.get("name", ""))

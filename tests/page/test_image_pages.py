@@ -1,5 +1,6 @@
 """The wall of images over HTTP."""
 
+import base64
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from finetune.data.images import open_mask
 from finetune.page.allowed_paths import AllowedPaths
 from finetune.page.app import Page, build
 from finetune.page.image_set import LEFT_OUT
@@ -129,3 +131,39 @@ def test_folders_that_are_not_open_or_gone_are_refused(client: TestClient, folde
 def test_a_folder_without_images_says_so(client: TestClient, folder: Path) -> None:
     (folder.parent / "empty").mkdir()
     assert "This folder has no images" in client.get("/images/wall", params={"folder": folder.parent / "empty"}).text
+
+
+def png(mode: str, size: tuple[int, int], colour: int | str) -> str:
+    Image.new(mode, size, colour).save(file := io.BytesIO(), "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_a_mask_is_painted_replaced_and_deleted_and_the_one_before_is_kept(client: TestClient, folder: Path) -> None:
+    fields = {"folder": str(folder), "name": "01.png"}  # 64 x 96
+    painted = client.post("/images/mask", data=fields | {"png": png("RGBA", (32, 48), "white")}).json()
+    assert painted["tile"]["mask"] == "01.mask.png"
+    assert open_mask(folder / "01.mask.png").getextrema() == (255, 255)
+    assert tiles(client, folder, show="masked") == ["00.png", "01.png"]
+    client.post("/images/mask", data=fields | {"png": png("L", (64, 96), 9)})
+    assert open_mask(folder / "01.mask.png").getextrema() == (9, 9)
+    assert open_mask(folder / ".01.mask.png.before").getextrema() == (255, 255)
+    assert client.post("/images/mask", data=fields).json()["tile"]["mask"] == ""
+    assert not (folder / "01.mask.png").exists()
+    assert open_mask(folder / ".01.mask.png.before").getextrema() == (9, 9)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (png("L", (96, 64), 255), "of another shape"),
+        (png("L", (64, 96), 0), "paint what counts"),
+        (base64.b64encode(b"GIF89a").decode(), "not a PNG"),
+        ("%%%", "not base64"),
+    ],
+)
+def test_a_mask_that_training_would_refuse_is_not_written(
+    client: TestClient, folder: Path, given: str, why: str
+) -> None:
+    answer = client.post("/images/mask", data={"folder": str(folder), "name": "01.png", "png": given})
+    assert (answer.status_code, why in answer.json()["error"]) == (400, True)
+    assert not (folder / "01.mask.png").exists()

@@ -1,4 +1,6 @@
 // The wall of images: only the rows in view are in the document, and captions are edited in a dialog.
+import { MaskBrush } from "./mask.js";
+
 const page = document.getElementById("wall-page");
 const wall = document.getElementById("wall");
 const editor = document.getElementById("editor");
@@ -146,13 +148,14 @@ async function edit(place) {
     return search();
   }
   const answer = await ask("/images/caption", { name: tile.name, resolution: get("resolution").value });
-  open = { place, tile, version: answer.version, text: answer.text };
+  open = { place, tile, version: answer.version, text: answer.text, seen: answer.seen };
   get("name").textContent = `${tile.name} (${place + 1} of ${total})`;
   get("whole").src = source(tile, false);
   get("text").value = answer.text;
   get("where").textContent = answer.version ? answer.file : `Will be written to ${answer.file}`;
   problem("");
   show(answer.seen);
+  showBrush(false);
   if (!editor.open) editor.showModal();
   get("text").focus();
 }
@@ -169,6 +172,38 @@ function show(seen) {
   get("seen").textContent = `${seen.size.join(" x ")} pixels, trained at ${seen.bucket.join(" x ")}${note}.`;
 }
 
+// Masks
+
+const brush = new MaskBrush(get("mask"), get("brush-size"), get("erase"));
+
+function showBrush(painting) {
+  ["mask", "brush", "mask-note"].forEach((id) => (get(id).hidden = !painting));
+  get("paint").hidden = painting;
+  get("paint").textContent = open?.tile.mask ? "Edit the mask" : "Paint a mask";
+  get("crop").hidden = painting || !open?.seen;
+}
+
+get("paint").onclick = guarded(async () => {
+  const mask = open.tile.mask;
+  await brush.open(open.seen.size, mask && `${source({ name: mask, version: Date.now() })}`);
+  showBrush(true);
+});
+const writeMask = (png) => guarded(async () => {
+  const { tile, place } = open;
+  try {
+    Object.assign(tile, (await ask("/images/mask", { name: tile.name, png: png() }, true)).tile);
+  } catch (error) {
+    return problem(error.message);
+  }
+  brush.changed = false;
+  problem("");
+  say(tile.mask ? `${tile.mask} is saved` : "The mask is deleted");
+  if (shown.has(place)) fill(shown.get(place), place);
+  showBrush(false);
+});
+get("save-mask").onclick = writeMask(() => brush.png());
+get("delete-mask").onclick = writeMask(() => "");
+
 function problem(text, conflict = false) {
   get("problem").textContent = text;
   get("conflict").hidden = !conflict;
@@ -177,6 +212,10 @@ function problem(text, conflict = false) {
 // Returns whether the text is saved, so that moving on loses nothing.
 async function save() {
   const text = get("text").value;
+  if (open && brush.changed) {
+    problem("Save or delete the mask first");
+    return false;
+  }
   if (!open || text === open.text) return true;
   try {
     const answer = await ask("/images/caption", { name: open.tile.name, text, version: open.version }, true);
