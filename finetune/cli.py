@@ -26,6 +26,7 @@ from finetune.options import SECTIONS, option_info
 VERBS = {
     "sample": "draw images with a trained model",
     "export": "write the result of a run in another format",
+    "check": "name images that are unreadable, small, blurred or shown twice",
     "preview": "show images as training will see them",
     "ui": "start, watch and compare runs in a browser",
     "compare": "compare runs on one page",
@@ -156,7 +157,7 @@ def _stdout_is_gone() -> bool:
 def _dispatch(argv: list[str]) -> int:
     """Do what the words ask for and return the exit code."""
     if not argv:
-        print(f"{_overview()} All options: {PROGRAM} --help", file=sys.stderr)
+        print(_overview(), file=sys.stderr)
         return UsageError.exit_code
     argv = _understood(argv)
     if "--version" in argv:
@@ -293,8 +294,7 @@ def _overview() -> str:
 Fine-tune the UNet of Stable Diffusion on your images:
   {PROGRAM} --model sd15 --data ./images --prompt "a butterfly"
 
-Other commands ({PROGRAM} COMMAND --help):
+Options: --help; also --version, and --debug for tracebacks. Commands ({PROGRAM} COMMAND --help):
 {verbs}
 Models (--model; also a hub id or a diffusers folder):
-{families}
-Also --version, and --debug for the traceback of an error."""
+{families}"""

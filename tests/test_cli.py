@@ -187,13 +187,13 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
         (
             "samle",
             "unknown command 'samle'; did you mean sample? "
-            "(commands: sample, export, preview, ui, compare, plan, inspect, import, convert, cache, lora; "
+            "(commands: sample, export, check, preview, ui, compare, plan, inspect, import, convert, cache, lora; "
             "options alone train)",
         ),
         (
             "samle --help",
             "unknown command 'samle'; did you mean sample? "
-            "(commands: sample, export, preview, ui, compare, plan, inspect, import, convert, cache, lora; "
+            "(commands: sample, export, check, preview, ui, compare, plan, inspect, import, convert, cache, lora; "
             "options alone train)",
         ),
     ],

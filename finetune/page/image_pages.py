@@ -2,9 +2,12 @@
 
 import base64
 import binascii
+import json
+import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast, get_args
 
 from starlette.exceptions import HTTPException
@@ -19,6 +22,7 @@ from finetune.page.allowed_paths import AllowedPaths
 from finetune.page.caption_edits import ConflictError, TagAction
 from finetune.page.image_set import ImageSet, Show, ShownImage, image_size, thumbnail
 from finetune.page.mask_edits import delete_mask, write_mask
+from finetune.page.processes import run_command
 from finetune.page.responses import Templates, posted
 
 _THUMBNAIL = 320
@@ -29,6 +33,7 @@ _MOST_TAGS = 200
 _OPEN_FOLDERS = 8
 """Folders whose list of images is kept in memory."""
 _RESOLUTIONS = (512, 768, 1024)
+_CHECK_SECONDS = 3600
 _VAE_FACTOR = 8
 _LARGEST_MASK = 16 * 2**20
 """Bytes of a form with a mask."""
@@ -53,6 +58,7 @@ class ImagePages:
             Route("/images/caption", self.caption),
             Route("/images/caption", posted(self.write_caption), methods=["POST"]),
             Route("/images/tags", posted(self.edit_tags), methods=["POST"]),
+            Route("/images/check", posted(self.check), methods=["POST"]),
             Route("/images/undo", posted(self.undo), methods=["POST"]),
             Route("/images/mask", posted(self.write_mask, largest=_LARGEST_MASK), methods=["POST"]),
             Route("/images/leave-out", posted(self.leave_out), methods=["POST"]),
@@ -130,10 +136,7 @@ class ImagePages:
         images = self._images(fields)
         image = images.image(fields.get("name", ""))
         size = image_size(images.path(image.name))
-        resolution = _number(fields, "resolution", _RESOLUTIONS[0])
-        if resolution not in _RESOLUTIONS:
-            raise UsageError(f"resolution {resolution}: choose one of {', '.join(map(str, _RESOLUTIONS))}")
-        seen = _seen(size, resolution) if size else None
+        seen = _seen(size, _resolution(fields)) if size else None
         return JSONResponse(asdict(images.edits.read(image.name)) | {"tile": _tile(images, image), "seen": seen})
 
     def write_caption(self, fields: Mapping[str, str]) -> Response:
@@ -163,6 +166,23 @@ class ImagePages:
         finally:
             images.read()
         return JSONResponse({"changed": changed, "of": len(names)})
+
+    def check(self, fields: Mapping[str, str]) -> Response:
+        """Look at every image: which are unreadable, small, blurred or shown twice."""
+        images = self._images(fields)
+        resolution = _resolution(fields)
+        with tempfile.TemporaryDirectory() as scratch:
+            output = Path(scratch) / "problems.json"
+            words = ["check", "--data", str(images.folder), "--resolution", str(resolution), "--output", str(output)]
+            answer = run_command(words, self._places.work, timeout=_CHECK_SECONDS)
+            if not answer.ok:
+                raise UsageError(answer.text)
+            problems = json.loads(output.read_text(encoding="utf-8"))
+        found = dict[str, list[str]]()
+        for problem in problems:
+            found.setdefault(problem["image"], []).append(problem["text"])
+        images.problems = found
+        return JSONResponse({"text": answer.text.splitlines()[-1], "images": len(found)})
 
     def undo(self, fields: Mapping[str, str]) -> Response:
         images = self._images(fields)
@@ -200,13 +220,22 @@ def _number(fields: Mapping[str, str], name: str, default: int) -> int:
     return int(given)
 
 
+def _resolution(fields: Mapping[str, str]) -> int:
+    """The resolution that a request names. Raises UsageError for one that is not offered."""
+    resolution = _number(fields, "resolution", _RESOLUTIONS[0])
+    if resolution not in _RESOLUTIONS:
+        raise UsageError(f"resolution {resolution}: choose one of {', '.join(map(str, _RESOLUTIONS))}")
+    return resolution
+
+
 def _tile(images: ImageSet, image: ShownImage) -> dict[str, Any]:
     """An image as the wall shows it; its version changes with the file."""
     try:
         version = (images.folder / image.name).stat().st_mtime_ns
     except OSError:  # deleted since the folder was read
         version = 0
-    return asdict(image) | {"version": str(version)}
+    problem = "; ".join(filter(None, [image.problem, *images.problems.get(image.name, [])]))
+    return asdict(image) | {"version": str(version), "problem": problem}
 
 
 def _seen(size: tuple[int, int], resolution: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from PIL import Image
 from finetune.atomic_io import is_inside
 from finetune.data.captions import Caption, find_captions
 from finetune.data.companions import companion_kind, companions_of, pictures_among
-from finetune.data.images import READ_ERRORS, to_rgb, upright_size
+from finetune.data.images import READ_ERRORS, open_reduced, upright_size
 from finetune.data.listing import list_files
 from finetune.errors import DataError, UsageError
 from finetune.page.caption_edits import CaptionEdits, tags_of
@@ -22,7 +22,7 @@ from finetune.page.caption_edits import CaptionEdits, tags_of
 LEFT_OUT = ".left-out"
 """Folder, below the one of images, that holds those which were left out. Hidden, so training does not see it."""
 
-Show = Literal["all", "without caption", "masked", "left out"]
+Show = Literal["all", "without caption", "problems", "masked", "left out"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class ImageSet:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.problems: dict[str, list[str]] = {}
+        """Image -> what a check has found about it."""
         self.edits = CaptionEdits(folder, self._said_elsewhere)
         self._lock = threading.Lock()
         self.read()
@@ -92,6 +94,8 @@ class ImageSet:
         images = list(self._images.values())
         if show == "without caption":
             images = [image for image in images if not image.caption]
+        elif show == "problems":
+            images = [image for image in images if image.problem or image.name in self.problems]
         elif show == "masked":
             images = [image for image in images if image.mask]
         if text.startswith("tag:"):
@@ -191,13 +195,7 @@ def image_size(path: Path) -> tuple[int, int] | None:
 
 def thumbnail(path: Path, side: int) -> bytes:
     """A JPEG of an image, upright, whose longer side is at most `side`. Raises DataError for no image."""
-    try:
-        with Image.open(path) as image:
-            image.draft("RGB", (2 * side, 2 * side))  # JPEG: an eighth of the pixels are computed
-            image.load()
-            small = to_rgb(image)
-    except READ_ERRORS as error:
-        raise DataError(f"{path.name}: not an image in a supported format") from error
+    _, small = open_reduced(path, side)
     small.thumbnail((side, side))
     small.save(file := BytesIO(), "JPEG", quality=85)
     return file.getvalue()

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,6 +132,20 @@ def test_folders_that_are_not_open_or_gone_are_refused(client: TestClient, folde
 def test_a_folder_without_images_says_so(client: TestClient, folder: Path) -> None:
     (folder.parent / "empty").mkdir()
     assert "This folder has no images" in client.get("/images/wall", params={"folder": folder.parent / "empty"}).text
+
+
+def test_a_check_names_the_images_worth_a_look(client: TestClient, folder: Path) -> None:
+    (folder / "cut.png").write_bytes((folder / "00.png").read_bytes()[:60])
+    shutil.copy(folder / "01.png", folder / "twin.png")
+    client.get("/images/wall", params={"folder": str(folder)})
+    fields = {"folder": str(folder), "resolution": "512"}
+    found = client.post("/images/check", data=fields).json()
+    assert found["images"] == 7
+    assert "6 small, 3 copy, 1 caption, 1 unreadable" in found["text"]
+    assert len(tiles(client, folder, show="problems")) == 7
+    answer = client.get("/images/tiles", params={"folder": str(folder), "find": "twin"}).json()
+    assert "the same file as 01.png" in answer["tiles"][0]["problem"]
+    assert "choose one of" in client.post("/images/check", data=fields | {"resolution": "5"}).json()["error"]
 
 
 def png(mode: str, size: tuple[int, int], colour: int | str) -> str:

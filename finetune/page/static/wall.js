@@ -153,7 +153,7 @@ async function edit(place) {
   get("whole").src = source(tile, false);
   get("text").value = answer.text;
   get("where").textContent = answer.version ? answer.file : `Will be written to ${answer.file}`;
-  problem("");
+  problem(answer.tile.problem);
   show(answer.seen);
   showBrush(false);
   if (!editor.open) editor.showModal();
@@ -351,6 +351,19 @@ get("undo").onclick = guarded(async () => {
   const answer = await ask("/images/undo", {}, true);
   say(`${answer.changed} captions are as before`);
   await Promise.all([search(), countTags()]);
+});
+get("check").onclick = guarded(async (event) => {
+  event.target.disabled = true;
+  say("Looking at every image…");
+  try {
+    const answer = await ask("/images/check", { resolution: get("resolution").value }, true);
+    if (answer.images) get("filter").elements.show.value = "problems";
+    filter = Object.fromEntries(new FormData(get("filter")));
+    await search();
+    say(`Found: ${answer.text}`);
+  } finally {
+    event.target.disabled = false;
+  }
 });
 get("tag-counts").addEventListener("click", (event) => {
   const tag = event.target.closest("button")?.dataset.tag;
