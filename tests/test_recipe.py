@@ -76,8 +76,10 @@ def test_a_lora_run_leaves_what_it_promises(pictures: Path, tmp_path: Path, caps
     grids = {path.name for path in (out / "samples").iterdir()}
     assert grids == {"step-0.png", "step-2.png", "step-4.png", "before-after.png"}
     assert [step for step, _ in checkpoint.checkpoints(out)] == [4]
-    told = {"steps": 4, "trained": 4, "reloaded_output_difference": 0.0, "version": version("finetune-unet")}
-    assert json.loads((out / "result.json").read_text()) == told
+    result = json.loads((out / "result.json").read_text())
+    # The weights are the same to the bit; some processors round by where a tensor lies in memory.
+    assert result.pop("reloaded_output_difference") < 1e-6
+    assert result == {"steps": 4, "trained": 4, "version": version("finetune-unet")}
     resolved = load_resolved(out / "config.toml")
     assert (resolved.method, resolved.resolution, resolved.lora_alpha, resolved.mixed_precision) == (
         "lora",
