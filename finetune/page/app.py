@@ -7,6 +7,7 @@ import base64
 import tempfile
 import threading
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -28,12 +29,16 @@ from finetune.page.plan_rows import memory_share, plan_rows
 from finetune.page.processes import command_line, run_command
 from finetune.page.queue import Job, Queue
 from finetune.page.responses import Templates, posted, stream
+from finetune.page.run_curves import run_curves
+from finetune.page.run_options import differing_options
 from finetune.page.run_view import RunView, thumbnail
 from finetune.page.worker import Worker
 from finetune.results.event_reader import RunEvents
 
 _THUMBNAIL = 320
 """Pixels of a run's picture on the home page."""
+_MOST_COMPARED = 6
+"""Runs on one chart: each needs a colour."""
 _MODELS = ("sd15", "sd21", "sdxl", "ddpm", "tiny")
 """The families that are shown as cards; any other is typed."""
 _REPORT_POLICY = (
@@ -103,7 +108,7 @@ class Page:
 
         def parts() -> dict[str, str]:
             view = self.view(name)
-            parts = {"live": self.render("run_live.html", run=view)}
+            parts = {"live": self.render("run_live.html", run=view), "curves": str(view.done)}
             if len(view.samples) != shown["pictures"]:  # not at each step: the slider may be in use
                 shown["pictures"] = len(view.samples)
                 parts["samples"] = self.render("samples.html", run=view)
@@ -145,11 +150,15 @@ class Page:
             raise HTTPException(404, "this run has no report yet; it is written at its end")
         return FileResponse(path, headers={"content-security-policy": _REPORT_POLICY})
 
+    def curves(self, request: Request) -> Response:
+        events = self.events(request.path_params["name"])
+        return JSONResponse([asdict(curve) for curve in run_curves(events)], headers={"cache-control": "no-store"})
+
     def compare(self, request: Request) -> Response:
-        names = request.query_params.getlist("run")[:2]
+        names = list(dict.fromkeys(request.query_params.getlist("run")))[:_MOST_COMPARED]
         views = [self.view(name) for name in names]
-        last = max((float(view.events.loss.last_step or 0) for view in views), default=0.0)
-        return self.answer("compare.html", runs=views, names=self.places.run_names(), chosen=names, last=last or None)
+        differing = differing_options([view.events.folder for view in views])
+        return self.answer("compare.html", runs=views, names=self.places.run_names(), chosen=names, differing=differing)
 
     # A new run
 
@@ -255,6 +264,7 @@ def build(page: Page) -> Starlette:
         Route("/queue/{job}/remove", page.remove_job, methods=["POST"]),
         Route("/runs/{name}", page.run),
         Route("/runs/{name}/events", page.run_events),
+        Route("/runs/{name}/curves", page.curves),
         Route("/runs/{name}/stop", page.stop, methods=["POST"]),
         Route("/runs/{name}/resume", page.resume, methods=["POST"]),
         Route("/runs/{name}/report", page.report),

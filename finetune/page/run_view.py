@@ -1,4 +1,4 @@
-"""What the page shows of a run: its state in words, curves, samples and files."""
+"""What the page shows of a run: its state in words, samples and files."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,20 +10,10 @@ from typing import Any
 from PIL import Image
 
 from finetune.atomic_io import is_inside
-from finetune.results.curves import curve, spread
 from finetune.results.event_reader import RunEvents
 
 _HIGH_FORGETTING = 0.3
 """Share of the effect of unrelated prompts that may change before the page warns of it."""
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A curve of a run."""
-
-    title: str
-    svg: str
-    caption: str
 
 
 @dataclass(frozen=True)
@@ -126,37 +116,6 @@ class RunView:
 
     def _validations(self) -> list[dict[str, Any]]:
         return [line for _, line in sorted(self.events.validations.items()) if "change" in line]
-
-    def charts(self, last_step: float | None = None) -> list[Chart]:
-        """The curves; up to `last_step`, where several runs are to have one axis."""
-        steps = None if last_step is None else (0.0, last_step)
-        return [chart for chart in (self._loss(steps), self._validation(steps), self._forgetting(steps)) if chart]
-
-    def _loss(self, steps: tuple[float, float] | None) -> Chart | None:
-        loss = self.events.loss
-        if loss.last_step is None:
-            return None
-        svg = curve("training loss", loss.averages, faint=loss.losses, steps=steps)
-        return Chart("Training loss", svg, "Of each step, and smoothed over about 20 steps.")
-
-    def _validation(self, steps: tuple[float, float] | None) -> Chart | None:
-        lines = self._validations()
-        if not lines:
-            return None
-        points = [(0.0, 0.0), *((line["step"], line["change"][0]) for line in spread(lines))]
-        band = [(0.0, 0.0, 0.0), *((line["step"], *line["change"][1:]) for line in spread(lines))]
-        svg = curve("change of the validation loss", points, band=band, level=0.0, steps=steps)
-        best = min(lines, key=lambda line: line["loss"])["step"]
-        caption = f"Change since step 0, with its 95 % interval; lowest at step {best}."
-        return Chart("Validation loss", svg, caption)
-
-    def _forgetting(self, steps: tuple[float, float] | None) -> Chart | None:
-        lines = [line for _, line in sorted(self.events.forgetting.items())]
-        if len(lines) < 2:
-            return None
-        points = [(line["step"], 100 * line["forgetting"]) for line in spread(lines)]
-        svg = curve("forgetting, in percent", points, level=0.0, steps=steps)
-        return Chart("Forgetting", svg, "Share of the effect of unrelated prompts that has changed, in percent.")
 
     @property
     def samples(self) -> list[Sample]:

@@ -56,6 +56,8 @@ class RunEvents:
         self.at = 0.0
         """Of the last event, in seconds since 1970."""
         self.loss = LossCurve()
+        self.learning_rates, self.speeds, self.memories = LossCurve(), LossCurve(), LossCurve()
+        """Learning rate, images per second, and peak memory in GB."""
         self.validations: dict[int, dict[str, Any]] = {}
         self.forgetting: dict[int, dict[str, Any]] = {}
         self.copies: dict[int, dict[str, Any]] = {}
@@ -104,6 +106,9 @@ class RunEvents:
                 self.step = dict(event)
                 if event["loss"] is not None:
                     self.loss.add(event["step"], event["loss"])
+                for name, measured in self._measured().items():
+                    if event.get(name) is not None:
+                        measured.add(event["step"], event[name])
             case "validation":
                 self.validations[event["step"]] = dict(event)
             case "forgetting":
@@ -120,12 +125,17 @@ class RunEvents:
             case _:
                 pass
 
+    def _measured(self) -> dict[str, LossCurve]:
+        """What steps measure besides the loss, by its name in their events."""
+        return {"lr": self.learning_rates, "images_per_second": self.speeds, "peak_memory_gb": self.memories}
+
     def _begin(self, event: dict[str, Any]) -> None:
         """A part of the run goes on from a checkpoint: what came after that is done again."""
         done = event["step"]
         self.begun, self.end, self.phase, self.progress, self.step = event, None, "starting", {}, {}
         self.stopping = False
-        self.loss.cut(done)
+        for curve in (self.loss, *self._measured().values()):
+            curve.cut(done)
         for of_steps in (self.validations, self.forgetting, self.copies, self.pictures):
             for step in [step for step in of_steps if step > done]:
                 del of_steps[step]

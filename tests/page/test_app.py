@@ -232,10 +232,14 @@ def test_two_runs_are_compared_on_one_axis(page: Page, client: TestClient) -> No
         events += [{"event": "step", "step": step, "loss": 1 / step} for step in range(1, steps + 1)]
         lines = "".join(json.dumps(event) + "\n" for event in events)
         (page.places.runs / name / "events.jsonl").write_text(lines)
+        options = f'[adapter]\nrank = {steps}\nlora_type = "lora"\n[output]\noutput_dir = "{name}"\n'
+        (page.places.runs / name / "config.toml").write_text(options)
     shown = client.get("/compare", params={"run": ["short", "long"]}).text
-    assert re.findall(r'text-anchor="(?:start|end)">(\d+)</text></svg>', shown) == ["120", "120"]
-    first = page.view("short").charts(120.0)[0].svg
-    assert max(float(x) for x in re.findall(r"([\d.]+),[\d.]+", first)) < 400  # 60 of 120 steps: half of the width
+    assert 'data-runs="[&#34;short&#34;, &#34;long&#34;]"' in shown
+    assert re.findall(r'<th scope="row">(\w+)</th><td>(\d+)</td><td>(\d+)</td>', shown) == [("rank", "60", "120")]
+    (loss,) = client.get("/runs/long/curves").json()
+    assert (loss["title"], loss["steps"][-1], loss["faint"][1]) == ("Training loss", 120, 0.5)
+    assert client.get("/compare", params={"run": "../etc"}).status_code == 404
 
 
 @pytest.mark.parametrize(
