@@ -19,7 +19,7 @@ class Options:
     host: str = "127.0.0.1"
     """Address to listen on. Visitors need the token in the printed address."""
     port: int = 7860
-    """Port to listen on."""
+    """Port to listen on; 0: any that is free."""
     open: bool = False
     """Open the page in a browser."""
 

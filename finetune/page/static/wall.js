@@ -209,8 +209,11 @@ function problem(text, conflict = false) {
   get("conflict").hidden = !conflict;
 }
 
-// Returns whether the text is saved, so that moving on loses nothing.
-async function save() {
+// Returns whether the text is saved, so that moving on loses nothing. One after the other: each has the version of the last.
+let saving = Promise.resolve();
+const save = () => (saving = saving.then(saveNow));
+
+async function saveNow() {
   const text = get("text").value;
   if (open && brush.changed) {
     problem("Save or delete the mask first");
@@ -240,9 +243,9 @@ const move = guarded(async (by) => {
 get("previous").onclick = () => move(-1);
 get("next").onclick = () => move(1);
 get("save").onclick = () => move(1);
-get("mine").onclick = guarded(async () => {
+get("mine").onclick = guarded(() => {
   open.version = open.theirs.version;
-  await save();
+  return save();
 });
 get("theirs").onclick = () => {
   Object.assign(open, { version: open.theirs.version, text: open.theirs.text });
