@@ -5,10 +5,12 @@ from pathlib import Path
 
 from finetune.atomic_io import is_inside
 from finetune.data.listing import SHARD_SUFFIX, is_picture
-from finetune.errors import UsageError
+from finetune.errors import DataError, UsageError
 
 _DEPTH, _MOST = 3, 200
 """How deep picture folders are looked for, and how many are offered."""
+_DELETED = ".deleted"
+"""In `runs/`: runs that were deleted on the page, and can be brought back."""
 
 
 class AllowedPaths:
@@ -72,3 +74,47 @@ class AllowedPaths:
         if not name or name not in self.run_names():
             raise UsageError(f"{name or 'no run'}: no run in {self.runs}")
         return self.runs / name
+
+    def delete_run(self, name: str) -> None:
+        """Move a run to runs/.deleted, from which `restore_run` brings it back.
+
+        Raises:
+            UsageError: it is no run.
+            DataError: it cannot be moved.
+        """
+        run = self.run(name)
+        deleted = self.runs / _DELETED
+        try:
+            deleted.mkdir(exist_ok=True)
+            place = deleted / name
+            number = 2
+            while place.exists():
+                place = deleted / f"{name}-{number}"
+                number += 1
+            run.rename(place)
+        except OSError as error:
+            raise DataError(f"{run}: {error.strerror}") from error
+
+    def deleted_runs(self) -> list[str]:
+        """The names of the runs that were deleted and are kept, the last one first."""
+        try:
+            entries = [entry for entry in (self.runs / _DELETED).iterdir() if entry.is_dir()]
+            return [entry.name for entry in sorted(entries, key=lambda path: -path.stat().st_ctime)]
+        except OSError:
+            return []
+
+    def restore_run(self, name: str) -> None:
+        """Bring a deleted run back.
+
+        Raises:
+            UsageError: no run of this name was deleted, or there is another one by now.
+            DataError: it cannot be moved.
+        """
+        if name not in self.deleted_runs():
+            raise UsageError(f"{name}: no such run was deleted")
+        if (self.runs / name).exists():
+            raise UsageError(f"{name}: there is another run of this name; rename or delete it first")
+        try:
+            (self.runs / _DELETED / name).rename(self.runs / name)
+        except OSError as error:
+            raise DataError(f"{name}: {error.strerror}") from error

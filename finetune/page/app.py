@@ -24,6 +24,7 @@ from finetune.models.families import FAMILIES
 from finetune.page.allowed_paths import AllowedPaths
 from finetune.page.form import filled_by, form_words
 from finetune.page.image_pages import ImagePages
+from finetune.page.machine import Machine
 from finetune.page.option_fields import PREFIX, option_fields
 from finetune.page.plan_rows import memory_share, plan_rows
 from finetune.page.processes import command_line, run_command
@@ -52,7 +53,7 @@ class Page:
 
     def __init__(self, places: AllowedPaths) -> None:
         self.places = places
-        self.queue, self.worker = Queue(places.work), Worker(places.work)
+        self.queue, self.worker, self.machine = Queue(places.work), Worker(places.work), Machine(places.work)
         self._followers: dict[str, RunEvents] = {}
         self._lock = threading.Lock()
         self._templates = Templates()
@@ -74,7 +75,10 @@ class Page:
     # Home and queue
 
     def home(self, request: Request) -> Response:
-        return self.answer("home.html", live=self._home_live())
+        return self.answer("home.html", live=self._home_live(), deleted=self.places.deleted_runs())
+
+    def machine_bar(self, request: Request) -> Response:
+        return self.answer("machine.html", meters=self.machine.meters())
 
     def _home_live(self) -> str:
         views = [self.view(name) for name in self.places.run_names()]
@@ -89,6 +93,18 @@ class Page:
 
     def remove_job(self, request: Request) -> Response:
         self.queue.remove(request.path_params["job"])
+        return RedirectResponse("/", 303)
+
+    def delete_run(self, request: Request) -> Response:
+        """Move a run to where it can be brought back from."""
+        name = request.path_params["name"]
+        if self.view(name).state in ("running", "stopping"):
+            raise UsageError(f"{name}: it runs; stop it first")
+        self.places.delete_run(name)
+        return RedirectResponse("/", 303)
+
+    def restore_run(self, request: Request) -> Response:
+        self.places.restore_run(request.path_params["name"])
         return RedirectResponse("/", 303)
 
     # A run
@@ -261,6 +277,9 @@ def build(page: Page) -> Starlette:
     routes = [
         Route("/", page.home),
         Route("/events", page.home_events),
+        Route("/machine", page.machine_bar),
+        Route("/deleted/{name}/restore", page.restore_run, methods=["POST"]),
+        Route("/runs/{name}/delete", page.delete_run, methods=["POST"]),
         Route("/queue/{job}/remove", page.remove_job, methods=["POST"]),
         Route("/runs/{name}", page.run),
         Route("/runs/{name}/events", page.run_events),

@@ -242,6 +242,29 @@ def test_two_runs_are_compared_on_one_axis(page: Page, client: TestClient) -> No
     assert client.get("/compare", params={"run": "../etc"}).status_code == 404
 
 
+def test_a_run_is_deleted_and_restored(page: Page, client: TestClient) -> None:
+    run = written_run(page, {"event": "end", "state": "done", "text": ""})
+    assert "Restore" in client.post("/runs/nasty/delete").text
+    assert page.places.run_names() == []
+    assert not run.exists()
+    written_run(page, {"event": "end", "state": "done", "text": ""})
+    client.post("/runs/nasty/delete")
+    assert sorted(page.places.deleted_runs()) == ["nasty", "nasty-2"]
+    client.post("/deleted/nasty/restore")
+    assert (page.places.run_names(), page.places.deleted_runs()) == (["nasty"], ["nasty-2"])
+    assert "no such run was deleted" in client.post("/deleted/x/restore").text
+    assert client.post("/runs/x/delete").status_code == 404
+
+
+def test_a_run_that_goes_on_is_not_deleted(page: Page, client: TestClient) -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        started = psutil.Process(process.pid).create_time()
+        run = written_run(page, pid=process.pid, started=started, host=platform.node())
+        assert "it runs; stop it first" in client.post("/runs/nasty/delete").text
+        assert run.is_dir()
+        process.kill()
+
+
 @pytest.mark.parametrize(
     ("events", "verdict"),
     [

@@ -16,6 +16,15 @@ function findOptions(text) {
   });
 }
 
+// Hide the cards of runs whose name does not contain the text, also those that come later.
+function findRuns() {
+  const text = document.querySelector("[data-find-run]")?.value.trim().toLowerCase() ?? "";
+  document.querySelectorAll(".card[data-name]").forEach((card) => {
+    card.hidden = !card.dataset.name.toLowerCase().includes(text);
+  });
+}
+document.addEventListener("htmx:sseMessage", findRuns);
+
 document.addEventListener("input", (event) => {
   const slider = event.target.closest(".samples input[type=range]");
   if (slider) {
@@ -25,6 +34,7 @@ document.addEventListener("input", (event) => {
     box.querySelector("img").alt = `Samples: ${sample.textContent}`;
     box.querySelector("output").textContent = sample.textContent;
   }
+  if (event.target.closest("[data-find-run]")) findRuns();
   const search = event.target.closest("[data-find-option]");
   if (search) findOptions(search.value);
   const other = event.target.closest("[data-other-name]");
