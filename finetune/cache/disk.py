@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import save
 
 from finetune.atomic_io import flush_to_disk
+from finetune.cache.folder import cache_folder
 from finetune.cache.process_lock import WRITERS, Writer, dead
-from finetune.cache.store import Item, Kind, MemoryStore, Store, cache_folder
+from finetune.cache.store import Item, Kind, MemoryStore, Store
 from finetune.errors import DataError, RunError, UsageError
 
 INDEX = "index.sqlite3"

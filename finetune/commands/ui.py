@@ -20,6 +20,8 @@ class Options:
     """Address to listen on. Visitors need the token in the printed address."""
     port: int = 7860
     """Port to listen on; 0: any that is free."""
+    gpus: tuple[str, ...] = ()
+    """Numbers of the GPUs that the queue uses, a run on each; none: one run at a time."""
     open: bool = False
     """Open the page in a browser."""
 
@@ -39,4 +41,5 @@ def run(options: Options) -> None:
     from finetune.page.serving import serve
 
     token = secrets.token_urlsafe(16)
-    serve(build(Page(places)), host=options.host, port=options.port, token=token, open_browser=options.open)
+    page = build(Page(places, options.gpus))
+    serve(page, host=options.host, port=options.port, token=token, open_browser=options.open)

@@ -6,7 +6,7 @@ It runs finetune-unet as a person would, and reads run folders; it keeps nothing
 import base64
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import urlencode
@@ -51,9 +51,9 @@ _REPORT_POLICY = (
 class Page:
     """The handlers, over the folders that are open to the page."""
 
-    def __init__(self, places: AllowedPaths) -> None:
+    def __init__(self, places: AllowedPaths, devices: Sequence[str] = ()) -> None:
         self.places = places
-        self.queue, self.worker, self.machine = Queue(places.work), Worker(places.work), Machine(places.work)
+        self.queue, self.worker, self.machine = Queue(places.work, devices), Worker(places.work), Machine(places.work)
         self._followers: dict[str, RunEvents] = {}
         self._lock = threading.Lock()
         self._templates = Templates()
@@ -93,6 +93,10 @@ class Page:
 
     def remove_job(self, request: Request) -> Response:
         self.queue.remove(request.path_params["job"])
+        return RedirectResponse("/", 303)
+
+    def move_job(self, request: Request) -> Response:
+        self.queue.move_up(request.path_params["job"])
         return RedirectResponse("/", 303)
 
     def delete_run(self, request: Request) -> Response:
@@ -280,6 +284,7 @@ def build(page: Page) -> Starlette:
         Route("/machine", page.machine_bar),
         Route("/deleted/{name}/restore", page.restore_run, methods=["POST"]),
         Route("/runs/{name}/delete", page.delete_run, methods=["POST"]),
+        Route("/queue/{job}/up", page.move_job, methods=["POST"]),
         Route("/queue/{job}/remove", page.remove_job, methods=["POST"]),
         Route("/runs/{name}", page.run),
         Route("/runs/{name}/events", page.run_events),

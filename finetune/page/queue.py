@@ -1,6 +1,7 @@
 """Queue: training commands, one after the other, kept in a file so that they outlive the page."""
 
 import json
+import os
 import secrets
 import signal
 import subprocess
@@ -10,13 +11,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 
 from finetune.atomic_io import write_whole
 from finetune.errors import INTERRUPTED, UsageError
 from finetune.page.processes import argv, command_line, last_error_line
+from finetune.run.device_users import device_users
 
 FOLDER = ".queue"
 """In `runs/`: the list, and what the commands have printed."""
@@ -34,6 +36,10 @@ class Job:
     started: float = 0.0
     """When its process was created, in seconds since 1970: another process may get its number."""
     error: str = ""
+    device: str = ""
+    """The GPU, by its number, that it runs on; empty: whichever the command takes."""
+    waits_for: tuple[str, ...] = ()
+    """Run folders of other processes that train there."""
 
     @property
     def command(self) -> str:
@@ -62,24 +68,27 @@ class Job:
 
 
 class Queue:
-    """Training commands, one after the other.
+    """Training commands, one after the other on each device.
 
-    The one that runs goes on when the page is closed, and those that wait are found again by the next page.
+    Those that run go on when the page is closed, and those that wait are found again by the next page. None begins
+    while another process of this user trains on the device, also one that was started in a terminal.
 
     Args:
         work: where they run; the list is in `runs/.queue` there.
+        devices: numbers of the GPUs to use; none: the one that the command takes, whichever that is.
     """
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, devices: Sequence[str] = ()) -> None:
         self._work_folder, self._folder = work, work / "runs" / FOLDER
+        self._devices = tuple(devices) or ("",)
         self._file = self._folder / "jobs.json"
         self._lock = threading.Lock()
         self._jobs: list[Job] = []
         with suppress(FileNotFoundError):
             kept = json.loads(self._file.read_text(encoding="utf-8"))
-            self._jobs = [Job(**{**job, "words": tuple(job["words"])}) for job in kept]
-        self._worker: threading.Thread | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+            self._jobs = [_job(fields) for fields in kept]
+        self._workers: dict[str, threading.Thread] = {}
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
         with self._lock:
             self._begin()
 
@@ -104,40 +113,76 @@ class Queue:
             self._jobs.remove(job)
             self._keep()
 
+    def move_up(self, name: str) -> None:
+        """Let a job that waits run before the one that waits before it. Raises UsageError for any other job."""
+        with self._lock:
+            waiting = [place for place, job in enumerate(self._jobs) if job.state == "waiting"]
+            place = next((place for place in waiting if self._jobs[place].id == name), None)
+            if place is None:
+                raise UsageError(f"job {name}: it does not wait")
+            if place != waiting[0]:
+                before = waiting[waiting.index(place) - 1]
+                self._jobs[before], self._jobs[place] = self._jobs[place], self._jobs[before]
+                self._keep()
+
     def _keep(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         write_whole(self._file, json.dumps([asdict(job) for job in self._jobs], indent=1))
 
     def _begin(self) -> None:
-        todo = any(job.state != "failed" for job in self._jobs)
-        if todo and (self._worker is None or not self._worker.is_alive()):
-            self._worker = threading.Thread(target=self._work, daemon=True)
-            self._worker.start()
+        if all(job.state == "failed" for job in self._jobs):
+            return
+        lost = {job.device for job in self._jobs if job.state == "running"}  # of a page with other devices
+        for device in {*self._devices, *lost}:
+            if device not in self._workers:
+                worker = threading.Thread(target=self._work, args=(device,), daemon=True)
+                self._workers[device] = worker
+                worker.start()
 
-    def _work(self) -> None:
-        while (job := self._next()) is not None:
+    def _work(self, device: str) -> None:
+        while (job := self._next(device)) is not None:
             code = self._ended(job)
             log = self._log(job)
             text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
             error = failure(code, text)
             log.unlink(missing_ok=True)
             with self._lock:
+                self._processes.pop(job.id, None)
                 place = [other.id for other in self._jobs].index(job.id)
                 self._jobs[place : place + 1] = [replace(job, state="failed", error=error)] if error else []
                 self._keep()
 
-    def _next(self) -> Job | None:
-        """The job that runs, of an earlier page, or the next one, started."""
-        with self._lock:
-            for place, job in enumerate(self._jobs):
-                if job.state == "running":
-                    return job
-                if job.state == "waiting":
-                    self._jobs[place] = started = self._started(job)
+    def _next(self, device: str) -> Job | None:
+        """The job that runs on a device, of an earlier page, or the next one, started when nobody else trains there."""
+        while True:
+            with self._lock:
+                job = self._running(device)
+                waiting = [place for place, job in enumerate(self._jobs) if job.state == "waiting"]
+                if job is None and (not waiting or device not in self._devices):
+                    del self._workers[device]
+                    return None
+                others = self._others(device) if job is None else ()
+                if job is None and not others:
+                    job = self._jobs[waiting[0]] = self._started(replace(self._jobs[waiting[0]], device=device))
                     self._keep()
-                    return started
-            self._worker = None
-            return None
+                if job is not None:
+                    return job
+                first = self._jobs[waiting[0]]
+                if first.waits_for != others:
+                    self._jobs[waiting[0]] = replace(first, waits_for=others)
+            time.sleep(_POLL_SECONDS)
+
+    def _running(self, device: str) -> Job | None:
+        return next((job for job in self._jobs if (job.state, job.device) == ("running", device)), None)
+
+    def _others(self, device: str) -> tuple[str, ...]:
+        """Run folders of the processes that train on a device and are none of the queue's."""
+        ours = {job.pid for job in self._jobs if job.state == "running"}
+        return tuple(
+            user.output_dir
+            for user in device_users()
+            if user.pid not in ours and (not device or user.device == f"cuda:{device}")
+        )
 
     def _started(self, job: Job) -> Job:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -149,22 +194,30 @@ class Queue:
                 stdout=subprocess.DEVNULL,  # events.jsonl has it
                 stderr=errors,
                 start_new_session=True,  # a Ctrl-C at the page's terminal is not for it
+                env=os.environ | ({"CUDA_VISIBLE_DEVICES": job.device} if job.device else {}),
             )
-        self._process = process
+        self._processes[job.id] = process
+        job = replace(job, waits_for=())
         with suppress(psutil.Error):  # it has ended already
             return replace(job, state="running", pid=process.pid, started=psutil.Process(process.pid).create_time())
         return replace(job, state="running", pid=process.pid)
 
     def _ended(self, job: Job) -> int | None:
         """Wait for a job, and return its exit code; None for one that an earlier page has started."""
-        if self._process is not None and self._process.pid == job.pid:
-            return self._process.wait()
+        if job.id in self._processes:
+            return self._processes[job.id].wait()
         while job.process() is not None:
             time.sleep(_POLL_SECONDS)
         return None
 
     def _log(self, job: Job) -> Path:
         return self._folder / f"{job.id}.log"
+
+
+def _job(fields: dict[str, Any]) -> Job:
+    """A job from the file of the list."""
+    tuples = {name: tuple(fields.get(name, ())) for name in ("words", "waits_for")}
+    return Job(**{**fields, **tuples})
 
 
 def failure(code: int | None, stderr: str) -> str:

@@ -7,7 +7,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.cache.store import cache_folder
+from finetune.cache.folder import cache_folder
 from finetune.config import TrainConfig
 from finetune.config import replace as replace_options
 from finetune.data.buckets import Buckets

@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler
 from finetune import seeding
 from finetune.atomic_io import write_whole
 from finetune.cache.encode import encode
-from finetune.cache.store import cache_folder
+from finetune.cache.folder import cache_folder
 from finetune.config import TrainConfig, replace
 from finetune.data.image_dataset import ImageDataset
 from finetune.data.image_index import FileStamp

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from finetune.atomic_io import is_inside
-from finetune.cache.store import cache_folder
+from finetune.cache.folder import cache_folder
 from finetune.config import ResolvedConfig, TrainConfig, as_dict, replace
 from finetune.data.buckets import Buckets
 from finetune.data.chunks import Chunks

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-from finetune.cache.store import cache_folder
+from finetune.cache.folder import cache_folder
 from finetune.config import ResolvedConfig, replace
 from finetune.data.chunks import Chunks
 from finetune.data.sampler import steps_per_epoch

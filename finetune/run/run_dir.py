@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import portalocker
 
@@ -18,6 +17,7 @@ from finetune.data.data_source import called
 from finetune.errors import UsageError, first_line
 from finetune.results import metrics_log
 from finetune.results.export import MOVING, has_own_parts, kohya_files, names_of_exports
+from finetune.run.held_files import held
 from finetune.training.checkpoint import checkpoints, latest
 
 _CLEARED_LAST = ("result.json", metrics_log.METRICS, "config.toml")
@@ -124,8 +124,6 @@ def _clear(path: Path, written: Sequence[str]) -> None:
 LOCK = ".lock"
 """A file in a run folder, which the process that trains there holds locked."""
 
-_held: set[TextIO] = set()
-
 
 @contextmanager
 def occupied(folder: Path, mark: str, *, lock: bool = True) -> Iterator[None]:
@@ -151,7 +149,7 @@ def occupied(folder: Path, mark: str, *, lock: bool = True) -> Iterator[None]:
     if file is None:
         yield
         return
-    _held.add(file)
+    held.add(file)
     try:
         try:
             portalocker.lock(file, portalocker.LOCK_EX | portalocker.LOCK_NB)
@@ -167,7 +165,7 @@ def occupied(folder: Path, mark: str, *, lock: bool = True) -> Iterator[None]:
             ) from error
         yield
     finally:
-        _held.discard(file)
+        held.discard(file)
         file.close()
 
 
@@ -183,13 +181,3 @@ def held_by_another(path: Path, mark: str) -> bool:
     except (OSError, portalocker.LockException):  # there is none, or nothing can be locked here
         return False
     return False
-
-
-def _let_go() -> None:
-    """A forked worker outlives a process that is killed, for some seconds, and would hold its folder so long."""
-    for file in _held:
-        file.close()
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go)

@@ -36,6 +36,7 @@ from finetune.run.build import assembled
 from finetune.run.build_dataset import identity, open_pictures
 from finetune.run.class_images import draw_missing
 from finetune.run.context import Run
+from finetune.run.device_users import device_name, using_device
 from finetune.run.html_report import write_training_preview
 from finetune.run.ledger import note_chunk, write_ledger
 from finetune.run.measured_prediction import with_measured_prediction
@@ -140,6 +141,7 @@ def run_environment(plan: RunPlan, device: torch.device, parallel: Parallel, eve
     with ExitStack() as stack:
         if parallel.is_main_process:
             stack.enter_context(occupied(folder.path, folder.mark, lock=config.lock_output_dir))
+            stack.enter_context(using_device(device_name(device.type, device.index), folder.path))
             stack.enter_context(events.written_to(folder.path, **steps, anew=folder.overwrite))
         stack.enter_context(gpu_algorithms(deterministic=config.deterministic, tuned=tuned))
         stack.enter_context(threads(recorded_threads(folder.provenance, device, parallel.world_size)))

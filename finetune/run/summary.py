@@ -5,7 +5,8 @@ from collections import Counter
 from dataclasses import fields
 
 from finetune.cache.encoded_dataset import EncodedDataset
-from finetune.cache.store import KIND_NAMES, cache_folder
+from finetune.cache.folder import cache_folder
+from finetune.cache.store import KIND_NAMES
 from finetune.config import ResolvedConfig
 from finetune.data.chunks import Chunks
 from finetune.data.image_dataset import ImageDataset

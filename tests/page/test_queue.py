@@ -11,6 +11,7 @@ import pytest
 from finetune.errors import UsageError
 from finetune.page.processes import last_error_line
 from finetune.page.queue import FOLDER, Queue, failure
+from finetune.run.device_users import using_device
 
 
 def until(holds: Callable[[], Any], seconds: float = 60) -> None:
@@ -60,6 +61,44 @@ def test_another_page_finds_what_runs_and_what_waits(tmp_path: Path) -> None:
     process.kill()
     until(lambda: not found.jobs())
     until(lambda: states(first) in ([], ["failed"]))
+
+
+def test_a_job_waits_for_what_trains_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    queue = Queue(tmp_path)
+    with using_device("cpu", Path("/somewhere/run")):
+        queue.add(["--help"])
+        queue.add(["--version"])
+        until(lambda: queue.jobs()[0].waits_for == ("/somewhere/run",))
+        assert states(queue) == ["waiting", "waiting"]
+        queue.move_up(queue.jobs()[1].id)
+        assert [job.words for job in queue.jobs()] == [("--version",), ("--help",)]
+        with pytest.raises(UsageError, match="it does not wait"):
+            queue.move_up("other")
+    until(lambda: not queue.jobs())
+
+
+def test_each_gpu_has_a_run_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ui = ["ui", "--work", str(tmp_path), "--data", str(tmp_path), "--port", "0"]  # a command that does not end
+    queue = Queue(tmp_path, ["0", "1", "5"])
+    with using_device("cuda:1", Path("elsewhere")):
+        for _ in range(3):
+            queue.add(ui)
+        until(lambda: states(queue) == ["running", "running", "waiting"])
+        processes = {job.device: job.process() for job in queue.jobs()[:2]}
+        until(lambda: all(process and process.environ() for process in processes.values()))
+        assert {name: process.environ()["CUDA_VISIBLE_DEVICES"] for name, process in processes.items() if process} == {
+            "0": "0",
+            "5": "5",
+        }
+        until(lambda: queue.jobs()[2].waits_for == ("elsewhere",))
+    until(lambda: states(queue) == ["running"] * 3)
+    for job in queue.jobs():
+        process = job.process()
+        assert process is not None
+        process.kill()
+    until(lambda: "running" not in states(queue))
 
 
 def test_a_job_whose_process_is_gone_makes_room(tmp_path: Path) -> None:
