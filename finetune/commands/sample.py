@@ -49,6 +49,8 @@ class Options:
     """LoRA files to apply, of any type and format that lora info reads."""
     strength: tuple[float, ...] = ()
     """Strength of each --lora. Default: 1."""
+    adapter_strength: float = 1.0
+    """Strength of the LoRA of a run."""
     image: str | None = None
     """Image to start from. An inpainting model paints in it where --mask is white. Default: none."""
     denoising_strength: float = 0.75
@@ -109,7 +111,7 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
     """The model, with what the run with this `config` has learned, and the pixels per side to draw."""
     from finetune.models.conditioners import spelt_words
     from finetune.models.loading import check_resolution, load_model
-    from finetune.models.lora import load_lora
+    from finetune.models.lora import LORA_FILE, load_lora
     from finetune.models.lora_tools import merge_files
     from finetune.models.model_info import locate
     from finetune.results.export import exported
@@ -122,6 +124,8 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
             f"--model {folder}: this run has not exported anything yet; run the same training command to finish it"
         )
     adapted = config is not None and made is not None and made.adapter
+    if options.adapter_strength != 1 and not adapted:
+        raise UsageError(f"--adapter_strength cannot be used: {folder} is not a run that trained a LoRA")
     base = config.model if config and adapted else options.model
     model_info = locate(base)
     if model_info.scratch:
@@ -150,8 +154,10 @@ def _load(options: Options, config: ResolvedConfig | None, dtype: "torch.dtype")
     if tokenizer and model_info.family.tiny_vocabulary and (spelt := spelt_words(tokenizer, options.prompt)):
         print(f"{base} does not know, and spells: {', '.join(spelt)}", file=sys.stderr)
     merge_files(model.unet, options.lora, options.strength, base, option="--lora")
-    if adapted:
+    if adapted and options.adapter_strength == 1:
         load_lora(model.unet, folder)
+    elif adapted:
+        merge_files(model.unet, (str(folder / LORA_FILE),), (options.adapter_strength,), base, option="--model")
     return model, resolution
 
 

@@ -168,13 +168,15 @@ def load_lora(unet: Any, folder: str | Path, name: str | None = None) -> None:
     settings = {key.removeprefix(PEFT_PREFIX): value for key, value in metadata.items()}
     try:
         if settings.get("peft_type", "LORA") == "LORA":
-            unet.load_lora_adapter(folder, prefix="unet", weight_name=LORA_FILE, adapter_name=name)
+            with torch.random.fork_rng(devices=[]):  # peft draws what the file replaces
+                unet.load_lora_adapter(folder, prefix="unet", weight_name=LORA_FILE, adapter_name=name)
             return
         state = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise ModelError(f"{path} cannot be loaded: {error}") from error
     config, name = read_settings(settings), name or "default"
-    unet.add_adapter(config, name)
+    with torch.random.fork_rng(devices=[]):
+        unet.add_adapter(config, name)
     without_alpha_for_whole_factors(unet, name, config)
     if unknown := set_peft_model_state_dict(unet, state, adapter_name=name).unexpected_keys:
         raise ModelError(f"{path}: {unknown[0]}: no tensor for this UNet")

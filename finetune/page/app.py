@@ -22,6 +22,7 @@ from finetune.atomic_io import is_inside
 from finetune.errors import FinetuneError, UsageError
 from finetune.models.families import FAMILIES
 from finetune.page.allowed_paths import AllowedPaths
+from finetune.page.draw_pages import DrawPages
 from finetune.page.form import filled_by, form_words
 from finetune.page.image_pages import ImagePages
 from finetune.page.machine import Machine
@@ -58,7 +59,7 @@ class Page:
         self._lock = threading.Lock()
         self._templates = Templates()
         self.render, self.answer = self._templates.render, self._templates.answer
-        self.images = ImagePages(places, self._templates)
+        self.images, self.drawing = ImagePages(places, self._templates), DrawPages(places, self._templates)
 
     def events(self, name: str) -> RunEvents:
         """The run of this name, read up to now. Raises HTTPException where there is none."""
@@ -239,22 +240,6 @@ class Page:
         time = dict(plan_rows(answer.text)).get("Time", "") if answer.ok else answer.text
         return self.answer("answer.html", text=time, pictures=[], failed=not answer.ok)
 
-    # Drawing
-
-    def draw_form(self, request: Request) -> Response:
-        names = [name for name in self.places.run_names() if (self.places.runs / name / "result.json").is_file()]
-        return self.answer("draw.html", names=names, chosen=request.query_params.get("run", ""))
-
-    def draw(self, filled: Mapping[str, str]) -> Response:
-        run = self.places.run(filled.get("run"))
-        options = ("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "num_images")
-        words = [f"--{name}={filled[name]}" for name in options if filled.get(name)]
-        with tempfile.TemporaryDirectory() as scratch:
-            answer = run_command(["sample", "--model", str(run), *words, "--output", scratch], self.places.work)
-            drawn = [_embedded(path) for path in sorted(Path(scratch).glob("*.png"))] if answer.ok else []
-        text = filled.get("prompt", "") if drawn else answer.text
-        return self.answer("answer.html", text=text, pictures=drawn, failed=not drawn)
-
 
 def _edit_of(job: Job) -> str:
     """The address of a form filled in with what a job's command says, as far as the form has fields for it."""
@@ -300,9 +285,8 @@ def build(page: Page) -> Starlette:
         Route("/new/look", posted(page.look), methods=["POST"]),
         Route("/new/plan", posted(page.plan), methods=["POST"]),
         Route("/new/trial", posted(page.trial), methods=["POST"]),
-        Route("/draw", page.draw_form),
-        Route("/draw", posted(page.draw), methods=["POST"]),
         *page.images.routes(),
+        *page.drawing.routes(),
         Mount("/static", static),
     ]
     return Starlette(routes=routes, exception_handlers={FinetuneError: refused, HTTPException: refused})

@@ -9,9 +9,11 @@ from diffusers import StableDiffusionImg2ImgPipeline
 from PIL import Image, ImageDraw
 
 from finetune.commands import sample
+from finetune.config import TrainConfig
 from finetune.errors import ModelError, UsageError
 from finetune.models.loading import load_model
 from finetune.models.lora import Adapter, add_lora
+from finetune.recipe import fine_tune
 
 
 def drawn(tmp_path: Path, prompt: str = "a red circle", model: str = "tiny", **options: object) -> Image.Image:
@@ -103,3 +105,13 @@ def test_a_lora_of_another_model_is_named(tmp_path: Path, lora: Path) -> None:
     save_file(wider, tmp_path / "wide.safetensors")
     with pytest.raises(ModelError, match=r"wide\.safetensors does not fit --model tiny"):
         drawn(tmp_path, lora=(str(tmp_path / "wide.safetensors"),))
+
+
+def test_the_lora_of_a_run_has_a_strength(tmp_path: Path, pictures: Path) -> None:
+    options = {"max_train_steps": 2, "rank": 2, "learning_rate": 0.02, "train_batch_size": 2, "num_inference_steps": 0}
+    run = fine_tune(TrainConfig(model="tiny", data=(str(pictures),), output_dir=str(tmp_path / "run"), **options))
+    base, whole = drawn(tmp_path).tobytes(), drawn(tmp_path, model=str(run)).tobytes()
+    assert drawn(tmp_path, model=str(run), adapter_strength=0.0).tobytes() == base
+    assert base != drawn(tmp_path, model=str(run), adapter_strength=0.5).tobytes() != whole
+    with pytest.raises(UsageError, match="is not a run that trained a LoRA"):
+        drawn(tmp_path, adapter_strength=0.5)

@@ -25,6 +25,18 @@ function findRuns() {
 }
 document.addEventListener("htmx:sseMessage", findRuns);
 
+// A chosen file as base64 in the hidden field that the input names.
+document.addEventListener("change", (event) => {
+  const input = event.target.closest("input[data-encode]");
+  if (!input) return;
+  const field = input.form.elements[input.dataset.encode];
+  field.value = "";
+  if (!input.files.length) return;
+  const reader = new FileReader();
+  reader.onload = () => (field.value = reader.result.split(",")[1]);
+  reader.readAsDataURL(input.files[0]);
+});
+
 document.addEventListener("input", (event) => {
   const slider = event.target.closest(".samples input[type=range]");
   if (slider) {
