@@ -3,10 +3,12 @@
 import ipaddress
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from http.cookies import SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from finetune.page.visitors import AuditLog, Visitor
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -34,13 +36,23 @@ class Guard:
 
     Args:
         app: the page.
-        token: that visitors have to give.
-        host: the address that is listened at; a name of it is allowed as Host.
+        visitors: token -> who has it.
+        hosts: names that are allowed as Host, besides those of this machine.
+        audit: takes the requests that may change something.
+        secure: whether browsers may send the cookie through TLS alone.
     """
 
-    def __init__(self, app: App, *, token: str, host: str) -> None:
-        self._app, self._token = app, token
-        self._hosts = {"localhost", host, socket.gethostname(), socket.getfqdn()}
+    def __init__(
+        self,
+        app: App,
+        *,
+        visitors: Mapping[str, Visitor],
+        hosts: Sequence[str] = (),
+        audit: AuditLog | None = None,
+        secure: bool = False,
+    ) -> None:
+        self._app, self._visitors, self._audit, self._secure = app, dict(visitors), audit, secure
+        self._hosts = {"localhost", socket.gethostname(), socket.getfqdn(), *hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -49,13 +61,20 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         refused = self._refused(headers)
         given = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("token", [""])[0]
-        if refused is None and scope["type"] == "http" and self._is_token(given):
-            await _answer(send, 303, "", {"location": scope["path"], "set-cookie": self._cookie(headers["host"])})
-        elif refused is None and not self._is_token(_cookies(headers).get(_name(headers["host"]), "")):
-            await self._refuse(scope, send, 401, "open the address that finetune-unet ui has printed, with its token")
-        elif refused is not None:
+        if refused is not None:
             await self._refuse(scope, send, 403, refused)
+        elif scope["type"] == "http" and self._visitor(given):
+            cookie = self._cookie(headers["host"], given)
+            await _answer(send, 303, "", {"location": scope["path"], "set-cookie": cookie})
+        elif (visitor := self._visitor(_cookies(headers).get(_name(headers["host"]), ""))) is None:
+            await self._refuse(scope, send, 401, "open the address that finetune-unet ui has printed, with its token")
+        elif scope.get("method") in ("GET", "HEAD"):
+            await self._app(scope, receive, _with_headers(send))
+        elif not visitor.may_change:
+            await self._refuse(scope, send, 403, "this address shows runs and images, and changes nothing")
         else:
+            if self._audit:
+                self._audit.write(visitor.name, scope["path"])
             await self._app(scope, receive, _with_headers(send))
 
     def _refused(self, headers: dict[str, str]) -> str | None:
@@ -81,11 +100,17 @@ class Guard:
             return False
         return True
 
-    def _is_token(self, given: str) -> bool:
-        return secrets.compare_digest(given.encode(), self._token.encode())
+    def _visitor(self, given: str) -> Visitor | None:
+        """Who has this token; every token is compared, in constant time."""
+        found = [
+            visitor
+            for token, visitor in self._visitors.items()
+            if secrets.compare_digest(given.encode(), token.encode())
+        ]
+        return found[0] if found else None
 
-    def _cookie(self, host: str) -> str:
-        return f"{_name(host)}={self._token}; HttpOnly; SameSite=Strict; Path=/"
+    def _cookie(self, host: str, token: str) -> str:
+        return f"{_name(host)}={token}; HttpOnly; SameSite=Strict; Path=/{'; Secure' if self._secure else ''}"
 
     async def _refuse(self, scope: Scope, send: Send, status: int, why: str) -> None:
         if scope["type"] == "websocket":

@@ -19,7 +19,8 @@ from starlette.testclient import TestClient
 from finetune.errors import UsageError
 from finetune.page.allowed_paths import AllowedPaths
 from finetune.page.app import Page, build
-from finetune.page.serving import serve
+from finetune.page.serving import Certificate, serve
+from finetune.page.visitors import Visitor
 from finetune.training.checkpoint import checkpoints
 
 NASTY = "</script><script>alert(1)</script>\u202e"
@@ -311,4 +312,12 @@ def test_a_port_in_use_is_named(page: Page) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match=rf"--port {port} at 127.0.0.1: .*; give another"):
-            serve(build(page), host="127.0.0.1", port=port, token="secret")
+            serve(build(page), host="127.0.0.1", port=port, visitors={"secret": Visitor("")})
+
+
+def test_a_certificate_that_cannot_be_read_is_named(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "wrong.pem").write_text("no certificate")
+    for certificate in (tmp_path / "gone.pem", tmp_path / "wrong.pem"):
+        tls = Certificate(certificate, certificate)
+        with pytest.raises(UsageError, match="--certificate and --private_key: "):
+            serve(build(page), host="127.0.0.1", port=0, visitors={"secret": Visitor("")}, tls=tls)
