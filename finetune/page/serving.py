@@ -1,5 +1,6 @@
 """Serving the page to clients that have its token."""
 
+import resource
 import socket
 import ssl
 import threading
@@ -13,6 +14,8 @@ import uvicorn
 from finetune.errors import UsageError
 from finetune.page.guard import App, Guard
 from finetune.page.visitors import AuditLog, Visitor
+
+_OPEN_FILES = 8192
 
 
 @dataclass(frozen=True)
@@ -70,4 +73,13 @@ def serve(
         )
     if open_browser:
         threading.Timer(1.0, webbrowser.open, [f"{address}?token={next(iter(visitors))}"]).start()
+    _allow_many_connections()
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def _allow_many_connections() -> None:
+    """Raise the limit of open files, of which each connection is one: clients that send nothing would use it up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < _OPEN_FILES:
+        most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
