@@ -63,15 +63,20 @@ class AllowedPaths:
     def run_names(self) -> list[str]:
         """Names of the run folders, the newest first."""
         try:
-            entries = [entry for entry in self.runs.iterdir() if is_inside(entry / "samples", self.runs)]
-            folders = [entry for entry in entries if (entry / "samples").is_dir()]
+            folders = [entry for entry in self.runs.iterdir() if self.is_run(entry.name)]
             return [folder.name for folder in sorted(folders, key=lambda path: -path.stat().st_mtime)]
         except OSError:  # not made yet, or one was deleted in between
             return []
 
+    def is_run(self, name: str) -> bool:
+        """Whether a run folder has this name."""
+        path = self.runs / name / "samples"
+        plain = name == Path(name).name and not name.startswith(".")
+        return plain and path.is_dir() and is_inside(path, self.runs)
+
     def run(self, name: str | None) -> Path:
         """The run folder of this name. Raises UsageError where it is no name of one."""
-        if not name or name not in self.run_names():
+        if not name or not self.is_run(name):
             raise UsageError(f"{name or 'no run'}: no run in {self.runs}")
         return self.runs / name
 

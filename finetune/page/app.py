@@ -63,7 +63,7 @@ class Page:
 
     def events(self, name: str) -> RunEvents:
         """The run of this name, read up to now. Raises HTTPException where there is none."""
-        if name not in self.places.run_names():
+        if not self.places.is_run(name):
             raise HTTPException(404, f"no run {name}")
         with self._lock:
             events = self._followers.setdefault(name, RunEvents(self.places.runs / name))

@@ -130,3 +130,13 @@ def test_fields_name_no_file_and_no_other_option(
     (places.work / "prompts.txt").write_text("a cat")
     with pytest.raises(UsageError, match=why):
         form_words({"data": str(tmp_path / "open/a"), "model": "tiny", f"option.{name}": value}, places)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../runs/one", "one/", "/etc", ".deleted", "two"])
+def test_a_run_is_a_folder_of_runs_and_nothing_else(places: AllowedPaths, tmp_path: Path, name: str) -> None:
+    (places.runs / ".deleted/samples").mkdir(parents=True)
+    (tmp_path / "elsewhere/samples").mkdir(parents=True)
+    (places.runs / "two").symlink_to(tmp_path / "elsewhere")
+    assert places.is_run("one")
+    assert not places.is_run(name)
+    assert places.run_names() == ["one"]
