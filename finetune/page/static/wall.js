@@ -55,7 +55,7 @@ function block(number) {
 
 const tileAt = async (place) => (await block(Math.floor(place / BLOCK)))[place % BLOCK];
 
-const columns = () => Math.max(1, Math.floor(wall.clientWidth / TILE_WIDTH));
+const columns = () => Math.max(wall.clientWidth < 300 ? 1 : 2, Math.floor(wall.clientWidth / TILE_WIDTH));
 
 function layout() {
   const across = columns();
