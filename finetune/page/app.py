@@ -203,6 +203,7 @@ class Page:
     def start(self, filled: Mapping[str, str]) -> Response:
         try:
             self.queue.add(form_words(filled, self.places))
+            self.worker.end()
         except UsageError as error:
             return self._form_page(filled, str(error))
         return RedirectResponse("/", 303)

@@ -12,7 +12,7 @@ from typing import Literal
 from PIL import Image
 
 from finetune.atomic_io import is_inside
-from finetune.data.captions import Caption, find_captions
+from finetune.data.captions import Caption, find_captions, first_caption, read_metadata
 from finetune.data.companions import companion_kind, companions_of, pictures_among
 from finetune.data.images import READ_ERRORS, open_reduced, upright_size
 from finetune.data.listing import list_files
@@ -63,18 +63,18 @@ class ImageSet:
         """Read the folder."""
         files = list_files(self.folder)
         names = pictures_among(files)
-        found = find_captions(self.folder, files, names)
+        metadata = read_metadata(self.folder, files, names)
+        found = find_captions(self.folder, files, names, metadata=metadata)
         masks = companions_of(files, names)[0]
         images = {}
         for name, caption in zip(names, found.captions, strict=True):
             mask = masks.get(name, {}).get("mask", "")
             images[name] = _shown(name, caption, problem=found.unreadable.get(name, ""), mask=mask)
         with self._lock:
-            self._images = images
+            self._images, self._metadata = images, metadata
 
     def _said_elsewhere(self, name: str) -> str:
-        image = self._images[name]
-        return image.caption if image.source == "metadata" else ""
+        return first_caption([("metadata", self._metadata.get(name))]).text
 
     def image(self, name: str) -> ShownImage:
         """The image of this name. Raises UsageError where there is none."""
@@ -125,7 +125,7 @@ class ImageSet:
         """Read the captions of these images again."""
         folders = {os.path.dirname(name) for name in names}
         files = [os.path.join(folder, file) for folder in folders for file in os.listdir(self.folder / folder)]
-        found = find_captions(self.folder, files, names, metadata={name: self._said_elsewhere(name) for name in names})
+        found = find_captions(self.folder, files, names, metadata=self._metadata)
         with self._lock:
             for name, caption in zip(names, found.captions, strict=True):
                 mask = companions_of(files, [name])[0].get(name, {}).get("mask", "")

@@ -34,6 +34,16 @@ class Worker:
             finally:
                 self._lock.release()
 
+    def end(self) -> None:
+        """End the process, unless it is at work: it may hold memory of the GPU, which a run needs."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._process is not None:
+                    self._process.kill()
+                    self._process.wait()
+            finally:
+                self._lock.release()
+
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(

@@ -161,6 +161,9 @@ def test_images_and_plan_before_a_run(page: Page, client: TestClient) -> None:
     assert "lr_warmup_steps = 9" in wrong
     assert "expected what lies in" in client.post("/new/plan", data=form(page, data="")).text
     assert page.worker.process_id == first
+    page.worker.end()
+    assert "3 of 3 images" in client.post("/new/look", data=form(page)).text  # another one
+    assert page.worker.process_id != first
 
 
 @pytest.mark.slow

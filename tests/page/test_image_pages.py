@@ -82,6 +82,16 @@ def test_a_caption_is_edited_and_a_conflict_loses_nothing(client: TestClient, fo
     assert tiles(client, folder, find="another tab") == ["01.png"]
 
 
+def test_a_caption_that_is_emptied_shows_what_the_metadata_say(client: TestClient, folder: Path) -> None:
+    (folder / "metadata.csv").write_text("file_name,text\n01.png,from the table\n")
+    client.get("/images/wall", params={"folder": str(folder)})
+    asked = {"folder": str(folder), "name": "01.png"}
+    version = client.get("/images/caption", params=asked).json()["version"]
+    tile = client.post("/images/caption", data=asked | {"text": "", "version": version}).json()["tile"]
+    assert (tile["caption"], tile["source"]) == ("from the table", "metadata")
+    assert client.get("/images/caption", params=asked).json()["text"] == "from the table"
+
+
 def test_tags_of_those_that_are_shown_are_edited_and_undone(client: TestClient, folder: Path) -> None:
     (folder / "04.txt").unlink()
     client.get("/images/wall", params={"folder": str(folder)})

@@ -178,7 +178,7 @@ const brush = new MaskBrush(get("mask"), get("brush-size"), get("erase"));
 
 function showBrush(painting) {
   ["mask", "brush", "mask-note"].forEach((id) => (get(id).hidden = !painting));
-  get("paint").hidden = painting;
+  get("paint").hidden = painting || !open?.seen;
   get("paint").textContent = open?.tile.mask ? "Edit the mask" : "Paint a mask";
   get("crop").hidden = painting || !open?.seen;
 }
