@@ -1,4 +1,4 @@
-"""Caption files: which files beside an image hold its caption, and their text."""
+"""Caption files: which files next to an image hold its caption, and their text."""
 
 import codecs
 import os
@@ -23,7 +23,7 @@ class CaptionFiles:
         self.by_stem: dict[str, dict[str, str]] = {}
         """Name without ending -> ending -> file."""
         self.doubled: list[str] = []
-        """Files that another one precedes which differs in case alone: cat.TXT beside cat.txt."""
+        """Files that another one precedes which differs in case alone: cat.TXT next to cat.txt."""
         for file in files:
             stem, suffix = os.path.splitext(file)
             if suffix.lower() in CAPTION_SUFFIXES:

@@ -41,7 +41,7 @@ class ImageProblem(NamedTuple):
     text: str
 
 
-class _Seen(NamedTuple):
+class _Measurement(NamedTuple):
     size: tuple[int, int]
     digest: str
     sharpness: float
@@ -68,24 +68,24 @@ def find_problems(folder: Path, resolution: int) -> list[ImageProblem]:
              for name, some in companions_of(files, names)[0].items()}  # fmt: skip
     problems = [ImageProblem(name, "caption", f"its caption: {text}") for name, text in captions.unreadable.items()]
     problems += [ImageProblem(name, "mask", text) for name, text in checked_companions(masks)[1].items()]
-    seen = dict[str, _Seen]()
+    measured = dict[str, _Measurement]()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        looks = pool.map(lambda name: _look(folder / name), names)
-        for name, look in tqdm(
-            zip(names, looks, strict=True), "looking at images", len(names), delay=3, leave=False, disable=None
+        measurements = pool.map(lambda name: _measure(folder / name), names)
+        for name, measurement in tqdm(
+            zip(names, measurements, strict=True), "looking at images", len(names), delay=3, leave=False, disable=None
         ):
-            if isinstance(look, str):
-                problems.append(ImageProblem(name, "unreadable", look))
+            if isinstance(measurement, str):
+                problems.append(ImageProblem(name, "unreadable", measurement))
             else:
-                seen[name] = look
-    for name, look in seen.items():
-        problems += _alone(name, look, resolution)
-    problems += _copies(list(seen), list(seen.values()))
+                measured[name] = measurement
+    for name, measurement in measured.items():
+        problems += _alone(name, measurement, resolution)
+    problems += _copies(list(measured), list(measured.values()))
     places = {name: place for place, name in enumerate(names)}
     return sorted(problems, key=lambda problem: places[problem.image])
 
 
-def _look(path: Path) -> _Seen | str:
+def _measure(path: Path) -> _Measurement | str:
     """What is known of an image; why it cannot be read otherwise."""
     try:
         content = read_file(path)
@@ -94,7 +94,7 @@ def _look(path: Path) -> _Seen | str:
         return str(error)
     except READ_ERRORS as error:
         return reason_of(error)
-    return _Seen(size, digest_of(content), _sharpness(image), make_thumbnail(image))
+    return _Measurement(size, digest_of(content), _sharpness(image), make_thumbnail(image))
 
 
 def _sharpness(image: Image.Image) -> float:
@@ -114,29 +114,29 @@ def _sharpness(image: Image.Image) -> float:
     return float(np.percentile(tiles, 95))
 
 
-def _alone(name: str, look: _Seen, resolution: int) -> list[ImageProblem]:
+def _alone(name: str, measurement: _Measurement, resolution: int) -> list[ImageProblem]:
     """What an image by itself is noticed for."""
-    (width, height), problems = look.size, list[ImageProblem]()
+    (width, height), problems = measurement.size, list[ImageProblem]()
     if width * height < resolution**2:
         text = f"{width} x {height} pixels, less than {resolution} x {resolution}"
         problems.append(ImageProblem(name, "small", text))
-    if look.sharpness < _SHARP:
+    if measurement.sharpness < _SHARP:
         problems.append(ImageProblem(name, "blurred", "looks blurred"))
     return problems
 
 
-def _copies(names: Sequence[str], looks: Sequence[_Seen]) -> list[ImageProblem]:
+def _copies(names: Sequence[str], measurements: Sequence[_Measurement]) -> list[ImageProblem]:
     """Images that show what an earlier one shows."""
     first, problems = dict[str, str](), list[ImageProblem]()
     different = list[int]()
-    for place, (name, look) in enumerate(zip(names, looks, strict=True)):
-        if look.digest in first:
-            problems.append(ImageProblem(name, "copy", f"the same file as {first[look.digest]}"))
+    for place, (name, measurement) in enumerate(zip(names, measurements, strict=True)):
+        if measurement.digest in first:
+            problems.append(ImageProblem(name, "copy", f"the same file as {first[measurement.digest]}"))
         else:
-            first[look.digest] = name
+            first[measurement.digest] = name
             different.append(place)
     if 1 < len(different) <= MOST_COMPARED:
-        thumbnails = [looks[place].thumbnail for place in different]
+        thumbnails = [measurements[place].thumbnail for place in different]
         for place, others in enumerate(near_duplicates(thumbnails, range(len(different)))):
             if earlier := [other for other in others if other < place]:
                 original = names[different[min(earlier)]]

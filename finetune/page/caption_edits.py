@@ -1,4 +1,4 @@
-"""CaptionEdits: captions written beside images, with a journal from which each edit can be undone."""
+"""CaptionEdits: captions written next to images, with a journal from which each edit can be undone."""
 
 import contextlib
 import json
@@ -81,10 +81,10 @@ class CaptionEdits:
         names = []
         for above in dict.fromkeys(os.path.dirname(picture) for picture in pictures):
             try:
-                beside = os.listdir(self.folder / above)
+                siblings = os.listdir(self.folder / above)
             except OSError as error:
                 raise DataError(f"{self.folder / above}: {error.strerror}") from error
-            names += [os.path.join(above, name) for name in beside if name.lower().endswith(CAPTION_SUFFIXES)]
+            names += [os.path.join(above, name) for name in siblings if name.lower().endswith(CAPTION_SUFFIXES)]
         return CaptionFiles(sorted(names))
 
     def _read(self, picture: str, caption_files: CaptionFiles) -> CaptionText:

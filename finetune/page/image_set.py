@@ -170,10 +170,12 @@ def _shown(name: str, caption: Caption, *, problem: str, mask: str) -> ShownImag
 def _move(source: Path, name: str, target: Path) -> None:
     """Move a file and those that belong to it, the captions and masks, from one folder to another."""
     above = os.path.dirname(name)
-    beside = [os.path.join(above, file) for file in sorted(os.listdir(source / above))]
+    siblings = [os.path.join(above, file) for file in sorted(os.listdir(source / above))]
     stem = os.path.splitext(name)[0]
-    alone = [other for other in pictures_among(beside) if os.path.splitext(other)[0] == stem] == [name]
-    files = [file for file in beside if file.startswith(f"{stem}.") or file == f"{stem}-masklabel.png"] if alone else []
+    alone = [other for other in pictures_among(siblings) if os.path.splitext(other)[0] == stem] == [name]
+    files = (
+        [file for file in siblings if file.startswith(f"{stem}.") or file == f"{stem}-masklabel.png"] if alone else []
+    )
     if taken := [file for file in (name, *files) if (target / file).exists()]:
         raise UsageError(f"{taken[0]} is there already")
     try:

@@ -1,4 +1,4 @@
-"""Loss masks written beside images."""
+"""Loss masks written next to images."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Captions edited beside images: which file is written, conflicts, tags, and undo."""
+"""Captions edited next to images: which file is written, conflicts, tags, and undo."""
 
 import os
 from pathlib import Path
