@@ -17,6 +17,8 @@ class Options:
     """Folder of images."""
     resolution: int = option(512, AT_LEAST_ONE)
     """Pixels per side that training uses."""
+    follow_links: bool = True
+    """Follow links that lead out of the folder."""
     output: str | None = None
     """JSON file to write, besides the lines that are printed."""
 
@@ -33,7 +35,7 @@ def run(options: Options) -> None:
     folder = Path(options.data).expanduser()
     if not folder.is_dir():
         raise UsageError(f"--data {folder}: no such folder")
-    problems = find_problems(folder, options.resolution)
+    problems = find_problems(folder, options.resolution, follow_links=options.follow_links)
     for problem in problems:
         print(f"{problem.image}: {problem.text}")
     counts = Counter(problem.kind for problem in problems)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from finetune.data.captions import find_captions
 from finetune.data.companions import checked_companions, companions_of, pictures_among
 from finetune.data.images import READ_ERRORS, digest_of, open_reduced, read_file, reason_of
-from finetune.data.listing import list_files
+from finetune.data.listing import files_inside, list_files
 from finetune.data.near_duplicates import Thumbnail, make_thumbnail, near_duplicates
 from finetune.errors import DataError
 
@@ -48,12 +48,13 @@ class _Measurement(NamedTuple):
     thumbnail: Thumbnail
 
 
-def find_problems(folder: Path, resolution: int) -> list[ImageProblem]:
+def find_problems(folder: Path, resolution: int, *, follow_links: bool = True) -> list[ImageProblem]:
     """Look at every image of a folder.
 
     Args:
         folder: of images, at any depth.
         resolution: pixels per side that training uses; images with a smaller area are small.
+        follow_links: whether to look at what links out of the folder lead to.
 
     Returns:
         The problems, in the order of the images' names.
@@ -61,7 +62,7 @@ def find_problems(folder: Path, resolution: int) -> list[ImageProblem]:
     Raises:
         DataError: a folder cannot be listed, or a metadata file is malformed.
     """
-    files = list_files(folder)
+    files = list_files(folder) if follow_links else files_inside(folder)
     names = pictures_among(files)
     captions = find_captions(folder, files, names)
     masks = {name: {kind: folder / file for kind, file in some.items()}

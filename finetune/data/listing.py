@@ -68,6 +68,17 @@ def links_out(folder: Path) -> list[str]:
     return sorted(links)
 
 
+def files_inside(folder: Path) -> list[str]:
+    """As `list_files`, without what only a link out of the folder leads to.
+
+    Raises:
+        DataError: a folder cannot be listed.
+    """
+    links = links_out(folder)
+    below = tuple(f"{link}/" for link in links)
+    return [file for file in list_files(folder) if file not in links and not file.startswith(below)]
+
+
 def _is_below(path: str, root: str) -> bool:
     return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
 

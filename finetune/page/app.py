@@ -33,7 +33,8 @@ from finetune.page.queue import Job, Queue
 from finetune.page.responses import Templates, posted, stream
 from finetune.page.run_curves import run_curves
 from finetune.page.run_options import differing_options
-from finetune.page.run_view import RunView, thumbnail
+from finetune.page.run_view import RunView
+from finetune.page.thumbnails import thumbnail
 from finetune.page.worker import Worker
 from finetune.results.event_reader import RunEvents
 
@@ -152,7 +153,7 @@ class Page:
         path = self._file(request, [sample.path for sample in self.view(request.path_params["name"]).samples])
         if "small" not in request.query_params:
             return FileResponse(path)
-        return Response(thumbnail(path, path.stat().st_mtime, _THUMBNAIL), media_type="image/jpeg")
+        return Response(thumbnail(path, _THUMBNAIL), media_type="image/jpeg")
 
     def download(self, request: Request) -> Response:
         path = self._file(request, [file.path for file in self.view(request.path_params["name"]).files])
@@ -290,4 +291,6 @@ def build(page: Page) -> Starlette:
         *page.drawing.routes(),
         Mount("/static", static),
     ]
-    return Starlette(routes=routes, exception_handlers={FinetuneError: refused, HTTPException: refused})
+    return Starlette(
+        routes=routes, exception_handlers={FinetuneError: refused, HTTPException: refused, OSError: refused}
+    )

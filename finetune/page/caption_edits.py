@@ -172,6 +172,8 @@ class CaptionEdits:
         if not changes:
             return
         journal = self.folder / JOURNAL
+        if not is_inside(journal, self.folder):
+            raise DataError(f"{journal}: a link out of the folder")
         try:
             with journal.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(change)) + "\n" for change in changes)
@@ -183,11 +185,9 @@ class CaptionEdits:
                 else:
                     write_whole(path, change.after.encode("utf-8", "surrogateescape"))
         except OSError as error:
-            raise DataError(f"{error.filename or self.folder}: {error.strerror}; nothing else was changed") from error
-
-    def last_edit(self) -> list[str]:
-        """The files of the edit that `undo` takes back; none where there is none."""
-        return [change.file for change in self._undoable()]
+            raise DataError(
+                f"{error.filename or self.folder}: {error.strerror}; what was changed before can be undone"
+            ) from error
 
     def _undoable(self) -> list[_Change]:
         changes: dict[str, list[_Change]] = {}

@@ -20,10 +20,11 @@ from finetune.errors import UsageError
 from finetune.models.families import bucket_sides
 from finetune.page.allowed_paths import AllowedPaths
 from finetune.page.caption_edits import ConflictError, TagAction
-from finetune.page.image_set import ImageSet, Show, ShownImage, image_size, thumbnail
+from finetune.page.image_set import ImageSet, Show, ShownImage, image_size
 from finetune.page.mask_edits import delete_mask, write_mask
 from finetune.page.processes import run_command
 from finetune.page.responses import Templates, posted
+from finetune.page.thumbnails import thumbnail
 
 _THUMBNAIL = 320
 """Pixels of the longer side of an image on the wall."""
@@ -173,7 +174,16 @@ class ImagePages:
         resolution = _resolution(fields)
         with tempfile.TemporaryDirectory() as scratch:
             output = Path(scratch) / "problems.json"
-            words = ["check", "--data", str(images.folder), "--resolution", str(resolution), "--output", str(output)]
+            words = [
+                "check",
+                "--no_follow_links",
+                "--data",
+                str(images.folder),
+                "--resolution",
+                str(resolution),
+                "--output",
+                str(output),
+            ]
             answer = run_command(words, self._places.work, timeout=_CHECK_SECONDS)
             if not answer.ok:
                 raise UsageError(answer.text)

@@ -5,7 +5,6 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +13,8 @@ from PIL import Image
 from finetune.atomic_io import is_inside
 from finetune.data.captions import Caption, find_captions, first_caption, read_metadata
 from finetune.data.companions import companion_kind, companions_of, pictures_among
-from finetune.data.images import READ_ERRORS, open_reduced, upright_size
-from finetune.data.listing import list_files
+from finetune.data.images import READ_ERRORS, upright_size
+from finetune.data.listing import files_inside
 from finetune.errors import DataError, UsageError
 from finetune.page.caption_edits import CaptionEdits, tags_of
 
@@ -45,7 +44,7 @@ class ImageSet:
     """The images of a folder at any depth, as they were when it was read.
 
     Args:
-        folder: of images; links out of it are not followed.
+        folder: of images; what links out of it lead to is not among them.
 
     Raises:
         DataError: a folder cannot be listed, or a metadata file is malformed.
@@ -61,7 +60,7 @@ class ImageSet:
 
     def read(self) -> None:
         """Read the folder."""
-        files = list_files(self.folder)
+        files = files_inside(self.folder)
         names = pictures_among(files)
         metadata = read_metadata(self.folder, files, names)
         found = find_captions(self.folder, files, names, metadata=metadata)
@@ -71,7 +70,7 @@ class ImageSet:
             mask = masks.get(name, {}).get("mask", "")
             images[name] = _shown(name, caption, problem=found.unreadable.get(name, ""), mask=mask)
         with self._lock:
-            self._images, self._metadata = images, metadata
+            self._files, self._images, self._metadata = set(files), images, metadata
 
     def _said_elsewhere(self, name: str) -> str:
         return first_caption([("metadata", self._metadata.get(name))]).text
@@ -125,6 +124,7 @@ class ImageSet:
         """Read the captions of these images again."""
         folders = {os.path.dirname(name) for name in names}
         files = [os.path.join(folder, file) for folder in folders for file in os.listdir(self.folder / folder)]
+        files = [file for file in files if file in self._files or is_inside(self.folder / file, self.folder)]
         found = find_captions(self.folder, files, names, metadata=self._metadata)
         with self._lock:
             for name, caption in zip(names, found.captions, strict=True):
@@ -134,9 +134,9 @@ class ImageSet:
     def left_out(self) -> list[str]:
         """The images that were left out, as paths relative to the folder."""
         below = self.folder / LEFT_OUT
-        if not below.is_dir():
+        if not is_inside(below, self.folder) or not below.is_dir():
             return []
-        return [f"{LEFT_OUT}/{name}" for name in pictures_among(list_files(below))]
+        return [f"{LEFT_OUT}/{name}" for name in pictures_among(files_inside(below))]
 
     def leave_out(self, name: str) -> None:
         """Move an image with its captions and mask to where training does not see it.
@@ -146,6 +146,8 @@ class ImageSet:
             DataError: it cannot be moved.
         """
         self.image(name)
+        if not is_inside(self.folder / LEFT_OUT, self.folder):
+            raise UsageError(f"{self.folder / LEFT_OUT}: a link out of the folder")
         _move(self.folder, name, self.folder / LEFT_OUT)
         with self._lock:
             del self._images[name]
@@ -193,11 +195,3 @@ def image_size(path: Path) -> tuple[int, int] | None:
             return upright_size(image)
     except READ_ERRORS:
         return None
-
-
-def thumbnail(path: Path, side: int) -> bytes:
-    """A JPEG of an image, upright, whose longer side is at most `side`. Raises DataError for no image."""
-    _, small = open_reduced(path, side)
-    small.thumbnail((side, side))
-    small.save(file := BytesIO(), "JPEG", quality=85)
-    return file.getvalue()

@@ -2,12 +2,8 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
-from io import BytesIO
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from finetune.atomic_io import is_inside
 from finetune.results.event_reader import RunEvents
@@ -154,13 +150,3 @@ def _of_copies(copies: dict[str, int] | None) -> str:
     if not copies or not copies["copies"]:
         return ""
     return f"{copies['copies']} of {copies['pictures']} images look like copies of training images"
-
-
-@lru_cache(maxsize=512)
-def thumbnail(path: Path, changed: float, side: int) -> bytes:
-    """A JPEG of a picture whose longer side is `side`; `changed` is the file's time. Raises OSError for no picture."""
-    with Image.open(path) as image:
-        small = image.convert("RGB")
-    small.thumbnail((side, side))
-    small.save(file := BytesIO(), "JPEG", quality=85)
-    return file.getvalue()

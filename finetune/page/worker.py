@@ -74,7 +74,8 @@ class Worker:
                 process = self._started()
                 line = _asked(process, words, timeout)
             if not line:
-                return CommandResult(False, f"{command_line(words)}: no answer in {timeout:.0f} seconds")
+                why = f"no answer in {timeout:.0f} seconds, or ended with code {process.wait()}"
+                return CommandResult(False, f"{command_line(words)}: {why}")
             return CommandResult(**json.loads(line))
 
 

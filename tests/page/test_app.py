@@ -322,3 +322,10 @@ def test_a_certificate_that_cannot_be_read_is_named(page: Page, tmp_path: Path) 
         tls = Certificate(certificate, certificate)
         with pytest.raises(UsageError, match="--certificate and --private_key: "):
             serve(build(page), host="127.0.0.1", port=0, visitors={"secret": Visitor("")}, tls=tls)
+
+
+def test_a_disk_that_takes_no_file_is_named(page: Page, client: TestClient) -> None:
+    page.places.runs.mkdir()
+    (page.places.runs / ".queue").write_text("")
+    answer = client.post("/new/start", data=form(page))
+    assert (answer.status_code, "File exists" in answer.text) == (400, True)

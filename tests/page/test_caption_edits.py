@@ -120,6 +120,6 @@ def test_what_cannot_be_read_or_written_is_named(edits: CaptionEdits, tmp_path: 
     with pytest.raises(UsageError, match="expected a text"):
         edits.edit_tags([], "remove", " ")
     (edits.folder / JOURNAL).mkdir()
-    with pytest.raises(DataError, match="Is a directory; nothing else was changed"):
+    with pytest.raises(DataError, match="Is a directory; what was changed before can be undone"):
         edits.write("bird.png", "a bird", version=NO_FILE)
     assert not (edits.folder / "bird.txt").exists()

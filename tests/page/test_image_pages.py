@@ -130,6 +130,25 @@ def test_nothing_but_the_images_of_the_folder_is_shown(client: TestClient, folde
         assert (answer.status_code, "no image in" in answer.json()["error"]) == (400, True)
 
 
+def test_links_out_of_the_folder_show_no_text_and_no_image(client: TestClient, folder: Path, tmp_path: Path) -> None:
+    outside = tmp_path.parent / f"{tmp_path.name}-outside"
+    outside.mkdir()
+    Image.new("RGB", (8, 8)).save(outside / "secret.png")
+    (outside / "secret.txt").write_text("a secret")
+    (folder / "linked").symlink_to(outside)
+    (folder / "03.txt").symlink_to(outside / "secret.txt")
+    (folder / LEFT_OUT).symlink_to(outside)
+    client.get("/images/wall", params={"folder": str(folder)})
+    assert tiles(client, folder, find="secret") == []
+    assert tiles(client, folder, show="left out") == []
+    assert tiles(client, folder, show="without caption") == ["03.png", "04.png"]
+    fields = {"folder": str(folder), "name": "00.png"}
+    assert "a link out" in client.post("/images/leave-out", data=fields).json()["error"]
+    assert client.post("/images/check", data=fields).json()["images"] == 5
+    client.post("/images/mask", data=fields)  # reads the folder of the image again
+    assert tiles(client, folder, find="secret") == []
+
+
 @pytest.mark.parametrize("path", ["/images/wall", "/images/tiles", "/images/tags"])
 def test_folders_that_are_not_open_or_gone_are_refused(client: TestClient, folder: Path, path: str) -> None:
     for given in ("/etc", str(folder / ".."), str(folder.parent / "gone"), ""):

@@ -1,12 +1,8 @@
 """The page as the command serves it, under clients that are slow or many."""
 
-import os
-import re
 import resource
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,17 +11,13 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from tests.page.served import served
+
 
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
-    command = [sys.executable, "-m", "finetune", "ui", "--data", str(tmp_path), "--work", str(tmp_path), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as server:
-        assert server.stdout is not None
-        found = re.search(r"http://\S+", server.stdout.readline())
-        assert found
-        yield found[0]
-        server.send_signal(signal.SIGINT)
-        server.wait(20)
+    with served(tmp_path) as (address, _):
+        yield address
 
 
 def test_slow_clients_and_a_thousand_connections_leave_room_for_others(address: str) -> None:
@@ -58,12 +50,8 @@ def test_a_body_that_never_ends_is_refused(address: str) -> None:
 
 
 def test_ctrl_c_ends_it_while_a_browser_watches(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "finetune", "ui", "--data", str(tmp_path), "--work", str(tmp_path), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=dict(os.environ)) as server:
-        assert server.stdout is not None
-        found = re.search(r"http://\S+", server.stdout.readline())
-        assert found
-        place = urlsplit(found[0])
+    with served(tmp_path) as (address, server):
+        place = urlsplit(address)
         cookie = {"cookie": f"finetune_token_{place.port}={place.query.removeprefix('token=')}"}
         with urlopen(Request(f"http://{place.netloc}/events", headers=cookie), timeout=20) as events:
             assert events.readline() == b"event: live\n"

@@ -1,16 +1,13 @@
 """A browser, and the page served to it by the command."""
 
-import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests.page.served import served
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -37,15 +34,8 @@ def work(tmp_path_factory: pytest.TempPathFactory, make_pictures: Callable[..., 
 @pytest.fixture(scope="session")
 def address(work: Path) -> Iterator[str]:
     """Where the command serves the page, with the token."""
-    command = [sys.executable, "-m", "finetune", "ui", "--data", str(work), "--work", str(work), "--port", "0"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=work) as server:
-        assert server.stdout is not None
-        found = re.search(r"http://\S+", server.stdout.readline())
-        assert found
-        yield found[0]
-        server.send_signal(signal.SIGINT)
-        server.wait(20)
+    with served(work) as (address, _):
+        yield address
 
 
 @pytest.fixture
